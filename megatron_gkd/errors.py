@@ -1,0 +1,5 @@
+"""The one exception that every part raises for what its user can put right."""
+
+
+class UserError(Exception):
+    """Bad input: a wrong recipe, data row or checkpoint. The command line prints it as it stands, without a traceback."""
