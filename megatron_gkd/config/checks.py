@@ -1,0 +1,212 @@
+"""Cross-checks: what a schema of single keys can't say.
+
+Each check names the leaves that it reads, and is left out when one of them is wrong in itself: one mistake, one line.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_gkd.config import model_checks
+from megatron_gkd.config.schema import Recipe
+
+LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+
+
+@dataclass(frozen=True)
+class Check:
+    """A check of the recipe and the number of processes, and the leaves that it reads."""
+
+    leaves: tuple[str, ...]
+    find: Callable[[Recipe, int], Iterator[str]]
+    needs_files: bool = False
+
+
+def run(recipe: Recipe, *, world_size: int, require_paths: bool, doubtful: set[str]) -> list[str]:
+    """All problems of a recipe whose sections are valid, except for the leaves in `doubtful`."""
+    return [
+        problem
+        for check in CHECKS
+        if doubtful.isdisjoint(check.leaves) and (require_paths or not check.needs_files)
+        for problem in check.find(recipe, world_size)
+    ]
+
+
+def _teacher_is_named(recipe: Recipe, _: int) -> Iterator[str]:
+    if recipe.teacher.kind == "local" and recipe.teacher.teacher_model is None:
+        yield "teacher.teacher_model = null: must name a model where teacher.kind = local"
+
+
+def _no_rollouts_yet(recipe: Recipe, _: int) -> Iterator[str]:
+    if recipe.distill.lmbda > 0:
+        yield f"distill.lmbda = {recipe.distill.lmbda}: on-policy sampling is not available yet; lmbda must be 0"
+
+
+def _model_ranks(recipe: Recipe) -> tuple[str, int]:
+    """The three sizes of one replica as a product in words, and their product."""
+    p = recipe.parallel
+    sizes = (p.tensor_model_parallel_size, p.pipeline_model_parallel_size, p.context_parallel_size)
+    product = sizes[0] * sizes[1] * sizes[2]
+    return f"{' x '.join(LAYOUT)} = {' x '.join(map(str, sizes))} = {product}", product
+
+
+def _layout_divides(recipe: Recipe, world_size: int) -> Iterator[str]:
+    text, ranks = _model_ranks(recipe)
+    if world_size % ranks:
+        yield f"parallel.{text}: must divide the number of processes ({world_size})"
+
+
+def _experts_divide(recipe: Recipe, world_size: int) -> Iterator[str]:
+    p = recipe.parallel
+    sizes = (p.expert_tensor_parallel_size, p.expert_model_parallel_size, p.pipeline_model_parallel_size)
+    ranks = sizes[0] * sizes[1] * sizes[2]
+    if world_size % ranks:
+        yield (
+            "parallel.expert_tensor_parallel_size x expert_model_parallel_size x pipeline_model_parallel_size = "
+            f"{' x '.join(map(str, sizes))} = {ranks}: must divide the number of processes ({world_size})"
+        )
+
+
+def _batch_divides(recipe: Recipe, world_size: int) -> Iterator[str]:
+    _, ranks = _model_ranks(recipe)
+    if world_size % ranks:
+        return  # reported by _layout_divides; there is no data-parallel size
+    replicas = world_size // ranks
+    rows = recipe.train.micro_batch_size * replicas
+    if recipe.train.global_batch_size % rows:
+        yield (
+            f"train.global_batch_size = {recipe.train.global_batch_size}: must be a multiple of micro_batch_size x "
+            f"data-parallel size = {recipe.train.micro_batch_size} x {replicas} = {rows}"
+        )
+        return
+    p = recipe.parallel
+    microbatches = recipe.train.global_batch_size // rows
+    if p.virtual_pipeline_model_parallel_size and microbatches % p.pipeline_model_parallel_size:
+        yield (
+            f"train.global_batch_size = {recipe.train.global_batch_size}: makes {microbatches} microbatches on each "
+            "data-parallel rank; virtual pipeline stages need a multiple of pipeline_model_parallel_size "
+            f"({p.pipeline_model_parallel_size})"
+        )
+
+
+def _virtual_stages(recipe: Recipe, _: int) -> Iterator[str]:
+    p = recipe.parallel
+    if p.virtual_pipeline_model_parallel_size and p.pipeline_model_parallel_size == 1:
+        yield (
+            f"parallel.virtual_pipeline_model_parallel_size = {p.virtual_pipeline_model_parallel_size}: "
+            "needs pipeline_model_parallel_size > 1"
+        )
+
+
+def _packing(recipe: Recipe, _: int) -> Iterator[str]:
+    if recipe.data.packing and recipe.train.micro_batch_size != 1:
+        yield (
+            f"train.micro_batch_size = {recipe.train.micro_batch_size}: must be 1 with data.packing, "
+            "where max_length decides how many rows a microbatch holds"
+        )
+
+
+def _recompute(recipe: Recipe, _: int) -> Iterator[str]:
+    p = recipe.parallel
+    for leaf in ("recompute_method", "recompute_num_layers"):
+        value = getattr(p, leaf)
+        if p.recompute_granularity == "full" and value is None:
+            yield f"parallel.{leaf} = null: must be set with recompute_granularity full"
+        if p.recompute_granularity != "full" and value is not None:
+            yield f"parallel.{leaf} = {value}: only with recompute_granularity full"
+
+
+def _overlap(recipe: Recipe, _: int) -> Iterator[str]:
+    p = recipe.parallel
+    for leaf in ("distributed_optimizer", "overlap_grad_reduce"):
+        if p.overlap_param_gather and not getattr(p, leaf):
+            yield f"parallel.overlap_param_gather = true: needs {leaf}"
+
+
+def _length_of_run(recipe: Recipe, _: int) -> Iterator[str]:
+    iters, epochs = recipe.train.train_iters, recipe.train.num_train_epochs
+    if (iters is None) == (epochs is None):
+        which = "null" if iters is None else "both set"
+        yield f"train.train_iters, train.num_train_epochs = {which}: exactly one of the two must be set"
+
+
+def _learning_rate(recipe: Recipe, _: int) -> Iterator[str]:
+    if recipe.train.min_lr > recipe.train.lr:
+        yield f"train.min_lr = {recipe.train.min_lr}: must be <= lr ({recipe.train.lr})"
+
+
+def _warmup(recipe: Recipe, _: int) -> Iterator[str]:
+    t = recipe.train
+    if t.lr_warmup_iters and t.lr_warmup_fraction is not None:
+        key = f"train.lr_warmup_fraction = {t.lr_warmup_fraction}"
+        yield f"{key}: must be null beside lr_warmup_iters ({t.lr_warmup_iters})"
+    if t.train_iters is not None and t.lr_warmup_iters >= t.train_iters:
+        yield f"train.lr_warmup_iters = {t.lr_warmup_iters}: must be < train_iters ({t.train_iters})"
+
+
+def _validation(recipe: Recipe, _: int) -> Iterator[str]:
+    for leaf in ("eval_interval", "eval_iters"):
+        if getattr(recipe.train, leaf) is not None and not recipe.data.val_dataset:
+            yield f"train.{leaf} = {getattr(recipe.train, leaf)}: needs data.val_dataset"
+
+
+def _missing(key: str, paths: list[str], what: str) -> Iterator[str]:
+    yield from (f"{key} = {path}: must be {what} that exists" for path in paths if not Path(path).exists())
+
+
+def _dataset_exists(recipe: Recipe, _: int) -> Iterator[str]:
+    yield from _missing("data.dataset", [entry.path for entry in recipe.data.dataset], "a file or folder")
+
+
+def _val_dataset_exists(recipe: Recipe, _: int) -> Iterator[str]:
+    yield from _missing("data.val_dataset", [entry.path for entry in recipe.data.val_dataset], "a file or folder")
+
+
+def _plugins_exist(recipe: Recipe, _: int) -> Iterator[str]:
+    for path in recipe.data.external_plugins:
+        if not (path.endswith(".py") and Path(path).is_file()):
+            yield f"data.external_plugins = {path}: must be a .py file that exists"
+
+
+def _output_is_writable(recipe: Recipe, _: int) -> Iterator[str]:
+    key, folder = f"output.output_dir = {recipe.output.output_dir}", Path(recipe.output.output_dir).absolute()
+    parent = next(path for path in (folder, *folder.parents) if path.exists())
+    if not parent.is_dir():
+        yield f"{key}: {parent} is a file; must be a folder, or one that can be made"
+    elif not os.access(parent, os.W_OK | os.X_OK):
+        yield f"{key}: {parent} is not writable; must be a folder that is, or one that can be made"
+
+
+CHECKS = (
+    Check(("kind", "teacher_model"), _teacher_is_named),
+    Check(("lmbda",), _no_rollouts_yet),
+    Check(LAYOUT, _layout_divides),
+    Check(
+        ("expert_tensor_parallel_size", "expert_model_parallel_size", "pipeline_model_parallel_size"), _experts_divide
+    ),
+    Check((*LAYOUT, "virtual_pipeline_model_parallel_size", "global_batch_size", "micro_batch_size"), _batch_divides),
+    Check(("virtual_pipeline_model_parallel_size", "pipeline_model_parallel_size"), _virtual_stages),
+    Check(("packing", "micro_batch_size"), _packing),
+    Check(("recompute_granularity", "recompute_method", "recompute_num_layers"), _recompute),
+    Check(("overlap_param_gather", "distributed_optimizer", "overlap_grad_reduce"), _overlap),
+    Check(("train_iters", "num_train_epochs"), _length_of_run),
+    Check(("min_lr", "lr"), _learning_rate),
+    Check(("lr_warmup_iters", "lr_warmup_fraction", "train_iters"), _warmup),
+    Check(("eval_interval", "eval_iters", "val_dataset"), _validation),
+    Check(("dataset",), _dataset_exists, needs_files=True),
+    Check(("val_dataset",), _val_dataset_exists, needs_files=True),
+    Check(("external_plugins",), _plugins_exist, needs_files=True),
+    Check(("output_dir",), _output_is_writable, needs_files=True),
+    Check(("model",), model_checks.student_is_readable, needs_files=True),
+    Check(("kind", "teacher_model"), model_checks.teacher_is_readable, needs_files=True),
+    Check(
+        (
+            *("model", "kind", "teacher_model", "max_length", "sequence_parallel"),
+            *("tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"),
+            *("expert_model_parallel_size", "expert_tensor_parallel_size"),
+        ),
+        model_checks.models_fit,
+        needs_files=True,
+    ),
+)

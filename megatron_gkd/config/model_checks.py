@@ -1,0 +1,141 @@
+"""Whether the models fit the layout, from the checkpoints' config.json alone.
+
+A hub id can't be looked into before it is downloaded; the model code makes the same checks again when it builds.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_gkd.config.schema import Recipe
+
+ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What the layout has to divide, of one Hugging Face checkpoint. num_experts is 0 for a dense model."""
+
+    num_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    feed_forward_size: int
+    num_experts: int
+    max_positions: int
+
+
+def student_is_readable(recipe: Recipe, _: int) -> Iterator[str]:
+    """A student that is neither a supported local checkpoint nor a hub id."""
+    yield from _unreadable("student.model", recipe.student.model)
+
+
+def teacher_is_readable(recipe: Recipe, _: int) -> Iterator[str]:
+    """The same of the teacher, where the recipe has one."""
+    if recipe.teacher.kind == "local" and recipe.teacher.teacher_model is not None:
+        yield from _unreadable("teacher.teacher_model", recipe.teacher.teacher_model)
+
+
+def _unreadable(key: str, value: str) -> Iterator[str]:
+    try:
+        read_shape(value)
+    except ValueError as error:
+        yield f"{key} = {value}: {error}"
+
+
+def models_fit(recipe: Recipe, _: int) -> Iterator[str]:
+    """Local checkpoints that the layout or max_length does not suit; unreadable ones are reported above."""
+    models = {"student.model": recipe.student.model}
+    if recipe.teacher.kind == "local" and recipe.teacher.teacher_model is not None:
+        models["teacher.teacher_model"] = recipe.teacher.teacher_model
+    shapes: dict[str, ModelShape] = {}
+    for key, value in models.items():
+        try:
+            shape = read_shape(value)
+        except ValueError:
+            continue
+        if shape is not None:
+            shapes[key] = shape
+            yield from _fits(key, value, shape, recipe)
+    if len(shapes) == len(models) and not any(shape.num_experts for shape in shapes.values()):
+        for leaf in ("expert_model_parallel_size", "expert_tensor_parallel_size"):
+            if getattr(recipe.parallel, leaf) > 1:
+                yield f"parallel.{leaf} = {getattr(recipe.parallel, leaf)}: must be 1, as no model here has experts"
+
+
+def read_shape(model: str) -> ModelShape | None:
+    """The shape of a local model, None for a hub id (`org/name`). Raises ValueError for what is neither."""
+    folder = Path(model)
+    if not folder.exists():
+        if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
+            return None
+        raise ValueError("must be a Hugging Face folder that exists, or a hub id (org/name)")
+    if not (folder / "config.json").is_file():
+        raise ValueError("must be a Hugging Face folder; there is no config.json in it")
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return _shape(config)
+    except KeyError as error:
+        raise ValueError(f"its config.json has no {error.args[0]}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError) as error:
+        raise ValueError(f"its config.json is not a model's configuration ({error})") from error
+
+
+def _shape(config: dict[str, Any]) -> ModelShape:
+    named = config.get("architectures") or ["none named"]
+    if named[0] not in ARCHITECTURES:
+        raise ValueError(f"its architecture ({named[0]}) must be one of {', '.join(ARCHITECTURES)}")
+    mixture = named[0] == "Qwen3MoeForCausalLM"
+    # transformers 5 writes num_local_experts where earlier releases wrote num_experts
+    experts = config["num_experts"] if "num_experts" in config else config["num_local_experts"] if mixture else 0
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    extended = 0
+    if rope.get("rope_type", rope.get("type")) == "yarn":  # max_position_embeddings may be the length before scaling
+        original = rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
+        extended = int(rope["factor"] * original)
+    return ModelShape(
+        num_layers=config["num_hidden_layers"],
+        num_attention_heads=config["num_attention_heads"],
+        num_key_value_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
+        feed_forward_size=config["moe_intermediate_size" if mixture else "intermediate_size"],
+        num_experts=experts if mixture else 0,
+        max_positions=max(config["max_position_embeddings"], extended),
+    )
+
+
+def _fits(key: str, value: str, shape: ModelShape, recipe: Recipe) -> Iterator[str]:
+    p = recipe.parallel
+    tp, is_student = p.tensor_model_parallel_size, key == "student.model"
+
+    def divided(what: str, amount: int, leaf: str, by: int) -> Iterator[str]:
+        if amount % by:
+            yield f"parallel.{leaf} = {by}: must divide the {amount} {what} of {key} ({value})"
+
+    yield from divided("attention heads", shape.num_attention_heads, "tensor_model_parallel_size", tp)
+    groups = shape.num_key_value_heads
+    if groups % tp and tp % groups:
+        yield (
+            f"parallel.tensor_model_parallel_size = {tp}: must divide the {groups} key-value heads of {key} ({value}), "
+            "or be a multiple of them"
+        )
+    if shape.num_experts:
+        etp, ep = p.expert_tensor_parallel_size, p.expert_model_parallel_size
+        yield from divided("experts", shape.num_experts, "expert_model_parallel_size", ep)
+        yield from divided("feed-forward rows", shape.feed_forward_size, "expert_tensor_parallel_size", etp)
+        if is_student and tp > 1 and not p.sequence_parallel:
+            yield (
+                "parallel.sequence_parallel = false: must be true for a mixture-of-experts student with "
+                f"tensor_model_parallel_size {tp}"
+            )
+    else:
+        yield from divided("feed-forward rows", shape.feed_forward_size, "tensor_model_parallel_size", tp)
+    virtual = p.virtual_pipeline_model_parallel_size if is_student else None
+    stages = p.pipeline_model_parallel_size * (virtual or 1)
+    if shape.num_layers % stages:
+        named = "pipeline_model_parallel_size" + (" x virtual_pipeline_model_parallel_size" if virtual else "")
+        yield f"parallel.{named} = {stages}: must divide the {shape.num_layers} layers of {key} ({value})"
+    if recipe.data.max_length > shape.max_positions:
+        length = recipe.data.max_length
+        yield f"data.max_length = {length}: must be <= the {shape.max_positions} positions of {key} ({value})"

@@ -1,0 +1,212 @@
+"""The recipe's sections. A field's type and bounds are its validation, its description is its line in --help.
+
+Leaf names are unique over all sections, so that `--beta 1.0` names the same key as `--distill.beta 1.0`. What involves
+more than one key, or the file system, is in `checks.py` and `model_checks.py`.
+"""
+
+import os
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, field_validator
+
+from megatron_gkd.config import yaml_text
+
+PathText = Annotated[str, StringConstraints(min_length=1), AfterValidator(os.path.expanduser)]
+
+
+def _as_sequence(value: Any) -> Any:
+    """One entry may stand without the brackets: `dataset: train.jsonl`."""
+    return [value] if isinstance(value, str | dict) else value
+
+
+class Section(BaseModel):
+    """Frozen, without unknown keys. Text that reads as a number is one (`1e-4`); true and false never are."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _booleans_stay_booleans(cls, value: Any, info: Any) -> Any:
+        annotation = cls.model_fields[info.field_name].annotation
+        if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
+            raise ValueError("true and false are not a value of this key")
+        return value
+
+
+class StudentSection(Section):
+    """The model that learns."""
+
+    model: PathText = Field(description="the student: a local Hugging Face directory or a hub id")
+
+
+class TeacherSection(Section):
+    """The model that is learnt from."""
+
+    kind: Literal["local", "none"] = Field(
+        "local", description="local: a Megatron model beside the student; none: plain cross-entropy, no teacher"
+    )
+    teacher_model: PathText | None = Field(
+        None, description="the teacher: a local Hugging Face directory or a hub id; unused with kind none"
+    )
+    offload_teacher_model: bool = Field(False, description="keep the teacher in host memory between scorings")
+
+
+class DistillSection(Section):
+    """The loss of generalized knowledge distillation (Agarwal et al. 2024, arXiv:2306.13649)."""
+
+    beta: float = Field(
+        0.5, ge=0, le=1, description="generalized Jensen-Shannon weight; 0: forward KL, 1: reverse KL, between: both"
+    )
+    lmbda: float = Field(0.0, ge=0, le=1, description="share of steps on the student's own samples; only 0 for now")
+    temperature: float = Field(0.9, gt=0, description="divides both models' logits before the divergence")
+    sft_alpha: float = Field(0.0, ge=0, description="weight of the cross-entropy on dataset rows beside the divergence")
+    loss_chunk_tokens: int = Field(1024, ge=1, description="rows of logits that the fused head and loss hold at once")
+
+
+class ParallelSection(Section):
+    """How the models are laid out over the processes; the names are Megatron-Core's."""
+
+    tensor_model_parallel_size: int = Field(1, ge=1, description="ranks that share each layer's matrices")
+    pipeline_model_parallel_size: int = Field(1, ge=1, description="stages that the layers are dealt over")
+    virtual_pipeline_model_parallel_size: int | None = Field(
+        None, ge=2, description="model chunks per pipeline rank (interleaved schedule); the student's only"
+    )
+    context_parallel_size: int = Field(1, ge=1, description="ranks that share each sequence's tokens")
+    expert_model_parallel_size: int = Field(1, ge=1, description="ranks that the experts are dealt over")
+    expert_tensor_parallel_size: int = Field(1, ge=1, description="ranks that share each expert's matrices")
+    sequence_parallel: bool = Field(
+        False, description="shard the activations between tensor-parallel regions; off where tensor parallelism is 1"
+    )
+    distributed_optimizer: bool = Field(True, description="shard the optimizer's state over data-parallel ranks")
+    overlap_grad_reduce: bool = Field(False, description="reduce gradients while the backward pass runs")
+    overlap_param_gather: bool = Field(False, description="gather parameters while the forward pass runs")
+    recompute_granularity: Literal["full", "selective"] | None = Field(
+        None, description="recompute activations in the backward pass: whole layers, or the attention core only"
+    )
+    recompute_method: Literal["uniform", "block"] | None = Field(
+        None, description="full recompute: layers in equal groups, or the first layers of each stage"
+    )
+    recompute_num_layers: int | None = Field(
+        None, ge=1, description="full recompute: layers to a group (uniform), or how many layers (block)"
+    )
+
+    @property
+    def effective_sequence_parallel(self) -> bool:
+        """`sequence_parallel`, where there are tensor-parallel ranks for it to mean something."""
+        return self.sequence_parallel and self.tensor_model_parallel_size > 1
+
+
+class DatasetEntry(Section):
+    """One source of rows: a JSONL or Parquet file, or a saved `datasets` folder."""
+
+    path: PathText
+    weight: float = Field(1.0, gt=0)
+
+
+def _as_entry(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+Datasets = Annotated[tuple[Annotated[DatasetEntry, BeforeValidator(_as_entry)], ...], BeforeValidator(_as_sequence)]
+
+
+class DataSection(Section):
+    """Rows, and how they become training sequences."""
+
+    dataset: Datasets = Field(
+        min_length=1, description="training rows; a weight is how many times a file is passed over in an epoch"
+    )
+    val_dataset: Datasets = Field((), description="validation rows")
+    max_length: int = Field(2048, ge=2, description="longest sequence, in tokens")
+    packing: bool = Field(False, description="fill microbatches of max_length tokens with whole rows")
+    truncation_strategy: Literal["delete", "left", "right"] = Field(
+        "delete", description="rows longer than max_length: leave out, cut the prompt's start, or cut the end"
+    )
+    loss_on: Literal["last", "all"] = Field("last", description="train on the last assistant turn or on all of them")
+    data_errors: Literal["raise", "skip"] = Field("raise", description="a bad row ends the run, or is left out")
+    preprocessor: str | None = Field(None, description="name of a row preprocessor that a plugin registers")
+    external_plugins: Annotated[tuple[PathText, ...], BeforeValidator(_as_sequence)] = Field(
+        (), description="Python files to load before the data is read"
+    )
+    chat_template_kwargs: dict[str, Any] = Field({}, description="extra variables of the chat template")
+    shuffle: bool = Field(True, description="a new order of the rows every epoch, from the seed")
+    dataloader_num_workers: int = Field(0, ge=0, description="processes that prepare microbatches ahead of the step")
+    preprocessing_num_workers: int = Field(1, ge=1, description="processes that tokenise the rows")
+    dataset_cache_dir: PathText | None = Field(
+        None, description="folder of the tokenised rows; null: in Hugging Face's datasets cache"
+    )
+
+
+class TrainSection(Section):
+    """The optimisation."""
+
+    micro_batch_size: int = Field(1, ge=1, description="rows in one forward pass of one data-parallel rank")
+    global_batch_size: int = Field(8, ge=1, description="rows in one optimizer step, over all ranks, packed or not")
+    train_iters: int | None = Field(None, ge=1, description="optimizer steps; this or num_train_epochs")
+    num_train_epochs: float | None = Field(None, gt=0, description="passes over the training rows; this or train_iters")
+    lr: float = Field(1e-5, gt=0, description="highest learning rate")
+    min_lr: float = Field(0.0, ge=0, description="learning rate that the decay ends at")
+    lr_decay_style: Literal["cosine", "linear", "constant"] = Field("cosine", description="decay after the warm-up")
+    lr_warmup_iters: int = Field(0, ge=0, description="steps of linear warm-up")
+    lr_warmup_fraction: float | None = Field(
+        None, ge=0, lt=1, description="warm-up as a share of all steps, in place of lr_warmup_iters"
+    )
+    weight_decay: float = Field(0.1, ge=0, description="AdamW's decoupled weight decay")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="decay of Adam's first moment")
+    adam_beta2: float = Field(0.95, ge=0, lt=1, description="decay of Adam's second moment")
+    adam_eps: float = Field(1e-8, gt=0, description="Adam's epsilon")
+    clip_grad: float = Field(1.0, ge=0, description="largest norm of the whole gradient; 0: no clipping")
+    seed: int = Field(1234, ge=0, description="seed of the data order and of everything random")
+    dtype: Literal["bf16", "fp32"] = Field(
+        "bf16", description="type of weights and activations; the optimizer has fp32"
+    )
+    attn: Literal["auto", "flash", "fused", "unfused", "sdpa"] = Field("auto", description="attention implementation")
+    moe_aux_loss_coeff: float | None = Field(
+        None, ge=0, description="weight of the experts' load-balancing loss; null: the checkpoint's own"
+    )
+    eval_interval: int | None = Field(None, ge=1, description="steps between validations; null: at the end only")
+    eval_iters: int | None = Field(
+        None, ge=1, description="validate on this many times global_batch_size rows; null: on the whole split"
+    )
+
+
+class OutputSection(Section):
+    """What a run leaves behind."""
+
+    output_dir: PathText = Field(description="folder of metrics, curves, the resolved recipe and the exports")
+    save_interval: int | None = Field(None, ge=1, description="steps between Hugging Face exports; null: only the last")
+    log_interval: int = Field(1, ge=1, description="steps between two lines of progress where there is no terminal")
+    tensorboard: bool = Field(True, description="write TensorBoard events beside metrics.jsonl")
+    save_total_limit: int | None = Field(None, ge=1, description="newest step exports to keep; null: all")
+
+
+class Recipe(Section):
+    """A whole run. Build one with `megatron_gkd.config.load`, which also makes the cross-checks."""
+
+    student: StudentSection
+    teacher: TeacherSection
+    distill: DistillSection
+    parallel: ParallelSection
+    data: DataSection
+    train: TrainSection
+    output: OutputSection
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Replicas of the student over `world_size` processes."""
+        p = self.parallel
+        return world_size // (p.tensor_model_parallel_size * p.pipeline_model_parallel_size * p.context_parallel_size)
+
+    def expert_data_parallel_size(self, world_size: int) -> int:
+        """Replicas of each expert over `world_size` processes."""
+        p = self.parallel
+        return world_size // (
+            p.expert_tensor_parallel_size * p.expert_model_parallel_size * p.pipeline_model_parallel_size
+        )
+
+    def num_microbatches(self, world_size: int) -> int:
+        """Microbatches of one data-parallel rank in a step without packing; packing makes them fewer."""
+        return self.train.global_batch_size // (self.train.micro_batch_size * self.data_parallel_size(world_size))
+
+    def to_yaml(self) -> str:
+        """Every key with its value, as `load` reads it back."""
+        return yaml_text.dump(self.model_dump(mode="json"))

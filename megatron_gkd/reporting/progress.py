@@ -1,0 +1,94 @@
+"""A run as its user watches it: a progress bar on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+_FORMATS = {
+    "loss": "loss {:.4f}",
+    "divergence": "divergence {:.4f}",
+    "sft_loss": "sft_loss {:.4f}",
+    "top1_agreement": "top1_agreement {:.3f}",
+    "grad_norm": "grad_norm {:.3g}",
+    "lr": "lr {:.1e}",
+    "tokens_per_second": "{:.0f} tok/s",
+}
+_ON_THE_BAR = ("loss", "tokens_per_second")
+
+
+class Progress:
+    """Progress over `total_steps` optimizer steps; a context manager. Where `enabled` is false it shows nothing.
+
+    On a terminal (stderr, else stdout) it is a bar with the latest loss, rate and time left. Elsewhere it is a line on
+    stdout each `log_interval` steps, and for the last one.
+    """
+
+    def __init__(self, total_steps: int, enabled: bool, description: str, log_interval: int = 1) -> None:
+        self._total, self._log_interval, self._description = total_steps, log_interval, description
+        self._enabled = enabled
+        self._begin: tuple[float, int] | None = None
+        self._bar: Bar | None = None
+        terminal = next((stream for stream in (sys.stderr, sys.stdout) if stream.isatty()), None)
+        if enabled and terminal is not None:
+            self._bar = Bar(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[latest]}"),
+                TimeElapsedColumn(),
+                TextColumn("eta"),
+                TimeRemainingColumn(),
+                console=Console(file=terminal),
+                expand=True,
+            )
+            self._task = self._bar.add_task(description, total=total_steps, latest="")
+
+    def __enter__(self) -> "Progress":
+        self._begin = (time.monotonic(), 0)
+        if self._bar is not None:
+            self._bar.start()
+        else:
+            self.message(f"{self._description}: {self._total} steps")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, step: int, record: Mapping[str, Any]) -> None:
+        """Step number `step`, counted from 1, is done; `record` is its line of metrics."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, latest=describe({k: record.get(k) for k in _ON_THE_BAR}))
+        elif self._enabled and (step % self._log_interval == 0 or step == self._total):
+            print(f"step {step}/{self._total} {describe(record)} eta {self._eta(step)}", flush=True)
+        if self._begin is None or self._begin[1] == 0:  # the first step, with its start-up, would spoil the estimate
+            self._begin = (time.monotonic(), step)
+
+    def message(self, text: str) -> None:
+        """A line of its own, above the bar where there is one."""
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False)
+        elif self._enabled:
+            print(text, flush=True)
+
+    def _eta(self, step: int) -> str:
+        """Time left as mm:ss or h:mm:ss, at the mean pace so far."""
+        begin, done = self._begin or (time.monotonic(), 0)
+        if step <= done:
+            return "--:--"
+        seconds = round((time.monotonic() - begin) / (step - done) * (self._total - step))
+        hours, minutes = divmod(seconds // 60, 60)
+        return f"{hours}:{minutes:02}:{seconds % 60:02}" if hours else f"{minutes:02}:{seconds % 60:02}"
+
+
+def describe(record: Mapping[str, Any]) -> str:
+    """The numbers of a record that are worth a line, as in 'loss 1.2340 grad_norm 0.9 lr 1.0e-04 1234 tok/s'."""
+    return " ".join(form.format(record[name]) for name, form in _FORMATS.items() if record.get(name) is not None)
