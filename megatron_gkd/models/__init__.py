@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints as sharded Megatron models, and back."""

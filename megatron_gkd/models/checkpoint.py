@@ -1,0 +1,74 @@
+"""A Hugging Face checkpoint on disk: where it is, what it configures, and which of its features are supported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from megatron_gkd.errors import UserError
+
+SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A local directory in Hugging Face's layout."""
+
+    path: Path
+    config: PretrainedConfig
+
+    @classmethod
+    def open(cls, model: str, *, main_process: bool = True, barrier: Callable[[], None] = lambda: None) -> Checkpoint:
+        """`model` is a directory or a hub id; the main process downloads, the others wait and read its cache.
+
+        Raises UserError for a directory without weights or of an unsupported architecture.
+        """
+        path = Path(model)
+        if not path.is_dir():
+            if main_process:
+                _download(model)
+            barrier()
+            path = Path(_download(model, local_files_only=not main_process))
+        if not any(path.glob("*.safetensors")):
+            raise UserError(f"{model}: no *.safetensors file in {path}")
+        config = AutoConfig.from_pretrained(path)
+        _check_supported(model, config)
+        return cls(path, config)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the checkpoint's embedding: the ids that take part in its softmax."""
+        return self.config.vocab_size
+
+    @property
+    def is_moe(self) -> bool:
+        return self.config.model_type == "qwen3_moe"
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        try:
+            return AutoTokenizer.from_pretrained(self.path)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.path}: no tokenizer can be opened there ({error})") from error
+
+
+def _download(model: str, local_files_only: bool = False) -> str:
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+    try:
+        return snapshot_download(model, allow_patterns=wanted, local_files_only=local_files_only)
+    except Exception as error:  # the hub's client raises many kinds, all of which mean the same to the user
+        raise UserError(f"{model}: neither a local directory nor a hub model that can be fetched ({error})") from error
+
+
+def _check_supported(model: str, config: PretrainedConfig) -> None:
+    architecture = (config.architectures or ["unknown"])[0]
+    if architecture not in SUPPORTED_ARCHITECTURES:
+        raise UserError(f"{model}: architecture {architecture} is not one of {', '.join(SUPPORTED_ARCHITECTURES)}")
+    if config.model_type == "qwen3_moe" and (config.decoder_sparse_step != 1 or config.mlp_only_layers):
+        raise UserError(f"{model}: only checkpoints whose every layer is a mixture of experts are supported")
+    if getattr(config, "use_sliding_window", False):
+        raise UserError(f"{model}: use_sliding_window is not supported")

@@ -1,0 +1,140 @@
+"""A Hugging Face causal language model, sharded over a mesh as Megatron-Core modules.
+
+mcore-bridge knows how the parameters of each family map; this module is the only one that calls it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from mcore_bridge import ModelConfig, get_mcore_model, hf_to_mcore_config
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnBackend
+from torch import nn
+
+from megatron_gkd.data.microbatch import Microbatch
+from megatron_gkd.models.checkpoint import Checkpoint
+from megatron_gkd.runtime import portability
+from megatron_gkd.runtime.mesh import Mesh
+from megatron_gkd.runtime.transformer_engine import torch_attention
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How a model is built, beside its checkpoint and its mesh."""
+
+    dtype: torch.dtype = torch.float32
+    attn: str = "auto"
+    virtual_pipeline: int | None = None
+    recompute_granularity: str | None = None
+    recompute_method: str | None = None
+    recompute_num_layers: int | None = None
+    moe_aux_loss_coeff: float | None = None
+
+
+class MegatronModel:
+    """The chunks of one model that live on this rank (one, or one per virtual pipeline stage).
+
+    Their forward ends in the last *hidden states*, after the final norm: the head belongs to the loss.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, chunks: list[nn.Module], config: ModelConfig, mesh: Mesh):
+        self.checkpoint, self.chunks, self.config, self.mesh = checkpoint, chunks, config, mesh
+        for chunk in chunks:
+            if chunk.post_process:
+                # Through the module, not around it: hooks on it still wait for its parameters.
+                chunk.output_layer.forward = _pass_hidden_states
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, mesh: Mesh, options: BuildOptions) -> MegatronModel:
+        """Build this rank's share of the checkpoint and read its weights."""
+        config = _model_config(checkpoint, mesh, options)
+        with torch_attention() if options.attn == "sdpa" else contextlib.nullcontext():
+            chunks = [chunk.to(portability.device()) for chunk in get_mcore_model(config)]
+        with contextlib.redirect_stderr(io.StringIO()):  # its progress bar, a line a model
+            config.bridge.load_weights(chunks, str(checkpoint.path))
+        return cls(checkpoint, chunks, config, mesh)
+
+    @property
+    def head_weight(self) -> nn.Parameter | None:
+        """[ceil(V/TP), H]: this rank's rows of the LM head, tied or not; None before the last pipeline stage."""
+        chunk = self.chunks[-1]
+        if not chunk.post_process:
+            return None
+        if chunk.share_embeddings_and_output_weights:
+            return chunk.shared_embedding_or_output_weight()
+        return chunk.output_layer.weight
+
+    def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every parameter whole, under its Hugging Face name, one at a time. A collective: all ranks iterate together."""
+        yield from self.config.bridge.export_weights(self.chunks)
+
+
+def hidden_states(chunk: nn.Module, microbatch: Microbatch) -> torch.Tensor:
+    """Forward of one chunk, DDP-wrapped or not: [1, T, H] of this rank's tokens (T/TP under sequence parallelism)."""
+    boundaries, longest = microbatch.cu_seqlens, microbatch.max_seqlen
+    packed = PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=boundaries,
+        cu_seqlens_kv=boundaries,
+        cu_seqlens_q_padded=boundaries,
+        cu_seqlens_kv_padded=boundaries,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
+    config = chunk.config
+    extra = {}
+    if config.num_moe_experts is not None:  # padding must not count in the router's balance
+        padding = microbatch.padding_mask
+        if config.sequence_parallel:
+            padding = padding.chunk(config.tensor_model_parallel_size, dim=1)[_tensor_parallel_rank(chunk)]
+        extra["padding_mask"] = padding.contiguous()
+    return chunk(
+        microbatch.input_ids, microbatch.position_ids, None, packed_seq_params=packed, extra_block_kwargs=extra
+    )
+
+
+def _tensor_parallel_rank(chunk: nn.Module) -> int:
+    return getattr(chunk, "module", chunk).pg_collection.tp.rank()
+
+
+def _pass_hidden_states(hidden: torch.Tensor, weight=None, runtime_gather_output=None):
+    return hidden, None
+
+
+def _model_config(checkpoint: Checkpoint, mesh: Mesh, options: BuildOptions) -> ModelConfig:
+    layout = mesh.layout
+    family = hf_to_mcore_config(checkpoint.config)
+    if checkpoint.is_moe:
+        coefficient = options.moe_aux_loss_coeff
+        family["moe_aux_loss_coeff"] = (
+            checkpoint.config.router_aux_loss_coef if coefficient is None else coefficient
+        )
+    return ModelConfig(
+        params_dtype=options.dtype,
+        bf16=options.dtype == torch.bfloat16,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=options.virtual_pipeline,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert if checkpoint.is_moe else 1,
+        expert_tensor_parallel_size=layout.expert_tensor if checkpoint.is_moe else None,
+        sequence_parallel=layout.sequence_parallel,
+        attention_backend=AttnBackend[options.attn] if options.attn != "sdpa" else AttnBackend.auto,
+        recompute_granularity=options.recompute_granularity,
+        recompute_method=options.recompute_method,
+        recompute_num_layers=options.recompute_num_layers,
+        calculate_per_token_loss=True,
+        use_cpu_initialization=not portability.has_cuda(),
+        # Kernels of Apex and Transformer Engine, which may be absent.
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        # Megatron refuses both defaults under the plain 1F1B schedule.
+        overlap_p2p_comm=False,
+        batch_p2p_comm=False,
+        **family,
+    )

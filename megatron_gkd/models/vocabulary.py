@@ -1,0 +1,55 @@
+"""Two models over one vocabulary: which ids are compared, and on which rank their logits lie.
+
+Checkpoints of one family pad their embeddings differently (151936 rows against 152064), so their tensor-parallel shards do not line up.
+The teacher's head is laid out once over the student's ids; ids that only one model has are masked in both.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from transformers import PreTrainedTokenizerBase
+
+from megatron_gkd.errors import UserError
+from megatron_gkd.models.checkpoint import Checkpoint
+
+_PROBES = ("The 12 quick brown foxes jump over 345 lazy dogs.", "x = f(y) != \"naïve\"\n\t# 中文, émigré, 🙂")
+
+
+def shared_vocab_size(student: Checkpoint, teacher: Checkpoint) -> int:
+    """Number of ids that both models have logits for. Raises UserError if the tokenizers give ids different meanings."""
+    require_same_tokenizer(student.tokenizer(), teacher.tokenizer())
+    return min(student.vocab_size, teacher.vocab_size)
+
+
+def require_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """Every id that both define must be the same token, and plain text must give the same ids."""
+    student_tokens = {index: token for token, index in student.get_vocab().items()}
+    teacher_tokens = {index: token for token, index in teacher.get_vocab().items()}
+    for index in sorted(student_tokens.keys() & teacher_tokens.keys()):
+        if student_tokens[index] != teacher_tokens[index]:
+            raise UserError(
+                f"student and teacher have different tokenizers: id {index} is {student_tokens[index]!r} for the student "
+                f"and {teacher_tokens[index]!r} for the teacher; their next-token distributions cannot be compared"
+            )
+    for text in _PROBES:
+        if student.encode(text, add_special_tokens=False) != teacher.encode(text, add_special_tokens=False):
+            raise UserError(
+                f"student and teacher have different tokenizers: {text!r} gives different ids; "
+                "their next-token distributions cannot be compared"
+            )
+
+
+@torch.no_grad()
+def lay_out_head(shard: torch.Tensor, rows: int, group: dist.ProcessGroup) -> torch.Tensor:
+    """The shard [R, H] of a head that is cut in R rows a rank, cut again in `rows` rows a rank; missing ids are zero rows.
+
+    Returns `shard` itself where both cuts agree. A collective over `group`, made once when a model is loaded.
+    """
+    if shard.shape[0] == rows:
+        return shard
+    whole = shard.new_empty((shard.shape[0] * group.size(), shard.shape[1]))
+    dist.all_gather_into_tensor(whole, shard.contiguous(), group=group)
+    wanted = whole[group.rank() * rows : (group.rank() + 1) * rows]
+    return F.pad(wanted, (0, 0, 0, rows - wanted.shape[0]))

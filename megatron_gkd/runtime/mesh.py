@@ -1,0 +1,102 @@
+"""The process groups of a layout: the one place that touches Megatron's global `parallel_state`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of the parallel dimensions; data parallelism takes what is left of the world."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+    expert: int = 1
+    expert_tensor: int = 1
+    virtual_pipeline: int | None = None
+    sequence_parallel: bool = False
+
+    @classmethod
+    def from_section(cls, parallel) -> Layout:
+        """The layout of a recipe's `parallel` section."""
+        return cls(
+            tensor=parallel.tensor_model_parallel_size,
+            pipeline=parallel.pipeline_model_parallel_size,
+            context=parallel.context_parallel_size,
+            expert=parallel.expert_model_parallel_size,
+            expert_tensor=parallel.expert_tensor_parallel_size,
+            virtual_pipeline=parallel.virtual_pipeline_model_parallel_size,
+            sequence_parallel=parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1,
+        )
+
+    @property
+    def pad_multiple(self) -> int:
+        """What the length of every sequence must divide by: two zigzag chunks a context-parallel rank, and
+        under sequence parallelism an equal share of each for every tensor-parallel rank."""
+        zigzag = 2 * self.context if self.context > 1 else 1
+        return zigzag * (self.tensor if self.sequence_parallel else 1)
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The groups that this rank is a member of."""
+
+    layout: Layout
+    tp: dist.ProcessGroup
+    pp: dist.ProcessGroup
+    cp: dist.ProcessGroup
+    dp: dist.ProcessGroup
+    dp_cp: dist.ProcessGroup
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp.rank() == self.pp.size() - 1
+
+    @property
+    def is_main(self) -> bool:
+        """The one rank that writes files and talks to the terminal."""
+        return dist.get_rank() == 0
+
+    def sum_from_last_stage(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over data- and context-parallel ranks of what the last pipeline stages hold; known to every rank afterwards."""
+        dist.all_reduce(values, group=self.dp_cp)
+        if self.pp.size() > 1:
+            dist.broadcast(values, src=dist.get_global_rank(self.pp, self.pp.size() - 1), group=self.pp)
+        return values
+
+
+def initialize_mesh(layout: Layout, seed: int) -> Mesh:
+    """Create the groups of `layout` in an initialised world, and seed every rank's random states."""
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
+        create_gloo_process_groups=False,
+    )
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+    return Mesh(
+        layout=layout,
+        tp=parallel_state.get_tensor_model_parallel_group(),
+        pp=parallel_state.get_pipeline_model_parallel_group(),
+        cp=parallel_state.get_context_parallel_group(),
+        dp=parallel_state.get_data_parallel_group(),
+        dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
+    )
+
+
+def destroy_mesh() -> None:
+    """Forget the groups, so that another layout can be built in the same processes."""
+    from mcore_bridge.bridge import gpt_bridge
+
+    parallel_state.destroy_model_parallel()
+    gpt_bridge.EP_PP_GROUP = None

@@ -1,0 +1,211 @@
+"""The one place that knows which device this is.
+
+On a machine with CUDA nothing here changes anything. Without it, `make_portable()` lets the real Megatron-Core run on CPUs
+with gloo, by answering the few `torch.cuda` calls that it makes unconditionally. Everything else in the project asks this
+module for `device()`, `backend()`, streams and memory, and never for "cuda or cpu".
+
+Megatron-Core and mcore-bridge must be imported after `make_portable()`; `runtime.preload` does it in the right order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+
+import torch
+import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+_applied = False
+
+
+def has_cuda() -> bool:
+    """True where a CUDA device can be used. For this module and the build of the extension only."""
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """The device that this process computes on."""
+    return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else _CPU
+
+
+def backend() -> str:
+    """The torch.distributed backend of that device."""
+    return "nccl" if has_cuda() else "gloo"
+
+
+def select_device(local_rank: int) -> None:
+    """Bind this process to its device, before any process group exists."""
+    if has_cuda():
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
+
+
+def synchronize() -> None:
+    """Wait for the device, so that a clock read next to it means something."""
+    if has_cuda():
+        torch.cuda.synchronize()
+
+
+def peak_memory_bytes() -> int:
+    """Highest memory use so far in bytes: of the allocator on a GPU, of the whole process (resident set) on a CPU."""
+    if has_cuda():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def pinned_empty_like(tensor: torch.Tensor) -> torch.Tensor:
+    """An uninitialised host tensor of the same shape and dtype, page-locked where that speeds up copies."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=_CPU, pin_memory=has_cuda())
+
+
+def make_portable() -> None:
+    """Let Megatron-Core run without CUDA. Idempotent; does nothing where a CUDA device is present."""
+    global _applied
+    if _applied:
+        return
+    _applied = True
+    if not has_cuda():
+        _answer_cuda_calls()
+        _CudaMeansCpu().__enter__()
+        _patch_gloo()
+        _patch_rng_tracker()
+    _patch_moe()
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Sends whatever asks for a CUDA device, by argument or by method, to the CPU."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in (torch.Tensor.cuda, torch.Tensor.pin_memory):
+            return args[0]
+        if _names_cuda(kwargs.get("device")):
+            kwargs = {**kwargs, "device": _CPU}
+        if kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
+        if func is torch.Tensor.to and len(args) > 1 and _names_cuda(args[1]):
+            args = (args[0], _CPU, *args[2:])
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # Megatron's optimizers sort parameters by the names "torch.cuda.FloatTensor" and the like.
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        return func(*args, **kwargs)
+
+
+def _names_cuda(where: object) -> bool:
+    if isinstance(where, torch.device):
+        return where.type == "cuda"
+    if isinstance(where, str):
+        return where.split(":")[0] == "cuda"
+    return isinstance(where, int) and not isinstance(where, bool)
+
+
+class _NullStream:
+    """A stream or event that is always done. A class, since libraries annotate with `torch.cuda.Stream`."""
+
+    cuda_stream = 0
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def _nothing(self, *args, **kwargs):
+        return None
+
+    wait_stream = wait_event = record_stream = synchronize = record = wait = _nothing
+
+    def record_event(self, *args, **kwargs):
+        return self
+
+    def query(self):
+        return True
+
+    def elapsed_time(self, other):
+        return 0.0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        return False
+
+
+def _answer_cuda_calls() -> None:
+    cuda = torch.cuda
+
+    # Each name gets a function object of its own: torch.compile's tables refuse one that serves several names.
+    cuda.current_device = lambda: _CPU
+    cuda.set_device = lambda *args, **kwargs: None
+    cuda.synchronize = lambda *args, **kwargs: None
+    cuda.empty_cache = lambda *args, **kwargs: None
+    cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)
+    cuda.manual_seed_all = lambda seed: torch.default_generator.manual_seed(seed)
+    cuda.Stream = cuda.Event = _NullStream
+    cuda.current_stream = lambda *args, **kwargs: _NullStream()
+    cuda.default_stream = lambda *args, **kwargs: _NullStream()
+    cuda.stream = lambda *args, **kwargs: contextlib.nullcontext()
+    cuda.is_current_stream_capturing = lambda: False
+    cuda.nvtx.range_push = lambda *args, **kwargs: None
+    cuda.nvtx.range_pop = lambda *args, **kwargs: None
+
+
+def _patch_gloo() -> None:
+    """gloo's scatter copies raw memory, which is wrong for views: hand it contiguous tensors."""
+    scatter = dist.scatter
+
+    def contiguous_scatter(tensor, scatter_list=None, *args, **kwargs):
+        if scatter_list is not None:
+            scatter_list = [entry.contiguous() for entry in scatter_list]
+        return scatter(tensor, scatter_list, *args, **kwargs)
+
+    dist.scatter = contiguous_scatter
+
+
+def _patch_rng_tracker() -> None:
+    """Megatron's per-rank random states, kept in the CPU generator."""
+    from megatron.core.tensor_parallel import random
+
+    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+    @contextlib.contextmanager
+    def fork(self, name=random._MODEL_PARALLEL_RNG_TRACKER_NAME):
+        if name not in self.states_:
+            raise KeyError(f"random state {name!r} is not added; known: {sorted(self.states_)}")
+        outside = torch.get_rng_state()
+        torch.set_rng_state(self.states_[name])
+        try:
+            yield
+        finally:
+            self.states_[name] = torch.get_rng_state()
+            torch.set_rng_state(outside)
+
+    random.CudaRNGStatesTracker.fork = fork
+
+
+def _patch_moe() -> None:
+    """Two slips of Megatron-Core's MoE code: names that only Transformer Engine's import defines (on GPUs too),
+    and, without CUDA, a helper that leaves a tensor where its callers want numpy."""
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    for name in (
+        "te_general_gemm",
+        "fused_permute",
+        "fused_permute_with_probs",
+        "fused_sort_chunks_by_index",
+        "fused_sort_chunks_by_index_with_probs",
+        "fused_unpermute",
+        "fused_topk_with_score_function",
+        "fused_compute_score_for_moe_aux_loss",
+        "fused_moe_aux_loss",
+    ):
+        if not hasattr(moe_utils, name):
+            setattr(moe_utils, name, None)
+
+    if not has_cuda():
+
+        def maybe_move_tensor_to_cpu(tensor, as_numpy=False, record_stream=False):
+            return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+        token_dispatcher.maybe_move_tensor_to_cpu = moe_utils.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu

@@ -1,0 +1,1 @@
+"""Where the teacher's next-token distributions come from."""

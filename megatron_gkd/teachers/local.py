@@ -1,0 +1,50 @@
+"""A teacher that is a Megatron model of this run, sharded like the student."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+
+import torch
+
+from megatron_gkd.data.microbatch import Microbatch
+from megatron_gkd.models.megatron_model import MegatronModel, hidden_states
+from megatron_gkd.models.offload import OffloadedWeights
+from megatron_gkd.models.vocabulary import lay_out_head
+from megatron_gkd.teachers.base import Hidden
+from megatron_gkd.training.loss import label_rows
+from megatron_gkd.training.schedule import forward_only
+
+
+class LocalTeacher:
+    """Frozen, in eval mode, without DDP, optimizer or autograd graph.
+
+    `head_rows`: rows of the student's head shard (any value on earlier pipeline stages).
+    `offload`: keep the weights in pinned host memory between the calls of `resident()`; the head shard stays on the device, since
+    the student's loss needs it.
+    """
+
+    def __init__(self, model: MegatronModel, *, head_rows: int, offload: bool = False):
+        self.model = model
+        for chunk in model.chunks:
+            chunk.eval().requires_grad_(False)
+        head = model.head_weight
+        self.head_weight = None if head is None else lay_out_head(head.data, head_rows, model.mesh.tp)
+        self._weights: OffloadedWeights | None = None
+        if offload:
+            stays = head if head is not None and head.shape[0] == head_rows else None
+            everything = (parameter for chunk in model.chunks for parameter in chunk.parameters())
+            self._weights = OffloadedWeights(parameter for parameter in everything if parameter is not stays)
+
+    def resident(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._weights is None else self._weights.resident()
+
+    @torch.no_grad()
+    def score(self, microbatches: Sequence[Microbatch]) -> list[Hidden | None]:
+        """Megatron's forward-only pipeline over all microbatches; keeps [N, H_T] rows, those that have a label."""
+
+        def rows(output: torch.Tensor, microbatch: Microbatch) -> Hidden:
+            states = label_rows(output, microbatch, self.model.mesh)
+            return Hidden(states, self.head_weight)
+
+        return forward_only(self.model.chunks, microbatches, hidden_states, rows, self.model.mesh)

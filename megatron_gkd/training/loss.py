@@ -1,0 +1,106 @@
+"""From a microbatch's hidden states to its share of the step's loss.
+
+The loss of a step is a sum over all response tokens of the global batch divided by their number. Each microbatch contributes its plain
+sum; Megatron divides the reduced gradient by the reduced token count (`calculate_per_token_loss`). So neither loss nor gradient
+depends on how the batch is cut.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+
+from megatron_gkd.data.microbatch import Microbatch
+from megatron_gkd.ops.fused_linear import fused_linear_divergence
+from megatron_gkd.runtime.mesh import Mesh
+from megatron_gkd.teachers.base import TeacherSignal
+
+IGNORED_LABEL = -100
+
+SUMS = (
+    "loss",
+    "divergence",
+    "cross_entropy",
+    "teacher_entropy",
+    "student_entropy",
+    "top1_agreement",
+    "tokens",
+    "dataset_tokens",
+)
+"""What `Objective` adds up over tokens, in order; `cross_entropy` over tokens of rows that the student did not generate."""
+
+
+def label_rows(hidden: torch.Tensor, microbatch: Microbatch, mesh: Mesh) -> torch.Tensor:
+    """[1, T(/TP), H] -> [N, H]: the states of the tokens that have a label, on every tensor-parallel rank.
+
+    The gradient that comes back is partial on each rank (each holds a shard of the vocabulary) and is reduced here,
+    once: scattered over the sequence under sequence parallelism, else summed.
+    """
+    rows = hidden.squeeze(0)
+    if mesh.layout.sequence_parallel:
+        rows = gather_from_sequence_parallel_region(rows, group=mesh.tp)
+    else:
+        rows = copy_to_tensor_model_parallel_region(rows, group=mesh.tp)
+    return rows[_has_label(microbatch)]
+
+
+def _has_label(microbatch: Microbatch) -> torch.Tensor:
+    return (microbatch.labels.squeeze(0) != IGNORED_LABEL).nonzero().squeeze(1)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Σ over tokens of divergence + sft_alpha · cross-entropy; plain cross-entropy where there is no teacher."""
+
+    mesh: Mesh
+    vocab_size: int
+    beta: float = 0.5
+    temperature: float = 1.0
+    sft_alpha: float = 0.0
+    chunk_tokens: int = 1024
+
+    def __call__(
+        self,
+        hidden: torch.Tensor,
+        head_weight: torch.Tensor,
+        microbatch: Microbatch,
+        signal: TeacherSignal | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """hidden [1, T(/TP), H_S] -> (sum of losses, number of tokens, sums of `SUMS` as fp64)."""
+        student = label_rows(hidden, microbatch, self.mesh)
+        chosen = _has_label(microbatch)
+        from_dataset = microbatch.from_dataset.squeeze(0)[chosen].float()
+        sft_alpha = 1.0 if signal is None else self.sft_alpha
+        total, token = fused_linear_divergence(
+            student,
+            head_weight,
+            None if signal is None else signal.states,
+            None if signal is None else signal.head_weight,
+            beta=self.beta,
+            temperature=self.temperature,
+            token_weights=torch.ones_like(from_dataset),
+            group=self.mesh.tp,
+            vocab_size=self.vocab_size,
+            labels=microbatch.labels.squeeze(0)[chosen],
+            sft_weights=sft_alpha * from_dataset,
+            chunk_tokens=self.chunk_tokens,
+        )
+        sums = torch.stack(
+            [
+                total.detach().double(),
+                token.divergence.double().sum(),
+                (token.cross_entropy.double() * from_dataset).sum(),
+                token.teacher_entropy.double().sum(),
+                token.student_entropy.double().sum(),
+                token.top1_agreement.double().sum(),
+                torch.tensor(float(len(chosen)), dtype=torch.float64, device=total.device),
+                from_dataset.double().sum(),
+            ]
+        )
+        num_tokens = torch.tensor(len(chosen), dtype=torch.int, device=total.device)
+        return total, num_tokens, sums

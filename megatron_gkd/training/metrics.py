@@ -1,0 +1,68 @@
+"""From the totals of a step to the record that a user reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_gkd.reporting.curves import plot_curves
+from megatron_gkd.reporting.metrics_log import MetricsLog
+from megatron_gkd.reporting.progress import Progress
+from megatron_gkd.runtime import portability
+
+
+def summarize(totals: dict[str, float], *, has_teacher: bool) -> dict[str, float | None]:
+    """Means per response token of `training.loss.SUMS`; entropies in nats; None for what needs a teacher and has none."""
+    tokens = max(totals["tokens"], 1.0)
+    dataset_tokens = totals["dataset_tokens"]
+    return {
+        "loss": totals["loss"] / tokens,
+        "divergence": totals["divergence"] / tokens if has_teacher else None,
+        "sft_loss": totals["cross_entropy"] / dataset_tokens if dataset_tokens else None,
+        "num_tokens": int(totals["tokens"]),
+        "teacher_entropy": totals["teacher_entropy"] / tokens if has_teacher else None,
+        "student_entropy": totals["student_entropy"] / tokens,
+        "top1_agreement": totals["top1_agreement"] / tokens if has_teacher else None,
+    }
+
+
+class Reporter:
+    """Writes metrics.jsonl and TensorBoard and shows progress, on the main rank; silent on the others."""
+
+    def __init__(self, output_dir: Path, *, train_iters: int, log_interval: int, tensorboard: bool, is_main: bool):
+        self.output_dir, self.is_main = output_dir, is_main
+        self.log = MetricsLog(output_dir, tensorboard=tensorboard) if is_main else None
+        self.progress = Progress(train_iters, enabled=is_main, log_interval=log_interval)
+
+    def __enter__(self) -> Reporter:
+        self.progress.__enter__()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.progress.__exit__(*exception)
+        if self.log is not None:
+            self.log.close()
+
+    def step(self, record: dict) -> None:
+        record = {
+            **record,
+            "tokens_per_second": record["num_tokens"] / record["step_time_s"],
+            "peak_memory_bytes": portability.peak_memory_bytes(),
+        }
+        if self.log is not None:
+            self.log.write(record)
+        self.progress.update(record["step"], record)
+
+    def validation(self, record: dict) -> None:
+        if self.log is not None:
+            self.log.write({"split": "validation", **record})
+        shown = ", ".join(f"{name} {record[name]:.4f}" for name in ("loss", "divergence") if record[name] is not None)
+        self.message(f"step {record['step']}: validation {shown}")
+
+    def message(self, text: str) -> None:
+        self.progress.message(text)
+
+    def plot(self) -> Path | None:
+        """The curves of the run as one PNG."""
+        if not self.is_main:
+            return None
+        return plot_curves(self.output_dir / "metrics.jsonl", self.output_dir / "curves.png")

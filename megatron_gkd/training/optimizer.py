@@ -1,0 +1,49 @@
+"""Megatron's optimizer and learning-rate schedule, from the recipe."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import nn
+
+
+def build_optimizer(chunks: list[nn.Module], train, *, dtype: torch.dtype, distributed: bool) -> MegatronOptimizer:
+    """AdamW over the DDP-wrapped `chunks`; `train` is the recipe's section. fp32 master weights where `dtype` is bf16."""
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=train.lr,
+        min_lr=train.min_lr,
+        weight_decay=train.weight_decay,
+        adam_beta1=train.adam_beta1,
+        adam_beta2=train.adam_beta2,
+        adam_eps=train.adam_eps,
+        clip_grad=train.clip_grad,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=distributed,
+    )
+    return get_megatron_optimizer(config, chunks, use_gloo_process_groups=False)
+
+
+def build_scheduler(optimizer: MegatronOptimizer, train, train_iters: int) -> OptimizerParamScheduler:
+    """Linear warm-up to `lr`, then `lr_decay_style` down to `min_lr` at `train_iters`; counted in steps."""
+    if train.lr_warmup_fraction is not None:
+        warmup = int(train.lr_warmup_fraction * train_iters)
+    else:
+        warmup = train.lr_warmup_iters
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=train.lr,
+        min_lr=train.min_lr,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=max(train_iters, warmup + 1),
+        lr_decay_style=train.lr_decay_style,
+        start_wd=train.weight_decay,
+        end_wd=train.weight_decay,
+        wd_incr_steps=train_iters,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=False,
+    )

@@ -1,0 +1,26 @@
+"""Random rows with known lengths, as the training loop's data set."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from megatron_gkd.data.sample import Sample
+
+
+class RandomRows:
+    """`count` rows of 5 to `longest` tokens below `vocab_size`; the first third of each is a prompt without labels."""
+
+    def __init__(self, count: int = 8, longest: int = 24, vocab_size: int = 64, seed: int = 0):
+        generator = np.random.default_rng(seed)
+        self.lengths = generator.integers(5, longest + 1, count)
+        self.rows = [generator.integers(4, vocab_size, length).astype(np.int64) for length in self.lengths]
+        self.sizes = [count]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        tokens = self.rows[index]
+        labels = np.append(tokens[1:], -100)
+        labels[: len(tokens) // 3] = -100
+        return Sample(input_ids=tokens, labels=labels, source="dataset", row_id=index)
