@@ -25,9 +25,8 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, world_size: int, re
     """
     tree = _read(Path(path))
     problems, doubtful = apply_overrides(tree, overrides)
-    for found, leaves in (_drop_unknown(tree), _drop_invalid(tree, doubtful)):
-        problems += found
-        doubtful |= leaves
+    problems += _drop_unknown(tree, doubtful)
+    problems += _drop_invalid(tree, doubtful)
     recipe = Recipe.model_validate(tree)
     problems += checks.run(recipe, world_size=world_size, require_paths=require_paths, doubtful=doubtful)
     if problems:
@@ -47,15 +46,14 @@ def _read(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _drop_unknown(tree: dict[str, Any]) -> tuple[list[str], set[str]]:
-    """Take unknown sections and keys out of `tree`, and add the sections that are left out."""
+def _drop_unknown(tree: dict[str, Any], doubtful: set[str]) -> list[str]:
+    """Take unknown sections and keys out of `tree`, add missing sections; the leaves that were meant become doubtful."""
     problems: list[str] = []
-    meant_leaves: set[str] = set()
 
     def report(section: str | None, name: str) -> None:
         text, meant = keys.unknown(section, str(name))
         problems.append(text)
-        meant_leaves.update({meant} if meant else ())
+        doubtful.update({meant} if meant else ())
 
     for name in [name for name in tree if name not in keys.SECTIONS]:
         report(None, name)
@@ -64,22 +62,22 @@ def _drop_unknown(tree: dict[str, Any]) -> tuple[list[str], set[str]]:
         content = tree.get(section)
         if content is not None and not isinstance(content, dict):
             problems.append(f"{section} = {_shown(content)}: must be a mapping with the keys {', '.join(leaves)}")
-            meant_leaves.update(leaves)
+            doubtful.update(leaves)
         tree[section] = content if isinstance(content, dict) else {}
         for name in [name for name in tree[section] if name not in leaves]:
             report(section, name)
             del tree[section][name]
-    return problems, meant_leaves
+    return problems
 
 
-def _drop_invalid(tree: dict[str, Any], doubtful: set[str]) -> tuple[list[str], set[str]]:
-    """Replace what the schema refuses by defaults. Leaves in `doubtful` have been reported, and may be missing."""
+def _drop_invalid(tree: dict[str, Any], doubtful: set[str]) -> list[str]:
+    """Replace what the schema refuses by defaults, and add it to `doubtful`, whose leaves may be missing."""
     try:
         Recipe.model_validate(tree)
     except ValidationError as invalid:
         errors = invalid.errors()
     else:
-        return [], set()
+        return []
     problems: list[str] = []
     leaves: set[str] = set()
     for error in errors:
@@ -99,7 +97,8 @@ def _drop_invalid(tree: dict[str, Any], doubtful: set[str]) -> tuple[list[str], 
             section.pop(leaf)
             if keys.field_of(leaf).is_required():
                 section[leaf] = _STAND_IN
-    return problems, leaves
+    doubtful |= leaves
+    return problems
 
 
 def _shown(value: Any) -> str:

@@ -57,7 +57,9 @@ def apply_overrides(tree: dict[str, Any], arguments: Sequence[str]) -> tuple[lis
             problems.append(f"--{leaf}: {error}")
             concerned.add(leaf)
             continue
-        home = tree.setdefault(keys.SECTION_OF[leaf], {})
-        if isinstance(home, dict):  # a section of another type is a problem of the file, and reported there
-            home[leaf] = value
+        section_name = keys.SECTION_OF[leaf]
+        if tree.get(section_name) is None:  # left out, or left empty
+            tree[section_name] = {}
+        if isinstance(tree[section_name], dict):  # another type is a problem of the file, and reported there
+            tree[section_name][leaf] = value
     return problems, concerned

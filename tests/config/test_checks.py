@@ -1,0 +1,130 @@
+"""Each cross-check: a recipe that it refuses, with the line it says, and one beside it that it lets pass."""
+
+import os
+
+import pytest
+from recipe_workspace import MIXTURE
+
+PRODUCT = "parallel.tensor_model_parallel_size x pipeline_model_parallel_size x context_parallel_size"
+EXPERTS = "parallel.expert_tensor_parallel_size x expert_model_parallel_size x pipeline_model_parallel_size"
+
+
+def flags(text: str) -> list[str]:
+    return text.split()
+
+
+@pytest.mark.parametrize(
+    ("world_size", "arguments", "problem"),
+    [
+        (1, "", f"{PRODUCT} = 2 x 1 x 1 = 2: must divide the number of processes (1)"),
+        (6, "--pipeline_model_parallel_size 2", f"{PRODUCT} = 2 x 2 x 1 = 4: must divide the number of processes (6)"),
+        (2, "--global_batch_size 7 --micro_batch_size 2", "train.global_batch_size = 7: must be a multiple of "
+         "micro_batch_size x data-parallel size = 2 x 1 = 2"),
+        (8, "--global_batch_size 6", "train.global_batch_size = 6: must be a multiple of "
+         "micro_batch_size x data-parallel size = 1 x 4 = 4"),
+        (2, "--virtual_pipeline_model_parallel_size 2", "parallel.virtual_pipeline_model_parallel_size = 2: needs "
+         "pipeline_model_parallel_size > 1"),
+        (2, "--virtual_pipeline_model_parallel_size 1", "parallel.virtual_pipeline_model_parallel_size = 1: must be "
+         "an integer >= 2, or null"),
+        (8, "--pipeline_model_parallel_size 4 --virtual_pipeline_model_parallel_size 2 --global_batch_size 6",
+         "train.global_batch_size = 6: makes 6 microbatches on each data-parallel rank; virtual pipeline stages need a "
+         "multiple of pipeline_model_parallel_size (4)"),
+        (2, "--packing --micro_batch_size 2",
+         "train.micro_batch_size = 2: must be 1 with data.packing, where max_length "
+         "decides how many rows a microbatch holds"),
+        (2, "--recompute_granularity full --recompute_method uniform",
+         "parallel.recompute_num_layers = null: must be set with recompute_granularity full"),
+        (2, "--recompute_granularity full --recompute_num_layers 1", "parallel.recompute_method = null: must be set "
+         "with recompute_granularity full"),
+        (2, "--recompute_granularity selective --recompute_num_layers 1",
+         "parallel.recompute_num_layers = 1: only with recompute_granularity full"),
+        (2, "--overlap_param_gather", "parallel.overlap_param_gather = true: needs overlap_grad_reduce"),
+        (2, "--overlap_param_gather --overlap_grad_reduce --distributed_optimizer false",
+         "parallel.overlap_param_gather = true: needs distributed_optimizer"),
+        (2, "--train_iters null",
+         "train.train_iters, train.num_train_epochs = null: exactly one of the two must be set"),
+        (2, "--num_train_epochs 1",
+         "train.train_iters, train.num_train_epochs = both set: exactly one of the two must be set"),
+        (2, "--min_lr 1", "train.min_lr = 1.0: must be <= lr (0.0001)"),
+        (2, "--lr_warmup_iters 20", "train.lr_warmup_iters = 20: must be < train_iters (20)"),
+        (2, "--lr_warmup_iters 2 --lr_warmup_fraction 0.1", "train.lr_warmup_fraction = 0.1: must be null beside "
+         "lr_warmup_iters (2)"),
+        (2, "--eval_interval 5 --val_dataset []", "train.eval_interval = 5: needs data.val_dataset"),
+        (2, "--lmbda 0.5", "distill.lmbda = 0.5: on-policy sampling is not available yet; lmbda must be 0"),
+        (2, "--lmbda 1.5", "distill.lmbda = 1.5: must be a number in [0, 1]"),
+        (2, "--beta 1.5", "distill.beta = 1.5: must be a number in [0, 1]"),
+        (2, "--temperature 0", "distill.temperature = 0: must be a number > 0"),
+        (2, "--teacher_model null", "teacher.teacher_model = null: must name a model where teacher.kind = local"),
+    ],
+)  # fmt: skip
+def test_refused(workspace, world_size, arguments, problem):
+    assert workspace.problems(*flags(arguments), world_size=world_size) == [problem]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "arguments"),
+    [
+        (8, "--pipeline_model_parallel_size 2 --context_parallel_size 2"),
+        (8, "--pipeline_model_parallel_size 4 --virtual_pipeline_model_parallel_size 2 --global_batch_size 8"),
+        (1, "--tensor_model_parallel_size 1 --sequence_parallel true"),
+        (2, "--packing"),
+        (2, "--recompute_granularity full --recompute_num_layers 1 --recompute_method block"),
+        (2, "--recompute_granularity selective"),
+        (2, "--overlap_param_gather --overlap_grad_reduce"),
+        (2, "--train_iters null --num_train_epochs 0.5"),
+        (2, "--lr_warmup_iters 19"),
+        (2, "--lr_warmup_fraction 0.1 --min_lr 0.0001"),
+        (2, "--eval_interval 5 --eval_iters 2"),
+        (2, "--kind none --teacher_model null"),
+        (2, "--kind none --teacher_model ./missing"),
+    ],
+)
+def test_accepted(workspace, world_size, arguments):
+    assert workspace.problems(*flags(arguments), world_size=world_size) == []
+
+
+def test_the_expert_layout_must_divide_the_processes(workspace):
+    workspace.model("teacher", {**MIXTURE, "num_local_experts": 12})
+    workspace.model("student", MIXTURE)
+    arguments = flags("--pipeline_model_parallel_size 2 --expert_model_parallel_size 4 --global_batch_size 6")
+    assert workspace.problems(*arguments, world_size=12) == [
+        f"{EXPERTS} = 1 x 4 x 2 = 8: must divide the number of processes (12)"
+    ]
+    assert workspace.problems(*arguments, "--global_batch_size", "8", world_size=16) == []
+
+
+def test_missing_files(workspace):
+    (workspace.folder / "plugin.txt").write_text("")
+    arguments = flags(
+        "--val_dataset a.jsonl b.jsonl --external_plugins no.py plugin.txt --teacher_model ./no --model no"
+    )
+    assert workspace.problems(*arguments) == [
+        "data.val_dataset = a.jsonl: must be a file or folder that exists",
+        "data.val_dataset = b.jsonl: must be a file or folder that exists",
+        "data.external_plugins = no.py: must be a .py file that exists",
+        "data.external_plugins = plugin.txt: must be a .py file that exists",
+        "student.model = no: must be a Hugging Face folder that exists, or a hub id (org/name)",
+        "teacher.teacher_model = ./no: must be a Hugging Face folder that exists, or a hub id (org/name)",
+    ]
+    assert workspace.problems(*arguments, require_paths=False) == []
+
+
+def test_output_dir_is_a_file_or_below_one(workspace):
+    for value in ("train.jsonl", "train.jsonl/run"):
+        (problem,) = workspace.problems("--output_dir", value)
+        assert problem.startswith(f"output.output_dir = {value}: ")
+        assert problem.endswith("train.jsonl is a file; must be a folder, or one that can be made")
+
+
+def test_output_dir_is_not_writable(workspace, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    (problem,) = workspace.problems()
+    assert problem.endswith("is not writable; must be a folder that is, or one that can be made")
+
+
+def test_a_check_is_left_out_where_its_key_is_wrong_in_itself(workspace):
+    """min_lr <= lr can't be judged without an lr, but missing files still can."""
+    assert workspace.problems("--min_lr", "1", "--lr", "fast", "--val_dataset", "none.jsonl") == [
+        "train.lr = fast: must be a number > 0",
+        "data.val_dataset = none.jsonl: must be a file or folder that exists",
+    ]
