@@ -2,4 +2,4 @@
 
 
 class UserError(Exception):
-    """Bad input: a wrong recipe, data row or checkpoint. The command line prints it as it stands, without a traceback."""
+    """Bad input: a wrong recipe, data row or checkpoint. The command line prints it as it is, without a traceback."""

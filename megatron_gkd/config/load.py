@@ -47,7 +47,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _drop_unknown(tree: dict[str, Any], doubtful: set[str]) -> list[str]:
-    """Take unknown sections and keys out of `tree`, add missing sections; the leaves that were meant become doubtful."""
+    """Take unknown sections and keys out of `tree`, add missing sections; the leaves meant become doubtful."""
     problems: list[str] = []
 
     def report(section: str | None, name: str) -> None:

@@ -133,7 +133,7 @@ class DataSection(Section):
     dataloader_num_workers: int = Field(0, ge=0, description="processes that prepare microbatches ahead of the step")
     preprocessing_num_workers: int = Field(1, ge=1, description="processes that tokenise the rows")
     dataset_cache_dir: PathText | None = Field(
-        None, description="folder of the tokenised rows; null: in Hugging Face's datasets cache"
+        None, description="folder of the tokenised rows; null: ~/.cache/megatron_gkd/datasets"
     )
 
 

@@ -60,6 +60,8 @@ def _draw(axes: Any, key: str, splits: dict[str, list[dict[str, Any]]]) -> None:
     axes.set_title(_PANELS[key], fontsize=10)
     axes.set_xlabel("step", fontsize=9)
     axes.tick_params(labelsize=8)
+    axes.ticklabel_format(axis="y", scilimits=(-3, 5))
+    axes.yaxis.get_offset_text().set_fontsize(8)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     if len(drawn) > 1:
