@@ -1,0 +1,35 @@
+"""Which positions of a microbatch a context-parallel rank holds."""
+
+from __future__ import annotations
+
+from torch import Tensor, arange, cat, int64
+
+
+def context_parallel_indices(cu_seqlens: Tensor, rank: int, size: int) -> Tensor:
+    """Positions, in the whole microbatch, of the tokens of a context-parallel rank: int64 [T / size].
+
+    Zigzag by sequence, as Megatron-Core and Transformer Engine lay out packed sequences: each is cut in 2 * size
+    chunks, of which rank r holds chunks r and 2 * size - 1 - r, so that causal attention costs every rank the same. The
+    sequences stay in their order.
+
+    Args:
+        cu_seqlens: int [S + 1], boundaries of the padded sequences of the whole microbatch.
+        rank: context-parallel rank.
+        size: number of context-parallel ranks.
+
+    Raises:
+        ValueError: the length of a sequence is not a multiple of 2 * size (unless size is 1).
+    """
+    boundaries = cu_seqlens.tolist()
+    device = cu_seqlens.device
+    if size == 1:
+        return arange(boundaries[-1], dtype=int64, device=device)
+    pieces = []
+    for start, end in zip(boundaries[:-1], boundaries[1:], strict=True):
+        chunk, rest = divmod(end - start, 2 * size)
+        if rest:
+            raise ValueError(f"a sequence of {end - start} tokens cannot be cut in {2 * size} equal chunks")
+        for index in (rank, 2 * size - 1 - rank):
+            first = start + index * chunk
+            pieces.append(arange(first, first + chunk, dtype=int64, device=device))
+    return cat(pieces)

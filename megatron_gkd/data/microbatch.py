@@ -1,0 +1,102 @@
+"""Several samples in one row of tokens, without padding between what attention may see ("thd" layout)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_gkd.data.context_parallel import context_parallel_indices
+from megatron_gkd.data.sample import FROM_STUDENT, IGNORE, Sample
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """Concatenated sequences, each padded at its end; attention is causal inside each and blind between them.
+
+    Attributes:
+        input_ids: int64 [1, T], the tokens of this context-parallel rank (T is the whole length / number of ranks).
+        labels: int64 [1, T], already shifted; -100 where a position is not trained on.
+        position_ids: int64 [1, T], position inside its own sequence.
+        padding_mask: bool [1, T], true where padding.
+        from_dataset: bool [1, T], true where the token belongs to a row that the student did not generate.
+        cu_seqlens: int32 [S + 1], boundaries of the padded sequences of the whole microbatch, before the
+            context-parallel split.
+        max_seqlen: longest padded sequence of the whole microbatch.
+        num_rows: number of sequences, S.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    padding_mask: Tensor
+    from_dataset: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    num_rows: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Labels on this context-parallel rank that are not -100."""
+        return int((self.labels != IGNORE).sum())
+
+    def to(self, device: torch.device | str) -> Microbatch:
+        return replace(self, **{name: value.to(device) for name, value in vars(self).items() if torch.is_tensor(value)})
+
+
+def collate(samples: Sequence[Sample], *, pad_multiple: int, pad_token_id: int) -> Microbatch:
+    """Concatenates samples, each padded at its end to a multiple of `pad_multiple`, into a whole microbatch.
+
+    Padding has the id `pad_token_id` and the label -100; positions go on through it.
+
+    Raises:
+        ValueError: there is no sample, or one without tokens.
+    """
+    if not samples or any(len(sample.input_ids) == 0 for sample in samples):
+        raise ValueError("a microbatch needs at least one sample, and every sample at least one token")
+    lengths = [len(sample.input_ids) for sample in samples]
+    padded = [padded_length(length, pad_multiple) for length in lengths]
+    starts = np.concatenate(([0], np.cumsum(padded)))
+    input_ids = np.full(starts[-1], pad_token_id, dtype=np.int64)
+    labels = np.full(starts[-1], IGNORE, dtype=np.int64)
+    padding_mask = np.ones(starts[-1], dtype=bool)
+    for sample, start, length in zip(samples, starts, lengths, strict=False):
+        input_ids[start : start + length] = sample.input_ids
+        labels[start : start + length] = sample.labels
+        padding_mask[start : start + length] = False
+    from_dataset = np.repeat([sample.source != FROM_STUDENT for sample in samples], padded)
+    position_ids = np.concatenate([np.arange(length, dtype=np.int64) for length in padded])
+    return Microbatch(
+        input_ids=_row(input_ids),
+        labels=_row(labels),
+        position_ids=_row(position_ids),
+        padding_mask=_row(padding_mask),
+        from_dataset=_row(from_dataset),
+        cu_seqlens=torch.from_numpy(starts.astype(np.int32)),
+        max_seqlen=max(padded),
+        num_rows=len(samples),
+    )
+
+
+def shard_context_parallel(microbatch: Microbatch, rank: int, size: int) -> Microbatch:
+    """The part of a whole microbatch that a context-parallel rank holds; see `context_parallel_indices`.
+
+    `cu_seqlens`, `max_seqlen` and `num_rows` stay those of the whole.
+    """
+    if size == 1:
+        return microbatch
+    indices = context_parallel_indices(microbatch.cu_seqlens, rank, size)
+    by_token = ("input_ids", "labels", "position_ids", "padding_mask", "from_dataset")
+    return replace(microbatch, **{name: getattr(microbatch, name)[:, indices] for name in by_token})
+
+
+def padded_length(length: int, pad_multiple: int) -> int:
+    """The next multiple of `pad_multiple`."""
+    return -(-length // pad_multiple) * pad_multiple
+
+
+def _row(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(values).unsqueeze(0)

@@ -1,0 +1,104 @@
+"""Divides the rows of a global batch over data-parallel ranks and microbatches."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+Bin = list[int]  # positions of rows that share a microbatch
+
+
+def plan_microbatches(
+    lengths: Sequence[int],
+    *,
+    micro_batch_size: int,
+    packing: bool,
+    max_length: int,
+    dp_size: int,
+    multiple_of: int = 1,
+) -> list[list[Bin]]:
+    """Plans the microbatches of one step. Pure and deterministic: every rank computes the same plan.
+
+    Args:
+        lengths: tokens of each row of the global batch, with its padding.
+        micro_batch_size: rows of a microbatch where `packing` is false.
+        packing: put as many whole rows into a microbatch as `max_length` holds, by first-fit decreasing.
+        max_length: tokens of a packed microbatch; a single row may exceed it.
+        dp_size: number of data-parallel ranks.
+        multiple_of: the number of microbatches of a rank is a multiple of this (interleaved pipelines need it).
+
+    Returns:
+        `plan[dp_rank][microbatch]`, a list of positions in `lengths`. Every rank has the same number of microbatches,
+        the largest first, and about as many tokens as the others.
+
+    Raises:
+        ValueError: the number of rows is not a multiple of `dp_size * multiple_of` (times `micro_batch_size` unpacked).
+    """
+    divisor = dp_size * multiple_of * (1 if packing else micro_batch_size)
+    if not lengths or len(lengths) % divisor:
+        raise ValueError(f"{len(lengths)} rows cannot be divided: not a positive multiple of {divisor}")
+    if packing:
+        bins = _split(_first_fit_decreasing(lengths, max_length), lengths, dp_size * multiple_of)
+    else:
+        bins = [list(range(i, i + micro_batch_size)) for i in range(0, len(lengths), micro_batch_size)]
+    return _deal(bins, lengths, dp_size)
+
+
+def _tokens(bin_: Bin, lengths: Sequence[int]) -> int:
+    return sum(lengths[row] for row in bin_)
+
+
+def _longest_first(rows: Sequence[int], lengths: Sequence[int]) -> list[int]:
+    return sorted(rows, key=lambda row: (-lengths[row], row))
+
+
+def _first_fit_decreasing(lengths: Sequence[int], max_length: int) -> list[Bin]:
+    bins: list[Bin] = []
+    space: list[int] = []
+    for row in _longest_first(range(len(lengths)), lengths):
+        for index, free in enumerate(space):
+            if lengths[row] <= free:
+                bins[index].append(row)
+                space[index] -= lengths[row]
+                break
+        else:
+            bins.append([row])
+            space.append(max_length - lengths[row])
+    return bins
+
+
+def _split(bins: list[Bin], lengths: Sequence[int], divisor: int) -> list[Bin]:
+    """Halves the largest bins until their number is a multiple of `divisor`, which must divide the number of rows."""
+    single = [bin_ for bin_ in bins if len(bin_) == 1]
+    heap = [(-_tokens(bin_, lengths), bin_) for bin_ in bins if len(bin_) > 1]
+    heapq.heapify(heap)
+    while (len(single) + len(heap)) % divisor:
+        _, largest = heapq.heappop(heap)
+        for half in _halves(largest, lengths):
+            if len(half) == 1:
+                single.append(half)
+            else:
+                heapq.heappush(heap, (-_tokens(half, lengths), half))
+    return single + [bin_ for _, bin_ in heap]
+
+
+def _halves(bin_: Bin, lengths: Sequence[int]) -> tuple[Bin, Bin]:
+    halves: tuple[Bin, Bin] = ([], [])
+    tokens = [0, 0]
+    for row in _longest_first(bin_, lengths):
+        lighter = 0 if tokens[0] <= tokens[1] and halves[1] or not halves[0] else 1
+        halves[lighter].append(row)
+        tokens[lighter] += lengths[row]
+    return halves
+
+
+def _deal(bins: list[Bin], lengths: Sequence[int], dp_size: int) -> list[list[Bin]]:
+    """Gives the bins, largest first, each to the rank with the fewest tokens among those that may take one more."""
+    each = len(bins) // dp_size
+    plan: list[list[Bin]] = [[] for _ in range(dp_size)]
+    tokens = [0] * dp_size
+    for bin_ in sorted(bins, key=lambda bin_: (-_tokens(bin_, lengths), min(bin_))):
+        rank = min((r for r in range(dp_size) if len(plan[r]) < each), key=lambda r: tokens[r])
+        plan[rank].append(sorted(bin_))
+        tokens[rank] += _tokens(bin_, lengths)
+    return plan

@@ -1,0 +1,36 @@
+"""One tokenised row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+IGNORE = -100  # the label of a position that is not trained on
+FROM_DATASET = "dataset"
+FROM_STUDENT = "student"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Tokens of one sequence and what each position must predict.
+
+    Attributes:
+        input_ids: int64 [L].
+        labels: int64 [L], already shifted: `labels[t]` is `input_ids[t + 1]`, or -100 where position t is not trained
+            on (prompt, last token).
+        source: who wrote the response: "dataset", or "student" for a row that the student generated.
+        row_id: index of the row in its dataset.
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    source: str
+    row_id: int
+
+
+def shift_labels(input_ids: np.ndarray, trained: np.ndarray) -> np.ndarray:
+    """Labels [L] that make position t predict token t + 1 wherever that token is `trained` (bool [L])."""
+    labels = np.full_like(input_ids, IGNORE)
+    labels[:-1] = np.where(trained[1:], input_ids[1:], IGNORE)
+    return labels

@@ -1,0 +1,131 @@
+import numpy as np
+import pytest
+import torch
+
+from megatron_gkd.data.context_parallel import context_parallel_indices
+from megatron_gkd.data.loader import StepLoader, validation_batches
+from megatron_gkd.data.order import SampleOrder
+from megatron_gkd.data.sample import Sample, shift_labels
+
+PAD = 0
+ROWS = 11
+LAYOUT = dict(
+    micro_batch_size=1,
+    packing=False,
+    max_length=32,
+    dp_rank=0,
+    dp_size=1,
+    cp_rank=0,
+    cp_size=1,
+    pad_multiple=4,
+    pad_token_id=PAD,
+)
+
+
+class Rows:
+    """Row i holds the token i + 1, a different number of times for each row; all but the first two are trained on."""
+
+    lengths = np.array([3 + 5 * i % 17 for i in range(ROWS)])
+    num_labels = lengths - 2
+
+    def __len__(self):
+        return ROWS
+
+    def __getitem__(self, row):
+        input_ids = np.full(self.lengths[row], row + 1)
+        return Sample(input_ids, shift_labels(input_ids, np.arange(len(input_ids)) >= 2), "dataset", row)
+
+
+def loader(**options):
+    order = SampleOrder([ROWS], [1.0], 7, shuffle=True)
+    return StepLoader(Rows(), order, **({"global_batch_size": 8, "num_steps": 3} | LAYOUT | options))
+
+
+def tokens_of_step(step, dp_size=1, cp_size=1, **options):
+    """Sorted (token, label, position) of all tokens of a step that are not padding, over all ranks."""
+    found = []
+    for dp_rank in range(dp_size):
+        for cp_rank in range(cp_size):
+            ranks = dict(dp_rank=dp_rank, dp_size=dp_size, cp_rank=cp_rank, cp_size=cp_size)
+            for microbatch in loader(**ranks, **options).step(step):
+                columns = (microbatch.input_ids, microbatch.labels, microbatch.position_ids)
+                rows = torch.stack(columns, dim=-1)[~microbatch.padding_mask]
+                found += [tuple(row) for row in rows.tolist()]
+    return sorted(found)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        dict(micro_batch_size=2),
+        dict(dp_size=2),
+        dict(dp_size=4, micro_batch_size=2),
+        dict(cp_size=2),
+        dict(packing=True),
+        dict(packing=True, dp_size=2, cp_size=2, microbatch_multiple=2),
+        dict(pad_multiple=1),
+    ],
+)
+def test_a_step_trains_on_the_same_tokens_in_every_layout(layout):
+    for step in range(3):
+        assert tokens_of_step(step, **layout) == tokens_of_step(step)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_labels_of_all_ranks_add_up_to_the_number_of_tokens(packing):
+    ranks = [loader(dp_size=2, dp_rank=rank, packing=packing) for rank in range(2)]
+    for step in range(3):
+        total = sum(microbatch.num_tokens for rank in ranks for microbatch in rank.step(step))
+        assert {rank.num_tokens(step) for rank in ranks} == {total}
+
+
+def test_packing_counts_padding_and_makes_fewer_microbatches():
+    packed = loader(packing=True).step(0)
+    assert len(packed) < 8
+    assert all(microbatch.input_ids.shape[1] <= 32 for microbatch in packed)
+    assert sum(microbatch.num_rows for microbatch in packed) == 8
+
+
+def test_context_parallel_ranks_share_microbatches():
+    whole = loader().step(0)
+    for rank in range(2):
+        for share, microbatch in zip(loader(cp_rank=rank, cp_size=2).step(0), whole, strict=True):
+            indices = context_parallel_indices(microbatch.cu_seqlens, rank, 2)
+            assert torch.equal(share.input_ids, microbatch.input_ids[:, indices])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_iterating_gives_the_steps_in_order_and_leaves_the_random_state_alone(num_workers):
+    state = torch.get_rng_state()
+    steps = list(loader(num_workers=num_workers, start_step=1, num_steps=4))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len(steps) == 4
+    for index, microbatches in enumerate(steps, start=1):
+        expected = loader().step(index)
+        assert [m.input_ids.tolist() for m in microbatches] == [m.input_ids.tolist() for m in expected]
+
+
+def test_length_is_the_number_of_steps():
+    assert len(loader(num_steps=5)) == 5
+
+
+class TestValidation:
+    def batches(self, **options):
+        return validation_batches(Rows(), **({"global_batch_size": 8} | LAYOUT | options))
+
+    @pytest.mark.parametrize("packing", [False, True])
+    def test_every_row_counts_once_and_every_rank_has_equal_work(self, packing):
+        ranks = [self.batches(dp_size=2, dp_rank=rank, packing=packing) for rank in range(2)]
+        assert [len(rank) for rank in ranks] == [2, 2]
+        steps = [[list(step) for step in rank] for rank in ranks]
+        for step in range(2):
+            assert len(steps[0][step]) == len(steps[1][step])
+        microbatches = [microbatch for rank in steps for step in rank for microbatch in step]
+        labels = torch.cat([microbatch.labels[microbatch.labels != -100] for microbatch in microbatches])
+        counts = torch.bincount(labels, minlength=ROWS + 1)[1:]
+        assert counts.tolist() == Rows.num_labels.tolist()
+        assert ranks[0].num_tokens(0) + ranks[0].num_tokens(1) == Rows.num_labels.sum()
+
+    def test_fewer_steps_may_be_asked_for(self):
+        assert len(self.batches(num_steps=1)) == 1
+        assert len(self.batches(num_steps=9)) == 2

@@ -1,0 +1,66 @@
+import numpy as np
+import pytest
+import torch
+
+from megatron_gkd.data.context_parallel import context_parallel_indices
+from megatron_gkd.data.microbatch import collate, shard_context_parallel
+from megatron_gkd.data.sample import FROM_DATASET, FROM_STUDENT, Sample
+
+PAD = 99
+
+
+def sample(*input_ids, source=FROM_DATASET):
+    """The second half is trained on."""
+    labels = [*input_ids[1:], -100]
+    labels[: len(input_ids) // 2] = [-100] * (len(input_ids) // 2)
+    return Sample(np.array(input_ids), np.array(labels), source, 0)
+
+
+@pytest.fixture
+def microbatch():
+    return collate([sample(1, 2, 3, 4, 5), sample(6, 7, 8, source=FROM_STUDENT)], pad_multiple=4, pad_token_id=PAD)
+
+
+def test_samples_are_padded_and_concatenated(microbatch):
+    assert microbatch.input_ids.tolist() == [[1, 2, 3, 4, 5, PAD, PAD, PAD, 6, 7, 8, PAD]]
+    assert microbatch.labels.tolist() == [[-100, -100, 4, 5, -100, -100, -100, -100, -100, 8, -100, -100]]
+    assert microbatch.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3]]
+    assert microbatch.padding_mask.tolist() == [[False] * 5 + [True] * 3 + [False] * 3 + [True]]
+    assert microbatch.from_dataset.tolist() == [[True] * 8 + [False] * 4]
+    assert microbatch.cu_seqlens.tolist() == [0, 8, 12]
+    assert (microbatch.max_seqlen, microbatch.num_rows, microbatch.num_tokens) == (8, 2, 3)
+
+
+def test_types(microbatch):
+    assert {microbatch.input_ids.dtype, microbatch.labels.dtype, microbatch.position_ids.dtype} == {torch.int64}
+    assert {microbatch.padding_mask.dtype, microbatch.from_dataset.dtype} == {torch.bool}
+    assert microbatch.cu_seqlens.dtype == torch.int32
+
+
+def test_context_parallel_shares_make_up_the_whole(microbatch):
+    shares = [shard_context_parallel(microbatch, rank, 2) for rank in range(2)]
+    assert shares[0].input_ids.tolist() == [[1, 2, PAD, PAD, 6, PAD]]
+    assert shares[1].labels.tolist() == [[4, 5, -100, -100, 8, -100]]
+    assert sum(share.num_tokens for share in shares) == microbatch.num_tokens
+    for rank, share in enumerate(shares):
+        assert torch.equal(share.cu_seqlens, microbatch.cu_seqlens)
+        assert (share.max_seqlen, share.num_rows) == (microbatch.max_seqlen, microbatch.num_rows)
+        indices = context_parallel_indices(microbatch.cu_seqlens, rank, 2)
+        for name in ("input_ids", "labels", "position_ids", "padding_mask", "from_dataset"):
+            assert torch.equal(getattr(share, name), getattr(microbatch, name)[:, indices])
+
+
+def test_one_context_parallel_rank_holds_the_whole(microbatch):
+    assert shard_context_parallel(microbatch, 0, 1) is microbatch
+
+
+def test_moving_to_a_device_moves_every_tensor(microbatch):
+    moved = microbatch.to("meta")
+    assert {value.device.type for value in vars(moved).values() if torch.is_tensor(value)} == {"meta"}
+    assert moved.num_rows == 2
+
+
+def test_nothing_makes_no_microbatch():
+    for samples in ([], [sample()]):
+        with pytest.raises(ValueError, match="at least one sample, and every sample at least one token"):
+            collate(samples, pad_multiple=1, pad_token_id=PAD)
