@@ -1,0 +1,78 @@
+"""Row preprocessors that a user's own Python file registers by name.
+
+A plugin file holds, for example::
+
+    from megatron_gkd.data import register_preprocessor
+
+    @register_preprocessor("question_answer")
+    def question_answer(row):
+        return {"prompt": row["question"], "response": row["answer"]}
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from megatron_gkd.errors import UserError
+
+Row = dict[str, Any]
+Preprocessor = Callable[[Row], Row | None]
+
+_preprocessors: dict[str, Preprocessor] = {}
+
+
+def register_preprocessor(name: str) -> Callable[[Preprocessor], Preprocessor]:
+    """Decorator: makes a function from row to row known as `name`. Returning None drops the row (it is counted).
+
+    Raises:
+        UserError: another function already has that name.
+    """
+
+    def register(function: Preprocessor) -> Preprocessor:
+        if name in _preprocessors:
+            raise UserError(f"two preprocessors are registered as {name!r}; each name may be used once")
+        _preprocessors[name] = function
+        return function
+
+    return register
+
+
+def find_preprocessor(name: str) -> Preprocessor:
+    """The preprocessor of that name; UserError with the names that exist where there is none."""
+    if name in _preprocessors:
+        return _preprocessors[name]
+    near = get_close_matches(name, _preprocessors, n=1)
+    known = ", ".join(sorted(_preprocessors)) or "none; register one in a file named by external_plugins"
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise UserError(f"preprocessor {name!r} is not registered (registered: {known}){hint}")
+
+
+def load_plugins(paths: Sequence[str]) -> None:
+    """Runs each plugin file once in this process.
+
+    Raises:
+        UserError: a file is missing, or raises while it is run.
+    """
+    for path in paths:
+        resolved = Path(path).resolve()
+        module_name = "megatron_gkd_plugin_" + hashlib.sha256(str(resolved).encode()).hexdigest()[:16]
+        if module_name in sys.modules:
+            continue
+        if not resolved.is_file():
+            raise UserError(f"external_plugins: {path}: no such file")
+        spec = importlib.util.spec_from_file_location(module_name, resolved)
+        if spec is None or spec.loader is None:
+            raise UserError(f"external_plugins: {path}: not a Python file (its name must end in .py)")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module_name] = module
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            del sys.modules[module_name]
+            raise UserError(f"external_plugins: {path}: {type(error).__name__}: {error}") from error

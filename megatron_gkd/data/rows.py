@@ -1,0 +1,109 @@
+"""From a row as the user wrote it to one of two checked forms: a conversation, or a prompt and its response."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class BadRow(Exception):
+    """A row that cannot be trained on: a `reason`, by which rows are counted, and a `detail` for who has to mend it."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages for the chat template. The last one is an assistant's turn; what followed it is cut off."""
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Plain text and its continuation; no chat template is involved."""
+
+    prompt: str
+    response: str
+
+
+def parse_row(row: Any) -> Conversation | Completion:
+    """Checks a row and brings it into one form. Keys whose value is null count as absent.
+
+    Raises:
+        BadRow: with reason "wrong type", "no messages", "no assistant turn" or "empty response".
+    """
+    _require(row, dict, "the row")
+    row = {key: value for key, value in row.items() if value is not None}
+    if "messages" in row:
+        return _conversation(row, _messages(row["messages"], "messages"))
+    if "prompt" not in row:
+        keys = ", ".join(sorted(map(str, row))) or "nothing"
+        raise BadRow("no messages", f"a row needs `messages`, or `prompt` and `response`; this one has {keys}")
+    prompt = _require(row["prompt"], (str, list), "prompt")
+    if "response" not in row:
+        raise BadRow("no assistant turn", "the row has a prompt but no response")
+    response = _require(row["response"], str, "response")
+    if not response.strip():
+        raise BadRow("empty response", "response is empty")
+    if isinstance(prompt, str):
+        return Completion(prompt, response)
+    return _conversation(row, [*_messages(prompt, "prompt"), {"role": "assistant", "content": response}])
+
+
+def _conversation(row: dict[str, Any], messages: list[dict[str, Any]]) -> Conversation:
+    assistant_turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    if not assistant_turns:
+        roles = ", ".join(message["role"] for message in messages) or "no message at all"
+        raise BadRow("no assistant turn", f"the roles are: {roles}")
+    last = assistant_turns[-1]
+    if not (messages[last]["content"].strip() or messages[last].get("tool_calls")):
+        raise BadRow("empty response", f"messages[{last}] (assistant) has neither content nor tool_calls")
+    kwargs = _require(row.get("chat_template_kwargs", {}), dict, "chat_template_kwargs")
+    return Conversation(messages[: last + 1], _tools(row.get("tools")), kwargs)
+
+
+def _messages(messages: Any, name: str) -> list[dict[str, Any]]:
+    return [_message(message, f"{name}[{index}]") for index, message in enumerate(_require(messages, list, name))]
+
+
+def _message(message: Any, name: str) -> dict[str, Any]:
+    _require(message, dict, name)
+    message = {key: value for key, value in message.items() if value is not None}
+    _require(message.get("role"), str, f"{name}.role")
+    if "tool_calls" in message:
+        _require(message["tool_calls"], list, f"{name}.tool_calls")
+        message.setdefault("content", "")
+    _require(message.get("content"), str, f"{name}.content")
+    return message
+
+
+def _tools(tools: Any) -> list[dict[str, Any]] | None:
+    """A list of JSON schemas, or the same as JSON text, which is how tables with unlike schemas are usually stored."""
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError as error:
+            raise BadRow("wrong type", f"tools is text but not JSON: {error}") from error
+    if not tools:
+        return None
+    return [_require(tool, dict, f"tools[{index}]") for index, tool in enumerate(_require(tools, list, "tools"))]
+
+
+_NAMES = {dict: "an object", list: "a list", str: "a string", int: "a number", float: "a number", bool: "true or false"}
+
+
+def _require(value: Any, kind: type | tuple[type, ...], name: str) -> Any:
+    """Returns `value`, or raises BadRow where it is not of that type."""
+    if isinstance(value, kind):
+        return value
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    wanted = " or ".join(_NAMES[kind] for kind in kinds)
+    found = "missing" if value is None else _NAMES.get(type(value), type(value).__name__)
+    raise BadRow("wrong type", f"{name} must be {wanted}, but is {found}")

@@ -1,0 +1,140 @@
+"""Renders rows with the student's chat template and finds the tokens that it is to be trained on.
+
+A chat template is a program: it may rewrite earlier turns when later ones exist (Qwen3 removes their <think> blocks),
+so a conversation is rendered once, whole, and the assistant's turns are looked for in that text:
+
+- a turn starts where the generation prompt of the messages before it ends; or, where those render differently on their
+  own, at its own header ("<|im_start|>assistant\\n"), counted over the whole text;
+- it ends with the end-of-turn marker ("<|im_end|>"), which is trained on; the white space after it is not.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from megatron_gkd.data.rows import BadRow, Completion, Conversation
+from megatron_gkd.data.sample import shift_labels
+
+Span = tuple[int, int]  # start and end in characters
+
+_OPEN_THINKING = re.compile(r"<think>\s*(</think>\s*)?$")  # some templates end the generation prompt with it
+_PROBE = "probe-of-the-chat-template"
+
+
+@dataclass(frozen=True)
+class Markers:
+    """What surrounds an assistant's turn: `header` before it and `end_of_turn` after it (either may be empty)."""
+
+    header: str
+    end_of_turn: str
+
+
+@dataclass
+class RowRenderer:
+    """Turns checked rows into token ids and shifted labels, both int64 [L].
+
+    Attributes:
+        tokenizer: the student's fast tokenizer.
+        loss_on: "last": only the last assistant turn is trained on; "all": every one.
+        template_kwargs: arguments of the chat template; those of a row win over them.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    loss_on: Literal["last", "all"] = "last"
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, row: Conversation | Completion) -> tuple[np.ndarray, np.ndarray]:
+        """Raises BadRow ("chat template", "not Unicode"): the row cannot be rendered, or its turns cannot be found."""
+        return self._completion(row) if isinstance(row, Completion) else self._conversation(row)
+
+    def _completion(self, row: Completion) -> tuple[np.ndarray, np.ndarray]:
+        prompt = self._bos + self._encode(row.prompt)["input_ids"]
+        response = self._encode(row.response)["input_ids"]
+        if self.tokenizer.eos_token_id is not None:
+            response = response + [self.tokenizer.eos_token_id]
+        input_ids = np.array(prompt + response, dtype=np.int64)
+        return input_ids, shift_labels(input_ids, np.arange(len(input_ids)) >= len(prompt))
+
+    def _conversation(self, row: Conversation) -> tuple[np.ndarray, np.ndarray]:
+        text = self._render(row, len(row.messages))
+        turns = [index for index, message in enumerate(row.messages) if message["role"] == "assistant"]
+        wanted = turns if self.loss_on == "all" else turns[-1:]
+        spans = [self._span(row, text, turn, turns) for turn in wanted]
+        text = text[: spans[-1][1]]
+        encoding = self._encode(text, return_offsets_mapping=True)
+        input_ids = np.array(encoding["input_ids"], dtype=np.int64)
+        starts = np.array(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2)[:, 0]
+        trained = np.zeros(len(input_ids), dtype=bool)
+        for start, end in spans:
+            trained |= (starts >= start) & (starts < end)
+        return input_ids, shift_labels(input_ids, trained)
+
+    def _span(self, row: Conversation, text: str, turn: int, turns: list[int]) -> Span:
+        """Where the assistant's turn `row.messages[turn]`, with its end-of-turn marker, stands in the `text`."""
+        start = self._start(row, text, turn, turns)
+        marker = self._markers.end_of_turn
+        until_here = text if turn == turns[-1] else self._render(row, turn + 1)
+        if text.startswith(until_here):
+            found = text.rfind(marker, start, len(until_here)) if marker else -1
+            return start, len(until_here) if found < 0 else found + len(marker)
+        found = text.find(marker, start) if marker else -1
+        if found < 0:
+            raise BadRow("chat template", f"the end of messages[{turn}] cannot be found in the rendered text")
+        return start, found + len(marker)
+
+    def _start(self, row: Conversation, text: str, turn: int, turns: list[int]) -> int:
+        prompt = self._render(row, turn, add_generation_prompt=True)
+        if text.startswith(prompt):
+            return len(prompt)
+        header = self._markers.header
+        ends = [match.end() for match in re.finditer(re.escape(header), text)] if header else []
+        if len(ends) != len(turns):
+            raise BadRow("chat template", f"the start of messages[{turn}] cannot be found in the rendered text")
+        return ends[turns.index(turn)]
+
+    def _render(self, row: Conversation, count: int, *, add_generation_prompt: bool = False) -> str:
+        """The text of the first `count` messages."""
+        if count == 0:
+            raise BadRow("chat template", "messages[0] is the assistant's: nothing stands before it to answer")
+        if self.tokenizer.chat_template is None:
+            raise BadRow("chat template", "the tokenizer has none; write rows as `prompt` and `response` text")
+        kwargs = {**self.template_kwargs, **row.template_kwargs}
+        try:
+            return self.tokenizer.apply_chat_template(
+                row.messages[:count],
+                tools=row.tools,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **kwargs,
+            )
+        except Exception as error:  # a template is code that comes with the model, and raises what it likes
+            raise BadRow("chat template", f"it refuses the row: {type(error).__name__}: {error}") from error
+
+    @cached_property
+    def _markers(self) -> Markers:
+        """Read off the shortest conversation there is."""
+        probe = Conversation([{"role": "user", "content": _PROBE}, {"role": "assistant", "content": _PROBE}])
+        before = self._render(probe, 1)
+        prompt = self._render(probe, 1, add_generation_prompt=True)
+        header = _OPEN_THINKING.sub("", prompt.removeprefix(before)) if prompt.startswith(before) else ""
+        tail = self._render(probe, 2).rpartition(_PROBE)[2]
+        return Markers(header, tail.rstrip())
+
+    @cached_property
+    def _bos(self) -> list[int]:
+        """The beginning-of-sequence token, where this tokenizer puts one before plain text."""
+        bos = self.tokenizer.bos_token_id
+        return [bos] if bos is not None and self.tokenizer("", verbose=False)["input_ids"][:1] == [bos] else []
+
+    def _encode(self, text: str, **kwargs: Any) -> Any:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # JSON can hold half a surrogate pair; a tokenizer cannot read it
+            raise BadRow("not Unicode", f"the text holds {text[error.start]!r}, half of a surrogate pair") from error
+        return self.tokenizer(text, add_special_tokens=False, verbose=False, **kwargs)

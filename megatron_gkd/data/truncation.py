@@ -1,0 +1,39 @@
+"""What happens to a row that is longer than `max_length`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+from megatron_gkd.data.sample import IGNORE
+
+TruncationStrategy = Literal["delete", "left", "right"]
+
+
+def truncate(
+    input_ids: np.ndarray, labels: np.ndarray, max_length: int, strategy: TruncationStrategy
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Cuts a row (ids and shifted labels, both int64 [L]) to at most `max_length` tokens.
+
+    `delete` returns None for a row that is too long. `right` cuts its end. `left` cuts what comes before the last
+    response, all but the token that predicts the response's first one, and then, where that is not enough, the
+    response's end. The result may have no label left; the caller decides what becomes of such a row.
+    """
+    excess = len(input_ids) - max_length
+    if excess <= 0:
+        return input_ids, labels
+    if strategy == "delete":
+        return None
+    start = min(excess, _start_of_last_response(labels)) if strategy == "left" else 0
+    kept = slice(start, start + max_length)
+    input_ids, labels = input_ids[kept], labels[kept].copy()
+    labels[-1] = IGNORE  # the token that it would predict is gone, or was never there
+    return input_ids, labels
+
+
+def _start_of_last_response(labels: np.ndarray) -> int:
+    """Position of the token that predicts the first token of the last run of trained tokens; 0 where there is none."""
+    trained = labels != IGNORE
+    starts = np.flatnonzero(trained & ~np.concatenate(([False], trained[:-1])))
+    return int(starts[-1]) if len(starts) else 0
