@@ -1,0 +1,50 @@
+"""How many rows were read, used and dropped, and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+TOO_LONG = "longer than max_length"
+NOTHING_TO_LEARN = "no response token left"
+PREPROCESSOR = "dropped by the preprocessor"
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """Counts of one data source, or of several together.
+
+    Attributes:
+        rows_read: rows in the files; blank lines are not rows.
+        rows_used: rows that became samples.
+        dropped: number of dropped rows by reason.
+        first_bad_row: place and reason of the first row that is wrong in itself, if there is one.
+    """
+
+    rows_read: int
+    rows_used: int
+    dropped: dict[str, int] = field(default_factory=dict)
+    first_bad_row: str | None = None
+
+    @staticmethod
+    def merge(reports: Iterable[DataReport]) -> DataReport:
+        reports = list(reports)
+        dropped: Counter[str] = Counter()
+        for report in reports:
+            dropped.update(report.dropped)
+        return DataReport(
+            rows_read=sum(report.rows_read for report in reports),
+            rows_used=sum(report.rows_used for report in reports),
+            dropped=dict(dropped),
+            first_bad_row=next((report.first_bad_row for report in reports if report.first_bad_row), None),
+        )
+
+    def summary(self) -> str:
+        """One line: `8 of 10 rows used; dropped: 2 not JSON (first bad row: a.jsonl, line 3: not JSON: ...)`."""
+        line = f"{self.rows_used} of {self.rows_read} rows used"
+        if self.dropped:
+            line += "; dropped: " + ", ".join(f"{count} {reason}" for reason, count in sorted(self.dropped.items()))
+        if self.first_bad_row:
+            line += f" (first bad row: {self.first_bad_row})"
+        return line

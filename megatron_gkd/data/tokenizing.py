@@ -1,0 +1,108 @@
+"""The function that `datasets` maps over a source in parallel: raw rows in, token ids, labels and verdicts out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import datasets
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from megatron_gkd.data.plugins import Preprocessor, find_preprocessor, load_plugins
+from megatron_gkd.data.report import NOTHING_TO_LEARN, PREPROCESSOR, TOO_LONG
+from megatron_gkd.data.rows import BadRow, parse_row
+from megatron_gkd.data.sample import IGNORE
+from megatron_gkd.data.sources import TEXT, decode_json, drop_nulls
+from megatron_gkd.data.template import RowRenderer
+from megatron_gkd.data.truncation import TruncationStrategy, truncate
+
+BLANK = "blank line"
+
+FEATURES = datasets.Features(
+    {
+        "input_ids": datasets.List(datasets.Value("int32")),
+        "labels": datasets.List(datasets.Value("int32")),
+        "length": datasets.Value("int32"),
+        "num_labels": datasets.Value("int32"),  # labels that are not -100
+        "dropped": datasets.Value("string"),  # why the row is not used; empty for one that is
+        "error": datasets.Value("string"),  # what is wrong with the row; empty unless it is a bad row
+    }
+)
+
+
+@dataclass
+class RowTokenizer:
+    """Tokenises batches of rows. It is pickled into the worker processes, where it loads the plugins itself."""
+
+    tokenizer: PreTrainedTokenizerBase
+    is_json: bool
+    max_length: int
+    truncation_strategy: TruncationStrategy
+    loss_on: str
+    preprocessor: str | None = None
+    external_plugins: Sequence[str] = ()
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        """Columns of `FEATURES` for the columns of a source, one row for each."""
+        columns = list(batch)
+        rows = [self._row(dict(zip(columns, values, strict=True))) for values in zip(*batch.values(), strict=True)]
+        return {name: [row[name] for row in rows] for name in FEATURES}
+
+    def _row(self, raw: dict[str, Any]) -> dict[str, Any]:
+        if self.is_json and not raw[TEXT].strip():
+            return _record(dropped=BLANK)
+        try:
+            row = self._preprocess(decode_json(raw[TEXT]) if self.is_json else drop_nulls(raw))
+            if row is None:
+                return _record(dropped=PREPROCESSOR)
+            input_ids, labels = self._render(parse_row(row))
+        except BadRow as bad:
+            return _record(dropped=bad.reason, error=str(bad))
+        cut = truncate(input_ids, labels, self.max_length, self.truncation_strategy)
+        if cut is None:
+            return _record(dropped=TOO_LONG)
+        if (cut[1] == IGNORE).all():
+            return _record(dropped=NOTHING_TO_LEARN)
+        return _record(*cut)
+
+    def _preprocess(self, row: Any) -> Any:
+        if self._preprocessor is None:
+            return row
+        try:
+            return self._preprocessor(row)
+        except Exception as error:  # a user's own code
+            message = f"{self.preprocessor!r} raised {type(error).__name__}: {error}"
+            raise BadRow("preprocessor failed", message) from error
+
+    @cached_property
+    def _preprocessor(self) -> Preprocessor | None:
+        load_plugins(self.external_plugins)
+        return find_preprocessor(self.preprocessor) if self.preprocessor else None
+
+    @cached_property
+    def _render(self) -> RowRenderer:
+        return RowRenderer(self.tokenizer, self.loss_on, self.template_kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is cached: a plugin's function cannot be pickled, and a worker makes its own."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_preprocessor", "_render")}
+
+
+def _record(
+    input_ids: np.ndarray | None = None, labels: np.ndarray | None = None, dropped: str = "", error: str = ""
+) -> dict[str, Any]:
+    empty = np.zeros(0, dtype=np.int64)
+    input_ids = empty if input_ids is None else input_ids
+    labels = empty if labels is None else labels
+    return {
+        "input_ids": input_ids,
+        "labels": labels,
+        "length": len(input_ids),
+        "num_labels": int((labels != IGNORE).sum()),
+        "dropped": dropped,
+        "error": error,
+    }

@@ -1,0 +1,273 @@
+import multiprocessing
+import os
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+
+from megatron_gkd.data.dataset import build_dataset
+from megatron_gkd.data.report import DataReport
+from megatron_gkd.data.sample import IGNORE
+from megatron_gkd.errors import UserError
+
+
+def build(section, tokenizer, split="train"):
+    return build_dataset(section, split, tokenizer, main_process=True, barrier=lambda: None)
+
+
+@pytest.fixture
+def texts(tokenizer):
+    """The text of every sample of a dataset."""
+    return lambda dataset: [tokenizer.decode(dataset[index].input_ids) for index in range(len(dataset))]
+
+
+class TestSamples:
+    def test_rows_become_samples(self, section, write_jsonl, chat, tokenizer, trained_text):
+        tool_row = chat("add?", "yes", tools=[{"name": "add", "parameters": {"a": 1}}])
+        other_tools = chat("sub?", "no", tools=[{"name": "sub", "parameters": [1, "b"]}])
+        rows = [chat("q", "a"), tool_row, "", other_tools, {"prompt": "the question ", "response": "answer"}]
+        dataset, report = build(section(write_jsonl(rows)), tokenizer)
+        assert report == DataReport(rows_read=4, rows_used=4)
+        assert [trained_text(tokenizer, dataset[index].labels) for index in range(4)] == [
+            "a<|im_end|>",
+            "yes<|im_end|>",
+            "no<|im_end|>",
+            "answer<|im_end|>",
+        ]
+        for index in range(4):
+            sample = dataset[index]
+            assert sample.input_ids.dtype == sample.labels.dtype == np.int64
+            assert (sample.source, sample.row_id) == ("dataset", index)
+            assert dataset.lengths[index] == len(sample.input_ids)
+            assert dataset.num_labels[index] == (sample.labels != IGNORE).sum()
+
+    def test_sources_of_several_kinds_follow_one_another(self, section, write_jsonl, chat, tokenizer, tmp_path, texts):
+        rows = [chat("q", str(index), tools=None if index else [{"name": "add"}]) for index in range(3)]
+        table = datasets.Dataset.from_list(rows)
+        table.to_parquet(tmp_path / "rows.parquet")
+        table.save_to_disk(tmp_path / "saved")
+        paths = [write_jsonl(rows), tmp_path / "rows.parquet", tmp_path / "saved"]
+        dataset, report = build(section(*paths), tokenizer)
+        assert dataset.sizes == [3, 3, 3]
+        assert report.rows_used == len(dataset) == 9
+        assert texts(dataset)[:3] == texts(dataset)[3:6] == texts(dataset)[6:]
+
+    def test_workers_give_the_same_rows_and_line_numbers(self, section, write_jsonl, chat, tokenizer, texts, tmp_path):
+        path = write_jsonl([chat("q", str(index)) for index in range(20)] + ["{"])
+        one, report = build(section(path, data_errors="skip"), tokenizer)
+        options = dict(data_errors="skip", preprocessing_num_workers=2, dataset_cache_dir=str(tmp_path / "other"))
+        two, parallel_report = build(section(path, **options), tokenizer)
+        assert texts(one) == texts(two)
+        assert report == parallel_report
+        assert "line 21: not JSON" in report.first_bad_row
+
+    def test_the_validation_split(self, section, write_jsonl, chat, tokenizer):
+        data = section(write_jsonl([chat("q", "a")] * 2, "validation.jsonl"))
+        data.val_dataset, data.dataset = data.dataset, []
+        assert len(build(data, tokenizer, "validation")[0]) == 2
+        with pytest.raises(UserError, match="data.dataset names no file"):
+            build(data, tokenizer)
+
+    def test_all_turns_and_template_arguments_come_from_the_recipe(
+        self, section, write_jsonl, chat, tokenizers, trained_text
+    ):
+        data = section(write_jsonl([chat("q", "a", "q", "b")]), loss_on="all")
+        data.chat_template_kwargs = {"enable_thinking": False}
+        dataset, _ = build(data, tokenizers["qwen3"])
+        assert trained_text(tokenizers["qwen3"], dataset[0].labels) == "a<|im_end|>|b<|im_end|>"
+
+
+class TestDroppedRows:
+    def test_truncation_is_counted(self, section, write_jsonl, chat, tokenizer):
+        path = write_jsonl([chat("q", "a"), chat("q" * 200, "a"), chat("q", "a" * 200)])
+        sizes = {}
+        for strategy in ("delete", "left", "right"):
+            dataset, report = build(section(path, max_length=60, truncation_strategy=strategy), tokenizer)
+            sizes[strategy] = (len(dataset), report.dropped)
+            assert dataset.lengths.max() <= 60
+            assert report.rows_read == 3
+        assert sizes == {
+            "delete": (1, {"longer than max_length": 2}),
+            "left": (3, {}),
+            "right": (2, {"no response token left": 1}),
+        }
+
+    def test_bad_rows_are_an_error_that_names_the_first(self, section, write_jsonl, chat, tokenizer):
+        path = write_jsonl([chat("q", "a"), '{"messages": [}', chat("q"), {"prompt": 1}])
+        with pytest.raises(UserError) as error:
+            build(section(path), tokenizer)
+        assert str(error.value) == (
+            f"{path}, line 2: not JSON: Expecting value at column 15 "
+            "(3 bad rows in all; data_errors: skip leaves them out)"
+        )
+
+    def test_bad_rows_can_be_skipped_and_are_counted(self, section, write_jsonl, chat, tokenizer):
+        path = write_jsonl([chat("q", "a"), chat("q"), "{", chat("q"), {"prompt": "a", "response": ""}])
+        dataset, report = build(section(path, data_errors="skip"), tokenizer)
+        assert len(dataset) == 1
+        assert report.summary() == (
+            "1 of 5 rows used; dropped: 1 empty response, 2 no assistant turn, 1 not JSON "
+            f"(first bad row: {path}, line 2: no assistant turn: the roles are: user)"
+        )
+
+    def test_a_bad_row_of_a_table_is_named_by_its_number(self, section, tokenizer, tmp_path, chat):
+        datasets.Dataset.from_list([chat("q", "a"), chat("q")]).to_parquet(tmp_path / "rows.parquet")
+        with pytest.raises(UserError, match=r"rows.parquet, row 2: no assistant turn"):
+            build(section(tmp_path / "rows.parquet"), tokenizer)
+
+    @pytest.mark.parametrize(
+        ("rows", "message"),
+        [
+            (["{"], "yields nothing to train on: 0 of 1 rows used; dropped: 1 not JSON"),
+            ([], "yields nothing to train on: it has no rows"),
+            (["", ""], "yields nothing to train on: 0 of 0 rows used"),
+        ],
+    )
+    def test_a_source_that_yields_nothing_is_an_error(self, section, write_jsonl, tokenizer, rows, message):
+        path = write_jsonl(rows)
+        with pytest.raises(UserError, match=f"^{path}: {message}"):
+            build(section(path, data_errors="skip"), tokenizer)
+
+
+PLUGIN = """
+from megatron_gkd.data import register_preprocessor
+
+@register_preprocessor("{name}")
+def preprocess(row):
+    if row["x"] == 0:
+        return None
+    return {{"prompt": "the question ", "response": str({one} // (row["x"] - 1))}}
+"""
+
+
+class TestPreprocessor:
+    @pytest.mark.parametrize("workers", [1, 2])
+    def test_it_changes_and_drops_rows(self, section, write_jsonl, tokenizer, tmp_path, trained_text, workers):
+        plugin = tmp_path / "plugin.py"
+        plugin.write_text(PLUGIN.format(name=f"with_{workers}_workers", one=1))
+        options = dict(preprocessor=f"with_{workers}_workers", external_plugins=[str(plugin)], data_errors="skip")
+        path = write_jsonl([{"x": 0}, {"x": 1}, {"x": 2}])
+        dataset, report = build(section(path, preprocessing_num_workers=workers, **options), tokenizer)
+        assert trained_text(tokenizer, dataset[0].labels) == "1<|im_end|>"
+        assert report.dropped == {"dropped by the preprocessor": 1, "preprocessor failed": 1}
+        assert report.first_bad_row == (
+            f"{path}, line 2: preprocessor failed: 'with_{workers}_workers' raised ZeroDivisionError: "
+            "integer division or modulo by zero"
+        )
+
+    def test_an_unknown_one_is_an_error(self, section, write_jsonl, chat, tokenizer):
+        with pytest.raises(UserError, match="preprocessor 'nobody' is not registered"):
+            build(section(write_jsonl([chat("q", "a")]), preprocessor="nobody"), tokenizer)
+
+
+class TestCache:
+    def folders(self, section):
+        return sorted(path.name for path in Path(section.dataset_cache_dir).iterdir())
+
+    def test_a_second_run_reads_no_source(self, section, write_jsonl, chat, tokenizer, texts, monkeypatch):
+        data = section(write_jsonl([chat("q", "a")]))
+        first, report = build(data, tokenizer)
+        monkeypatch.setattr("megatron_gkd.data.dataset.open_source", None)
+        second, second_report = build(data, tokenizer)
+        assert texts(first) == texts(second)
+        assert report == second_report
+
+    def test_it_holds_the_rows_and_nothing_else(self, section, write_jsonl, chat, tokenizer):
+        data = section(write_jsonl([chat("q", "a")]))
+        build(data, tokenizer)
+        (key,) = self.folders(data)
+        assert sorted(path.name for path in (Path(data.dataset_cache_dir) / key).iterdir()) == ["report.json", "rows"]
+
+    def test_whatever_changes_the_rows_changes_the_key(self, section, write_jsonl, chat, tokenizers, tmp_path):
+        path = write_jsonl([chat("q", "a")])
+        plugin = tmp_path / "plugin.py"
+        plugin.write_text("")
+        data = section(path, external_plugins=[str(plugin)])
+        build(data, tokenizers["chatml"])
+        build(data, tokenizers["qwen3"])
+        for name, value in dict(
+            max_length=255,
+            truncation_strategy="left",
+            loss_on="all",
+            data_errors="skip",
+            chat_template_kwargs={"enable_thinking": False},
+        ).items():
+            setattr(data, name, value)
+            build(data, tokenizers["chatml"])
+        plugin.write_text("# changed")
+        build(data, tokenizers["chatml"])
+        os.utime(path, (1, 1))
+        build(data, tokenizers["chatml"])
+        write_jsonl([chat("q", "another")])
+        dataset, _ = build(data, tokenizers["chatml"])
+        assert len(self.folders(data)) == 10
+        assert "another" in tokenizers["chatml"].decode(dataset[0].input_ids)
+
+    def test_what_does_not_change_the_rows_does_not(self, section, write_jsonl, chat, tokenizer):
+        data = section(write_jsonl([chat("q", "a")]))
+        build(data, tokenizer)
+        data.preprocessing_num_workers = 2
+        data.packing = True
+        data.dataset[0].weight = 0.5
+        build(data, tokenizer)
+        assert len(self.folders(data)) == 1
+
+    def test_a_slow_tokenizer_is_refused(self, section, write_jsonl, chat):
+        class Slow:
+            is_fast = False
+
+        with pytest.raises(UserError, match="tokenizer Slow: a fast tokenizer"):
+            build(section(write_jsonl([chat("q", "a")])), Slow())
+
+
+def _rank(rank, barrier, results, data, tokenizer, own_cache):
+    if own_cache:
+        data.dataset_cache_dir += str(rank)
+    try:
+        dataset, report = build_dataset(data, "train", tokenizer, main_process=rank == 0, barrier=barrier.wait)
+        results.put((rank, [dataset[i].input_ids.tolist() for i in range(len(dataset))], report.summary()))
+    except Exception as error:
+        results.put((rank, type(error).__name__, str(error)))
+
+
+class TestTwoProcesses:
+    def run(self, data, tokenizer, own_cache=False):
+        context = multiprocessing.get_context("fork")
+        barrier, results = context.Barrier(2, timeout=30), context.Queue()
+        arguments = (barrier, results, data, tokenizer, own_cache)
+        processes = [context.Process(target=_rank, args=(rank, *arguments)) for rank in range(2)]
+        for process in processes:
+            process.start()
+        answers = sorted(results.get(timeout=30) for _ in processes)
+        for process in processes:
+            process.join()
+        return [answer[1:] for answer in answers]
+
+    def test_one_builds_and_both_read_the_same(self, section, write_jsonl, chat, tokenizer):
+        first, second = self.run(section(write_jsonl([chat("q", "a"), chat("q", "b")])), tokenizer)
+        assert first == second
+        assert len(first[0]) == 2
+
+    def test_a_bad_row_is_the_same_error_in_both(self, section, write_jsonl, chat, tokenizer):
+        path = write_jsonl([chat("q", "a"), "{"])
+        first, second = self.run(section(path), tokenizer)
+        assert first == second
+        assert first[0] == "UserError"
+        assert first[1].startswith(f"{path}, line 2: not JSON")
+
+    def test_any_other_failure_stops_both(self, section, write_jsonl, chat, tokenizer, monkeypatch):
+        def fail(*arguments):
+            raise OSError("disk full")
+
+        monkeypatch.setattr("megatron_gkd.data.dataset.open_source", fail)
+        first, second = self.run(section(write_jsonl([chat("q", "a")])), tokenizer)
+        assert first == ("OSError", "disk full")
+        assert second == ("UserError", "OSError: disk full")
+
+    def test_a_cache_that_is_not_shared_is_named(self, section, write_jsonl, chat, tokenizer):
+        data = section(write_jsonl([chat("q", "a")]))
+        first, second = self.run(data, tokenizer, own_cache=True)
+        assert first[1] == "1 of 1 rows used"
+        assert second[0] == "UserError"
+        assert "dataset_cache_dir must be a folder that every process sees" in second[1]
