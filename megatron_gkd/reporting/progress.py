@@ -29,7 +29,7 @@ class Progress:
     stdout each `log_interval` steps, and for the last one.
     """
 
-    def __init__(self, total_steps: int, enabled: bool, description: str, log_interval: int = 1) -> None:
+    def __init__(self, total_steps: int, enabled: bool, description: str = "training", log_interval: int = 1) -> None:
         self._total, self._log_interval, self._description = total_steps, log_interval, description
         self._enabled = enabled
         self._begin: tuple[float, int] | None = None
