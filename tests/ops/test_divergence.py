@@ -1,0 +1,174 @@
+"""The divergence of unsharded logits against the fp64 oracle: values, gradients, edge cases, memory, errors."""
+
+import math
+
+import pytest
+import torch
+from ops.oracle import BETAS, TEMPERATURES, oracle, pad_columns, random_logits, relative_error
+
+from megatron_gkd.ops import vocab_parallel_divergence
+
+BF16_ROUNDING = 2.0**-8
+
+
+def value_and_gradient(student, teacher, upstream, **options):
+    student = student.clone().requires_grad_()
+    per_token = vocab_parallel_divergence(student, teacher, **options)
+    per_token.backward(upstream.to(per_token.dtype))
+    return per_token.detach(), student.grad
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_value_and_gradient_equal_the_oracle(beta, temperature, dtype):
+    s, t = (random_logits(2, 5, 101, seed=seed, dtype=dtype) for seed in (0, 1))
+    upstream = random_logits(2, 5, seed=2, scale=1000.0)  # clear of fp16's underflow
+    options = {"beta": beta, "temperature": temperature}
+    value, gradient = value_and_gradient(s, t, upstream, **options)
+    expected_value, expected_gradient = oracle(s, t, upstream, **options)
+    assert value.shape == (2, 5)
+    assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert gradient.dtype == dtype
+    arithmetic, rounding = (
+        (1e-9, 0.0) if dtype == torch.float64 else (1e-5, {torch.float32: 0.0}.get(dtype, BF16_ROUNDING))
+    )
+    assert relative_error(value, expected_value) < arithmetic
+    assert relative_error(gradient, expected_gradient) < arithmetic + rounding
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("scale", [1e-2, 1.0, 30.0])
+def test_the_fp32_error_is_at_most_the_references_own(beta, scale):
+    s, t = (random_logits(32, 257, seed=seed, scale=scale) for seed in (0, 1))
+    upstream = torch.ones(32)
+    exact = oracle(s, t, upstream, beta=beta)
+    naive = oracle(s, t, upstream, dtype=torch.float32, beta=beta)
+    ours = value_and_gradient(s, t, upstream, beta=beta)
+    for actual, reference_in_fp32, expected in zip(ours, naive, exact, strict=True):
+        assert relative_error(actual, expected) <= 1.5 * relative_error(reference_in_fp32, expected) + 1e-6
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_gradcheck(beta):
+    s = random_logits(3, 6, seed=0, dtype=torch.float64).requires_grad_()
+    t = random_logits(3, 6, seed=1, dtype=torch.float64)
+    mask = torch.tensor([True, False, True])
+    assert torch.autograd.gradcheck(
+        lambda s: vocab_parallel_divergence(s, t, beta=beta, temperature=0.7, vocab_size=5, mask=mask), (s,)
+    )
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_masked_rows_and_padded_columns_are_exactly_zero_whatever_they_hold(beta):
+    s, t = (pad_columns(random_logits(4, 13, seed=seed), 3) for seed in (0, 1))
+    mask = torch.tensor([True, False, True, False])
+    s[1], t[3] = torch.nan, torch.inf
+    upstream = torch.ones(4)
+    value, gradient = value_and_gradient(s, t, upstream, beta=beta, vocab_size=13, mask=mask)
+    expected = oracle(s[mask], t[mask], upstream[mask], beta=beta, vocab_size=13)
+    assert (value[~mask] == 0).all() and (gradient[~mask] == 0).all() and (gradient[:, 13:] == 0).all()
+    assert relative_error(value[mask], expected[0]) < 1e-5
+    assert relative_error(gradient[mask], expected[1]) < 1e-5
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("shape", [(0, 7), (2, 0, 7), (7,)])
+def test_no_tokens_and_a_single_row(beta, shape):
+    s, t = (random_logits(*shape, seed=seed) for seed in (0, 1))
+    upstream = torch.ones(shape[:-1])
+    value, gradient = value_and_gradient(s, t, upstream, beta=beta)
+    expected = oracle(s, t, upstream, beta=beta)
+    assert value.shape == shape[:-1] and gradient.shape == shape
+    torch.testing.assert_close(value.double(), expected[0], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("kind", ["student one-hot", "teacher one-hot", "both", "opposite"])
+def test_one_hot_rows_of_large_logits(beta, kind):
+    s, t = (random_logits(3, 11, seed=seed) for seed in (0, 1))
+    if kind != "teacher one-hot":
+        s[:] = -1e4
+        s[:, 2] = 1e4
+    if kind != "student one-hot":
+        t[:] = -1e4
+        t[:, 5 if kind == "opposite" else 2] = 1e4
+    value, gradient = value_and_gradient(s, t, torch.ones(3), beta=beta, temperature=0.5)
+    expected = oracle(s, t, torch.ones(3), beta=beta, temperature=0.5)
+    assert relative_error(value, expected[0]) < 1e-5
+    # Gradients are small differences of numbers near 4e4 here, so no fp32 arithmetic gets them to 1e-5.
+    naive = oracle(s, t, torch.ones(3), dtype=torch.float32, beta=beta, temperature=0.5)
+    assert relative_error(gradient, expected[1]) <= 2 * relative_error(naive[1], expected[1]) + 1e-5
+
+
+@pytest.mark.parametrize("beta", BETAS[1:-1])
+def test_minus_infinity_excludes_an_entry(beta):
+    s, t = (random_logits(4, 11, seed=seed) for seed in (0, 1))
+    s[:, 1] = t[:, 4] = s[:, 7] = t[:, 7] = -torch.inf
+    value, gradient = value_and_gradient(s, t, torch.ones(4), beta=beta)
+    expected = oracle(s, t, torch.ones(4), beta=beta)
+    assert relative_error(value, expected[0]) < 1e-5
+    assert relative_error(gradient, expected[1]) < 1e-5
+    assert (gradient[:, [1, 7]] == 0).all()
+
+
+def test_kl_divergences_are_infinite_where_the_supports_rule_it():
+    s, t = torch.tensor([[0.0, -torch.inf]]), torch.tensor([[0.0, 0.0]])
+    assert vocab_parallel_divergence(s, t, beta=0.0).item() == math.inf
+    assert vocab_parallel_divergence(s, t, beta=1.0).item() == pytest.approx(math.log(2))
+    assert vocab_parallel_divergence(t, s, beta=1.0).item() == math.inf
+    assert vocab_parallel_divergence(t, s, beta=0.0).item() == pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_nan_is_not_hidden(beta):
+    s, t = (random_logits(2, 5, seed=seed) for seed in (0, 1))
+    s[0, 3] = torch.nan
+    value = vocab_parallel_divergence(s, t, beta=beta)
+    assert value[0].isnan() and value[1].isfinite()
+
+
+def test_backward_keeps_the_inputs_and_five_numbers_a_token():
+    s, t = random_logits(6, 50, seed=0).requires_grad_(), random_logits(6, 50, seed=1)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        vocab_parallel_divergence(s, t, beta=0.5, mask=torch.ones(6, dtype=torch.bool))
+    inputs = {s.data_ptr(), t.data_ptr()}
+    own = [x for x in saved if x.data_ptr() not in inputs and x.dtype != torch.bool]
+    assert len(saved) - len(own) == 3
+    assert sum(x.numel() for x in own) == 5 * 6
+
+
+def test_the_teacher_gets_no_gradient_and_a_graph_serves_twice():
+    s, t = random_logits(3, 5, seed=0).requires_grad_(), random_logits(3, 5, seed=1).requires_grad_()
+    total = vocab_parallel_divergence(s, t, beta=0.5).sum()
+    (first,) = torch.autograd.grad(total, s, retain_graph=True)
+    total.backward()
+    assert torch.equal(first, s.grad)
+    assert t.grad is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"beta": 1.5}, "beta is 1.5; allowed are values from 0 to 1"),
+        ({"beta": float("nan")}, "beta is nan"),
+        ({"temperature": 0.0}, "temperature is 0.0; allowed are values above 0"),
+        ({"vocab_size": 6}, "vocab_size is 6; allowed are 1 to 5"),
+        ({"vocab_size": 0}, "vocab_size is 0"),
+        ({"teacher_logits": torch.zeros(3, 4)}, r"teacher_logits torch.float32 \[3, 4\]; both must have one type"),
+        ({"teacher_logits": torch.zeros(3, 5).bfloat16()}, "teacher_logits torch.bfloat16"),
+        ({"mask": torch.ones(5, dtype=torch.bool)}, r"mask is torch.bool \[5\]; it must be torch.bool \[3\]"),
+        ({"mask": torch.ones(3)}, "mask is torch.float32"),
+    ],
+)
+def test_errors_name_the_value_and_what_is_allowed(change, message):
+    arguments = {"student_logits": torch.zeros(3, 5), "teacher_logits": torch.zeros(3, 5), "beta": 0.5} | change
+    with pytest.raises(ValueError, match=message):
+        vocab_parallel_divergence(**arguments)
+
+
+def test_integer_logits_are_refused():
+    logits = torch.zeros(3, 5, dtype=torch.int64)
+    with pytest.raises(ValueError, match="allowed are floats"):
+        vocab_parallel_divergence(logits, logits, beta=0.5)

@@ -1,0 +1,270 @@
+"""The heads fused with the loss: equal to materialised logits, over chunks and tensor-parallel ranks."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.distributed as dist
+from ops.oracle import BETAS, oracle, random_logits, relative_error
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_gkd.ops import PerToken, fused_linear_divergence, reference, vocab_parallel_divergence
+
+STUDENT_SIZE, TEACHER_SIZE = 8, 12
+TEMPERATURE = 0.9
+UPSTREAM = 3.0
+
+
+@dataclass(frozen=True)
+class Case:
+    beta: float = 0.5
+    dtype: torch.dtype = torch.float64
+    tokens: int = 23
+    width: int = 32  # rows of the whole head, padding included
+    vocab_size: int | None = None
+    chunk_tokens: int = 5
+    teacher: bool = True
+    cross_entropy: str = "loss"  # "loss", "statistic" or "none"
+
+    def tensors(self):
+        """Keyword arguments of the unsharded call."""
+        size = self.vocab_size or self.width
+        labels = torch.randint(0, size, (self.tokens,), generator=torch.Generator().manual_seed(5))
+        labels[::4] = -100
+        token_weights = random_logits(self.tokens, seed=6, scale=1.0).abs()
+        token_weights[1::5] = 0
+        return {
+            "student_hidden": random_logits(self.tokens, STUDENT_SIZE, seed=0, scale=1.5, dtype=self.dtype),
+            "student_weight": random_logits(self.width, STUDENT_SIZE, seed=1, scale=0.7, dtype=self.dtype),
+            "teacher_hidden": random_logits(self.tokens, TEACHER_SIZE, seed=2, dtype=self.dtype)
+            if self.teacher
+            else None,
+            "teacher_weight": random_logits(self.width, TEACHER_SIZE, seed=3, dtype=self.dtype)
+            if self.teacher
+            else None,
+            "token_weights": token_weights,
+            "labels": None if self.cross_entropy == "none" else labels,
+            "sft_weights": random_logits(self.tokens, seed=7, scale=1.0).abs()
+            if self.cross_entropy == "loss"
+            else None,
+        }
+
+    @property
+    def options(self):
+        return {"beta": self.beta, "temperature": TEMPERATURE, "vocab_size": self.vocab_size}
+
+
+def materialised(case):
+    """(total, PerToken, hidden gradient, weight gradient) through the fp64 reference and whole logits."""
+    x = {name: tensor if tensor is None else tensor.clone() for name, tensor in case.tensors().items()}
+    hidden, weight = (x[name].double().requires_grad_() for name in ("student_hidden", "student_weight"))
+    options, size = case.options, case.vocab_size
+    student = hidden @ weight.t()
+    zeros = torch.zeros(case.tokens, dtype=torch.float64)
+    divergence = teacher_entropy = agreement = cross_entropy = zeros
+    if case.teacher:
+        teacher = x["teacher_hidden"].double() @ x["teacher_weight"].double().t()
+        divergence = reference.divergence(student, teacher, **options)
+        teacher_entropy = reference.entropy(teacher, temperature=TEMPERATURE, vocab_size=size)
+        agreement = (student[:, :size].argmax(-1) == teacher[:, :size].argmax(-1)).double()
+    if x["labels"] is not None:
+        cross_entropy = reference.cross_entropy(student, x["labels"], vocab_size=size)
+    total = (x["token_weights"] * divergence).sum()
+    if x["sft_weights"] is not None:
+        total = total + (x["sft_weights"] * cross_entropy).sum()
+    student_entropy = reference.entropy(student, temperature=TEMPERATURE, vocab_size=size)
+    statistics = PerToken(divergence, cross_entropy, teacher_entropy, student_entropy, agreement)
+    gradients = torch.zeros_like(hidden), torch.zeros_like(weight)
+    if total.requires_grad and case.tokens:
+        gradients = torch.autograd.grad(UPSTREAM * total, (hidden, weight))
+    return total.detach(), PerToken(*(column.detach() for column in statistics)), *gradients
+
+
+def run_fused(rank, world_size, cases):
+    """For each case this rank's total, statistics, partial hidden gradient, and weight gradient."""
+    results = []
+    for case in cases:
+        x = case.tensors()
+        for name in ("student_weight", "teacher_weight"):
+            x[name] = None if x[name] is None else x[name].chunk(world_size)[rank].clone()
+        x["student_hidden"].requires_grad_()
+        x["student_weight"].requires_grad_()
+        total, per_token = fused_linear_divergence(
+            **x, **case.options, group=dist.group.WORLD, chunk_tokens=case.chunk_tokens
+        )
+        (UPSTREAM * total).backward()
+        results.append((total, tuple(per_token), x["student_hidden"].grad, x["student_weight"].grad))
+    return results
+
+
+CASES = [
+    *(Case(beta) for beta in BETAS),
+    *(Case(beta, dtype) for beta in (0.0, 0.5, 1.0) for dtype in (torch.float32, torch.bfloat16)),
+    Case(vocab_size=27),  # padding on one shard
+    Case(vocab_size=13, cross_entropy="statistic"),  # all of several shards
+    Case(vocab_size=1),
+    Case(cross_entropy="none"),
+    Case(teacher=False),
+    Case(teacher=False, vocab_size=13),
+    Case(teacher=False, cross_entropy="none"),
+    Case(chunk_tokens=1),
+    Case(chunk_tokens=23),
+    Case(chunk_tokens=1024),
+    Case(tokens=0),
+    Case(tokens=1),
+]
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_equals_the_materialised_reference(gloo_world, tp):
+    for case, *by_rank in zip(CASES, *gloo_world(tp).run(run_fused, CASES), strict=True):
+        totals, statistics, hidden_gradients, weight_gradients = zip(*by_rank, strict=True)
+        assert all(torch.equal(total, totals[0]) for total in totals), case
+        assert all(
+            torch.equal(mine, first) for other in statistics for mine, first in zip(other, statistics[0], strict=True)
+        )
+        total, per_token, hidden_gradient, weight_gradient = materialised(case)
+        # bf16: the logits themselves are rounded, so even the loss is only as good as that.
+        tolerance = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 3e-2}[case.dtype]
+        accumulate = torch.float64 if case.dtype == torch.float64 else torch.float32
+        assert totals[0].dtype == accumulate and totals[0].shape == ()
+        assert hidden_gradients[0].dtype == weight_gradients[0].dtype == case.dtype
+        assert relative_error(totals[0], total) < tolerance, case
+        assert relative_error(sum(g.double() for g in hidden_gradients), hidden_gradient) < tolerance, case
+        assert relative_error(torch.cat(weight_gradients), weight_gradient) < tolerance, case
+        for name, actual, expected in zip(PerToken._fields, statistics[0], per_token, strict=True):
+            assert actual.dtype == accumulate and actual.shape == (case.tokens,)
+            assert relative_error(actual, expected) < tolerance, (case, name)
+
+
+def call(case, **changes):
+    return fused_linear_divergence(**(case.tensors() | case.options | {"chunk_tokens": case.chunk_tokens} | changes))
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_equals_the_materialised_op_in_fp32(beta):
+    case = Case(beta, torch.float32, cross_entropy="none")
+    x = case.tensors()
+    hidden, weight = x["student_hidden"].requires_grad_(), x["student_weight"].requires_grad_()
+    total, per_token = call(case, student_hidden=hidden, student_weight=weight)
+    fused = torch.autograd.grad(total, (hidden, weight))
+    logits = hidden @ weight.t(), x["teacher_hidden"] @ x["teacher_weight"].t()
+    divergence = vocab_parallel_divergence(*logits, **case.options)
+    whole = torch.autograd.grad((divergence * x["token_weights"]).sum(), (hidden, weight))
+    torch.testing.assert_close(per_token.divergence, divergence.detach(), rtol=1e-5, atol=1e-9)
+    for actual, expected in zip(fused, whole, strict=True):
+        assert relative_error(actual, expected) < 1e-5
+
+
+def test_gradcheck():
+    case = Case(tokens=4, width=6, vocab_size=5, chunk_tokens=2)
+    x = case.tensors()
+    inputs = x["student_hidden"].requires_grad_(), x["student_weight"].requires_grad_()
+    assert torch.autograd.gradcheck(lambda h, w: call(case, student_hidden=h, student_weight=w)[0], inputs)
+
+
+def test_a_token_of_weight_zero_adds_exactly_zero_even_where_the_divergence_is_infinite():
+    case = Case(beta=0.0, cross_entropy="none")
+    x = case.tensors()
+    hidden, weight = x["student_hidden"], x["student_weight"]
+    # At token 1, whose weight is 0, the logit of id 3 overflows to -inf: the student excludes it, the teacher does not.
+    hidden[:, 0], weight[:, 0] = 0, 0
+    hidden[1, 0], weight[3, 0] = 1e10, -1e300
+    hidden.requires_grad_()
+    total, per_token = call(case, student_hidden=hidden, student_weight=weight)
+    total.backward()
+    assert per_token.divergence[1].isinf() and total.isfinite()
+    assert (hidden.grad[1] == 0).all() and hidden.grad.isfinite().all()
+
+
+class LogitRows(TorchDispatchMode):
+    """Records the most rows of any matrix with `width` columns that an operation returned."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.width, self.rows = width, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor) and tensor.dim() == 2 and tensor.shape[1] == self.width:
+                self.rows = max(self.rows, tensor.shape[0])
+        return result
+
+
+def test_never_more_than_a_chunk_of_logits_and_only_the_gradients_are_saved():
+    case = Case(tokens=67, width=211, chunk_tokens=16, dtype=torch.float32)
+    x = case.tensors()
+    hidden, weight = x["student_hidden"].requires_grad_(), x["student_weight"].requires_grad_()
+    saved = []
+    with (
+        LogitRows(211) as seen,
+        torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t),
+    ):
+        total, _ = call(case, student_hidden=hidden, student_weight=weight)
+        total.backward()
+    assert seen.rows == 14  # 67 tokens in 5 chunks of 13 or 14, not four of 16 and a rest
+    assert saved == [hidden.shape, weight.shape]
+
+
+def test_no_gradient_is_made_where_none_is_needed():
+    case = Case(tokens=10, chunk_tokens=10)
+    x = case.tensors()
+    products = []
+
+    class CountProducts(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+                products.append(func)
+            return func(*args, **(kwargs or {}))
+
+    hidden, weight = x["student_hidden"].requires_grad_(), x["student_weight"]
+    with CountProducts():
+        expected, _ = call(case, student_hidden=hidden)
+        assert len(products) == 3  # two heads and the hidden gradient: the weight wants none
+        products.clear()
+        with torch.no_grad():
+            total, per_token = call(case, student_hidden=hidden, student_weight=weight.requires_grad_())
+        assert len(products) == 2
+    assert torch.equal(total, expected.detach())
+    assert not total.requires_grad and not any(column.requires_grad for column in per_token)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher_weight": None}, "teacher_hidden and teacher_weight must both be given"),
+        ({"labels": None}, "sft_weights need labels"),
+        ({"chunk_tokens": 0}, "chunk_tokens is 0"),
+        (
+            {"teacher_weight": torch.zeros(31, TEACHER_SIZE).double()},
+            r"teacher_weight is \[31, 12\]; it must be \[32, 12\]",
+        ),
+        (
+            {"teacher_hidden": torch.zeros(22, TEACHER_SIZE).double()},
+            r"teacher_hidden is \[22, 12\]; it must be \[23, 12\]",
+        ),
+        (
+            {"teacher_hidden": torch.zeros(23, TEACHER_SIZE)},
+            "teacher_hidden is torch.float32, student_hidden torch.float64",
+        ),
+        ({"token_weights": torch.zeros(4)}, r"token_weights is \[4\]; it must be \[23\]"),
+        ({"vocab_size": 33}, "vocab_size is 33; allowed are 1 to 32"),
+        ({"beta": -0.1}, "beta is -0.1"),
+    ],
+)
+def test_errors_name_the_value_and_what_is_allowed(changes, message):
+    with pytest.raises(ValueError, match=message):
+        call(Case(), **changes)
+
+
+def test_oracle_and_reference_agree_on_the_logit_gradient():
+    s, t = (random_logits(3, 7, seed=seed, dtype=torch.float64) for seed in (0, 1))
+    value, gradient = oracle(s, t, torch.ones(3), beta=0.5)
+    hidden = s.clone().requires_grad_()
+    total, per_token = fused_linear_divergence(
+        hidden, torch.eye(7).double(), t, torch.eye(7).double(), beta=0.5, temperature=1.0, token_weights=torch.ones(3)
+    )
+    total.backward()
+    torch.testing.assert_close(per_token.divergence, value)
+    torch.testing.assert_close(hidden.grad, gradient)

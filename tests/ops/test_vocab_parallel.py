@@ -1,0 +1,175 @@
+"""The divergence over tensor-parallel ranks: the gradient of the WHOLE vocabulary, gathered over the ranks, against the
+unsharded fp64 oracle. A loss alone would not show the terms that a wrong reduction drops."""
+
+import itertools
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.distributed as dist
+from ops.oracle import BETAS, TEMPERATURES, oracle, pad_columns, random_logits, relative_error, shard
+
+from megatron_gkd.ops import vocab_parallel_divergence
+
+TOKENS = 7
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@dataclass(frozen=True)
+class Case:
+    beta: float
+    temperature: float = 1.0
+    dtype: torch.dtype = torch.float32
+    width: int = 101 * 4  # over all ranks, padding included
+    vocab_size: int | None = None
+    tokens: int = TOKENS
+    masked: bool = False
+    scale: float = 3.0
+
+    @property
+    def options(self):
+        mask = torch.arange(self.tokens) % 3 != 1 if self.masked else None
+        return {"beta": self.beta, "temperature": self.temperature, "vocab_size": self.vocab_size, "mask": mask}
+
+    def inputs(self):
+        """(student, teacher, upstream) of the whole vocabulary; columns past vocab_size hold ordinary numbers."""
+        size = self.vocab_size or self.width
+        s, t = (
+            pad_columns(
+                random_logits(self.tokens, size, seed=seed, scale=self.scale, dtype=self.dtype), self.width - size
+            )
+            for seed in (0, 1)
+        )
+        return s, t, random_logits(self.tokens, seed=2, scale=1.0)
+
+
+def naive_divergence(student, teacher, *, beta, temperature, group, vocab_size, mask):
+    """What autograd makes of a log-softmax with a plain all_reduce: the loss, but a gradient without other shards."""
+
+    def log_softmax(logits):
+        z = logits.float() / temperature
+        maximum = z.detach().amax(-1, keepdim=True)
+        dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=group)
+        total = (z - maximum).exp().sum(-1, keepdim=True)
+        dist.all_reduce(total.data, group=group)
+        return z - maximum - total.log()
+
+    a, b = log_softmax(student), log_softmax(teacher)
+    m = (beta * b.exp() + (1 - beta) * a.exp()).log()
+    value = (beta * b.exp() * (b - m) + (1 - beta) * a.exp() * (a - m)).sum(-1)
+    dist.all_reduce(value.data, group=group)
+    return value
+
+
+def run_cases(rank, world_size, operation, cases):
+    """For each case this rank's loss and the gradient of its shard."""
+    results = []
+    for case in cases:
+        s, t, upstream = case.inputs()
+        mine = shard(s, rank, world_size).requires_grad_()
+        value = operation(mine, shard(t, rank, world_size), group=dist.group.WORLD, **case.options)
+        value.backward(upstream)
+        results.append((value, mine.grad))
+    return results
+
+
+def errors(world, cases, operation=vocab_parallel_divergence):
+    """(case, loss error, gradient error, the fp32 reference's gradient error) of each case, over the whole vocabulary.
+
+    Asserts what holds exactly: the same loss on all ranks, zeros where masked and in the padding.
+    """
+    found = []
+    for case, *by_rank in zip(cases, *world.run(run_cases, operation, cases), strict=True):
+        losses, gradients = zip(*by_rank, strict=True)
+        assert all(torch.equal(loss, losses[0]) for loss in losses), case
+        gradient = torch.cat(gradients, -1)
+        expected_loss, expected_gradient = oracle(*case.inputs(), **case.options)
+        if case.masked:
+            mask = case.options["mask"]
+            assert (losses[0][~mask] == 0).all() and (gradient[~mask] == 0).all(), case
+        if case.vocab_size:
+            assert (gradient[:, case.vocab_size :] == 0).all(), case
+        _, reference_gradient = oracle(*case.inputs(), dtype=torch.float32, **case.options)
+        own_error = relative_error(reference_gradient, expected_gradient)
+        loss_error, gradient_error = (
+            relative_error(losses[0], expected_loss),
+            relative_error(gradient, expected_gradient),
+        )
+        found.append((case, loss_error, gradient_error, own_error))
+    return found
+
+
+def assert_exact(found):
+    for case, loss_error, gradient_error, own_error in found:
+        rounding = 2.0**-8 if case.dtype == torch.bfloat16 else 0.0
+        assert loss_error < 1e-5, (case, loss_error)
+        assert gradient_error < max(1e-5, 1.5 * own_error) + rounding, (case, gradient_error, own_error)
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_loss_and_whole_gradient_equal_the_oracle(gloo_world, tp):
+    cases = [Case(*point) for point in itertools.product(BETAS, TEMPERATURES, DTYPES)]
+    assert_exact(errors(gloo_world(tp), cases))
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_masks_padding_odd_widths_and_large_logits(gloo_world, tp):
+    cases = [
+        case
+        for beta in BETAS
+        for case in (
+            Case(beta, masked=True),
+            Case(beta, width=13 * tp, vocab_size=13 * tp - 5),  # padding on the last shard
+            Case(beta, width=9 * tp, vocab_size=9 * tp - 9, masked=True),  # all of the last shard
+            Case(beta, width=3 * tp, vocab_size=1),  # all shards but one column
+            Case(beta, width=tp),
+            Case(beta, scale=1e4),
+        )
+    ]
+    assert_exact(errors(gloo_world(tp), cases))
+
+
+def test_the_check_fails_for_autograd_through_all_reduce(gloo_world):
+    found = errors(gloo_world(2), [Case(0.5), Case(0.9)], operation=naive_divergence)
+    for _, loss_error, gradient_error, _ in found:
+        assert loss_error < 1e-5  # so that a test of the loss alone would have passed
+        assert gradient_error > 0.1
+    with pytest.raises(AssertionError):
+        assert_exact(found)
+
+
+def test_zero_tokens(gloo_world):
+    for loss, gradient in gloo_world(2).run(run_cases, vocab_parallel_divergence, [Case(0.5, tokens=0)])[0]:
+        assert loss.shape == (0,) and gradient.shape == (0, 202)
+
+
+def collectives_of_one_call(rank, world_size, beta):
+    counts, gathered = {}, []
+
+    def counting(name, original):
+        def call(*args, **kwargs):
+            counts[name] = counts.get(name, 0) + 1
+            gathered.append(args[1].numel())
+            return original(*args, **kwargs)
+
+        return call
+
+    originals = {
+        name: getattr(dist, name) for name in ("all_reduce", "all_gather_into_tensor", "all_gather", "broadcast")
+    }
+    try:
+        for name, original in originals.items():
+            setattr(dist, name, counting(name, original))
+        s, t = (random_logits(TOKENS, 50, seed=seed).requires_grad_() for seed in (0, 1))
+        vocab_parallel_divergence(s, t, beta=beta, group=dist.group.WORLD).sum().backward()
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+    return counts, gathered
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_two_collectives_of_a_few_numbers_a_token(gloo_world, beta):
+    for counts, gathered in gloo_world(2).run(collectives_of_one_call, beta):
+        assert counts == {"all_gather_into_tensor": 2}
+        assert gathered == [6 * TOKENS, 4 * TOKENS]
