@@ -14,6 +14,7 @@ class RandomRows:
         generator = np.random.default_rng(seed)
         self.lengths = generator.integers(5, longest + 1, count)
         self.rows = [generator.integers(4, vocab_size, length).astype(np.int64) for length in self.lengths]
+        self.num_labels = self.lengths - 1 - self.lengths // 3
         self.sizes = [count]
 
     def __len__(self) -> int:

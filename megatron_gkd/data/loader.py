@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from megatron_gkd.data.microbatch import Microbatch, collate, padded_length, shard_context_parallel
+from megatron_gkd.data.microbatch import Microbatch, collate, lengthen, padded_length, shard_context_parallel
 from megatron_gkd.data.order import FILLER, SequentialOrder
 from megatron_gkd.data.packing import plan_microbatches
 from megatron_gkd.data.sample import FROM_DATASET, IGNORE, Sample
@@ -44,6 +44,7 @@ class StepLoader:
         cp_rank, cp_size: context-parallel rank and number of ranks.
         pad_multiple: each sequence is padded to a multiple of this.
         microbatch_multiple: the number of microbatches of a rank is a multiple of this.
+        equal_lengths: lengthen a rank's microbatches of a step to the longest of them, with padding.
         pad_token_id: id of padding.
         num_workers: processes that prepare steps ahead; 0 prepares them in this one.
         start_step: first step, counted from 0.
@@ -66,6 +67,7 @@ class StepLoader:
         pad_multiple: int,
         pad_token_id: int,
         microbatch_multiple: int = 1,
+        equal_lengths: bool = False,
         num_workers: int = 0,
         start_step: int = 0,
         num_steps: int,
@@ -82,6 +84,7 @@ class StepLoader:
         self._dp_rank = dp_rank
         self._cp = (cp_rank, cp_size)
         self._padding = dict(pad_multiple=pad_multiple, pad_token_id=pad_token_id)
+        self._equal_lengths = equal_lengths
         self._num_workers = num_workers
         self._start_step, self._num_steps = start_step, num_steps
 
@@ -102,7 +105,11 @@ class StepLoader:
         multiple = self._padding["pad_multiple"]
         lengths = [padded_length(self._length(row), multiple) for row in rows]
         plan = plan_microbatches(lengths, **self._plan)[self._dp_rank]
-        return [self._microbatch([rows[position] for position in positions]) for positions in plan]
+        whole = [self._microbatch([rows[position] for position in positions]) for positions in plan]
+        if self._equal_lengths:
+            longest = max(microbatch.total_length for microbatch in whole)
+            whole = [lengthen(microbatch, longest, self._padding["pad_token_id"]) for microbatch in whole]
+        return [shard_context_parallel(microbatch, *self._cp) for microbatch in whole]
 
     def num_tokens(self, step: int) -> int:
         """Labels that are not -100 in the whole global batch of a step, over all ranks: what its loss is divided by."""
@@ -115,7 +122,7 @@ class StepLoader:
     def _microbatch(self, rows: list[int]) -> Microbatch:
         filler = Sample(np.array([self._padding["pad_token_id"]]), np.array([IGNORE]), FROM_DATASET, FILLER)
         samples = [filler if row == FILLER else self._dataset[row] for row in rows]
-        return shard_context_parallel(collate(samples, **self._padding), *self._cp)
+        return collate(samples, **self._padding)
 
 
 def validation_batches(

@@ -43,6 +43,11 @@ class Microbatch:
         """Labels on this context-parallel rank that are not -100."""
         return int((self.labels != IGNORE).sum())
 
+    @property
+    def total_length(self) -> int:
+        """Padded tokens of the whole microbatch, over all context-parallel ranks."""
+        return int(self.cu_seqlens[-1])
+
     def to(self, device: torch.device | str) -> Microbatch:
         return replace(self, **{name: value.to(device) for name, value in vars(self).items() if torch.is_tensor(value)})
 
@@ -78,6 +83,27 @@ def collate(samples: Sequence[Sample], *, pad_multiple: int, pad_token_id: int) 
         cu_seqlens=torch.from_numpy(starts.astype(np.int32)),
         max_seqlen=max(padded),
         num_rows=len(samples),
+    )
+
+
+def lengthen(microbatch: Microbatch, total_length: int, pad_token_id: int) -> Microbatch:
+    """Append one sequence of nothing but padding, so that a whole microbatch has `total_length` tokens."""
+    missing = total_length - microbatch.total_length
+    if missing == 0:
+        return microbatch
+    fillings = {
+        "input_ids": torch.full((1, missing), pad_token_id),
+        "labels": torch.full((1, missing), IGNORE),
+        "position_ids": torch.arange(missing).unsqueeze(0),
+        "padding_mask": torch.ones(1, missing, dtype=torch.bool),
+        "from_dataset": torch.ones(1, missing, dtype=torch.bool),
+    }
+    end = torch.tensor([total_length], dtype=torch.int32)
+    return replace(
+        microbatch,
+        **{name: torch.cat([getattr(microbatch, name), filling], dim=1) for name, filling in fillings.items()},
+        cu_seqlens=torch.cat([microbatch.cu_seqlens, end]),
+        max_seqlen=max(microbatch.max_seqlen, missing),
     )
 
 

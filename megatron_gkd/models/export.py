@@ -24,8 +24,9 @@ def export_checkpoint(model: MegatronModel, directory: str | Path) -> Path:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
     dist.barrier()
-    with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
-        model.config.bridge.save_weights(model.chunks, str(unfinished))
+    with model.mesh.virtual_stages(model.config.virtual_pipeline_model_parallel_size):
+        with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
+            model.config.bridge.save_weights(model.chunks, str(unfinished))
     if model.mesh.is_main:
         _write_companions(model, unfinished)
         shutil.rmtree(directory, ignore_errors=True)

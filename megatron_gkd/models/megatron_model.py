@@ -13,6 +13,12 @@ from dataclasses import dataclass
 import torch
 from mcore_bridge import ModelConfig, get_mcore_model, hf_to_mcore_config
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.enums import AttnBackend
 from torch import nn
 
@@ -53,10 +59,13 @@ class MegatronModel:
     def load(cls, checkpoint: Checkpoint, mesh: Mesh, options: BuildOptions) -> MegatronModel:
         """Build this rank's share of the checkpoint and read its weights."""
         config = _model_config(checkpoint, mesh, options)
-        with torch_attention() if options.attn == "sdpa" else contextlib.nullcontext():
-            chunks = [chunk.to(portability.device()) for chunk in get_mcore_model(config)]
-        with contextlib.redirect_stderr(io.StringIO()):  # its progress bar, a line a model
-            config.bridge.load_weights(chunks, str(checkpoint.path))
+        with mesh.virtual_stages(options.virtual_pipeline):
+            with torch_attention() if options.attn == "sdpa" else contextlib.nullcontext():
+                chunks = [chunk.to(portability.device()) for chunk in get_mcore_model(config)]
+            with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
+                config.bridge.load_weights(chunks, str(checkpoint.path))
+        for chunk in chunks:
+            _mark_shards(chunk)
         return cls(checkpoint, chunks, config, mesh)
 
     @property
@@ -71,7 +80,8 @@ class MegatronModel:
 
     def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every parameter whole, under its Hugging Face name, one at a time. A collective: all ranks iterate together."""
-        yield from self.config.bridge.export_weights(self.chunks)
+        with self.mesh.virtual_stages(self.config.virtual_pipeline_model_parallel_size):
+            yield from self.config.bridge.export_weights(self.chunks)
 
 
 def hidden_states(chunk: nn.Module, microbatch: Microbatch) -> torch.Tensor:
@@ -96,6 +106,21 @@ def hidden_states(chunk: nn.Module, microbatch: Microbatch) -> torch.Tensor:
     return chunk(
         microbatch.input_ids, microbatch.position_ids, None, packed_seq_params=packed, extra_block_kwargs=extra
     )
+
+
+def _mark_shards(chunk: nn.Module) -> None:
+    """Megatron marks sharded weights when it initialises them, which a loaded model skips; without the mark they count as
+    replicas, and the norm of the gradient takes them from one tensor-parallel rank only."""
+    for module in chunk.modules():
+        if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding):
+            dimension = 0
+        elif isinstance(module, RowParallelLinear):
+            dimension = 1
+        else:
+            continue
+        weight = module.weight
+        if weight is not None and not hasattr(weight, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dimension, stride=1)
 
 
 def _tensor_parallel_rank(chunk: nn.Module) -> int:
@@ -133,8 +158,10 @@ def _model_config(checkpoint: Checkpoint, mesh: Mesh, options: BuildOptions) -> 
         # Kernels of Apex and Transformer Engine, which may be absent.
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
-        # Megatron refuses both defaults under the plain 1F1B schedule.
-        overlap_p2p_comm=False,
+        # The plain schedule lets shapes travel with the tensors. The interleaved one cannot: between two stages the messages of
+        # both directions would be mixed up; its microbatches have one length (`StepLoader`).
+        variable_seq_lengths=options.virtual_pipeline is None,
+        overlap_p2p_comm=options.virtual_pipeline is not None and portability.sends_are_stream_ordered(),
         batch_p2p_comm=False,
         **family,
     )

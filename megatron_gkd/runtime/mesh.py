@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +64,16 @@ class Mesh:
     def is_main(self) -> bool:
         """The one rank that writes files and talks to the terminal."""
         return dist.get_rank() == 0
+
+    @contextlib.contextmanager
+    def virtual_stages(self, count: int | None) -> Iterator[None]:
+        """Megatron's global number of virtual stages is `count` inside: the student may have them, the teacher never does."""
+        outside = parallel_state.get_virtual_pipeline_model_parallel_world_size()
+        parallel_state.set_virtual_pipeline_model_parallel_world_size(count)
+        try:
+            yield
+        finally:
+            parallel_state.set_virtual_pipeline_model_parallel_world_size(outside)
 
     def sum_from_last_stage(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over data- and context-parallel ranks of what the last pipeline stages hold; known to every rank afterwards."""

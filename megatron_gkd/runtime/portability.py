@@ -35,6 +35,11 @@ def backend() -> str:
     return "nccl" if has_cuda() else "gloo"
 
 
+def sends_are_stream_ordered() -> bool:
+    """True where a tensor may be freed while its send is under way, as NCCL allows and gloo does not."""
+    return has_cuda()
+
+
 def select_device(local_rank: int) -> None:
     """Bind this process to its device, before any process group exists."""
     if has_cuda():

@@ -5,9 +5,16 @@ import os
 import warnings
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Said once in the README: without Transformer Engine and Apex, torch's own optimizers and kernels serve.
-warnings.filterwarnings("ignore", message="(Transformer Engine and )?Apex (is|are) not installed")
-warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron's advice for overlapping communication
+for message in (
+    "(Transformer Engine and )?Apex (is|are) not installed",
+    "Transformer Engine and Apex are not installed",
+    "full scope is deprecated",
+    "The .grad attribute of a Tensor that is not a leaf",
+    "`torch.distributed.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated",
+    "When using async grad allreduce",
+):
+    warnings.filterwarnings("ignore", message=message)
 
 from megatron_gkd.runtime.portability import make_portable  # noqa: E402
 
@@ -20,4 +27,5 @@ install()
 import mcore_bridge  # noqa: E402, F401
 import transformers  # noqa: E402, F401
 
-logging.getLogger("megatron.core").setLevel(logging.WARNING)
+for name in ("megatron.core", "mcore_bridge"):
+    logging.getLogger(name).setLevel(logging.ERROR)

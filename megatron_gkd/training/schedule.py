@@ -37,7 +37,7 @@ def forward_backward(
         index = next(iterator)
         return forward(chunk, microbatches[index]), partial(_call_with_index, loss, index)
 
-    return _run(chunks, len(microbatches), step, mesh, forward_only=not backward, force_all_reduce=force_all_reduce)
+    return _run(chunks, microbatches, step, mesh, forward_only=not backward, force_all_reduce=force_all_reduce)
 
 
 def forward_only(
@@ -57,7 +57,7 @@ def forward_only(
 
         return forward(chunk, microbatches[index]), gather
 
-    collected = _run(chunks, len(microbatches), step, mesh, forward_only=True, collect_non_loss_data=True)
+    collected = _run(chunks, microbatches, step, mesh, forward_only=True, collect_non_loss_data=True)
     return collected or [None] * len(microbatches)
 
 
@@ -65,18 +65,18 @@ def _call_with_index(loss, index, output):
     return loss(output, index)
 
 
-def _run(chunks, num_microbatches, step, mesh: Mesh, **options) -> list[Any]:
+def _run(chunks, microbatches: Sequence[Microbatch], step, mesh: Mesh, **options) -> list[Any]:
     interleaved = len(chunks) > 1
     schedule = get_forward_backward_func(
         pp_size=mesh.pp.size(), vp_size=len(chunks) if interleaved else None
     )
-    indices = [iter(range(num_microbatches)) for _ in chunks]
+    indices = [iter(range(len(microbatches))) for _ in chunks]
     return schedule(
         forward_step_func=step,
         data_iterator=indices if interleaved else indices[0],
         model=chunks if interleaved else chunks[0],
-        num_microbatches=num_microbatches,
-        seq_length=1,  # shapes travel with the tensors (variable_seq_lengths)
+        num_microbatches=len(microbatches),
+        seq_length=microbatches[0].total_length,  # of all microbatches if interleaved; else shapes travel with the tensors
         micro_batch_size=1,
         **options,
     )

@@ -1,0 +1,76 @@
+"""The parts of a run that a recipe and a mesh determine: how batches are cut, and both models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megatron_gkd.config.schema import Recipe
+from megatron_gkd.models.checkpoint import Checkpoint
+from megatron_gkd.models.megatron_model import BuildOptions, MegatronModel
+from megatron_gkd.runtime.mesh import Mesh
+from megatron_gkd.teachers.local import LocalTeacher
+from megatron_gkd.training.loss import Objective
+from megatron_gkd.training.student import Student
+
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def batching(recipe: Recipe, mesh: Mesh, pad_token_id: int) -> dict[str, Any]:
+    """How global batches are cut for this rank: the arguments that training and validation loaders share."""
+    return {
+        "global_batch_size": recipe.train.global_batch_size,
+        "micro_batch_size": recipe.train.micro_batch_size,
+        "packing": recipe.data.packing,
+        "max_length": recipe.data.max_length,
+        "dp_rank": mesh.dp.rank(),
+        "dp_size": mesh.dp.size(),
+        "cp_rank": mesh.cp.rank(),
+        "cp_size": mesh.cp.size(),
+        "pad_multiple": mesh.layout.pad_multiple,
+        # The interleaved schedule wants a multiple of the pipeline's length, and one shape for all.
+        "microbatch_multiple": mesh.layout.pipeline if mesh.layout.virtual_pipeline else 1,
+        "equal_lengths": mesh.layout.virtual_pipeline is not None,
+        "pad_token_id": pad_token_id,
+    }
+
+
+def build_models(
+    recipe: Recipe,
+    mesh: Mesh,
+    student_checkpoint: Checkpoint,
+    teacher_checkpoint: Checkpoint | None,
+    vocab_size: int,
+    train_iters: int,
+) -> tuple[Student, LocalTeacher | None]:
+    """The student with its optimizer, and the teacher laid out like it."""
+    parallel, distill, section = recipe.parallel, recipe.distill, recipe.train
+    dtype = _DTYPES[section.dtype]
+    model = MegatronModel.load(
+        student_checkpoint,
+        mesh,
+        BuildOptions(
+            dtype=dtype,
+            attn=section.attn,
+            virtual_pipeline=parallel.virtual_pipeline_model_parallel_size,
+            recompute_granularity=parallel.recompute_granularity,
+            recompute_method=parallel.recompute_method,
+            recompute_num_layers=parallel.recompute_num_layers,
+            moe_aux_loss_coeff=section.moe_aux_loss_coeff,
+        ),
+    )
+    teacher = None
+    if teacher_checkpoint is not None:
+        frozen = MegatronModel.load(teacher_checkpoint, mesh, BuildOptions(dtype=dtype, attn=section.attn))
+        head_rows = -(-student_checkpoint.vocab_size // mesh.tp.size())
+        teacher = LocalTeacher(frozen, head_rows=head_rows, offload=recipe.teacher.offload_teacher_model)
+    objective = Objective(
+        mesh,
+        vocab_size,
+        beta=distill.beta,
+        temperature=distill.temperature,
+        sft_alpha=distill.sft_alpha,
+        chunk_tokens=distill.loss_chunk_tokens,
+    )
+    return Student(model, objective, parallel, section, train_iters), teacher

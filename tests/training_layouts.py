@@ -1,0 +1,83 @@
+"""Trains for a few steps under a layout and returns everything that must not depend on it."""
+
+from __future__ import annotations
+
+import torch
+from rows import RandomRows
+
+RECIPE = {
+    "student": {"model": "student"},
+    "teacher": {"teacher_model": "teacher"},
+    "distill": {"beta": 0.5, "temperature": 0.9, "sft_alpha": 0.3, "loss_chunk_tokens": 5},
+    "parallel": {},
+    "data": {"dataset": ["unused.jsonl"], "max_length": 64},
+    # A large epsilon: Adam's first step is otherwise the sign of the gradient, which turns rounding into a difference.
+    "train": {"global_batch_size": 8, "train_iters": 3, "lr": 1e-2, "adam_eps": 1e-3, "dtype": "fp32"},
+    "output": {"output_dir": "unused"},
+}
+
+
+def recipe_of(changes: dict[str, dict]):
+    from megatron_gkd.config.schema import Recipe
+
+    return Recipe.model_validate({section: RECIPE[section] | changes.get(section, {}) for section in RECIPE})
+
+
+def build(student, teacher, changes: dict[str, dict]):
+    """The mesh, the student, the teacher and the loader that a recipe with `changes` gives, over random rows."""
+    from megatron_gkd.data.loader import StepLoader
+    from megatron_gkd.data.order import SampleOrder
+    from megatron_gkd.models.checkpoint import Checkpoint
+    from megatron_gkd.models.vocabulary import shared_vocab_size
+    from megatron_gkd.runtime.mesh import Layout, initialize_mesh
+    from megatron_gkd.training.build import batching, build_models
+
+    recipe = recipe_of(changes)
+    mesh = initialize_mesh(Layout.from_section(recipe.parallel), recipe.train.seed)
+    student, teacher = Checkpoint.open(str(student)), teacher and Checkpoint.open(str(teacher))
+    vocab_size = student.vocab_size if teacher is None else shared_vocab_size(student, teacher)
+    models = build_models(recipe, mesh, student, teacher, vocab_size, train_iters=3)
+    rows = RandomRows(count=24)
+    order = SampleOrder(rows.sizes, [1.0], seed=recipe.train.seed, shuffle=True)
+    return mesh, *models, StepLoader(rows, order, **batching(recipe, mesh, pad_token_id=0), num_steps=3)
+
+
+def train_steps(rank, world_size, student, teacher, changes, break_gradient=False):
+    """Per step: loss, other totals, gradient norm, and on rank 0 the whole gradient by Hugging Face name."""
+    from megatron_gkd.runtime.mesh import destroy_mesh
+
+    mesh, student, teacher, batches = build(student, teacher, changes)
+    if break_gradient:
+        _drop_sequence_parallel_reduction(student)
+    records = []
+    for microbatches in batches:
+        signals = [None] * len(microbatches)
+        if teacher is not None:
+            with teacher.resident():
+                signals = teacher.score(microbatches)
+        totals = student.compute_gradients(microbatches, signals, force_all_reduce=True)
+        gradient = named_gradients(student)
+        record = {"totals": totals, "gradient": gradient if rank == 0 else None}
+        records.append(record | {"grad_norm": student.update()})
+    destroy_mesh()
+    return records
+
+
+@torch.no_grad()
+def named_gradients(student) -> dict[str, torch.Tensor]:
+    """The export maps parameters linearly, so it names and gathers gradients as well: put them in the parameters' place."""
+    parameters = [p for chunk in student.model.chunks for p in chunk.parameters()]
+    weights = [p.data for p in parameters]
+    for parameter in parameters:
+        parameter.data = parameter.main_grad.to(parameter.dtype)
+    named = {name: tensor.clone() for name, tensor in student.model.named_tensors()}
+    for parameter, weight in zip(parameters, weights, strict=True):
+        parameter.data = weight
+    return named
+
+
+def _drop_sequence_parallel_reduction(student) -> None:
+    """The classic bug: norms' gradients, each made from a part of the tokens, are not summed over the ranks."""
+    for chunk in student.model.chunks:
+        for parameter in chunk.parameters():
+            parameter.sequence_parallel = False
