@@ -21,7 +21,10 @@ from megatron_gkd.ops.pointwise import Pointwise, pointwise_divergence, weighted
 from megatron_gkd.ops.vocabulary import VocabShard
 
 IGNORED_LABEL = -100
-BLOCK_ELEMENTS = 1 << 22  # bounds the temporaries of a pass: 16 MiB each in fp32, whatever N and V are
+# Rows are taken in blocks, which bounds the temporaries of a pass whatever N is: about 1 MiB each in fp32, so that they
+# stay in a CPU's cache, but enough rows of a large vocabulary to keep a GPU busy.
+BLOCK_ELEMENTS = 1 << 18
+BLOCK_MIN_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -42,13 +45,16 @@ class DivergenceSpec:
 
 @dataclass(frozen=True)
 class Normalizer:
-    """What turns logits into log-probabilities: ((z - maximum) / temperature) - log_sum. Kept apart from each other, so
-    that large logits cost no digits."""
+    """What turns logits into log-probabilities: (z - maximum) / temperature - log_sum.
+
+    The two are not added up to one log-sum-exp, so that large logits cost no digits.
+    """
 
     maximum: Tensor  # [N]
     log_sum: Tensor  # [N], of exp((z - maximum) / temperature)
 
     def log_probs(self, z: Tensor, rows: slice, temperature: float = 1.0) -> Tensor:
+        """[n, V] of the `rows` whose logits are `z`."""
         shifted = z.to(self.maximum.dtype) - self.maximum[rows, None]
         return shifted / temperature - self.log_sum[rows, None]
 
@@ -89,7 +95,7 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _blocks(logits: Tensor) -> Iterator[slice]:
     rows, width = logits.shape
-    step = max(1, BLOCK_ELEMENTS // max(width, 1))
+    step = max(BLOCK_MIN_ROWS, BLOCK_ELEMENTS // max(width, 1))
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
