@@ -65,7 +65,9 @@ def train_steps(rank, world_size, student, teacher, changes, break_gradient=Fals
 
 @torch.no_grad()
 def named_gradients(student) -> dict[str, torch.Tensor]:
-    """The export maps parameters linearly, so it names and gathers gradients as well: put them in the parameters' place."""
+    """The export maps parameters linearly, so it names and gathers gradients as well: put them in the parameters'
+    place.
+    """
     parameters = [p for chunk in student.model.chunks for p in chunk.parameters()]
     weights = [p.data for p in parameters]
     for parameter in parameters:

@@ -79,7 +79,7 @@ class MegatronModel:
         return chunk.output_layer.weight
 
     def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every parameter whole, under its Hugging Face name, one at a time. A collective: all ranks iterate together."""
+        """Every parameter whole, under its Hugging Face name, one at a time. All ranks must iterate together."""
         with self.mesh.virtual_stages(self.config.virtual_pipeline_model_parallel_size):
             yield from self.config.bridge.export_weights(self.chunks)
 
@@ -109,8 +109,9 @@ def hidden_states(chunk: nn.Module, microbatch: Microbatch) -> torch.Tensor:
 
 
 def _mark_shards(chunk: nn.Module) -> None:
-    """Megatron marks sharded weights when it initialises them, which a loaded model skips; without the mark they count as
-    replicas, and the norm of the gradient takes them from one tensor-parallel rank only."""
+    """Megatron marks sharded weights when it initialises them, which a loaded model skips; without the mark they
+    count as replicas, and the norm of the gradient takes them from one tensor-parallel rank only.
+    """
     for module in chunk.modules():
         if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding):
             dimension = 0
@@ -136,9 +137,7 @@ def _model_config(checkpoint: Checkpoint, mesh: Mesh, options: BuildOptions) -> 
     family = hf_to_mcore_config(checkpoint.config)
     if checkpoint.is_moe:
         coefficient = options.moe_aux_loss_coeff
-        family["moe_aux_loss_coeff"] = (
-            checkpoint.config.router_aux_loss_coef if coefficient is None else coefficient
-        )
+        family["moe_aux_loss_coeff"] = checkpoint.config.router_aux_loss_coef if coefficient is None else coefficient
     return ModelConfig(
         params_dtype=options.dtype,
         bf16=options.dtype == torch.bfloat16,
@@ -158,8 +157,8 @@ def _model_config(checkpoint: Checkpoint, mesh: Mesh, options: BuildOptions) -> 
         # Kernels of Apex and Transformer Engine, which may be absent.
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
-        # The plain schedule lets shapes travel with the tensors. The interleaved one cannot: between two stages the messages of
-        # both directions would be mixed up; its microbatches have one length (`StepLoader`).
+        # The plain schedule lets shapes travel with the tensors. The interleaved one cannot: between two stages the
+        # messages of both directions would be mixed up; its microbatches have one length (`StepLoader`).
         variable_seq_lengths=options.virtual_pipeline is None,
         overlap_p2p_comm=options.virtual_pipeline is not None and portability.sends_are_stream_ordered(),
         batch_p2p_comm=False,

@@ -1,7 +1,7 @@
 """Weights that live in pinned host memory and visit the device.
 
-All parameters of one dtype share a flat device buffer. Its storage is freed and taken again at the same size, so the allocator
-hands back the same block; the host copy is allocated once. One copy a dtype moves everything.
+All parameters of one dtype share a flat device buffer. Its storage is freed and taken again at the same size, so the
+allocator hands back the same block; the host copy is allocated once. One copy a dtype moves everything.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class OffloadedWeights:
     @contextlib.contextmanager
     def resident(self) -> Iterator[None]:
         """The weights are on the device inside. Raises RuntimeError if what arrived is not what was stored."""
-        # Memory is taken and freed on the main stream, so that the student can use it in between; only the copy is on the side.
+        # Memory is taken and freed on the main stream, so that the student can use it in between; only the copy is on
+        # the side.
         for buffer in self._buffers:
             buffer.take()
         self._stream.wait_stream(torch.cuda.current_stream())

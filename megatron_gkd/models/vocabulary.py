@@ -1,7 +1,8 @@
 """Two models over one vocabulary: which ids are compared, and on which rank their logits lie.
 
-Checkpoints of one family pad their embeddings differently (151936 rows against 152064), so their tensor-parallel shards do not line up.
-The teacher's head is laid out once over the student's ids; ids that only one model has are masked in both.
+Checkpoints of one family pad their embeddings differently (151936 rows against 152064), so their tensor-parallel
+shards do not line up. The teacher's head is laid out once over the student's ids; ids that only one model has are
+masked in both.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from transformers import PreTrainedTokenizerBase
 from megatron_gkd.errors import UserError
 from megatron_gkd.models.checkpoint import Checkpoint
 
-_PROBES = ("The 12 quick brown foxes jump over 345 lazy dogs.", "x = f(y) != \"naïve\"\n\t# 中文, émigré, 🙂")
+_PROBES = ("The 12 quick brown foxes jump over 345 lazy dogs.", 'x = f(y) != "naïve"\n\t# 中文, émigré, 🙂')
 
 
 def shared_vocab_size(student: Checkpoint, teacher: Checkpoint) -> int:
-    """Number of ids that both models have logits for. Raises UserError if the tokenizers give ids different meanings."""
+    """Number of ids that both models have logits for. Raises UserError if the tokenizers differ."""
     require_same_tokenizer(student.tokenizer(), teacher.tokenizer())
     return min(student.vocab_size, teacher.vocab_size)
 
@@ -30,20 +31,20 @@ def require_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrained
     for index in sorted(student_tokens.keys() & teacher_tokens.keys()):
         if student_tokens[index] != teacher_tokens[index]:
             raise UserError(
-                f"student and teacher have different tokenizers: id {index} is {student_tokens[index]!r} for the student "
-                f"and {teacher_tokens[index]!r} for the teacher; their next-token distributions cannot be compared"
+                f"student and teacher have different tokenizers: id {index} is {student_tokens[index]!r} for the "
+                f"student and {teacher_tokens[index]!r} for the teacher; their distributions cannot be compared"
             )
     for text in _PROBES:
         if student.encode(text, add_special_tokens=False) != teacher.encode(text, add_special_tokens=False):
             raise UserError(
                 f"student and teacher have different tokenizers: {text!r} gives different ids; "
-                "their next-token distributions cannot be compared"
+                "their distributions cannot be compared"
             )
 
 
 @torch.no_grad()
 def lay_out_head(shard: torch.Tensor, rows: int, group: dist.ProcessGroup) -> torch.Tensor:
-    """The shard [R, H] of a head that is cut in R rows a rank, cut again in `rows` rows a rank; missing ids are zero rows.
+    """Cut a head anew: from the shard [R, H] of R ids a rank to one of `rows` ids a rank; missing ids are zero rows.
 
     Returns `shard` itself where both cuts agree. A collective over `group`, made once when a model is loaded.
     """

@@ -34,7 +34,7 @@ class Layout:
             expert=parallel.expert_model_parallel_size,
             expert_tensor=parallel.expert_tensor_parallel_size,
             virtual_pipeline=parallel.virtual_pipeline_model_parallel_size,
-            sequence_parallel=parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1,
+            sequence_parallel=parallel.effective_sequence_parallel,
         )
 
     @property
@@ -67,7 +67,7 @@ class Mesh:
 
     @contextlib.contextmanager
     def virtual_stages(self, count: int | None) -> Iterator[None]:
-        """Megatron's global number of virtual stages is `count` inside: the student may have them, the teacher never does."""
+        """Megatron's global number of virtual stages is `count` inside. The student may have them, the teacher not."""
         outside = parallel_state.get_virtual_pipeline_model_parallel_world_size()
         parallel_state.set_virtual_pipeline_model_parallel_world_size(count)
         try:
@@ -76,7 +76,7 @@ class Mesh:
             parallel_state.set_virtual_pipeline_model_parallel_world_size(outside)
 
     def sum_from_last_stage(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum over data- and context-parallel ranks of what the last pipeline stages hold; known to every rank afterwards."""
+        """Sum what the last pipeline stages hold over data- and context-parallel ranks, and tell every rank."""
         dist.all_reduce(values, group=self.dp_cp)
         if self.pp.size() > 1:
             dist.broadcast(values, src=dist.get_global_rank(self.pp, self.pp.size() - 1), group=self.pp)

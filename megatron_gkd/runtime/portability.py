@@ -1,8 +1,8 @@
 """The one place that knows which device this is.
 
-On a machine with CUDA nothing here changes anything. Without it, `make_portable()` lets the real Megatron-Core run on CPUs
-with gloo, by answering the few `torch.cuda` calls that it makes unconditionally. Everything else in the project asks this
-module for `device()`, `backend()`, streams and memory, and never for "cuda or cpu".
+On a machine with CUDA nothing here changes anything. Without it, `make_portable()` lets the real Megatron-Core run on
+CPUs with gloo, by answering the few `torch.cuda` calls that it makes unconditionally. Everything else in the project
+asks this module for `device()`, `backend()`, streams and memory, and never for "cuda or cpu".
 
 Megatron-Core and mcore-bridge must be imported after `make_portable()`; `runtime.preload` does it in the right order.
 """

@@ -14,7 +14,7 @@ from megatron_gkd.data.microbatch import Microbatch
 
 @dataclass(frozen=True)
 class Hidden:
-    """A teacher's signal for one microbatch: its last hidden states, from which the loss makes logits chunk by chunk."""
+    """A teacher's last hidden states for one microbatch, from which the loss makes logits chunk by chunk."""
 
     states: torch.Tensor
     """[N, H_T] after the final norm, one row for every label of the microbatch (in order)."""
@@ -33,5 +33,5 @@ class TeacherSource(Protocol):
         ...
 
     def score(self, microbatches: Sequence[Microbatch]) -> list[TeacherSignal | None]:
-        """One signal a microbatch on the last pipeline stage, None elsewhere. A collective over the model-parallel ranks."""
+        """One signal a microbatch on the last pipeline stage, None elsewhere. Model-parallel ranks call it together."""
         ...

@@ -20,8 +20,8 @@ class LocalTeacher:
     """Frozen, in eval mode, without DDP, optimizer or autograd graph.
 
     `head_rows`: rows of the student's head shard (any value on earlier pipeline stages).
-    `offload`: keep the weights in pinned host memory between the calls of `resident()`; the head shard stays on the device, since
-    the student's loss needs it.
+    `offload`: keep the weights in pinned host memory between the calls of `resident()`; the head shard stays on the
+    device, since the student's loss needs it.
     """
 
     def __init__(self, model: MegatronModel, *, head_rows: int, offload: bool = False):

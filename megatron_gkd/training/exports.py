@@ -9,7 +9,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Exports:
-    """`save_interval` steps between exports (None: at the end only); the newest `save_total_limit` of those are kept."""
+    """`save_interval` steps between exports (None: at the end only), of which the newest `save_total_limit` stay."""
 
     output_dir: Path
     save_interval: int | None = None

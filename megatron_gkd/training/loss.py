@@ -1,8 +1,8 @@
 """From a microbatch's hidden states to its share of the step's loss.
 
-The loss of a step is a sum over all response tokens of the global batch divided by their number. Each microbatch contributes its plain
-sum; Megatron divides the reduced gradient by the reduced token count (`calculate_per_token_loss`). So neither loss nor gradient
-depends on how the batch is cut.
+The loss of a step is a sum over all response tokens of the global batch divided by their number. Each microbatch
+contributes its plain sum; Megatron divides the reduced gradient by the reduced token count
+(`calculate_per_token_loss`). So neither loss nor gradient depends on how the batch is cut.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SUMS = (
     "tokens",
     "dataset_tokens",
 )
-"""What `Objective` adds up over tokens, in order; `cross_entropy` over tokens of rows that the student did not generate."""
+"""What `Objective` adds up over tokens, in order; `cross_entropy` only over rows that the student did not generate."""
 
 
 def label_rows(hidden: torch.Tensor, microbatch: Microbatch, mesh: Mesh) -> torch.Tensor:

@@ -11,7 +11,7 @@ from megatron_gkd.runtime import portability
 
 
 def summarize(totals: dict[str, float], *, has_teacher: bool) -> dict[str, float | None]:
-    """Means per response token of `training.loss.SUMS`; entropies in nats; None for what needs a teacher and has none."""
+    """Means per response token of `training.loss.SUMS`, entropies in nats; None for what would need a teacher."""
     tokens = max(totals["tokens"], 1.0)
     dataset_tokens = totals["dataset_tokens"]
     return {

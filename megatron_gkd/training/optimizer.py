@@ -9,7 +9,7 @@ from torch import nn
 
 
 def build_optimizer(chunks: list[nn.Module], train, *, dtype: torch.dtype, distributed: bool) -> MegatronOptimizer:
-    """AdamW over the DDP-wrapped `chunks`; `train` is the recipe's section. fp32 master weights where `dtype` is bf16."""
+    """AdamW over the DDP-wrapped `chunks`, with fp32 master weights for bf16; `train` is the recipe's section."""
     config = OptimizerConfig(
         optimizer="adam",
         lr=train.lr,

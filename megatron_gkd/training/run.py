@@ -62,9 +62,7 @@ def _train(recipe: Recipe, mesh: Mesh) -> None:
     )
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     cut = batching(recipe, mesh, pad_token_id)
-    batches = StepLoader(
-        dataset, order, **cut, num_workers=recipe.data.dataloader_num_workers, num_steps=train_iters
-    )
+    batches = StepLoader(dataset, order, **cut, num_workers=recipe.data.dataloader_num_workers, num_steps=train_iters)
     validation = None
     if recipe.data.val_dataset:
         held_out, _ = build_dataset(recipe.data, "validation", tokenizer, **shared)
@@ -90,4 +88,6 @@ def _train(recipe: Recipe, mesh: Mesh) -> None:
             eval_interval=recipe.train.eval_interval,
             exports=Exports(output_dir, output.save_interval, output.save_total_limit),
         ).run()
-        reporter.message(f"checkpoint {exported}\nmetrics    {output_dir / 'metrics.jsonl'}\ncurves     {reporter.plot()}")
+        reporter.message(
+            f"checkpoint {exported}\nmetrics    {output_dir / 'metrics.jsonl'}\ncurves     {reporter.plot()}"
+        )

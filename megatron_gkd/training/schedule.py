@@ -28,8 +28,9 @@ def forward_backward(
 ) -> list[Any]:
     """1F1B, or interleaved where there are virtual stages, over `chunks`.
 
-    `loss(output, index)` gets the last stage's output of microbatch `index` and gives (sum of losses, number of tokens, record).
-    Returns the records, on the last pipeline stage; an empty list elsewhere.
+    `loss(output, index)` gets the last stage's output of microbatch `index` and gives (sum of losses, number of tokens,
+    record). Returns the records, on the last pipeline stage; an empty list elsewhere.
+
     `force_all_reduce`: leave whole gradients on every rank, even under the distributed optimizer.
     """
 
@@ -47,7 +48,7 @@ def forward_only(
     collect: Callable[[torch.Tensor, Microbatch], Any],
     mesh: Mesh,
 ) -> list[Any]:
-    """Forward passes alone; `collect(output, microbatch)` on the last pipeline stage, None elsewhere: one entry a microbatch."""
+    """Forward passes alone: `collect(output, microbatch)` of each on the last pipeline stage, None elsewhere."""
 
     def step(iterator, chunk):
         index = next(iterator)
@@ -67,16 +68,15 @@ def _call_with_index(loss, index, output):
 
 def _run(chunks, microbatches: Sequence[Microbatch], step, mesh: Mesh, **options) -> list[Any]:
     interleaved = len(chunks) > 1
-    schedule = get_forward_backward_func(
-        pp_size=mesh.pp.size(), vp_size=len(chunks) if interleaved else None
-    )
+    schedule = get_forward_backward_func(pp_size=mesh.pp.size(), vp_size=len(chunks) if interleaved else None)
     indices = [iter(range(len(microbatches))) for _ in chunks]
     return schedule(
         forward_step_func=step,
         data_iterator=indices if interleaved else indices[0],
         model=chunks if interleaved else chunks[0],
         num_microbatches=len(microbatches),
-        seq_length=microbatches[0].total_length,  # of all microbatches if interleaved; else shapes travel with the tensors
+        # Of every microbatch, if interleaved; else shapes travel with the tensors.
+        seq_length=microbatches[0].total_length,
         micro_batch_size=1,
         **options,
     )

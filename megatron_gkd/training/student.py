@@ -56,16 +56,14 @@ class Student:
         *,
         force_all_reduce: bool = False,
     ) -> dict[str, float]:
-        """Forward and backward over a global batch; the reduced gradients are in `main_grad`. Returns the totals of `SUMS`."""
+        """Forward and backward over a global batch, down to reduced gradients. Returns the totals of `SUMS`."""
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         return self._totals(microbatches, signals, backward=True, force_all_reduce=force_all_reduce)
 
     @torch.no_grad()
-    def evaluate(
-        self, microbatches: Sequence[Microbatch], signals: Sequence[TeacherSignal | None]
-    ) -> dict[str, float]:
+    def evaluate(self, microbatches: Sequence[Microbatch], signals: Sequence[TeacherSignal | None]) -> dict[str, float]:
         """The totals of `SUMS` over a global batch, in eval mode, without gradients."""
         for chunk in self.chunks:
             chunk.eval()

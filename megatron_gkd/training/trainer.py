@@ -58,7 +58,9 @@ class Trainer:
         learning_rate = self.student.learning_rate
         totals = self.student.compute_gradients(microbatches, signals)
         if not math.isfinite(totals["loss"]):
-            raise UserError(f"step {step}: the loss is {totals['loss']}; the weights keep their values of step {step - 1}")
+            raise UserError(
+                f"step {step}: the loss is {totals['loss']}; the weights keep their values of step {step - 1}"
+            )
         grad_norm = self.student.update()
         portability.synchronize()
         self.reporter.step(

@@ -1,8 +1,8 @@
 """Torch stand-ins for the Transformer Engine classes that Megatron-Core's layer specs name.
 
-Megatron's own "local" layer spec has no packed input and no context parallelism, and its MoE does not train with tensor parallelism.
-With these stand-ins the Transformer Engine spec builds, trains and converts on a CPU, or on a GPU without Transformer Engine.
-Where the real one is installed `install()` does nothing.
+Megatron's own "local" layer spec has no packed input and no context parallelism, and its MoE does not train with
+tensor parallelism. With these stand-ins the Transformer Engine spec builds, trains and converts on a CPU, or on a GPU
+without Transformer Engine. Where the real one is installed `install()` does nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _VERSION = "2.8.0"  # the version that the stand-ins behave like
 
 
 def install() -> bool:
-    """Put the stand-ins in place, before mcore-bridge is imported. True if they serve, False if the real library does."""
+    """Put the stand-ins in place, before mcore-bridge is imported. False where the real library serves."""
     if getattr(sys.modules.get("transformer_engine"), "is_stand_in", False):
         return True
     if importlib.util.find_spec("transformer_engine") is not None:

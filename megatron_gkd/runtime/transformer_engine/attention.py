@@ -1,11 +1,12 @@
 """Core attention on torch's scaled_dot_product_attention: grouped queries, packed sequences, context parallelism.
 
 Shapes: s tokens of this rank, b batch, h query heads, g key/value heads, d head size. Packed ("thd") input has no batch
-dimension; its sequences are delimited by `cu_seqlens_q_padded` (or `cu_seqlens_q`) over the tokens of the whole microbatch.
+dimension; its sequences are delimited by `cu_seqlens_q_padded` (or `cu_seqlens_q`) over the tokens of the whole
+microbatch.
 
-Under context parallelism each sequence is cut in 2·CP chunks and rank r holds chunks r and 2·CP−1−r (zigzag, so that causal work
-is balanced). Keys and values are gathered over the group and put back in order; then each local chunk of queries attends to a
-prefix of its sequence, which is a causal mask aligned to the last key.
+Under context parallelism each sequence is cut in 2·CP chunks and rank r holds chunks r and 2·CP−1−r (zigzag, so that
+causal work is balanced). Keys and values are gathered over the group and put back in order; then each local chunk of
+queries attends to a prefix of its sequence, which is a causal mask aligned to the last key.
 """
 
 from __future__ import annotations
@@ -87,7 +88,9 @@ class TEDotProductAttention(MegatronModule):
             mask, causal = causal_lower_right(q.shape[2], k.shape[2]), False
         elif mask is not None:
             mask = ~mask  # Megatron masks where True, torch attends where True
-        attention = dict(attn_mask=mask, is_causal=causal, scale=self.softmax_scale, enable_gqa=q.shape[1] != k.shape[1])
+        attention = dict(
+            attn_mask=mask, is_causal=causal, scale=self.softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
         if not self.training or self.dropout == 0.0:
             return F.scaled_dot_product_attention(q, k, v, **attention)
         with tensor_parallel.get_cuda_rng_tracker().fork():  # heads differ over TP ranks, and so must their dropout

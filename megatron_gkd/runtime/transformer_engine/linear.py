@@ -103,9 +103,7 @@ class TELayerNormColumnParallelLinear(_ParallelLinear, ColumnParallelLinear):
 class TEGroupedLinear(nn.Module):
     """The experts of one rank: `weight0 … weightN`, each applied to its own run of tokens."""
 
-    def __init__(
-        self, num_gemms, input_size, output_size, *, config, init_method, parallel_mode=None, bias=False, **_
-    ):
+    def __init__(self, num_gemms, input_size, output_size, *, config, init_method, parallel_mode=None, bias=False, **_):
         super().__init__()
         tp_size = _tensor_parallel_size(is_expert=True)
         if parallel_mode == "column":

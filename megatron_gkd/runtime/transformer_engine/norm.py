@@ -1,4 +1,7 @@
-"""Norms that know sequence parallelism: their weights see only this rank's tokens, so Megatron must sum their gradients."""
+"""Norms that know sequence parallelism.
+
+Their weights see only this rank's tokens, so they carry the mark by which Megatron sums their gradients over the ranks.
+"""
 
 from __future__ import annotations
 
