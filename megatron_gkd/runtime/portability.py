@@ -75,7 +75,7 @@ def make_portable() -> None:
         _CudaMeansCpu().__enter__()
         _patch_gloo()
         _patch_rng_tracker()
-    _patch_moe()
+        _patch_token_dispatcher()
 
 
 class _CudaMeansCpu(TorchFunctionMode):
@@ -189,28 +189,11 @@ def _patch_rng_tracker() -> None:
     random.CudaRNGStatesTracker.fork = fork
 
 
-def _patch_moe() -> None:
-    """Two slips of Megatron-Core's MoE code: names that only Transformer Engine's import defines (on GPUs too),
-    and, without CUDA, a helper that leaves a tensor where its callers want numpy."""
+def _patch_token_dispatcher() -> None:
+    """A helper that has nothing to move leaves a tensor where its callers want numpy."""
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
-    for name in (
-        "te_general_gemm",
-        "fused_permute",
-        "fused_permute_with_probs",
-        "fused_sort_chunks_by_index",
-        "fused_sort_chunks_by_index_with_probs",
-        "fused_unpermute",
-        "fused_topk_with_score_function",
-        "fused_compute_score_for_moe_aux_loss",
-        "fused_moe_aux_loss",
-    ):
-        if not hasattr(moe_utils, name):
-            setattr(moe_utils, name, None)
+    def maybe_move_tensor_to_cpu(tensor, as_numpy=False, record_stream=False):
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
-    if not has_cuda():
-
-        def maybe_move_tensor_to_cpu(tensor, as_numpy=False, record_stream=False):
-            return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
-
-        token_dispatcher.maybe_move_tensor_to_cpu = moe_utils.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
+    token_dispatcher.maybe_move_tensor_to_cpu = moe_utils.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu

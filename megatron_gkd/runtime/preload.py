@@ -13,6 +13,7 @@ for message in (
     "The .grad attribute of a Tensor that is not a leaf",
     "`torch.distributed.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated",
     "When using async grad allreduce",
+    "MimoModelConfig is experimental",
 ):
     warnings.filterwarnings("ignore", message=message)
 
@@ -20,9 +21,11 @@ from megatron_gkd.runtime.portability import make_portable  # noqa: E402
 
 make_portable()
 
+from megatron_gkd.runtime.corrections import apply_corrections  # noqa: E402
 from megatron_gkd.runtime.transformer_engine import install  # noqa: E402
 
 install()
+apply_corrections()
 
 import mcore_bridge  # noqa: E402, F401
 import transformers  # noqa: E402, F401

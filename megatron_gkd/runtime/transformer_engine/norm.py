@@ -38,7 +38,7 @@ def normalize(x, weight, bias, eps: float, kind: str, gamma_offset: float = 0.0)
 
 
 class TENorm:
-    """Megatron's factory of the same name."""
+    """Megatron's factory of the same name; `has_residual` only offers a fusion (Megatron-Core 0.19)."""
 
-    def __new__(cls, config, hidden_size: int, eps: float = 1e-5):
+    def __new__(cls, config, hidden_size: int, eps: float = 1e-5, has_residual: bool = False):
         return Norm(config, hidden_size, eps)
