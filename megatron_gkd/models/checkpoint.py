@@ -48,6 +48,9 @@ class Checkpoint:
         return self.config.model_type == "qwen3_moe"
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Raises UserError if there is none. (Without its files transformers would make up an empty one.)"""
+        if not any((self.path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+            raise UserError(f"{self.path}: no tokenizer there (tokenizer.json, tokenizer.model or vocab.json)")
         try:
             return AutoTokenizer.from_pretrained(self.path)
         except (OSError, ValueError) as error:

@@ -34,9 +34,9 @@ def _scale_aux_loss_by_all_tokens() -> None:
     """Give the load-balancing loss the same gradient under every layout.
 
     Under `calculate_per_token_loss` each rank multiplies its share of the loss by a token count that must be the whole
-    microbatch's, whatever its tokens are divided over. Megatron passes the rank's own count, which differs between ranks
-    where padding does, and which an in-place reduction overwrites with the whole count where there is a padding mask; later
-    releases multiply by the number of ranks on top.
+    microbatch's, whatever its tokens are divided over. Megatron passes the rank's own count, which differs between
+    ranks where padding does, and which an in-place reduction overwrites with the whole count where there is a padding
+    mask; later releases multiply by the number of ranks on top.
     """
     from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
     from megatron.core.transformer.moe import router

@@ -1,0 +1,111 @@
+"""What a run exports, transformers opens, and it is the model that was trained."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from checkpoints import tiny_checkpoint
+from rows import RandomRows
+from safetensors.torch import load_file
+from training_layouts import build
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from megatron_gkd.ops import reference
+
+TP2_PP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "pipeline_model_parallel_size": 2}
+RECIPES = {
+    "TP2+SPxPP2": (4, "qwen3_tied", {"parallel": TP2_PP2}),
+    "VPP2, untied": (
+        2,
+        "llama",
+        {"parallel": {k: 2 for k in ("pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size")}},
+    ),
+    "EP2": (2, "qwen3_moe", {"parallel": {"expert_model_parallel_size": 2}}),
+    "overlapped": (2, "qwen3", {"parallel": {"overlap_grad_reduce": True, "overlap_param_gather": True}}),
+}
+
+
+def export_untrained(rank, world_size, model, directory, changes):
+    from megatron_gkd.models.export import export_checkpoint
+    from megatron_gkd.runtime.mesh import destroy_mesh
+
+    _, student, _, _ = build(model, None, changes | {"teacher": {"kind": "none"}})
+    export_checkpoint(student.model, directory)
+    destroy_mesh()
+
+
+def train_and_export(rank, world_size, model, teacher, directory, changes):
+    """Three steps, an export, and the validation totals of the model that was exported."""
+    from training_layouts import recipe_of
+
+    from megatron_gkd.data.loader import validation_batches
+    from megatron_gkd.models.export import export_checkpoint
+    from megatron_gkd.runtime.mesh import destroy_mesh
+    from megatron_gkd.training.build import batching
+
+    mesh, student, teacher, batches = build(model, teacher, changes)
+    for microbatches in batches:
+        with teacher.resident():
+            signals = teacher.score(microbatches)
+        student.compute_gradients(microbatches, signals)
+        student.update()
+    student.gather_parameters()
+    export_checkpoint(student.model, directory)
+    totals: dict[str, float] = {}
+    for microbatches in validation_batches(
+        RandomRows(11, seed=9), **batching(recipe_of(changes), mesh, pad_token_id=0)
+    ):
+        with teacher.resident():
+            signals = teacher.score(microbatches)
+        for name, value in student.evaluate(microbatches, signals).items():
+            totals[name] = totals.get(name, 0.0) + value
+    destroy_mesh()
+    return totals
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen2_tied", "qwen3", "qwen3_tied", "qwen3_moe"])
+def test_an_untrained_model_comes_back_bit_by_bit(family, gloo_world, tmp_path):
+    source, directory = tiny_checkpoint(family), tmp_path / "export"
+    changes = {"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}}
+    gloo_world(2).run(export_untrained, source, directory, changes)
+    before, after = (
+        load_file(path / "model.safetensors") for path in (source, next(directory.glob("*.safetensors")).parent)
+    )
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]), name
+
+
+@pytest.mark.parametrize("layout", RECIPES)
+def test_the_export_has_the_validation_loss_of_the_run(layout, gloo_world, tmp_path):
+    world_size, family, changes = RECIPES[layout]
+    directory = tmp_path / "export"
+    teacher_path = tiny_checkpoint("qwen3", seed=1, num_hidden_layers=6, hidden_size=48)
+    source = tiny_checkpoint(family, seed=2)
+    totals = gloo_world(world_size).run(train_and_export, source, teacher_path, directory, changes)[0]
+
+    assert AutoTokenizer.from_pretrained(directory).get_vocab() == AutoTokenizer.from_pretrained(source).get_vocab()
+    assert AutoTokenizer.from_pretrained(directory).chat_template == AutoTokenizer.from_pretrained(source).chat_template
+    assert GenerationConfig.from_pretrained(directory).eos_token_id == 2
+    assert json.loads((directory / "config.json").read_text())["architectures"]
+    assert not list(tmp_path.glob("*.unfinished"))
+
+    student, teacher = (
+        AutoModelForCausalLM.from_pretrained(p, dtype=torch.float32).eval() for p in (directory, teacher_path)
+    )
+    untrained = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    rows = RandomRows(11, seed=9)
+    sums = {"new": 0.0, "old": 0.0, "cross_entropy": 0.0}
+    for sample in (rows[i] for i in range(len(rows))):
+        inputs, labels = torch.from_numpy(sample.input_ids)[None], torch.from_numpy(sample.labels)
+        counts = labels != -100
+        with torch.no_grad():
+            new, old, goal = (model(inputs).logits[0][counts].double() for model in (student, untrained, teacher))
+        sums["new"] += reference.divergence(new, goal, beta=0.5, temperature=0.9).sum().item()
+        sums["old"] += reference.divergence(old, goal, beta=0.5, temperature=0.9).sum().item()
+        sums["cross_entropy"] += torch.nn.functional.cross_entropy(new, labels[counts], reduction="sum").item()
+    assert totals["divergence"] == pytest.approx(sums["new"], rel=1e-5)
+    assert totals["cross_entropy"] == pytest.approx(sums["cross_entropy"], rel=1e-5)
+    assert sums["new"] < 0.99 * sums["old"], "three steps must show"

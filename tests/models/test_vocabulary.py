@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from checkpoints import tiny_checkpoint, tiny_tokenizer
+
+from megatron_gkd.errors import UserError
+from megatron_gkd.models.checkpoint import Checkpoint
+from megatron_gkd.models.vocabulary import lay_out_head, require_same_tokenizer, shared_vocab_size
+
+
+def test_the_shared_ids_are_those_of_the_smaller_embedding():
+    small, large = (Checkpoint.open(str(tiny_checkpoint("qwen3", vocab_size=size))) for size in (99, 112))
+    assert shared_vocab_size(small, large) == shared_vocab_size(large, small) == 99
+
+
+def test_a_tokenizer_with_more_tokens_at_the_end_is_of_the_family():
+    require_same_tokenizer(tiny_tokenizer(), tiny_tokenizer())
+
+
+def test_different_tokenizers_are_refused():
+    with pytest.raises(UserError, match="id 4 is 'w0' for the student and 'x0' for the teacher"):
+        require_same_tokenizer(tiny_tokenizer(), tiny_tokenizer(prefix="x"))
+
+
+def test_same_ids_but_another_segmentation_is_refused():
+    other = tiny_tokenizer()
+    other.backend_tokenizer.normalizer = __import__("tokenizers").normalizers.Replace(" ", "")
+    with pytest.raises(UserError, match="gives different ids"):
+        require_same_tokenizer(tiny_tokenizer(), other)
+
+
+def lay_out(rank, world_size, old_rows, new_rows):
+    whole = torch.arange(world_size * old_rows * 2, dtype=torch.float32).view(-1, 2)
+    shard = whole[rank * old_rows : (rank + 1) * old_rows].clone()
+    laid_out = lay_out_head(shard, new_rows, dist.group.WORLD)
+    assert (laid_out is shard) == (old_rows == new_rows)
+    return laid_out
+
+
+@pytest.mark.parametrize(("old_rows", "new_rows"), [(5, 5), (5, 3), (5, 7), (5, 11)])
+def test_a_head_is_cut_anew(old_rows, new_rows, gloo_world):
+    cut = torch.cat(gloo_world(2).run(lay_out, old_rows, new_rows))
+    kept = min(2 * old_rows, 2 * new_rows)
+    assert torch.equal(cut[:kept], torch.arange(2 * kept, dtype=torch.float32).view(-1, 2))
+    assert not cut[kept:].any()

@@ -1,0 +1,86 @@
+"""The one process that all layouts are compared with, compared with plain transformers and autograd."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from checkpoints import tiny_checkpoint
+from rows import RandomRows
+from training_layouts import RECIPE, train_steps
+from transformers import AutoModelForCausalLM
+
+from megatron_gkd.data.order import SampleOrder
+from megatron_gkd.ops import reference
+
+STUDENT = functools.partial(tiny_checkpoint, "qwen3_tied", seed=2)
+
+
+def teacher_of(vocab_size: int = 99):
+    return tiny_checkpoint("qwen3", seed=1, num_hidden_layers=6, hidden_size=48, vocab_size=vocab_size)
+
+
+def oracle(student_path, teacher_path, beta, temperature, sft_alpha):
+    """Loss and gradients of the first step, from unsharded models in fp64 and torch's autograd."""
+
+    def open_model(path):
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, attn_implementation="eager")
+        return model.train()
+
+    student = open_model(student_path)
+    teacher = None if teacher_path is None else open_model(teacher_path)
+    rows = RandomRows(count=24)
+    order = SampleOrder(rows.sizes, [1.0], seed=1234, shuffle=True).rows_of_step(0, 8)
+    total, tokens = 0.0, 0
+    for sample in (rows[row] for row in order):
+        inputs, labels = torch.from_numpy(sample.input_ids)[None], torch.from_numpy(sample.labels)
+        counts = labels != -100
+        logits = student(inputs).logits[0][counts]
+        cross_entropy = torch.nn.functional.cross_entropy(logits, labels[counts], reduction="sum")
+        if teacher is None:
+            total = total + cross_entropy
+        else:
+            with torch.no_grad():
+                teacher_logits = teacher(inputs).logits[0][counts]
+            shared = min(logits.shape[-1], teacher_logits.shape[-1])
+            divergence = reference.divergence(
+                logits[:, :shared], teacher_logits[:, :shared], beta=beta, temperature=temperature
+            )
+            total = total + divergence.sum() + sft_alpha * cross_entropy
+        tokens += int(counts.sum())
+    loss = total / tokens
+    loss.backward()
+    return loss.item(), {name: parameter.grad for name, parameter in student.named_parameters()}
+
+
+def assert_equals_oracle(record, loss, gradients):
+    assert record["totals"]["loss"] / record["totals"]["tokens"] == pytest.approx(loss, rel=1e-5)
+    assert record["gradient"].keys() == gradients.keys()
+    for name, expected in gradients.items():
+        error = (record["gradient"][name].double() - expected).norm() / expected.norm()
+        assert error < 1e-5, f"gradient of {name} is off by {error:.1e}"
+
+
+@pytest.mark.parametrize("sft_alpha", [0.0, 0.3])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_equals_transformers(beta, sft_alpha, gloo_world):
+    changes = {"distill": {"beta": beta, "sft_alpha": sft_alpha}}
+    record = gloo_world(1).run(train_steps, STUDENT(), teacher_of(), changes)[0][0]
+    assert_equals_oracle(record, *oracle(STUDENT(), teacher_of(), beta, RECIPE["distill"]["temperature"], sft_alpha))
+
+
+def test_without_a_teacher_it_is_cross_entropy(gloo_world):
+    changes = {"teacher": {"kind": "none"}, "parallel": {"tensor_model_parallel_size": 2}}
+    record = gloo_world(2).run(train_steps, STUDENT(), None, changes)[0][0]
+    assert_equals_oracle(record, *oracle(STUDENT(), None, None, None, None))
+
+
+@pytest.mark.parametrize("vocab_size", [97, 112])
+@pytest.mark.parametrize("parallel", [{}, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}])
+def test_unequal_vocabularies_are_compared_over_the_shared_ids(vocab_size, parallel, gloo_world):
+    """97 ids end within a shard of the student's 99; 112 are cut elsewhere than they."""
+    teacher = teacher_of(vocab_size)
+    changes = {"parallel": parallel, "distill": {"sft_alpha": 0.0}, "teacher": {"offload_teacher_model": True}}
+    record = gloo_world(4 if parallel else 1).run(train_steps, STUDENT(), teacher, changes)[0][0]
+    assert_equals_oracle(record, *oracle(STUDENT(), teacher, 0.5, RECIPE["distill"]["temperature"], 0.0))
