@@ -29,6 +29,7 @@ DENSE = {
     "packed": (1, {"data": {"packing": True}}),
     "TP2+SP, packed": (2, {"parallel": TP2 | SP, "data": {"packing": True}}),
     "recompute": (1, {"parallel": RECOMPUTE}),
+    "recompute, selective": (1, {"parallel": {"recompute_granularity": "selective"}}),
     "TP2+SPxCP2, recompute": (4, {"parallel": TP2 | SP | CP2 | RECOMPUTE}),
     "teacher offloaded": (1, {"teacher": {"offload_teacher_model": True}}),
     "TP2xPP2, teacher offloaded": (4, {"parallel": TP2 | PP2, "teacher": {"offload_teacher_model": True}}),

@@ -105,6 +105,14 @@ def test_iterating_gives_the_steps_in_order_and_leaves_the_random_state_alone(nu
         assert [m.input_ids.tolist() for m in microbatches] == [m.input_ids.tolist() for m in expected]
 
 
+@pytest.mark.parametrize("cp_size", [1, 2])
+def test_equal_lengths_are_those_of_the_longest_and_change_no_token(cp_size):
+    options = {"cp_size": cp_size, "pad_multiple": 4}
+    lengths = {microbatch.total_length for microbatch in loader(**options, equal_lengths=True).step(1)}
+    assert lengths == {max(microbatch.total_length for microbatch in loader(**options).step(1))}
+    assert tokens_of_step(1, **options, equal_lengths=True) == tokens_of_step(1, **options)
+
+
 def test_length_is_the_number_of_steps():
     assert len(loader(num_steps=5)) == 5
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from megatron_gkd.data.context_parallel import context_parallel_indices
-from megatron_gkd.data.microbatch import collate, shard_context_parallel
+from megatron_gkd.data.microbatch import collate, lengthen, shard_context_parallel
 from megatron_gkd.data.sample import FROM_DATASET, FROM_STUDENT, Sample
 
 PAD = 99
@@ -64,3 +64,14 @@ def test_nothing_makes_no_microbatch():
     for samples in ([], [sample()]):
         with pytest.raises(ValueError, match="at least one sample, and every sample at least one token"):
             collate(samples, pad_multiple=1, pad_token_id=PAD)
+
+
+def test_lengthening_appends_a_sequence_of_padding():
+    microbatch = collate([sample(5, 6, 7), sample(8)], pad_multiple=2, pad_token_id=1)
+    longer = lengthen(microbatch, 12, pad_token_id=1)
+    assert lengthen(microbatch, 6, pad_token_id=1) is microbatch
+    assert longer.total_length == longer.input_ids.shape[1] == 12
+    assert longer.cu_seqlens.tolist() == [0, 4, 6, 12] and longer.cu_seqlens.dtype == torch.int32
+    assert longer.max_seqlen == 6 and longer.num_rows == 2
+    assert longer.num_tokens == microbatch.num_tokens
+    assert longer.padding_mask[0, 6:].all() and longer.position_ids[0, 6:].tolist() == [0, 1, 2, 3, 4, 5]

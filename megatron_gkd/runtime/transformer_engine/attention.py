@@ -11,6 +11,8 @@ queries attends to a prefix of its sequence, which is a causal mask aligned to t
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -54,10 +56,7 @@ class TEDotProductAttention(MegatronModule):
             raise ValueError("an attention bias needs Transformer Engine")
         mask_type = attn_mask_type or self.attn_mask_type
         if packed_seq_params is not None:
-            cu_seqlens = packed_seq_params.cu_seqlens_q_padded
-            if cu_seqlens is None:
-                cu_seqlens = packed_seq_params.cu_seqlens_q
-            return self._packed(q, k, v, cu_seqlens).flatten(1)
+            return self._packed(q, k, v, _Packing.of(packed_seq_params, self.cp_group)).flatten(1)
         if self.cp_group.size() > 1:
             raise ValueError("context parallelism needs packed sequences here")
         heads_first = (t.permute(1, 2, 0, 3) for t in (q, k, v))
@@ -65,21 +64,15 @@ class TEDotProductAttention(MegatronModule):
         causal = mask_type in (AttnMaskType.causal, AttnMaskType.padding_causal)
         return self._attend(*heads_first, causal=causal, mask=explicit).permute(2, 0, 1, 3).flatten(2)
 
-    def _packed(self, q, k, v, cu_seqlens):
-        size, rank = self.cp_group.size(), self.cp_group.rank()
-        if size > 1:
-            k, v = (_gather_in_order(t, cu_seqlens, self.cp_group) for t in (k, v))
-        outputs, boundaries, offset = [], cu_seqlens.tolist(), 0
-        for start, end in zip(boundaries[:-1], boundaries[1:], strict=True):
-            if end == start:
-                continue
-            length = (end - start) // size if size == 1 else (end - start) // (2 * size)
-            for chunk in (0,) if size == 1 else (rank, 2 * size - 1 - rank):
-                queries = q[offset : offset + length]
-                offset += length
-                visible = slice(start, start + (chunk + 1) * length)
-                heads_first = (t.transpose(0, 1)[None] for t in (queries, k[visible], v[visible]))
-                outputs.append(self._attend(*heads_first, causal=True)[0].transpose(0, 1))
+    def _packed(self, q, k, v, packing: _Packing):
+        if packing.sequence_order is not None:
+            k, v = (_AllGather.apply(x, self.cp_group).index_select(0, packing.sequence_order) for x in (k, v))
+        outputs, offset = [], 0
+        for start, end, length in packing.chunks:
+            queries = q[offset : offset + length]
+            offset += length
+            heads_first = (x.transpose(0, 1)[None] for x in (queries, k[start:end], v[start:end]))
+            outputs.append(self._attend(*heads_first, causal=True)[0].transpose(0, 1))
         return torch.cat(outputs)
 
     def _attend(self, q, k, v, *, causal: bool, mask=None):
@@ -97,12 +90,38 @@ class TEDotProductAttention(MegatronModule):
             return F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout, **attention)
 
 
-def _gather_in_order(x: torch.Tensor, cu_seqlens: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """[s, g, d] of each rank -> [s·CP, g, d] of the whole microbatch, in sequence order."""
-    gathered = _AllGather.apply(x, group)
-    position = torch.cat([context_parallel_indices(cu_seqlens, r, group.size()) for r in range(group.size())])
-    order = torch.argsort(position.to(x.device))
-    return gathered.index_select(0, order)
+@dataclass(frozen=True)
+class _Packing:
+    """How a microbatch is packed, worked out once for all layers."""
+
+    chunks: list[tuple[int, int, int]]
+    """In the order of this rank's tokens: where a chunk's visible keys start and end, and the length of the chunk."""
+    sequence_order: torch.Tensor | None
+    """int64 [T]: rows of the keys gathered from all context-parallel ranks, in sequence order; None without them."""
+
+    @classmethod
+    def of(cls, packed_seq_params, cp_group: dist.ProcessGroup) -> _Packing:
+        known = getattr(packed_seq_params, "torch_attention_packing", None)
+        if known is None:
+            boundaries = packed_seq_params.cu_seqlens_q_padded
+            known = cls._of(packed_seq_params.cu_seqlens_q if boundaries is None else boundaries, cp_group)
+            packed_seq_params.torch_attention_packing = known
+        return known
+
+    @classmethod
+    def _of(cls, cu_seqlens: torch.Tensor, cp_group: dist.ProcessGroup) -> _Packing:
+        size, rank = cp_group.size(), cp_group.rank()
+        chunks, boundaries = [], cu_seqlens.tolist()
+        for start, end in zip(boundaries[:-1], boundaries[1:], strict=True):
+            if size == 1:
+                chunks.append((start, end, end - start))
+                continue
+            length = (end - start) // (2 * size)
+            chunks += [(start, start + (chunk + 1) * length, length) for chunk in (rank, 2 * size - 1 - rank)]
+        if size == 1:
+            return cls(chunks, None)
+        places = torch.cat([context_parallel_indices(cu_seqlens, other, size) for other in range(size)])
+        return cls(chunks, places.argsort())
 
 
 class _AllGather(torch.autograd.Function):

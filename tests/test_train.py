@@ -1,0 +1,106 @@
+"""The command line, whole: torchrun, the recipe of the README, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from checkpoints import tiny_checkpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+RECIPE = """
+student:  {{model: {student}}}
+teacher:  {{teacher_model: {teacher}, offload_teacher_model: true}}
+distill:  {{beta: 0.5, lmbda: 0.0, temperature: 0.9, sft_alpha: 0.0}}
+parallel: {{tensor_model_parallel_size: 2, pipeline_model_parallel_size: 1, context_parallel_size: 1,
+           expert_model_parallel_size: 1, sequence_parallel: true}}
+data:     {{dataset: [train.jsonl], val_dataset: [val.jsonl], max_length: 256, packing: false}}
+train:    {{micro_batch_size: 1, global_batch_size: 8, train_iters: 4, lr: 1.0e-3, seed: 1234}}
+output:   {{output_dir: runs/x, save_interval: 2, log_interval: 1}}
+"""
+
+
+@pytest.fixture
+def workspace(tmp_path) -> Path:
+    draw = random.Random(0)
+
+    def words():
+        return " ".join(f"w{draw.randrange(60)}" for _ in range(draw.randrange(3, 12)))
+
+    for name, count in {"train": 40, "val": 11}.items():
+        turns = [
+            [{"role": "user", "content": words()}, {"role": "assistant", "content": words()}] for _ in range(count)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"messages": turn}) + "\n" for turn in turns))
+    teacher = tiny_checkpoint("qwen3", seed=1, num_hidden_layers=6, hidden_size=48)
+    recipe = RECIPE.format(student=tiny_checkpoint("qwen3_tied", seed=2), teacher=teacher)
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    return tmp_path
+
+
+def train(folder: Path, *overrides: str, processes: int = 2) -> subprocess.CompletedProcess:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [*torchrun, "-m", "megatron_gkd", "train", "recipe.yaml", *overrides]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "HF_DATASETS_CACHE": str(folder / "cache"),
+    }
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_a_recipe_becomes_a_checkpoint_metrics_and_curves(workspace):
+    finished = train(workspace, "--dtype", "fp32", "--eval_interval=2", "--distill.sft_alpha", "0.1")
+    assert finished.returncode == 0, finished.stderr
+    run = workspace / "runs/x"
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in records if "split" not in record]
+    validation = [record for record in records if record.get("split") == "validation"]
+    assert [record["step"] for record in steps] == [1, 2, 3, 4]
+    assert [record["step"] for record in validation] == [2, 4]
+    for record in steps:
+        assert record["loss"] == pytest.approx(record["divergence"] + 0.1 * record["sft_loss"], rel=1e-6)
+        assert record["source"] == "dataset" and record["num_tokens"] > 0 and record["grad_norm"] > 0
+        for key in ("lr", "teacher_entropy", "student_entropy", "step_time_s", "teacher_time_s", "tokens_per_second"):
+            assert math.isfinite(record[key]) and record[key] > 0, key
+        assert 0 <= record["top1_agreement"] <= 1 and record["peak_memory_bytes"] > 1e6
+    assert validation[1]["divergence"] < validation[0]["divergence"]
+    assert validation[0]["num_tokens"] == validation[1]["num_tokens"]
+    assert yaml.safe_load((run / "recipe.yaml").read_text())["distill"]["sft_alpha"] == 0.1
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG") and list((run / "tensorboard").iterdir())
+    for export in (run / "hf", run / "hf-step-000002"):
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(export), AutoTokenizer.from_pretrained(export)
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": "w1 w2"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        with torch.no_grad():
+            assert model(**prompt).logits.isfinite().all()
+    for path in ("runs/x/hf", "runs/x/metrics.jsonl", "runs/x/curves.png"):
+        assert path in finished.stdout + finished.stderr
+    assert "Traceback" not in finished.stderr
+
+
+def test_a_bad_row_ends_the_run_with_its_file_and_line(workspace):
+    with open(workspace / "train.jsonl", "a") as file:
+        file.write("{not json\n")
+    finished = train(workspace, "--tensor_model_parallel_size", "1", processes=1)
+    assert finished.returncode != 0
+    assert "train.jsonl, line 41: not JSON" in finished.stderr
+    assert "in _train" not in finished.stderr, "a traceback of ours"
+
+
+def test_several_mistakes_are_told_at_once_before_any_process_group(workspace):
+    overrides = ("--beta", "1.5", "--temperature", "0", "--pipeline_model_parallel_size", "3", "--betta", "1")
+    finished = train(workspace, *overrides, processes=1)
+    assert finished.returncode != 0
+    for key in ("distill.beta", "distill.temperature", "betta", "beta"):
+        assert key in finished.stderr
+    assert not (workspace / "runs").exists()
