@@ -153,7 +153,7 @@ def _model_config(checkpoint: Checkpoint, mesh: Mesh, options: BuildOptions) -> 
         recompute_method=options.recompute_method,
         recompute_num_layers=options.recompute_num_layers,
         calculate_per_token_loss=True,
-        use_cpu_initialization=not portability.has_cuda(),
+        use_cpu_initialization=portability.builds_on_host(),
         # Kernels of Apex and Transformer Engine, which may be absent.
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,

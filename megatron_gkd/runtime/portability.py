@@ -20,48 +20,52 @@ _CPU = torch.device("cpu")
 _applied = False
 
 
-def has_cuda() -> bool:
-    """True where a CUDA device can be used. For this module and the build of the extension only."""
+def _has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
 def device() -> torch.device:
     """The device that this process computes on."""
-    return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else _CPU
+    return torch.device("cuda", torch.cuda.current_device()) if _has_cuda() else _CPU
 
 
 def backend() -> str:
     """The torch.distributed backend of that device."""
-    return "nccl" if has_cuda() else "gloo"
+    return "nccl" if _has_cuda() else "gloo"
 
 
 def sends_are_stream_ordered() -> bool:
     """True where a tensor may be freed while its send is under way, as NCCL allows and gloo does not."""
-    return has_cuda()
+    return _has_cuda()
+
+
+def builds_on_host() -> bool:
+    """Whether Megatron should create parameters in host memory: True where there is no other."""
+    return not _has_cuda()
 
 
 def select_device(local_rank: int) -> None:
     """Bind this process to its device, before any process group exists."""
-    if has_cuda():
+    if _has_cuda():
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
 
 
 def synchronize() -> None:
     """Wait for the device, so that a clock read next to it means something."""
-    if has_cuda():
+    if _has_cuda():
         torch.cuda.synchronize()
 
 
 def peak_memory_bytes() -> int:
     """Highest memory use so far in bytes: of the allocator on a GPU, of the whole process (resident set) on a CPU."""
-    if has_cuda():
+    if _has_cuda():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def pinned_empty_like(tensor: torch.Tensor) -> torch.Tensor:
     """An uninitialised host tensor of the same shape and dtype, page-locked where that speeds up copies."""
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device=_CPU, pin_memory=has_cuda())
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=_CPU, pin_memory=_has_cuda())
 
 
 def make_portable() -> None:
@@ -70,7 +74,7 @@ def make_portable() -> None:
     if _applied:
         return
     _applied = True
-    if not has_cuda():
+    if not _has_cuda():
         _answer_cuda_calls()
         _CudaMeansCpu().__enter__()
         _patch_gloo()
@@ -78,23 +82,28 @@ def make_portable() -> None:
         _patch_token_dispatcher()
 
 
+_METHODS = frozenset({torch.Tensor.cuda, torch.Tensor.pin_memory, torch.Tensor.to, torch.Tensor.type})
+
+
 class _CudaMeansCpu(TorchFunctionMode):
     """Sends whatever asks for a CUDA device, by argument or by method, to the CPU."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+        if kwargs:
+            if _names_cuda(kwargs.get("device")):
+                kwargs = {**kwargs, "device": _CPU}
+            if kwargs.get("pin_memory"):
+                kwargs = {**kwargs, "pin_memory": False}
+        elif func not in _METHODS:  # the usual case, on every operation of the model
+            return func(*args)
         if func in (torch.Tensor.cuda, torch.Tensor.pin_memory):
             return args[0]
-        if _names_cuda(kwargs.get("device")):
-            kwargs = {**kwargs, "device": _CPU}
-        if kwargs.get("pin_memory"):
-            kwargs = {**kwargs, "pin_memory": False}
         if func is torch.Tensor.to and len(args) > 1 and _names_cuda(args[1]):
             args = (args[0], _CPU, *args[2:])
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             # Megatron's optimizers sort parameters by the names "torch.cuda.FloatTensor" and the like.
             return func(*args).replace("torch.", "torch.cuda.", 1)
-        return func(*args, **kwargs)
+        return func(*args, **(kwargs or {}))
 
 
 def _names_cuda(where: object) -> bool:

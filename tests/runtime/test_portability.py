@@ -1,0 +1,74 @@
+"""What Megatron-Core asks of CUDA is answered by the CPU, and only one module knows."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import megatron_gkd
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU nothing is answered for it")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def portable():
+    import megatron_gkd.runtime.preload  # noqa: F401
+
+
+def test_only_one_module_asks_for_the_device():
+    root = Path(megatron_gkd.__file__).parent
+    asking = re.compile(r"cuda\.is_available|\.is_cuda|device\.type|_has_cuda|device_count")
+    found = {str(path.relative_to(root)) for path in root.rglob("*.py") if asking.search(path.read_text())}
+    assert found == {"runtime/portability.py"}
+
+
+def test_whatever_names_cuda_lands_on_the_cpu():
+    tensors = [
+        torch.zeros(2, device="cuda"),
+        torch.zeros(2, device="cuda:1"),
+        torch.zeros(2, device=torch.device("cuda", 0)),
+        torch.zeros(2, device=torch.cuda.current_device()),
+        torch.zeros(2, device=0),
+        torch.zeros(2, pin_memory=True),
+        torch.zeros(2).cuda(),
+        torch.zeros(2).to("cuda"),
+        torch.zeros(2).pin_memory(),
+    ]
+    assert {str(tensor.device) for tensor in tensors} == {"cpu"}
+    assert torch.zeros(2).to(torch.float64).dtype == torch.float64
+    assert torch.zeros(2).type() == "torch.cuda.FloatTensor"
+
+
+def test_streams_and_events_are_always_done():
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        event = torch.cuda.Event()
+        event.record()
+    torch.cuda.current_stream().wait_stream(stream)
+    assert event.query() and stream.query()
+    torch.cuda.synchronize()
+
+
+def test_a_forked_random_state_leaves_the_outer_one_alone_and_goes_on_itself():
+    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+
+    def three():
+        with tracker.fork("inner"):
+            return torch.rand(3)
+
+    tracker = CudaRNGStatesTracker()
+    tracker.add("inner", 5)
+    torch.manual_seed(1)
+    outside = torch.rand(6)
+    torch.manual_seed(1)
+    before, first, second, after = torch.rand(3), three(), three(), torch.rand(3)
+    assert torch.equal(torch.cat([before, after]), outside)
+    assert not torch.equal(first, second)
+    tracker.reset()
+    tracker.add("inner", 5)
+    assert torch.equal(three(), first)
+    with pytest.raises(KeyError, match="'other' is not added"), tracker.fork("other"):
+        pass

@@ -1,0 +1,88 @@
+"""The stand-ins compute what the classes they stand in for promise."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="module", autouse=True)
+def portable():
+    import megatron_gkd.runtime.preload  # noqa: F401
+
+
+def naive_attention(q, k, v, visible):
+    """q [s,h,d], k and v [t,g,d], visible [s,t] -> [s,h,d]."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    scores = torch.einsum("shd,thd->hst", q, k) / math.sqrt(q.shape[-1])
+    return torch.einsum("hst,thd->shd", scores.masked_fill(~visible, -math.inf).softmax(-1), v)
+
+
+def attention(dropout=0.0):
+    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from megatron_gkd.runtime.transformer_engine.attention import TEDotProductAttention
+
+    config = TransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=4, attention_dropout=dropout)
+    groups = SimpleNamespace(cp=SimpleNamespace(size=lambda: 1, rank=lambda: 0))
+    return TEDotProductAttention(config, 1, AttnMaskType.causal, "self", pg_collection=groups)
+
+
+def qkv(queries=6, keys=6, batch=()):
+    torch.manual_seed(0)
+    return [torch.randn(n, *batch, heads, 8, dtype=torch.float64) for n, heads in ((queries, 4), (keys, 2), (keys, 2))]
+
+
+@pytest.mark.parametrize("queries", [6, 1, 4])
+def test_causal_attention_with_grouped_queries_is_aligned_to_the_last_key(queries):
+    q, k, v = qkv(queries, 6, batch=(3,))
+    visible = torch.ones(queries, 6, dtype=torch.bool).tril(6 - queries)
+    out = attention()(q, k, v)
+    for b in range(3):
+        expected = naive_attention(q[:, b], k[:, b], v[:, b], visible).flatten(1)
+        torch.testing.assert_close(out[:, b], expected)
+
+
+def test_packed_sequences_do_not_see_each_other():
+    q, k, v = qkv()
+    boundaries = torch.tensor([0, 2, 2, 6], dtype=torch.int32)
+    packed = SimpleNamespace(cu_seqlens_q_padded=None, cu_seqlens_q=boundaries)
+    visible = torch.block_diag(torch.ones(2, 2), torch.ones(4, 4)).bool().tril()
+    torch.testing.assert_close(
+        attention()(q, k, v, packed_seq_params=packed), naive_attention(q, k, v, visible).flatten(1)
+    )
+
+
+def test_what_it_cannot_do_it_refuses():
+    q, k, v = qkv(batch=(1,))
+    with pytest.raises(ValueError, match="attention bias"):
+        attention()(q, k, v, attention_bias=torch.zeros(1))
+
+
+@pytest.mark.parametrize("zero_centered", [False, True])
+@pytest.mark.parametrize("kind", ["RMSNorm", "LayerNorm"])
+def test_norms(kind, zero_centered):
+    from megatron_gkd.runtime.transformer_engine.norm import TENorm
+
+    config = SimpleNamespace(
+        normalization=kind,
+        layernorm_zero_centered_gamma=zero_centered,
+        params_dtype=torch.float32,
+        sequence_parallel=True,
+    )
+    norm = TENorm(config, 8, eps=1e-6)
+    assert norm.weight.sequence_parallel
+    x = torch.randn(5, 8)
+    reference = torch.nn.RMSNorm(8, eps=1e-6) if kind == "RMSNorm" else torch.nn.LayerNorm(8, eps=1e-6)
+    torch.testing.assert_close(norm(x), reference(x))
+    assert norm(x.bfloat16().requires_grad_()).isfinite().all()
+
+
+def test_the_package_can_be_imported_by_name():
+    import transformer_engine.pytorch
+
+    assert transformer_engine.is_stand_in and isinstance(transformer_engine.pytorch.Linear, type)
