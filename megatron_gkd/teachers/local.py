@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import torch
 
 from megatron_gkd.data.microbatch import Microbatch
+from megatron_gkd.models.label_rows import label_rows
 from megatron_gkd.models.megatron_model import MegatronModel, hidden_states
 from megatron_gkd.models.offload import OffloadedWeights
+from megatron_gkd.models.pipeline import forward_only
 from megatron_gkd.models.vocabulary import lay_out_head
 from megatron_gkd.teachers.base import Hidden
-from megatron_gkd.training.loss import label_rows
-from megatron_gkd.training.schedule import forward_only
 
 
 class LocalTeacher:

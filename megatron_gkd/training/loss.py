@@ -10,17 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-)
 
 from megatron_gkd.data.microbatch import Microbatch
+from megatron_gkd.models.label_rows import has_label, label_rows
 from megatron_gkd.ops.fused_linear import fused_linear_divergence
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.teachers.base import TeacherSignal
-
-IGNORED_LABEL = -100
 
 SUMS = (
     "loss",
@@ -33,24 +28,6 @@ SUMS = (
     "dataset_tokens",
 )
 """What `Objective` adds up over tokens, in order; `cross_entropy` only over rows that the student did not generate."""
-
-
-def label_rows(hidden: torch.Tensor, microbatch: Microbatch, mesh: Mesh) -> torch.Tensor:
-    """[1, T(/TP), H] -> [N, H]: the states of the tokens that have a label, on every tensor-parallel rank.
-
-    The gradient that comes back is partial on each rank (each holds a shard of the vocabulary) and is reduced here,
-    once: scattered over the sequence under sequence parallelism, else summed.
-    """
-    rows = hidden.squeeze(0)
-    if mesh.layout.sequence_parallel:
-        rows = gather_from_sequence_parallel_region(rows, group=mesh.tp)
-    else:
-        rows = copy_to_tensor_model_parallel_region(rows, group=mesh.tp)
-    return rows[_has_label(microbatch)]
-
-
-def _has_label(microbatch: Microbatch) -> torch.Tensor:
-    return (microbatch.labels.squeeze(0) != IGNORED_LABEL).nonzero().squeeze(1)
 
 
 @dataclass(frozen=True)
@@ -73,7 +50,7 @@ class Objective:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """hidden [1, T(/TP), H_S] -> (sum of losses, number of tokens, sums of `SUMS` as fp64)."""
         student = label_rows(hidden, microbatch, self.mesh)
-        chosen = _has_label(microbatch)
+        chosen = has_label(microbatch)
         from_dataset = microbatch.from_dataset.squeeze(0)[chosen].float()
         sft_alpha = 1.0 if signal is None else self.sft_alpha
         total, token = fused_linear_divergence(

@@ -9,10 +9,10 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 
 from megatron_gkd.data.microbatch import Microbatch
 from megatron_gkd.models.megatron_model import MegatronModel, hidden_states
+from megatron_gkd.models.pipeline import forward_backward
 from megatron_gkd.teachers.base import TeacherSignal
 from megatron_gkd.training.loss import SUMS, Objective
 from megatron_gkd.training.optimizer import build_optimizer, build_scheduler
-from megatron_gkd.training.schedule import forward_backward
 
 
 class Student:

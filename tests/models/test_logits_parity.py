@@ -32,8 +32,8 @@ def megatron_logits(rank, world_size, path, layout):
     from megatron_gkd.data.sample import Sample
     from megatron_gkd.models.checkpoint import Checkpoint
     from megatron_gkd.models.megatron_model import BuildOptions, MegatronModel, hidden_states
+    from megatron_gkd.models.pipeline import forward_only
     from megatron_gkd.runtime.mesh import Layout, destroy_mesh, initialize_mesh
-    from megatron_gkd.training.schedule import forward_only
 
     mesh = initialize_mesh(Layout(**layout), seed=1)
     model = MegatronModel.load(Checkpoint.open(str(path)), mesh, BuildOptions())
