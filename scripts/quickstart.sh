@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Sets up .venv, then distils a small model that solves arithmetic word problems: bash scripts/quickstart.sh [--fresh] [--seeds N]
+#
+# Two gloo processes with tensor parallelism 2, on CPUs; everything it writes is under runs/quickstart. What is done already is skipped.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/setup_env.sh
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" PYTHONPATH="$PWD/scripts${PYTHONPATH:+:$PYTHONPATH}"
+exec python -m quickstart "$@"

@@ -1,0 +1,78 @@
+"""What the experiment starts from: the files of problems, and the untrained models as Hugging Face checkpoints."""
+
+import json
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+from quickstart.problems import Problem, make_problems
+
+SEED = 2024
+TEACHER_ROWS, STUDENT_ROWS, VALIDATION_ROWS, TEST_ROWS = 16000, 1000, 200, 400
+SLIPS = 0.2  # of the calculations in the student's file
+
+TEACHER = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 6}
+STUDENT = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
+
+
+def make_splits(seed: int = SEED) -> dict[str, list[Problem]]:
+    """The problems of each split; no question is in two of them. Only the student's file has slips."""
+    clean = make_problems(seed)
+    splits = {
+        "test": list(islice(clean, TEST_ROWS)),
+        "validation": list(islice(clean, VALIDATION_ROWS)),
+        "teacher_train": list(islice(clean, TEACHER_ROWS)),
+    }
+    known = {problem.question for problems in splits.values() for problem in problems}
+    new = (problem for problem in make_problems(seed + 1, SLIPS) if problem.question not in known)
+    return splits | {"student_train": list(islice(new, STUDENT_ROWS))}
+
+
+def write_problems(path: Path, problems: Iterable[Problem]) -> None:
+    """One chat row a line, with the answer beside it."""
+    rows = ({"messages": problem.messages(), "answer": problem.answer} for problem in problems)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def read_problems(path: Path) -> Iterator[Problem]:
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        user, assistant = row["messages"]
+        yield Problem(user["content"], assistant["content"], row["answer"])
+
+
+def write_data(directory: Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, problems in make_splits().items():
+        write_problems(directory / f"{name}.jsonl", problems)
+
+
+def write_tokenizer(directory: Path, training_file: Path) -> None:
+    from quickstart.tokenizer import train_tokenizer
+
+    problems = read_problems(training_file)
+    train_tokenizer(f"{p.question} {p.solution}" for p in problems).save_pretrained(directory)
+
+
+def write_untrained(directory: Path, tokenizer_directory: Path, shape: dict[str, int], seed: int) -> None:
+    """A Qwen3 model with random weights and tied embeddings, in fp32, and its tokenizer."""
+    import torch
+    from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_directory)
+    config = Qwen3Config(
+        **shape,
+        vocab_size=len(tokenizer),
+        num_key_value_heads=2,
+        head_dim=shape["hidden_size"] // shape["num_attention_heads"],
+        max_position_embeddings=256,
+        rope_theta=10000.0,
+        tie_word_embeddings=True,
+        initializer_range=0.04,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="float32",
+    )
+    torch.manual_seed(seed)
+    Qwen3ForCausalLM(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)

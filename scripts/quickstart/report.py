@@ -1,0 +1,76 @@
+"""The experiment's results as tables and as one picture."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+
+from rich.table import Table
+
+from megatron_gkd.reporting.curves import read_metrics
+from quickstart.evaluate import Scores
+
+COLORS = {"teacher": "#555555", "cross-entropy": "#d1701f", "GKD": "#4878a8"}
+
+
+def results_table(results: Mapping[str, Sequence[Scores]], problems: int) -> Table:
+    """One row a model; `results` has a model's scores over the seeds."""
+    seeds = max(len(scores) for scores in results.values())
+    table = Table(
+        title=f"{problems} test problems" + (f", mean ± standard deviation of {seeds} seeds" if seeds > 1 else "")
+    )
+    for name, justify in (("model", "left"), ("right answers", "right"), ("divergence to the teacher", "right")):
+        table.add_column(name, justify=justify)
+    for model, scores in results.items():
+        table.add_row(model, *_cells(scores))
+    return table
+
+
+def markdown_table(results: Mapping[str, Sequence[Scores]]) -> str:
+    lines = ["| model | right answers | divergence to the teacher |", "|---|---:|---:|"]
+    lines += [f"| {model} | {' | '.join(_cells(scores))} |" for model, scores in results.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _cells(scores: Sequence[Scores]) -> tuple[str, str]:
+    accuracies = [100 * score.accuracy for score in scores]
+    return _mean_and_spread(accuracies, "{:.1f}") + " %", _mean_and_spread([s.divergence for s in scores], "{:.4f}")
+
+
+def _mean_and_spread(values: Sequence[float], form: str) -> str:
+    spread = " ± " + form.format(stdev(values)) if len(values) > 1 else ""
+    return form.format(mean(values)) + spread
+
+
+def draw(runs: Mapping[str, Path], results: Mapping[str, Sequence[Scores]], path: Path) -> None:
+    """Cross-entropy in training and validation over the steps of each run, and the results on the test split as bars.
+
+    All runs are drawn in cross-entropy, which each of them logs, whatever it minimises.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 6.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    training, validation, accuracy, divergence = figure.subplots(2, 2).flat
+    for name, run in runs.items():
+        for axes, records in zip((training, validation), read_metrics(run / "metrics.jsonl"), strict=True):
+            points = [(record["step"], record["sft_loss"]) for record in records]
+            axes.plot(*zip(*points, strict=True), label=name, color=COLORS[name], linewidth=1.2)
+    for axes, title in ((training, "Training cross-entropy"), (validation, "Validation cross-entropy")):
+        axes.set(title=title, xlabel="step", ylabel="nats a response token", yscale="log")
+        axes.legend(frameon=False)
+    for axes, title, heights in (
+        (accuracy, "Right answers, test split (%)", {k: [100 * s.accuracy for s in v] for k, v in results.items()}),
+        (
+            divergence,
+            "Divergence to the teacher, test split",
+            {k: [s.divergence for s in v] for k, v in results.items()},
+        ),
+    ):
+        bars = axes.bar(list(heights), [mean(v) for v in heights.values()], color=[COLORS[k] for k in heights])
+        axes.bar_label(bars, fmt="%.3g", padding=2)
+        axes.set(title=title)
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25, axis="y")
+    figure.savefig(path)
