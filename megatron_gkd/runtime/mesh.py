@@ -107,8 +107,12 @@ def initialize_mesh(layout: Layout, seed: int) -> Mesh:
 
 
 def destroy_mesh() -> None:
-    """Forget the groups, so that another layout can be built in the same processes."""
+    """Destroy the groups, so that another layout can be built in the same processes. All ranks must call it."""
     from mcore_bridge.bridge import gpt_bridge
 
+    # Megatron forgets its groups without destroying them, and each of them holds threads.
+    for group in parallel_state._global_process_group_list or []:
+        if group is not None:
+            dist.destroy_process_group(group)
     parallel_state.destroy_model_parallel()
     gpt_bridge.EP_PP_GROUP = None
