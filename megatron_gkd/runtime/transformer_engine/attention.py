@@ -65,13 +65,15 @@ class TEDotProductAttention(MegatronModule):
         return self._attend(*heads_first, causal=causal, mask=explicit).permute(2, 0, 1, 3).flatten(2)
 
     def _packed(self, q, k, v, packing: _Packing):
-        if packing.sequence_order is not None:
+        lengths = [length for _, _, length in packing.chunks]
+        if packing.sequence_order is None:  # whole sequences: cut all alike, which has the cheaper backward
+            keys, values = k.split(lengths), v.split(lengths)
+        else:
             k, v = (_AllGather.apply(x, self.cp_group).index_select(0, packing.sequence_order) for x in (k, v))
-        outputs, offset = [], 0
-        for start, end, length in packing.chunks:
-            queries = q[offset : offset + length]
-            offset += length
-            heads_first = (x.transpose(0, 1)[None] for x in (queries, k[start:end], v[start:end]))
+            keys, values = ([x[start:end] for start, end, _ in packing.chunks] for x in (k, v))
+        outputs = []
+        for chunk in zip(q.split(lengths), keys, values, strict=True):
+            heads_first = (x.transpose(0, 1)[None] for x in chunk)
             outputs.append(self._attend(*heads_first, causal=True)[0].transpose(0, 1))
         return torch.cat(outputs)
 
