@@ -15,7 +15,7 @@ setup_env() {
 
     if [ ! -x .venv/bin/python ]; then
         if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-            echo "Python 3.11 or later is needed; '$python' is $("$python" --version 2>&1 || true). Name another: PYTHON=python3.12 bash ..." >&2
+            echo "Python 3.11 or later is needed; '$python' is $("$python" --version 2>&1 | head -n 1 || true). Name another: PYTHON=python3.12 bash ..." >&2
             return 1
         fi
         echo "== Making .venv with $("$python" --version)"

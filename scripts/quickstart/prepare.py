@@ -58,6 +58,9 @@ def write_untrained(directory: Path, tokenizer_directory: Path, shape: dict[str,
     """A Qwen3 model with random weights and tied embeddings, in fp32, and its tokenizer."""
     import torch
     from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_directory)
     config = Qwen3Config(

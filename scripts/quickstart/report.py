@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 from rich.table import Table
 
@@ -55,22 +56,21 @@ def draw(runs: Mapping[str, Path], results: Mapping[str, Sequence[Scores]], path
     for name, run in runs.items():
         for axes, records in zip((training, validation), read_metrics(run / "metrics.jsonl"), strict=True):
             points = [(record["step"], record["sft_loss"]) for record in records]
-            axes.plot(*zip(*points, strict=True), label=name, color=COLORS[name], linewidth=1.2)
-    for axes, title in ((training, "Training cross-entropy"), (validation, "Validation cross-entropy")):
-        axes.set(title=title, xlabel="step", ylabel="nats a response token", yscale="log")
+            axes.plot(*zip(*points, strict=True), label=name, color=COLORS[name], linewidth=1)
+    for axes, split in ((training, "Training"), (validation, "Validation")):
+        axes.set(title=f"{split} cross-entropy", xlabel="step", ylabel="nats a response token", ylim=(0, 1.2))
         axes.legend(frameon=False)
-    for axes, title, heights in (
-        (accuracy, "Right answers, test split (%)", {k: [100 * s.accuracy for s in v] for k, v in results.items()}),
-        (
-            divergence,
-            "Divergence to the teacher, test split",
-            {k: [s.divergence for s in v] for k, v in results.items()},
-        ),
-    ):
-        bars = axes.bar(list(heights), [mean(v) for v in heights.values()], color=[COLORS[k] for k in heights])
-        axes.bar_label(bars, fmt="%.3g", padding=2)
-        axes.set(title=title)
+    _bars(accuracy, "Right answers, test split (%)", {k: [100 * s.accuracy for s in v] for k, v in results.items()})
+    distances = {k: [s.divergence for s in v] for k, v in results.items()}
+    _bars(divergence, "Divergence to the teacher, test split (nats a response token)", distances, "%.4f")
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25, axis="y")
     figure.savefig(path)
+
+
+def _bars(axes: Any, title: str, values: Mapping[str, Sequence[float]], form: str = "%.1f") -> None:
+    bars = axes.bar(list(values), [mean(v) for v in values.values()], color=[COLORS[name] for name in values])
+    axes.bar_label(bars, fmt=form, padding=2)
+    axes.margins(y=0.12)
+    axes.set(title=title)
