@@ -12,7 +12,7 @@ RECIPE = {
     "parallel": {},
     "data": {"dataset": ["unused.jsonl"], "max_length": 64},
     # A large epsilon: Adam's first step is otherwise the sign of the gradient, which turns rounding into a difference.
-    "train": {"global_batch_size": 8, "train_iters": 3, "lr": 1e-2, "adam_eps": 1e-3, "dtype": "fp32"},
+    "train": {"global_batch_size": 4, "train_iters": 3, "lr": 1e-2, "adam_eps": 1e-3, "dtype": "fp32"},
     "output": {"output_dir": "unused"},
 }
 

@@ -36,7 +36,7 @@ if sys.platform == "linux":
 REPOSITORY = Path(__file__).resolve().parents[1]
 # A missing one is passed over.
 PRELOAD = ["torch", "torch.distributed", "pytest", "hypothesis", "megatron_gkd.runtime.preload"]
-DEFAULT_TIMEOUT = 120.0
+DEFAULT_TIMEOUT = 300.0
 STACK_DUMP_SECONDS = 0.5
 
 

@@ -15,11 +15,15 @@ DIVERGENCES = [0.0, 0.5, 1.0]
 
 @functools.cache
 def models(kind: str):
-    """A student and a teacher that differ in size, depth and family."""
-    teacher = tiny_checkpoint("qwen3", seed=1, num_hidden_layers=6, hidden_size=48)
-    if kind == "dense":
-        return tiny_checkpoint("qwen3_tied", seed=2), tiny_checkpoint("qwen3_moe", seed=1)
-    return tiny_checkpoint("qwen3_moe", seed=2), teacher
+    """A student and a teacher that differ in width, depth and head; `kind` is the student's, or its teacher's."""
+    dense_teacher = tiny_checkpoint("qwen3", seed=1, num_hidden_layers=2, hidden_size=48)
+    match kind:
+        case "dense":  # four layers, for two virtual stages on each of two ranks
+            return tiny_checkpoint("qwen3_tied", seed=2), dense_teacher
+        case "mixture":
+            return tiny_checkpoint("qwen3_moe", seed=2, num_hidden_layers=2), dense_teacher
+        case "mixture teaches":
+            return tiny_checkpoint("llama", seed=2, num_hidden_layers=2), tiny_checkpoint("qwen3_moe", seed=1)
 
 
 def with_beta(changes: dict, beta: float) -> dict:
@@ -58,8 +62,15 @@ def test_dense(layout, beta, gloo_world, one_process):
 @pytest.mark.parametrize("layout", MOE)
 def test_mixture_of_experts(layout, beta, gloo_world, one_process):
     world_size, changes = MOE[layout]
-    found = gloo_world(world_size).run(train_steps, *models("moe"), with_beta(changes, beta))[0]
-    assert_equal_runs(found, one_process("moe", beta))
+    found = gloo_world(world_size).run(train_steps, *models("mixture"), with_beta(changes, beta))[0]
+    assert_equal_runs(found, one_process("mixture", beta))
+
+
+@pytest.mark.parametrize("layout", ["EP2", "TP2+SPxEP2xDP2"])
+def test_a_mixture_of_experts_teaches_a_dense_model(layout, gloo_world, one_process):
+    world_size, changes = MOE[layout]
+    found = gloo_world(world_size).run(train_steps, *models("mixture teaches"), with_beta(changes, 0.5))[0]
+    assert_equal_runs(found, one_process("mixture teaches", 0.5))
 
 
 def test_a_reduction_that_is_left_out_is_noticed(gloo_world, one_process):

@@ -18,7 +18,7 @@ STUDENT = functools.partial(tiny_checkpoint, "qwen3_tied", seed=2)
 
 
 def teacher_of(vocab_size: int = 99):
-    return tiny_checkpoint("qwen3", seed=1, num_hidden_layers=6, hidden_size=48, vocab_size=vocab_size)
+    return tiny_checkpoint("qwen3", seed=1, num_hidden_layers=2, hidden_size=48, vocab_size=vocab_size)
 
 
 def oracle(student_path, teacher_path, beta, temperature, sft_alpha):
@@ -31,7 +31,9 @@ def oracle(student_path, teacher_path, beta, temperature, sft_alpha):
     student = open_model(student_path)
     teacher = None if teacher_path is None else open_model(teacher_path)
     rows = RandomRows(count=24)
-    order = SampleOrder(rows.sizes, [1.0], seed=1234, shuffle=True).rows_of_step(0, 8)
+    order = SampleOrder(rows.sizes, [1.0], seed=1234, shuffle=True).rows_of_step(
+        0, RECIPE["train"]["global_batch_size"]
+    )
     total, tokens = 0.0, 0
     for sample in (rows[row] for row in order):
         inputs, labels = torch.from_numpy(sample.input_ids)[None], torch.from_numpy(sample.labels)
