@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes .venv, installs the project into it and activates it: source scripts/setup_env.sh [extra ...], from the repository's root.
+# Makes .venv, installs the project into it and activates it: source scripts/setup_env.sh; setup_env [extra ...]
 #
 #   PYTHON                    interpreter of a new .venv, 3.11 or later (python3)
 #   MEGATRON_GKD_TORCH        the torch to install (torch==2.13.0)
@@ -57,5 +57,3 @@ install_cpu_torch() {
         pip install --quiet "$torch"
     fi
 }
-
-setup_env "$@" || { return 1 2>/dev/null || exit 1; }
