@@ -4,7 +4,7 @@
 # Two gloo processes with tensor parallelism 2, on CPUs; everything it writes is under runs/quickstart. What is done already is skipped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source scripts/setup_env.sh ""
+source scripts/setup_env.sh
 setup_env
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" PYTHONPATH="$PWD/scripts${PYTHONPATH:+:$PYTHONPATH}"
 exec python -m quickstart "$@"

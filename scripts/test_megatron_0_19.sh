@@ -4,7 +4,8 @@
 # Its metadata asks for Python 3.12, but its wheel for 3.11 works; it goes into a folder of its own, which precedes the environment's.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source scripts/setup_env.sh dev
+source scripts/setup_env.sh
+setup_env dev
 overlay=.venv/megatron-core-0.19.2
 if [ ! -d "$overlay/megatron" ]; then
     pip install --quiet --no-deps --ignore-requires-python --target "$overlay" "megatron-core==0.19.2"
