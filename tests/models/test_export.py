@@ -81,6 +81,7 @@ def test_an_untrained_model_comes_back_bit_by_bit(family, gloo_world, tmp_path):
 @pytest.mark.parametrize("layout", RECIPES)
 def test_the_export_has_the_validation_loss_of_the_run(layout, gloo_world, tmp_path):
     world_size, family, changes = RECIPES[layout]
+    changes = changes | {"train": {"global_batch_size": 8}}
     directory = tmp_path / "export"
     teacher_path = tiny_checkpoint("qwen3", seed=1, num_hidden_layers=6, hidden_size=48)
     source = tiny_checkpoint(family, seed=2)
