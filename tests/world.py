@@ -37,6 +37,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 # A missing one is passed over.
 PRELOAD = ["torch", "torch.distributed", "pytest", "hypothesis", "megatron_gkd.runtime.preload"]
 DEFAULT_TIMEOUT = 300.0
+MOST_THREADS = 150
 STACK_DUMP_SECONDS = 0.5
 
 
@@ -68,6 +69,8 @@ class World:
         traceback as its cause. TimeoutError, with the stacks of the ranks still busy, after `timeout` seconds.
         """
         call = pickle.dumps((fn.__code__.co_filename, fn.__module__, fn.__qualname__, pickle.dumps((args, kwargs))))
+        if self._is_crowded():
+            self.kill()
         if not self._processes:
             self._start()
         try:
@@ -77,6 +80,14 @@ class World:
         except BaseException:  # other ranks may hang in a collective, and KeyboardInterrupt counts
             self.kill()
             raise
+
+    def _is_crowded(self) -> bool:
+        """Whether the ranks hold so many threads that these slow each other down.
+
+        gloo keeps two polling threads for every process group that ever was, destroyed or not.
+        """
+        tasks = [Path(f"/proc/{process.pid}/task") for process in self._processes]
+        return any(task.exists() and len(os.listdir(task)) > MOST_THREADS for task in tasks)
 
     def close(self) -> None:
         """Let the ranks leave in order; kill those that don't."""
