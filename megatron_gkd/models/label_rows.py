@@ -13,8 +13,8 @@ from megatron_gkd.data.sample import IGNORE
 from megatron_gkd.runtime.mesh import Mesh
 
 
-def label_rows(hidden: torch.Tensor, microbatch: Microbatch, mesh: Mesh) -> torch.Tensor:
-    """[1, T(/TP), H] -> [N, H]: the states of the tokens that have a label, on every tensor-parallel rank.
+def label_rows(hidden: torch.Tensor, positions: torch.Tensor, mesh: Mesh) -> torch.Tensor:
+    """[1, T(/TP), H] -> [N, H]: the states at `positions` (see `has_label`), on every tensor-parallel rank.
 
     The gradient that comes back is partial on each rank (each holds a shard of the vocabulary) and is reduced here,
     once: scattered over the sequence under sequence parallelism, else summed.
@@ -24,7 +24,7 @@ def label_rows(hidden: torch.Tensor, microbatch: Microbatch, mesh: Mesh) -> torc
         rows = gather_from_sequence_parallel_region(rows, group=mesh.tp)
     else:
         rows = copy_to_tensor_model_parallel_region(rows, group=mesh.tp)
-    return rows[has_label(microbatch)]
+    return rows[positions]
 
 
 def has_label(microbatch: Microbatch) -> torch.Tensor:

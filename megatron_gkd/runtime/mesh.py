@@ -57,10 +57,6 @@ class Mesh:
     dp_cp: dist.ProcessGroup
 
     @property
-    def is_last_stage(self) -> bool:
-        return self.pp.rank() == self.pp.size() - 1
-
-    @property
     def is_main(self) -> bool:
         """The one rank that writes files and talks to the terminal."""
         return dist.get_rank() == 0

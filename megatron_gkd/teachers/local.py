@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from megatron_gkd.data.microbatch import Microbatch
-from megatron_gkd.models.label_rows import label_rows
+from megatron_gkd.models.label_rows import has_label, label_rows
 from megatron_gkd.models.megatron_model import MegatronModel, hidden_states
 from megatron_gkd.models.offload import OffloadedWeights
 from megatron_gkd.models.pipeline import forward_only
@@ -44,7 +44,7 @@ class LocalTeacher:
         """Megatron's forward-only pipeline over all microbatches; keeps [N, H_T] rows, those that have a label."""
 
         def rows(output: torch.Tensor, microbatch: Microbatch) -> Hidden:
-            states = label_rows(output, microbatch, self.model.mesh)
+            states = label_rows(output, has_label(microbatch), self.model.mesh)
             return Hidden(states, self.head_weight)
 
         return forward_only(self.model.chunks, microbatches, hidden_states, rows, self.model.mesh)

@@ -49,8 +49,8 @@ class Objective:
         signal: TeacherSignal | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """hidden [1, T(/TP), H_S] -> (sum of losses, number of tokens, sums of `SUMS` as fp64)."""
-        student = label_rows(hidden, microbatch, self.mesh)
         chosen = has_label(microbatch)
+        student = label_rows(hidden, chosen, self.mesh)
         from_dataset = microbatch.from_dataset.squeeze(0)[chosen].float()
         sft_alpha = 1.0 if signal is None else self.sft_alpha
         total, token = fused_linear_divergence(
