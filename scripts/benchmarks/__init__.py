@@ -1,0 +1,1 @@
+"""Time, memory and exactness of the loss beside eager torch and other packages' implementations."""

@@ -1,0 +1,126 @@
+"""A competition: several ways to do the same work, each warmed up and checked once, then run in turn."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from benchmarks.memory import PeakMemory
+from benchmarks.peers import Unavailable
+from benchmarks.timing import Copy, Plan, Stopwatch, in_turn
+
+COPY = "copy"
+OURS = "megatron_gkd"
+
+
+class Work:
+    """Steps without autograd, timed one by one."""
+
+    def __init__(self, *steps: Callable[[], object], error: Callable[[], float] | None = None):
+        self.steps = steps
+        self._error = error
+
+    def error(self) -> float | None:
+        """How far off the result of the steps is, where that is asked."""
+        return None if self._error is None else self._error()
+
+    def release(self) -> None:
+        """Drop what the steps made."""
+
+
+class TrainingWork(Work):
+    """Forward, then the gradients of its scalar by `inputs`; `error` is a function of these gradients."""
+
+    def __init__(
+        self, loss: Callable[[], Tensor], inputs: tuple[Tensor, ...], error: Callable[[tuple[Tensor, ...]], float]
+    ):
+        super().__init__(self._forward, self._backward, error=lambda: error(self._gradients))
+        self._loss, self._inputs = loss, inputs
+        self._value, self._gradients = None, None
+
+    def _forward(self) -> None:
+        self._value = self._loss()
+
+    def _backward(self) -> None:
+        self._gradients = torch.autograd.grad(self._value, self._inputs)
+
+    def release(self) -> None:
+        self._value = self._gradients = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    seconds: list[float]  # of each step
+    peak_bytes: int | None  # growth of memory at its peak, results included
+
+
+@dataclass
+class Result:
+    """What became of one contestant. `status` is "ok" or says why there is nothing to show."""
+
+    status: str = "ok"
+    install: str = ""  # the command that would make it available
+    error: float | None = None
+    samples: list[Sample] = field(default_factory=list)
+
+    def record(self) -> dict:
+        """As JSON: one number a repetition. `first_s` is the seconds of the first step (the forward pass)."""
+        return {
+            "status": self.status,
+            "install": self.install,
+            "error": self.error,
+            "first_s": [sample.seconds[0] for sample in self.samples],
+            "total_s": [sum(sample.seconds) for sample in self.samples],
+            "peak_bytes": [sample.peak_bytes for sample in self.samples],
+        }
+
+
+def compete(builders: Mapping[str, Callable[[], Work]], plan: Plan, stopwatch: Stopwatch) -> dict:
+    """Every contestant's record, and the seconds of a copy that takes its turn with them.
+
+    A peer that isn't available, fails, or for which memory doesn't suffice, is left out and says so; ours must run.
+    """
+    copy = Copy(stopwatch)
+    results: dict[str, Result] = {}
+    runs: dict[str, Callable[[], Sample]] = {}
+    for name, build in builders.items():
+        results[name] = result = Result()
+        try:
+            work = build()
+            stopwatch.laps(*work.steps)  # the warm-up
+            result.error = work.error()
+            work.release()
+            runs[name] = _run(work, stopwatch)
+        except Unavailable as unavailable:
+            result.status, result.install = unavailable.reason, unavailable.install
+        except torch.OutOfMemoryError:
+            result.status = "out of memory"
+        except Exception as error:
+            if name == OURS:
+                raise
+            result.status = f"failed: {type(error).__name__}: {error}"[:300]
+        gc.collect()
+    samples = in_turn(runs | {COPY: copy.seconds}, plan)
+    copied = {"moved_bytes": copy.moved_bytes, "seconds": samples.pop(COPY)}
+    for name, found in samples.items():
+        results[name].samples = found
+    return {"copy": copied, "contestants": {name: result.record() for name, result in results.items()}}
+
+
+def _run(work: Work, stopwatch: Stopwatch) -> Callable[[], Sample]:
+    def run() -> Sample:
+        with PeakMemory(stopwatch.device) as memory:
+            seconds = stopwatch.laps(*work.steps)
+        work.release()
+        return Sample(seconds, memory.growth)
+
+    return run
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """|actual - expected| / |expected| in the Euclidean norm, in fp64."""
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()

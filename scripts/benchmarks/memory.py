@@ -1,0 +1,62 @@
+"""How much memory a piece of work needs at its peak, beyond what was there before it."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+from pathlib import Path
+
+import torch
+
+_STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_RESET_PEAK_RSS = "5"  # proc(5): resets VmHWM to the present resident set size
+
+
+class PeakMemory:
+    """Context manager; afterwards `growth` is the peak less the start, in bytes, or None where it can't be measured.
+
+    On CUDA it counts the caching allocator's tensors. On Linux's CPU it is the resident set of the process: it also
+    sees scratch memory that never was a tensor. What malloc keeps of freed memory is given back to the system first,
+    lest the work be done in it unseen.
+    """
+
+    growth: int | None = None
+
+    def __init__(self, device: torch.device):
+        self._cuda = device.type == "cuda"
+
+    def __enter__(self) -> PeakMemory:
+        gc.collect()
+        if self._cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self._start = torch.cuda.memory_allocated()
+        else:
+            self._start = _resident_after_reset()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._cuda:
+            self.growth = torch.cuda.max_memory_allocated() - self._start
+        elif self._start is not None:
+            self.growth = _status_bytes("VmHWM") - self._start
+
+
+def _resident_after_reset() -> int | None:
+    if sys.platform != "linux":
+        return None
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except AttributeError:  # not glibc: nothing to give back
+        pass
+    try:
+        _CLEAR_REFS.write_text(_RESET_PEAK_RSS)
+    except OSError:  # some containers forbid it
+        return None
+    return _status_bytes("VmRSS")
+
+
+def _status_bytes(field: str) -> int:
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(field + ":"))
+    return int(line.split()[1]) * 1024
