@@ -13,6 +13,7 @@ DENSE = {
     "num_key_value_heads": 2,
     "intermediate_size": 48,
     "max_position_embeddings": 4096,
+    "vocab_size": 320,
 }
 MIXTURE = {
     **DENSE,

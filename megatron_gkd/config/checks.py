@@ -43,6 +43,11 @@ def _no_rollouts_yet(recipe: Recipe, _: int) -> Iterator[str]:
         yield f"distill.lmbda = {recipe.distill.lmbda}: on-policy sampling is not available yet; lmbda must be 0"
 
 
+def _tail(recipe: Recipe, _: int) -> Iterator[str]:
+    if recipe.distill.gkd_topk_tail == "bucket" and recipe.distill.gkd_logits_topk is None:
+        yield "distill.gkd_topk_tail = bucket: only with gkd_logits_topk"
+
+
 def _model_ranks(recipe: Recipe) -> tuple[str, int]:
     """The three sizes of one replica as a product in words, and their product."""
     p = recipe.parallel
@@ -181,6 +186,7 @@ def _output_is_writable(recipe: Recipe, _: int) -> Iterator[str]:
 CHECKS = (
     Check(("kind", "teacher_model"), _teacher_is_named),
     Check(("lmbda",), _no_rollouts_yet),
+    Check(("gkd_topk_tail", "gkd_logits_topk"), _tail),
     Check(LAYOUT, _layout_divides),
     Check(
         ("expert_tensor_parallel_size", "expert_model_parallel_size", "pipeline_model_parallel_size"), _experts_divide
@@ -202,7 +208,7 @@ CHECKS = (
     Check(("kind", "teacher_model"), model_checks.teacher_is_readable, needs_files=True),
     Check(
         (
-            *("model", "kind", "teacher_model", "max_length", "sequence_parallel"),
+            *("model", "kind", "teacher_model", "max_length", "sequence_parallel", "gkd_logits_topk"),
             *("tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"),
             *("expert_model_parallel_size", "expert_tensor_parallel_size"),
         ),

@@ -1,4 +1,4 @@
-"""Whether the models fit the layout, from the checkpoints' config.json alone.
+"""Whether the models fit the recipe, from the checkpoints' config.json alone.
 
 A hub id can't be looked into before it is downloaded; the model code makes the same checks again when it builds.
 """
@@ -17,7 +17,7 @@ ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qw
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What the layout has to divide, of one Hugging Face checkpoint. num_experts is 0 for a dense model."""
+    """What the recipe has to fit, of one Hugging Face checkpoint. num_experts is 0 for a dense model."""
 
     num_layers: int
     num_attention_heads: int
@@ -25,6 +25,7 @@ class ModelShape:
     feed_forward_size: int
     num_experts: int
     max_positions: int
+    vocab_size: int
 
 
 def student_is_readable(recipe: Recipe, _: int) -> Iterator[str]:
@@ -46,7 +47,7 @@ def _unreadable(key: str, value: str) -> Iterator[str]:
 
 
 def models_fit(recipe: Recipe, _: int) -> Iterator[str]:
-    """Local checkpoints that the layout or max_length does not suit; unreadable ones are reported above."""
+    """Local checkpoints that the layout or another key does not suit; unreadable ones are reported above."""
     models = {"student.model": recipe.student.model}
     if recipe.teacher.kind == "local" and recipe.teacher.teacher_model is not None:
         models["teacher.teacher_model"] = recipe.teacher.teacher_model
@@ -102,6 +103,7 @@ def _shape(config: dict[str, Any]) -> ModelShape:
         feed_forward_size=config["moe_intermediate_size" if mixture else "intermediate_size"],
         num_experts=experts if mixture else 0,
         max_positions=max(config["max_position_embeddings"], extended),
+        vocab_size=config["vocab_size"],
     )
 
 
@@ -139,3 +141,6 @@ def _fits(key: str, value: str, shape: ModelShape, recipe: Recipe) -> Iterator[s
     if recipe.data.max_length > shape.max_positions:
         length = recipe.data.max_length
         yield f"data.max_length = {length}: must be <= the {shape.max_positions} positions of {key} ({value})"
+    topk = recipe.distill.gkd_logits_topk
+    if topk is not None and topk > shape.vocab_size:
+        yield f"distill.gkd_logits_topk = {topk}: must be <= the {shape.vocab_size} tokens that {key} ({value}) knows"

@@ -60,6 +60,13 @@ class DistillSection(Section):
     lmbda: float = Field(0.0, ge=0, le=1, description="share of steps on the student's own samples; only 0 for now")
     temperature: float = Field(0.9, gt=0, description="divides both models' logits before the divergence")
     sft_alpha: float = Field(0.0, ge=0, description="weight of the cross-entropy on dataset rows beside the divergence")
+    gkd_logits_topk: int | None = Field(
+        None, ge=1, description="compare the teacher's most likely tokens only, this many; null: the whole vocabulary"
+    )
+    gkd_topk_tail: Literal["renormalize", "bucket"] = Field(
+        "renormalize",
+        description="what the rest of the vocabulary is beside gkd_logits_topk: left out, or one more outcome",
+    )
     loss_chunk_tokens: int = Field(1024, ge=1, description="rows of logits that the fused head and loss hold at once")
 
 

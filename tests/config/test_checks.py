@@ -54,6 +54,10 @@ def flags(text: str) -> list[str]:
         (2, "--lmbda 1.5", "distill.lmbda = 1.5: must be a number in [0, 1]"),
         (2, "--beta 1.5", "distill.beta = 1.5: must be a number in [0, 1]"),
         (2, "--temperature 0", "distill.temperature = 0: must be a number > 0"),
+        (2, "--gkd_topk_tail bucket", "distill.gkd_topk_tail = bucket: only with gkd_logits_topk"),
+        (2, "--gkd_topk_tail other --gkd_logits_topk 4",
+         "distill.gkd_topk_tail = other: must be one of renormalize, bucket"),
+        (2, "--gkd_logits_topk 0", "distill.gkd_logits_topk = 0: must be an integer >= 1, or null"),
         (2, "--teacher_model null", "teacher.teacher_model = null: must name a model where teacher.kind = local"),
     ],
 )  # fmt: skip
@@ -75,6 +79,7 @@ def test_refused(workspace, world_size, arguments, problem):
         (2, "--lr_warmup_iters 19"),
         (2, "--lr_warmup_fraction 0.1 --min_lr 0.0001"),
         (2, "--eval_interval 5 --eval_iters 2"),
+        (2, "--gkd_logits_topk 64 --gkd_topk_tail bucket"),
         (2, "--kind none --teacher_model null"),
         (2, "--kind none --teacher_model ./missing"),
     ],

@@ -19,6 +19,8 @@ EP2 = ("--expert_model_parallel_size", "2")
         ({"num_hidden_layers": 7}, ["--pipeline_model_parallel_size=2"], "parallel.pipeline_model_parallel_size = 2: "
          "must divide the 7 layers of KEY (NAME)"),
         ({"max_position_embeddings": 100}, [], "data.max_length = 512: must be <= the 100 positions of KEY (NAME)"),
+        ({"vocab_size": 31}, ["--gkd_logits_topk=32"], "distill.gkd_logits_topk = 32: must be <= the 31 tokens that "
+         "KEY (NAME) knows"),
         ({"architectures": ["GPT2LMHeadModel"]}, [], "KEY = NAME: its architecture (GPT2LMHeadModel) must be one of "
          "LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM"),
         ({"architectures": None}, [], "KEY = NAME: its architecture (none named) must be one of LlamaForCausalLM, "
@@ -33,6 +35,12 @@ def test_refused(workspace, name, change, arguments, problem):
     workspace.model(name, {**DENSE, **change})
     key = {"student": "student.model", "teacher": "teacher.teacher_model"}[name]
     assert workspace.problems(*arguments, world_size=4) == [problem.replace("KEY", key).replace("NAME", name)]
+
+
+def test_topk_up_to_the_whole_vocabulary(workspace):
+    workspace.model("teacher", {**DENSE, "vocab_size": 999})
+    assert workspace.problems("--gkd_logits_topk", str(DENSE["vocab_size"])) == []
+    assert workspace.problems("--gkd_logits_topk", "999", "--model", "org/name") == [], "a hub id is not known"
 
 
 def test_few_key_value_heads_are_shared_by_ranks(workspace):
