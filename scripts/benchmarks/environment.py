@@ -11,10 +11,7 @@ from pathlib import Path
 
 import torch
 
-try:
-    from megatron_gkd.ops import implementation
-except ImportError:
-    implementation = None
+from megatron_gkd.ops import implementation
 
 PACKAGES = ("triton", "liger-kernel", "trl", "ms-swift")
 
@@ -27,7 +24,7 @@ def describe(device: torch.device) -> dict:
         "date": datetime.date.today().isoformat(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "implementation": implementation.name() if implementation else "torch",
+        "implementation": implementation(device),
         "threads": torch.get_num_threads(),
         "cpu_count": os.cpu_count(),
         "load_average": os.getloadavg()[0],

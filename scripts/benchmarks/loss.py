@@ -25,14 +25,13 @@ if not __package__:  # run by its path
 import torch
 from rich.console import Console
 
-from benchmarks import cases, divergence, head
+from benchmarks import cases, divergence, head, kernels
 from benchmarks.environment import describe, file_stem
 from benchmarks.picture import draw
 from benchmarks.report import NOTES, headline, markdown, sections
-from benchmarks.timing import Plan, Stopwatch
+from benchmarks.timing import PLANS, Plan, Stopwatch
 
-# On a CPU eager torch takes seconds, and one repetition of the slowest peers has to do.
-PLANS = {"cuda": Plan(repeats=50, least=3, seconds=0.5), "cpu": Plan(repeats=9, least=1, seconds=8.0)}
+RUNNERS = {"divergence": divergence, "kernels": kernels, "head": head}
 
 
 def main() -> int:
@@ -43,14 +42,16 @@ def main() -> int:
         plan = Plan(options.repeats, options.repeats, plan.seconds)
     stopwatch = Stopwatch(device)
     console = Console(width=None if sys.stdout.isatty() else 160)
-    run = {"environment": describe(device), "divergence": [], "head": []}
+    run = {"environment": describe(device)}
     console.print(headline(run))
-    for case in chosen_cases(options, device):
-        console.print(f"[dim]{case} …", end="\r" if console.is_terminal else "\n")
-        run["divergence"].append(divergence.run_case(case, plan, stopwatch))
-    for case in [] if options.no_head else head.default_cases(device):
-        console.print(f"[dim]{case} …", end="\r" if console.is_terminal else "\n")
-        run["head"].append(head.run_case(case, plan, stopwatch))
+    parts = {"divergence": chosen_cases(options, device)}
+    if not options.divergence_only:
+        parts |= {"kernels": kernels.default_cases(device), "head": head.default_cases(device)}
+    for part, its_cases in parts.items():
+        run[part] = []
+        for case in its_cases:
+            console.print(f"[dim]{part}: {case} …")
+            run[part].append(RUNNERS[part].run_case(case, plan, stopwatch))
     for section in sections(run):
         console.print(section.rich())
     console.print(NOTES)
@@ -68,7 +69,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtypes", choices=cases.DTYPES, nargs="+")
     parser.add_argument("--betas", type=float, nargs="+")
     parser.add_argument("--full", action="store_true", help="every combination; hours on a CPU")
-    parser.add_argument("--no-head", action="store_true", help="leave out the fused head")
+    parser.add_argument("--divergence-only", action="store_true", help="leave out single kernels and the fused head")
     parser.add_argument("--repeats", type=int, help="exactly so many repetitions of everything")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"))
     return parser.parse_args()

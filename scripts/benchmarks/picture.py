@@ -17,7 +17,7 @@ def draw(run: dict, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    panels = [*run["divergence"], *run["head"]]
+    panels = [*run["divergence"], *run.get("head", [])]
     rows = -(-len(panels) // COLUMNS)
     figure = Figure(figsize=(5 * COLUMNS, 2.4 * rows + 0.5), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)

@@ -21,6 +21,7 @@ DIVERGENCE_COLUMNS = (
     "extra memory",
     "gradient error",
 )
+KERNEL_COLUMNS = ("kernel", "of copy", "ms", "GB/s")
 HEAD_COLUMNS = ("head and loss", "× products", "× ours", "ms", "TFLOP/s", "extra memory", "gradient error")
 NOTES = """\
 Times are medians of forward and backward; × is another's time over ours. "of copy": the bytes that streaming passes
@@ -53,8 +54,13 @@ class Section:
 def sections(run: dict) -> Iterator[Section]:
     for case in run["divergence"]:
         yield Section(case["case"], DIVERGENCE_COLUMNS, [_divergence_row(case, name) for name in case["contestants"]])
-    for case in run["head"]:
+    yield from map(kernel_section, run.get("kernels", []))
+    for case in run.get("head", []):
         yield Section(case["case"], HEAD_COLUMNS, [_head_row(case, name) for name in case["contestants"]])
+
+
+def kernel_section(case: dict) -> Section:
+    return Section(case["case"], KERNEL_COLUMNS, [_kernel_row(case, name) for name in case["contestants"]])
 
 
 def headline(run: dict) -> str:
@@ -94,6 +100,12 @@ def share_of_copy(case: dict, name: str) -> float | None:
     return None if mine is None else case["total_bytes"] / mine / copy_rate(case)
 
 
+def kernel_rate(case: dict, kernel: str) -> float | None:
+    """Bytes per second, read and written."""
+    taken = seconds(case, kernel)
+    return None if taken is None else case["moved_bytes"][kernel] / taken
+
+
 def extra_bytes(case: dict, name: str) -> float | None:
     """Peak growth of memory beyond the results; None where that was not measured."""
     peaks = [peak for peak in case["contestants"][name]["peak_bytes"] if peak is not None]
@@ -118,6 +130,12 @@ def _divergence_row(case: dict, name: str) -> list[str]:
         _size(extra_bytes(case, name)),
         f"{found['error']:.1e}",
     ]
+
+
+def _kernel_row(case: dict, kernel: str) -> list[str]:
+    rate = kernel_rate(case, kernel)
+    milliseconds = _milliseconds(seconds(case, kernel))
+    return [kernel, f"{rate / copy_rate(case):.1%}", milliseconds, f"{rate / 1e9:.4g}"]
 
 
 def _head_row(case: dict, name: str) -> list[str]:

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from benchmarks.head import PRODUCTS
 from benchmarks.measure import OURS
-from benchmarks.report import Section, copy_rate, extra_bytes, headline, ratio, seconds
+from benchmarks.report import Section, copy_rate, extra_bytes, headline, kernel_rate, ratio, seconds
 
 AT_LEAST, AT_MOST = operator.ge, operator.le
 LARGE = {"tokens": 8192, "vocab": 151936, "tp": 1, "dtype": "bf16"}
@@ -67,9 +67,8 @@ def _milliseconds(case: dict) -> float | None:
 
 
 def _kernel_share(case: dict, kernel: str) -> float | None:
-    """The kernel's bytes a second over the copy's."""
-    taken = seconds(case, kernel)
-    return None if taken is None else case["moved_bytes"][kernel] / taken / copy_rate(case)
+    rate = kernel_rate(case, kernel)
+    return None if rate is None else rate / copy_rate(case)
 
 
 def _extra_memory_share(case: dict) -> float | None:

@@ -24,6 +24,10 @@ class Plan:
     seconds: float
 
 
+# On a CPU eager torch takes seconds, and one repetition of the slowest peers has to do.
+PLANS = {"cuda": Plan(repeats=50, least=3, seconds=0.5), "cpu": Plan(repeats=9, least=1, seconds=8.0)}
+
+
 class Stopwatch:
     """Times steps that each start with cold caches: CUDA events on a GPU, the wall clock elsewhere."""
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
-from benchmarks import contestants, divergence, head, loss
+from benchmarks import contestants, divergence, head, kernels, loss
 from benchmarks.cases import BETAS, Case, full_grid
 from benchmarks.measure import OURS, Work, compete
 from benchmarks.memory import PeakMemory
@@ -27,6 +27,19 @@ def quick(monkeypatch):
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_every_pass_is_timed(beta):
+    record = kernels.run_case(Case(12, 97, dtype="bf16", beta=beta), PLAN, Stopwatch(CPU))
+    inner = [kernels.K1, kernels.K1_MOMENTS, kernels.K2, kernels.K3]
+    assert list(record["contestants"]) == (inner if beta == 0.5 else [kernels.K1_MOMENTS, kernels.K3])
+    assert all(len(found["total_s"]) == 2 for found in record["contestants"].values())
+    moved = record["moved_bytes"]
+    if beta == 0.5:
+        assert moved[kernels.K1] + moved[kernels.K2] + moved[kernels.K3] == Case(12, 97).total_bytes
+    else:
+        assert sum(moved.values()) == Case(12, 97, beta=beta).total_bytes
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -113,6 +126,7 @@ def test_the_command_writes_what_it_prints(tmp_path, monkeypatch, capsys):
     arguments = "--device cpu --tokens 6 --vocab 40 --dtypes fp32 bf16 --betas 0.5 --repeats 2 --output"
     monkeypatch.setattr(sys, "argv", ["loss.py", *arguments.split(), str(tmp_path)])
     monkeypatch.setattr(head, "default_cases", lambda device: [head.HeadCase(6, 8, 40, dtype="fp32")])
+    monkeypatch.setattr(kernels, "default_cases", lambda device: [Case(6, 41, dtype="fp32")])
     assert loss.main() == 0
     printed = capsys.readouterr().out
     (path,) = tmp_path.glob("loss_*.json")
@@ -120,6 +134,6 @@ def test_the_command_writes_what_it_prints(tmp_path, monkeypatch, capsys):
     assert [case["case"] for case in run["divergence"]] == ["6 × 40, fp32, β 0.5", "6 × 40, bf16, β 0.5"]
     assert all(len(case["contestants"][OURS]["total_s"]) == 2 for case in run["divergence"])
     markdown = path.with_suffix(".md").read_text()
-    for text in ("6 × 40, bf16, β 0.5", "6 × 8 × 40, fp32, β 0.5", "eager torch", head.PRODUCTS):
+    for text in ("6 × 40, bf16, β 0.5", "6 × 41, fp32, β 0.5", "6 × 8 × 40, fp32, β 0.5", "eager torch", head.PRODUCTS):
         assert text in printed and text in markdown
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
