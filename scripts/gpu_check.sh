@@ -82,7 +82,7 @@ rm -f "$out"/{summary.txt,build.log,tests.log,sanitizer.log,benchmarks.log}
 
 step build 200 build.log "$python" setup.py build_ext --inplace
 step tests 120 tests.log "$python" -m pytest -q -m gpu tests/ops
-step benchmarks 180 benchmarks.log "$python" scripts/benchmarks/loss.py --device cuda --output "$out"
+step benchmarks 200 benchmarks.log "$python" scripts/benchmarks/loss.py --device cuda --output "$out"
 sanitize memcheck
 sanitize racecheck
 for run in "$out"/loss_*.json; do

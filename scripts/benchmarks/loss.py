@@ -1,4 +1,5 @@
-"""Benchmark the loss against eager torch, torch.compile, Liger Kernel, TRL and ms-swift, all in one run.
+"""The loss beside eager torch, torch.compile, Liger Kernel, TRL and ms-swift, its passes beside a copy, the fused head
+beside its matrix products: all in one run.
 
     python scripts/benchmarks/loss.py                        # a few minutes at most: what suits the device
     python scripts/benchmarks/loss.py --full                 # every combination of size, type and beta
@@ -52,10 +53,13 @@ def main() -> int:
         for case in its_cases:
             console.print(f"[dim]{part}: {case} …")
             run[part].append(RUNNERS[part].run_case(case, plan, stopwatch))
+            save(run, options.output)  # whatever becomes of later cases
     for section in sections(run):
         console.print(section.rich())
     console.print(NOTES)
-    write(run, options.output)
+    path = save(run, options.output)
+    path.with_suffix(".md").write_text(markdown(run))
+    draw(run, path.with_suffix(".png"))
     console.print(f"Written to {options.output}")
     return 0
 
@@ -84,16 +88,15 @@ def chosen_cases(options: argparse.Namespace, device: torch.device) -> list[case
     named = (options.tokens, options.vocab, options.tp, options.dtypes, options.betas)
     if not any(named):
         return defaults
-    fallback = ([first.tokens], [first.vocab], [first.tp], [first.dtype], [first.beta])
+    fallback = ([first.tokens], [first.vocab], [first.tp], [first.dtype], [cases.Case.beta])
     return list(cases.grid(*(values or other for values, other in zip(named, fallback, strict=True))))
 
 
-def write(run: dict, folder: Path) -> None:
+def save(run: dict, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    stem = folder / file_stem("loss", run["environment"])
-    stem.with_suffix(".json").write_text(json.dumps(run, indent=1) + "\n")
-    stem.with_suffix(".md").write_text(markdown(run))
-    draw(run, stem.with_suffix(".png"))
+    path = folder / f"{file_stem('loss', run['environment'])}.json"
+    path.write_text(json.dumps(run, indent=1) + "\n")
+    return path
 
 
 if __name__ == "__main__":

@@ -103,12 +103,19 @@ def compete(builders: Mapping[str, Callable[[], Work]], plan: Plan, stopwatch: S
             if name == OURS:
                 raise
             result.status = f"failed: {type(error).__name__}: {error}"[:300]
-        gc.collect()
+        _release(stopwatch.device)
     samples = in_turn(runs | {COPY: copy.seconds}, plan)
     copied = {"moved_bytes": copy.moved_bytes, "seconds": samples.pop(COPY)}
     for name, found in samples.items():
         results[name].samples = found
     return {"copy": copied, "contestants": {name: result.record() for name, result in results.items()}}
+
+
+def _release(device: torch.device) -> None:
+    """Give back what a contestant leaves in caches, lest the next one run out of memory for it."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _run(work: Work, stopwatch: Stopwatch) -> Callable[[], Sample]:

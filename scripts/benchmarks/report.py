@@ -112,6 +112,11 @@ def extra_bytes(case: dict, name: str) -> float | None:
     return max(0, median(peaks) - case["result_bytes"]) if peaks else None
 
 
+def milliseconds(value: float) -> str:
+    """Of seconds, in three digits or more."""
+    return f"{value * 1e3:.3g}" if value < 1 else f"{value * 1e3:.0f}"
+
+
 # ---- rows
 
 
@@ -124,8 +129,8 @@ def _divergence_row(case: dict, name: str) -> list[str]:
         name,
         _times(ratio(case, name, OURS)),
         _times(ratio(case, name, OURS, "first_s")),
-        _milliseconds(seconds(case, name)),
-        _milliseconds(seconds(case, name, "first_s")),
+        milliseconds(seconds(case, name)),
+        milliseconds(seconds(case, name, "first_s")),
         f"{share:.1%}",
         _size(extra_bytes(case, name)),
         f"{found['error']:.1e}",
@@ -134,8 +139,7 @@ def _divergence_row(case: dict, name: str) -> list[str]:
 
 def _kernel_row(case: dict, kernel: str) -> list[str]:
     rate = kernel_rate(case, kernel)
-    milliseconds = _milliseconds(seconds(case, kernel))
-    return [kernel, f"{rate / copy_rate(case):.1%}", milliseconds, f"{rate / 1e9:.4g}"]
+    return [kernel, f"{rate / copy_rate(case):.1%}", milliseconds(seconds(case, kernel)), f"{rate / 1e9:.4g}"]
 
 
 def _head_row(case: dict, name: str) -> list[str]:
@@ -147,7 +151,7 @@ def _head_row(case: dict, name: str) -> list[str]:
         name,
         _times(ratio(case, name, PRODUCTS)),
         _times(ratio(case, name, OURS)),
-        _milliseconds(taken),
+        milliseconds(taken),
         f"{case['operations'] / taken / 1e12:.3g}",
         "" if name == PRODUCTS else _size(extra_bytes(case, name)),
         "" if found["error"] is None else f"{found['error']:.1e}",
@@ -161,10 +165,6 @@ def _absent(name: str, found: dict, columns: int) -> list[str]:
 
 def _times(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}" if value < 10 else f"{value:.0f}"
-
-
-def _milliseconds(value: float) -> str:
-    return f"{value * 1e3:.3g}" if value < 1 else f"{value * 1e3:.0f}"
 
 
 def _size(value: float | None) -> str:

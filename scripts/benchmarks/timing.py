@@ -25,7 +25,7 @@ class Plan:
 
 
 # On a CPU eager torch takes seconds, and one repetition of the slowest peers has to do.
-PLANS = {"cuda": Plan(repeats=50, least=3, seconds=0.5), "cpu": Plan(repeats=9, least=1, seconds=8.0)}
+PLANS = {"cuda": Plan(repeats=50, least=3, seconds=0.5), "cpu": Plan(repeats=7, least=1, seconds=9.0)}
 
 
 class Stopwatch:
