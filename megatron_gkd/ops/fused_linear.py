@@ -9,35 +9,22 @@ The scheme is that of Liger Kernel's fused linear losses (arXiv:2410.10989), her
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_gkd.ops.chunk_loss import ChunkWeights, PerToken, full_loss, student_loss, topk_loss
+from megatron_gkd.ops.head_gradient import HeadGradient
+from megatron_gkd.ops.normalizers import IGNORED_LABEL
 from megatron_gkd.ops.pointwise import weighted
-from megatron_gkd.ops.statistics import (
-    IGNORED_LABEL,
-    DivergenceSpec,
-    Normalizers,
-    Sums,
-    Weights,
-    accumulate_dtype,
-    measure,
-    write_gradient,
-)
+from megatron_gkd.ops.spec import DivergenceSpec, accumulate_dtype
+from megatron_gkd.ops.topk import TopK, check_k, choose_topk
+from megatron_gkd.ops.topk_statistics import Tail, TopKSpec
 from megatron_gkd.ops.vocabulary import VocabShard
 
-
-class PerToken(NamedTuple):
-    """What was measured at each token: detached, [N], fp32 (fp64 for fp64), the same bits on all ranks of the group."""
-
-    divergence: Tensor  # 0 without a teacher
-    cross_entropy: Tensor  # untempered; 0 without labels or where the label is -100
-    teacher_entropy: Tensor  # of the tempered distribution, in nats; 0 without a teacher
-    student_entropy: Tensor  # likewise
-    top1_agreement: Tensor  # 1.0 where both have the same most likely token; 0 without a teacher
+DEFAULT_CHUNK_TOKENS = 1024
 
 
 def fused_linear_divergence(
@@ -49,45 +36,85 @@ def fused_linear_divergence(
     beta: float,
     temperature: float,
     token_weights: Tensor,
+    divergence: str = "jsd",
     group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
     labels: Tensor | None = None,
     sft_weights: Tensor | None = None,
-    chunk_tokens: int = 1024,
+    topk: int | TopK | None = None,
+    tail: Tail = "renormalize",
+    chunk_tokens: int | None = None,
+    upstream: float | None = None,
 ) -> tuple[Tensor, PerToken]:
     """sum_n token_weights[n] D_n + sft_weights[n] CE_n from last hidden states and head shards.
 
-    D is the divergence of ``divergence.vocab_parallel_divergence``, CE the untempered cross-entropy over the same true
-    vocabulary. All ranks of `group` pass the same tokens. Two collectives a chunk in forward, none in backward.
+    D is the divergence of ``vocab_parallel_divergence``, or with `topk` that of ``topk_divergence``; CE is the
+    untempered cross-entropy over the whole true vocabulary. All ranks of `group` pass the same tokens. Two collectives
+    a chunk in forward (one for KL divergences; one or two more with `topk`), none in backward.
 
     Args:
         student_hidden, teacher_hidden: [N, H_S], [N, H_T], whole on every rank of the group. No teacher (None for its
-            hidden states and weight) leaves the cross-entropy only.
+            hidden states and weight, and no ``TopK``) leaves the cross-entropy only.
         student_weight, teacher_weight: [V/TP, H_S], [V/TP, H_T]: the heads' rows for the same global ids. All four
             tensors have one float type. The teacher never gets a gradient.
         token_weights: fp32 [N]; a token of weight 0 adds exactly 0, whatever its divergence.
-        group, vocab_size: as for ``vocab_parallel_divergence``.
+        divergence, group, vocab_size: as for ``vocab_parallel_divergence``.
         labels: int64 [N], global ids, -100 for none; needed for the cross-entropy. An id outside the true vocabulary
             gives an infinite one.
         sft_weights: fp32 [N]; None leaves the cross-entropy out of the total, a statistic only.
-        chunk_tokens: most rows of logits alive at once, of each model. Chunks are of equal size, give or take one.
+        topk: how many of the teacher's most likely tokens count, None for all; or a ``TopK`` of [N, k] that a teacher
+            without hidden states knows.
+        tail: what becomes of the others; see ``topk_divergence``.
+        chunk_tokens: most rows of logits alive at once, of each model; 1024 if None. Chunks are of equal size, give or
+            take one.
+        upstream: the gradient that backward will be called with, where the caller knows it (Megatron's loss scale). A
+            `student_weight.main_grad` then takes the weight's gradient as it is made, and no [V/TP, H_S] buffer exists
+            beside it. Without it `main_grad` takes it in backward. Another value in backward is an error.
 
     Returns:
         The total, a scalar of fp32 (fp64 for fp64), and the statistics of each token.
 
         The gradient of `student_hidden` is this rank's PARTIAL one, from its own columns: the caller has to sum it over
         `group`, as Megatron's mappings do in their backward (copy to the tensor-parallel region, or gather from the
-        sequence-parallel region). That of `student_weight` is whole; it is accumulated in fp32 and cast at the end.
+        sequence-parallel region). That of `student_weight` is whole; it is accumulated in fp32. Where Megatron has
+        given the weight a `main_grad` it goes there, by Megatron's protocol (``HeadGradient``).
         For backward the op keeps these two gradients and nothing else.
 
     Raises:
         ValueError: shapes or types that don't agree, or a parameter out of range.
     """
-    inputs = _Inputs(student_hidden, student_weight, teacher_hidden, teacher_weight, token_weights, labels, sft_weights)
-    inputs.check(chunk_tokens)
-    spec = DivergenceSpec.of(beta, temperature, VocabShard.of(student_weight.shape[0], group, vocab_size))
-    needs_gradient = tuple(torch.is_grad_enabled() and x.requires_grad for x in (student_hidden, student_weight))
-    total, statistics = _FusedLinear.apply(student_hidden, student_weight, inputs, spec, chunk_tokens, needs_gradient)
+    inputs = _Inputs(
+        student_hidden,
+        student_weight,
+        teacher_hidden,
+        teacher_weight,
+        token_weights,
+        labels,
+        sft_weights,
+        topk.flatten() if isinstance(topk, TopK) else None,
+    )
+    inputs.check()
+    if chunk_tokens is not None and chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens is {chunk_tokens}; allowed are values from 1")
+    width = student_weight.shape[0]
+    spec = DivergenceSpec.of(beta, temperature, VocabShard.of(width, group, vocab_size), divergence)
+    k = None
+    if isinstance(topk, int):
+        check_k(topk, spec.shard)
+        k = topk if teacher_hidden is not None else None
+    topk_spec = None
+    if topk is not None:
+        topk_spec = TopKSpec.of(
+            width,
+            beta=beta,
+            temperature=temperature,
+            group=group,
+            vocab_size=vocab_size,
+            tail=tail,
+            divergence=divergence,
+        )
+    plan = _Plan(inputs, spec, topk_spec, k, chunk_tokens or DEFAULT_CHUNK_TOKENS, upstream)
+    total, statistics = _FusedLinear.apply(student_hidden, student_weight, plan, torch.is_grad_enabled())
     return total, PerToken(*statistics.unbind(-1))
 
 
@@ -100,13 +127,14 @@ class _Inputs:
     token_weights: Tensor
     labels: Tensor | None
     sft_weights: Tensor | None
+    topk: TopK | None
 
-    def check(self, chunk_tokens: int) -> None:
+    def check(self) -> None:
         tokens, width = self.student_hidden.shape[0], self.student_weight.shape[0]
-        if chunk_tokens < 1:
-            raise ValueError(f"chunk_tokens is {chunk_tokens}; allowed are values from 1")
         if (self.teacher_hidden is None) != (self.teacher_weight is None):
             raise ValueError("teacher_hidden and teacher_weight must both be given, or neither")
+        if self.topk is not None and self.teacher_hidden is not None:
+            raise ValueError("a TopK takes the place of teacher_hidden and teacher_weight; only one can be given")
         if self.sft_weights is not None and self.labels is None:
             raise ValueError("sft_weights need labels")
         for name in ("student_hidden", "student_weight", "teacher_hidden", "teacher_weight"):
@@ -123,45 +151,66 @@ class _Inputs:
             tensor = getattr(self, name)
             if tensor is not None and tensor.shape != (tokens,):
                 raise ValueError(f"{name} is {list(tensor.shape)}; it must be {[tokens]}, one for each token")
+        if self.topk is not None and len(self.topk.ids) != tokens:
+            raise ValueError(f"topk is for {len(self.topk.ids)} tokens; student_hidden has {tokens}")
+
+
+@dataclass(frozen=True)
+class _Plan:
+    inputs: _Inputs
+    spec: DivergenceSpec
+    topk_spec: TopKSpec | None
+    k: int | None  # to be chosen from the teacher's logits
+    chunk_tokens: int
+    upstream: float | None
+
+    def chunks(self) -> list[slice]:
+        """As few as `chunk_tokens` allows, of sizes that differ by one at most."""
+        tokens = len(self.inputs.token_weights)
+        count = -(-tokens // self.chunk_tokens)
+        return [slice(tokens * i // count, tokens * (i + 1) // count) for i in range(count)]
 
 
 class _FusedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx,
-        student_hidden: Tensor,
-        student_weight: Tensor,
-        inputs: _Inputs,
-        spec: DivergenceSpec,
-        chunk_tokens: int,
-        needs_gradient: tuple[bool, bool],
+        ctx, student_hidden: Tensor, student_weight: Tensor, plan: _Plan, grad_enabled: bool
     ) -> tuple[Tensor, Tensor]:
-        total, statistics, *gradients = _forward(inputs, spec, chunk_tokens, *needs_gradient)
-        ctx.save_for_backward(*gradients)
+        needs_hidden, needs_weight = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
+        hidden_gradient = torch.empty_like(student_hidden) if needs_hidden else None
+        head_gradient = HeadGradient.of(student_weight, plan.upstream is not None) if needs_weight else None
+        total, statistics = _run(plan, hidden_gradient, head_gradient)
+        buffer = None if head_gradient is None else head_gradient.buffer
+        ctx.save_for_backward(hidden_gradient, buffer)
+        ctx.head_gradient, ctx.upstream = head_gradient, plan.upstream
         ctx.mark_non_differentiable(statistics)
         return total, statistics
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream: Tensor, _statistics: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_gradient, weight_gradient = (None if g is None else g * upstream for g in ctx.saved_tensors)
-        return hidden_gradient, weight_gradient, None, None, None, None
+        hidden_gradient, buffer = ctx.saved_tensors
+        if ctx.upstream is not None:  # which the gradients have in them already
+            torch._assert_async((upstream == ctx.upstream).all(), "the gradient of the total is not `upstream`")
+            upstream = None
+        weight_gradient = None if ctx.head_gradient is None else ctx.head_gradient.finish(buffer, upstream)
+        if hidden_gradient is not None and upstream is not None:
+            hidden_gradient = hidden_gradient * upstream
+        return hidden_gradient, weight_gradient, None, None
 
 
-def _forward(
-    inputs: _Inputs, spec: DivergenceSpec, chunk_tokens: int, needs_hidden: bool, needs_weight: bool
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The total, the statistics [N, 5], and the gradients that are needed."""
+def _run(plan: _Plan, hidden_gradient: Tensor | None, head_gradient: HeadGradient | None) -> tuple[Tensor, Tensor]:
+    """The total and the statistics [N, ...]; fills the gradients that are wanted."""
+    inputs, spec = plan.inputs, plan.spec
     hidden, valid = inputs.student_hidden, spec.shard.valid
     accumulate = accumulate_dtype(hidden.dtype)
     student_weight = inputs.student_weight[:valid]  # the head's padding is never multiplied
     teacher_weight = None if inputs.teacher_weight is None else inputs.teacher_weight[:valid]
-    hidden_gradient = torch.empty_like(hidden) if needs_hidden else None
-    weight_gradient = torch.zeros_like(inputs.student_weight, dtype=accumulate) if needs_weight else None
+    needs_gradient = hidden_gradient is not None or head_gradient is not None
 
     total = torch.zeros((), dtype=accumulate, device=hidden.device)
     statistics = torch.zeros(len(hidden), len(PerToken._fields), dtype=accumulate, device=hidden.device)
-    chunks = _chunks(len(hidden), chunk_tokens)
+    chunks = plan.chunks()
     rows = max((chunk.stop - chunk.start for chunk in chunks), default=0)
     student_buffer = hidden.new_empty(rows, valid)
     teacher_buffer = None if teacher_weight is None else hidden.new_empty(rows, valid)
@@ -170,51 +219,43 @@ def _forward(
         teacher = None
         if teacher_weight is not None:
             teacher = _logits(inputs.teacher_hidden[chunk], teacher_weight, teacher_buffer)
-        labels = None if inputs.labels is None else inputs.labels[chunk]
-        weights = _weights(inputs, chunk, labels, accumulate)
-        normalizers, sums = measure(student, teacher, labels, spec)
-        total += _weighted_sum(weights, normalizers, sums)
-        _record(statistics[chunk], normalizers, sums)
-        if not (needs_hidden or needs_weight):
-            continue
-        write_gradient(student, student, teacher, normalizers, sums.slope, weights, spec)
-        if needs_hidden:
+        weights = _weights(inputs, chunk, accumulate)
+        scaled = weights if plan.upstream is None else weights.times(plan.upstream)
+        found = _chunk_loss(plan, student, teacher, chunk, scaled, needs_gradient)
+        total += weighted(weights.divergence, found.divergence).sum()
+        if weights.cross_entropy is not None:
+            total += weighted(weights.cross_entropy, found.cross_entropy).sum()
+        torch.stack(found, -1, out=statistics[chunk])
+        if hidden_gradient is not None:
             torch.mm(student, student_weight, out=hidden_gradient[chunk])
-        if needs_weight:
-            weight_gradient[:valid] += student.t() @ hidden[chunk]
-    return total, statistics, hidden_gradient, None if weight_gradient is None else weight_gradient.to(hidden.dtype)
-
-
-def _chunks(tokens: int, chunk_tokens: int) -> list[slice]:
-    """As few chunks as `chunk_tokens` allows, of sizes that differ by one at most."""
-    count = -(-tokens // chunk_tokens)
-    return [slice(tokens * i // count, tokens * (i + 1) // count) for i in range(count)]
+        if head_gradient is not None:
+            head_gradient.add(student, hidden[chunk])
+    return total, statistics
 
 
 def _logits(hidden: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
     return torch.mm(hidden, weight.t(), out=buffer[: len(hidden)])
 
 
-def _weights(inputs: _Inputs, chunk: slice, labels: Tensor | None, dtype: torch.dtype) -> Weights:
+def _weights(inputs: _Inputs, chunk: slice, dtype: torch.dtype) -> ChunkWeights:
     divergence = inputs.token_weights[chunk].to(dtype)
     if inputs.sft_weights is None:
-        return Weights(divergence)
-    cross_entropy = torch.where(labels == IGNORED_LABEL, 0, inputs.sft_weights[chunk].to(dtype))
-    return Weights(divergence, cross_entropy, labels)
+        return ChunkWeights(divergence, None)
+    ignored = inputs.labels[chunk] == IGNORED_LABEL
+    return ChunkWeights(divergence, torch.where(ignored, 0, inputs.sft_weights[chunk].to(dtype)))
 
 
-def _weighted_sum(weights: Weights, normalizers: Normalizers, sums: Sums) -> Tensor:
-    total = weighted(weights.divergence, sums.value).sum()
-    if weights.cross_entropy is not None:
-        total += weighted(weights.cross_entropy, normalizers.cross_entropy).sum()
-    return total
-
-
-def _record(statistics: Tensor, normalizers: Normalizers, sums: Sums) -> None:
-    """Write one chunk's rows of ``PerToken``; what was not measured stays 0."""
-    columns = PerToken(
-        sums.value, normalizers.cross_entropy, sums.teacher_entropy, sums.student_entropy, normalizers.top1_agreement
-    )
-    for index, column in enumerate(columns):
-        if column is not None:
-            statistics[:, index] = column
+def _chunk_loss(
+    plan: _Plan, student: Tensor, teacher: Tensor | None, chunk: slice, weights: ChunkWeights, needs_gradient: bool
+) -> PerToken:
+    inputs, spec = plan.inputs, plan.spec
+    labels = None if inputs.labels is None else inputs.labels[chunk]
+    topk = None if inputs.topk is None else inputs.topk[chunk]
+    if plan.k is not None:
+        temperature = spec.temperature if plan.topk_spec.bucket else None
+        topk = choose_topk(teacher, plan.k, spec.shard, temperature)
+    if topk is not None:
+        return topk_loss(student, topk, labels, weights, spec, plan.topk_spec, needs_gradient)
+    if teacher is None:
+        return student_loss(student, labels, weights, spec, needs_gradient)
+    return full_loss(student, teacher, labels, weights, spec, needs_gradient)

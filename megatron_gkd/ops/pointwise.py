@@ -15,6 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megatron_gkd.ops.reference import Divergence, divergence_at
+
 _FAR = 60.0  # e^60 fits fp32, and 1 is nothing beside it
 
 
@@ -58,7 +60,9 @@ class GeneralizedJSD:
 
 @dataclass(frozen=True)
 class ForwardKL:
-    """KL(T||S), the branch at beta = 0. Infinite where the student excludes what the teacher allows."""
+    """KL(T||S). Infinite where the student excludes what the teacher allows."""
+
+    beta: float
 
     def terms(self, a: Tensor, b: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         difference = p - q
@@ -67,15 +71,95 @@ class ForwardKL:
 
 @dataclass(frozen=True)
 class ReverseKL:
-    """KL(S||T), the branch at beta = 1. Infinite where the teacher excludes what the student allows."""
+    """KL(S||T). Infinite where the teacher excludes what the student allows."""
+
+    beta: float
 
     def terms(self, a: Tensor, b: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         slope = weighted(p, -_log_ratio(a, b))
         return (slope - (p - q)).clamp(min=0), slope
 
 
-def pointwise_divergence(beta: float) -> Pointwise:
-    """The divergence at `beta`; the ends are their own branches, by exact equality. ValueError outside [0, 1]."""
-    if not 0.0 <= beta <= 1.0:
-        raise ValueError(f"beta is {beta}; allowed are values from 0 to 1")
-    return {0.0: ForwardKL(), 1.0: ReverseKL()}.get(beta) or GeneralizedJSD(beta)
+@dataclass(frozen=True)
+class TotalVariation:
+    """Half the sum of |p - q|, with slope 0 where they are equal."""
+
+    beta: float
+
+    def terms(self, a: Tensor, b: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        return (p - q).abs() / 2, -p * _log_ratio(a, b).sign() / 2
+
+
+def _share(x: Tensor, p: Tensor, mixture: Tensor) -> Tensor:
+    """x p / M, and 0 where nothing is mixed."""
+    return x * p / torch.where(mixture > 0, mixture, 1)
+
+
+@dataclass(frozen=True)
+class SkewedForwardKL:
+    """KL(T||M), for 0 < beta < 1."""
+
+    beta: float
+
+    def terms(self, a: Tensor, b: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        beta, excess = self.beta, p - q
+        teacher = weighted(q, -_log_mix(-_log_ratio(a, b), 1 - beta))
+        slope = (1 - beta) ** 2 * _share(excess, p, beta * q + (1 - beta) * p)
+        return (teacher + (1 - beta) * excess).clamp(min=0), slope
+
+
+@dataclass(frozen=True)
+class SkewedReverseKL:
+    """KL(S||M), for 0 < beta < 1."""
+
+    beta: float
+
+    def terms(self, a: Tensor, b: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        beta, excess = self.beta, p - q
+        student = weighted(p, -_log_mix(_log_ratio(a, b), beta))
+        slope = student - beta * (1 - beta) * _share(excess, p, beta * q + (1 - beta) * p)
+        return (student - beta * excess).clamp(min=0), slope
+
+
+@dataclass(frozen=True)
+class Alpha:
+    """(1 - sum p^beta q^(1 - beta)) / (beta (1 - beta)), for 0 < beta < 1."""
+
+    beta: float
+
+    def terms(self, a: Tensor, b: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        beta, ratio = self.beta, _log_ratio(a, b)
+        teacher_is_higher = ratio > 0
+        gap, higher = -ratio.abs(), torch.maximum(p, q)
+        difference = torch.expm1(gap)  # lower / higher - 1
+        # p^beta q^(1 - beta) is higher · e^(exponent · gap), with the exponent of the lower one. Where that is above 1/2
+        # one factor of the ratio is taken out: x stays small, since the scales are large where beta is near 0 or 1.
+        for_teacher, for_student = (exponent - (exponent > 0.5) for exponent in (beta, 1 - beta))
+        x = torch.where(teacher_is_higher, gap.new_tensor(for_teacher), gap.new_tensor(for_student))
+        taken_out = x < 0
+        power = torch.where(taken_out, difference + 1, 1) * torch.expm1((x * gap).clamp(max=_FAR))
+        mean = torch.where(taken_out, power + difference, power)  # the geometric mean / higher - 1
+        of_teacher = torch.where(taken_out, -power, difference - power)
+        value = higher * (x * difference - power) / (beta * (1 - beta))
+        return value.clamp(min=0), higher * torch.where(teacher_is_higher, of_teacher, -mean) / (1 - beta)
+
+
+_POINTWISE = {
+    "generalized_jsd": GeneralizedJSD,
+    "forward_kl": ForwardKL,
+    "reverse_kl": ReverseKL,
+    "total_variation": TotalVariation,
+    "skewed_forward_kl": SkewedForwardKL,
+    "skewed_reverse_kl": SkewedReverseKL,
+    "alpha": Alpha,
+}
+
+
+def pointwise(divergence: Divergence, beta: float) -> Pointwise:
+    """The low-precision form of a row of ``reference``."""
+    return _POINTWISE[divergence.name](beta)
+
+
+def pointwise_divergence(beta: float, family: str = "jsd") -> Pointwise:
+    """Likewise by name. ValueError as from ``reference.divergence_at``."""
+    return pointwise(divergence_at(beta, family), beta)

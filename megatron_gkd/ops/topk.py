@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_gkd.ops.spec import accumulate_dtype
 from megatron_gkd.ops.vocabulary import VocabShard
 
 MISSING = -1
@@ -85,10 +86,6 @@ class TopK:
         return TopK(self.ids[rows], self.values[rows], None if self.tail is None else self.tail[rows], self.temperature)
 
 
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def row_blocks(rows: int, width: int, device: torch.device) -> Iterator[slice]:
     """All rows, in blocks that bound the temporaries of `width` entries a row, whatever the number of rows."""
     elements = CPU_BLOCK_ELEMENTS if device.type == "cpu" else GPU_BLOCK_ELEMENTS
@@ -137,22 +134,30 @@ def vocab_parallel_topk(
     """
     if not logits.is_floating_point() or logits.dim() == 0:
         raise ValueError(f"logits are {logits.dtype} {list(logits.shape)}; allowed are floats [..., V]")
-    width = logits.shape[-1]
+    tokens, width = logits.shape[:-1], logits.shape[-1]
     shard = VocabShard.of(width, group, vocab_size)
-    vocab_size = vocab_size or width * (1 if group is None else group.size())
-    if not 1 <= k <= vocab_size:
-        raise ValueError(f"k is {k}; allowed are 1 to {vocab_size}, the size of the vocabulary")
+    check_k(k, shard)
     if temperature is not None and not temperature > 0:
         raise ValueError(f"temperature is {temperature}; allowed are values above 0, and None for no tail")
-    candidates = _candidates(logits.reshape(-1, width)[:, : shard.valid], min(k, width), shard.first, temperature)
-    ids, values, tail = _choose(shard.gather(candidates), k, accumulate_dtype(logits.dtype), temperature)
-    tokens = logits.shape[:-1]
+    topk = choose_topk(logits.reshape(-1, width)[:, : shard.valid], k, shard, temperature)
     return TopK(
-        ids.view(*tokens, k),
-        values.view(*tokens, k),
-        None if temperature is None else tail.view(tokens),
+        topk.ids.view(*tokens, k),
+        topk.values.view(*tokens, k),
+        None if topk.tail is None else topk.tail.view(tokens),
         temperature,
     )
+
+
+def check_k(k: int, shard: VocabShard) -> None:
+    if not 1 <= k <= shard.vocab_size:
+        raise ValueError(f"k is {k}; allowed are 1 to {shard.vocab_size}, the size of the vocabulary")
+
+
+def choose_topk(logits_NV: Tensor, k: int, shard: VocabShard, temperature: float | None) -> TopK:
+    """``vocab_parallel_topk`` of the valid columns [N, V] of a shard."""
+    candidates = _candidates(logits_NV, min(k, shard.width), shard.first, temperature)
+    ids, values, tail = _choose(shard.gather(candidates), k, accumulate_dtype(logits_NV.dtype), temperature)
+    return TopK(ids, values, tail, temperature)
 
 
 def _candidates(logits_NV: Tensor, k: int, first: int, temperature: float | None) -> Tensor:

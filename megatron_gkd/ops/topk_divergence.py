@@ -30,7 +30,7 @@ def topk_divergence(
         topk: the teacher's [..., k], the same on all ranks. Missing entries, and ids from `vocab_size` on, don't count.
         beta, temperature, group, vocab_size, mask: as for ``divergence.vocab_parallel_divergence``.
         tail: "renormalize" over the k tokens, or a "bucket" for the rest; see ``topk_statistics``.
-        divergence: a name of ``pointwise.pointwise_divergence``.
+        divergence: a name of ``reference.FAMILIES``, whose formulas say what `beta` means to it.
 
     Returns:
         [...] in fp32 (fp64 for fp64 student logits), the same bits on every rank of the group; exactly 0 where masked,
@@ -84,22 +84,20 @@ class _TopKDivergence(torch.autograd.Function):
         spec: TopKSpec,
     ) -> Tensor:
         topk = TopK(ids, values, tail, tail_temperature)
-        normalizers, sums = measure_topk(student[:, : spec.shard.valid], topk, spec)
+        normalizers, sums = measure_topk(student[:, : spec.shard.valid], topk, spec, mask=mask)
         ctx.spec, ctx.tail_temperature = spec, tail_temperature
         others = normalizers.others or (None, None)
-        ctx.save_for_backward(student, ids, values, tail, mask, *normalizers.student, *others, sums.slope)
-        return sums.value if mask is None else torch.where(mask, sums.value, 0)
+        ctx.save_for_backward(student, ids, values, tail, mask, *normalizers.student, *others, sums.slope.clone())
+        return sums.value.clone()  # copies, lest they keep all sums alive
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
         student, ids, values, tail, mask, *log_sums, slope_sum = ctx.saved_tensors
-        valid = ctx.spec.shard.valid
         gradient = torch.empty_like(student)
-        gradient[:, valid:] = 0
         write_topk_gradient(
-            gradient[:, :valid],
-            student[:, :valid],
+            gradient,
+            student[:, : ctx.spec.shard.valid],
             TopK(ids, values, tail, ctx.tail_temperature),
             TopKNormalizers(LogSum(*log_sums[:2]), LogSum(*log_sums[2:]) if ctx.spec.bucket else None),
             slope_sum,

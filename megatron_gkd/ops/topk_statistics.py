@@ -28,7 +28,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_gkd.ops.pointwise import Pointwise, pointwise_divergence, weighted
-from megatron_gkd.ops.topk import TopK, accumulate_dtype, finite, max_and_sum, row_blocks
+from megatron_gkd.ops.spec import accumulate_dtype
+from megatron_gkd.ops.topk import TopK, finite, max_and_sum, row_blocks
 from megatron_gkd.ops.vocabulary import VocabShard
 
 Tail = Literal["renormalize", "bucket"]
@@ -42,7 +43,6 @@ class TopKSpec:
     pointwise: Pointwise
     temperature: float
     shard: VocabShard
-    vocab_size: int
     bucket: bool
 
     @classmethod
@@ -63,8 +63,7 @@ class TopKSpec:
         if tail not in get_args(Tail):
             raise ValueError(f"tail is {tail!r}; allowed are {', '.join(get_args(Tail))}")
         shard = VocabShard.of(width, group, vocab_size)
-        vocab_size = vocab_size or width * (1 if group is None else group.size())
-        return cls(pointwise_divergence(beta), temperature, shard, vocab_size, tail == "bucket")
+        return cls(pointwise_divergence(beta, divergence), temperature, shard, tail == "bucket")
 
     def check(self, topk: TopK) -> None:
         """ValueError for a bucket without the teacher's share of it."""
@@ -117,19 +116,22 @@ class TopKSums(NamedTuple):
     top1_agreement: Tensor
 
 
-def measure_topk(student_NV: Tensor, topk: TopK, spec: TopKSpec) -> tuple[TopKNormalizers, TopKSums]:
+def measure_topk(
+    student_NV: Tensor, topk: TopK, spec: TopKSpec, *, mask: Tensor | None = None
+) -> tuple[TopKNormalizers, TopKSums]:
     """Everything about these tokens but the gradient, the same bits on every rank of the group. Two collectives.
 
-    `topk` is flat, [N, k]. ValueError for a bucket that it has no tail for.
+    `topk` is flat, [N, k]. The sums are 0 in rows outside `mask`. ValueError for a bucket that `topk` has no tail for.
     """
     spec.check(topk)
     normalizers = _combine(spec.shard.gather(_local_log_sums(student_NV, topk, spec)), spec)
     sums = spec.shard.gather(_local_sums(student_NV, topk, normalizers, spec)).sum(0)
-    return normalizers, TopKSums(*sums[:, :-1].unbind(-1), top1_agreement=sums[:, -1].clamp(max=1))
+    sums[:, -1].clamp_(max=1)  # several ranks may have a most likely token
+    return normalizers, TopKSums(*(sums if mask is None else torch.where(mask[:, None], sums, 0)).unbind(-1))
 
 
 def write_topk_gradient(
-    out_NV: Tensor,
+    out: Tensor,
     student_NV: Tensor,
     topk: TopK,
     normalizers: TopKNormalizers,
@@ -137,27 +139,28 @@ def write_topk_gradient(
     weights: Tensor,
     spec: TopKSpec,
 ) -> None:
-    """Write ∂/∂z_S of sum_n weights[n] D_n into `out_NV`, which may be `student_NV` itself.
+    """Write ∂/∂z_S of sum_n weights[n] D_n into `out` [N, >= V], which may be the logits themselves.
 
-    `slope_sum` and `weights` are [N], of the results' type. Rows of weight 0 become exactly 0, whatever they held.
+    `slope_sum` and `weights` are [N], of the results' type. Rows of weight 0 become exactly 0, whatever they held, and
+    so do columns from V on.
     """
-    if not spec.shard.valid:
-        return
-    for block in _blocks(student_NV, topk, spec):
+    valid = spec.shard.valid
+    out[:, valid:] = 0
+    for block in _blocks(student_NV, topk, spec) if valid else ():
         own = _Own.of(student_NV[block], topk.ids[block], spec, slope_sum.dtype)
         a = normalizers.student.log_shares(own.logits, block, spec.temperature)
         b, bucket_b = _teacher_log_probs(topk[block], spec, slope_sum.dtype)
         factor, slopes = weights[block, None] / spec.temperature, slope_sum[block, None]
         gradient = _softmax_gradient(a, b, slopes, spec) * factor
-        gradient = torch.where(own.here & (factor != 0), gradient, 0).to(out_NV.dtype)
+        gradient = torch.where(own.here & (factor != 0), gradient, 0).to(out.dtype)
         if spec.bucket:
             bucket = _softmax_gradient(normalizers.bucket_log_prob(block, spec.temperature), bucket_b, slopes, spec)
-            others = _without(student_NV[block].to(slope_sum.dtype), own)
+            others = _without(student_NV[block], own)
             shares = normalizers.others.log_shares(others, block, spec.temperature).exp()
-            out_NV[block] = torch.where(factor == 0, 0, shares * (bucket * factor))
+            out[block, :valid] = torch.where(factor == 0, 0, shares * (bucket * factor))
         else:
-            out_NV[block] = 0
-        out_NV[block].scatter_add_(1, own.columns, gradient)  # adds to zeros, as shares in the bucket are 0 at the ids
+            out[block, :valid] = 0
+        out[block].scatter_add_(1, own.columns, gradient)  # adds to zeros: at the ids the shares in the bucket are 0
 
 
 def _softmax_gradient(a: Tensor, b: Tensor, slope_sum: Tensor, spec: TopKSpec) -> Tensor:
@@ -184,8 +187,10 @@ class _Own(NamedTuple):
 
 
 def _without(student_nV: Tensor, own: _Own) -> Tensor:
-    """The logits, with -inf at the ids. Added, because column 0 stands for ids that are elsewhere."""
-    return student_nV.scatter_add(1, own.columns, torch.where(own.here, -torch.inf, 0).to(student_nV.dtype))
+    """A copy of the logits, in the type of `own.logits`, with -inf at the ids."""
+    excluded = torch.zeros_like(own.logits).masked_fill_(own.here, -torch.inf)
+    others = student_nV.to(own.logits.dtype, copy=True)
+    return others.scatter_add_(1, own.columns, excluded)  # added, because column 0 stands for ids that are elsewhere
 
 
 def _blocks(student_NV: Tensor, topk: TopK, spec: TopKSpec):
@@ -204,8 +209,7 @@ def _local_log_sums(student_NV: Tensor, topk: TopK, spec: TopKSpec) -> Tensor:
         own = _Own.of(student_NV[block], topk.ids[block], spec, dtype)
         pieces[block, 0, 0], pieces[block, 0, 1] = max_and_sum(own.logits, spec.temperature)
         if spec.bucket:
-            others = _without(student_NV[block].to(dtype), own)
-            pieces[block, 1, 0], pieces[block, 1, 1] = max_and_sum(others, spec.temperature)
+            pieces[block, 1, 0], pieces[block, 1, 1] = max_and_sum(_without(student_NV[block], own), spec.temperature)
     return pieces
 
 
@@ -223,7 +227,7 @@ def _combine(pieces_RNP2: Tensor, spec: TopKSpec) -> TopKNormalizers:
 
 
 def _local_sums(student_NV: Tensor, topk: TopK, normalizers: TopKNormalizers, spec: TopKSpec) -> Tensor:
-    """[N, 7]: this shard's part of the fields of ``TopKSums``, of the ids that it has. The first adds the bucket's."""
+    """[N, 7]: this shard's part of the fields of ``TopKSums``."""
     maximum = normalizers.student.maximum
     partial = maximum.new_zeros(len(student_NV), len(TopKSums._fields))
     if not spec.shard.valid:
@@ -235,7 +239,7 @@ def _local_sums(student_NV: Tensor, topk: TopK, normalizers: TopKNormalizers, sp
         both_best = own.here & (own.logits == maximum[block, None]) & (b == b.amax(-1, keepdim=True))
         partial[block, :-1] = _summed_terms(a, torch.where(own.here, b, -torch.inf), spec)
         partial[block, -1] = both_best.any(-1)
-        if spec.bucket and spec.shard.first == 0:
+        if spec.bucket and spec.shard.first == 0:  # the bucket is everyone's, and counts once
             partial[block, :-1] += _summed_terms(normalizers.bucket_log_prob(block, spec.temperature), bucket_b, spec)
     return partial
 
@@ -255,12 +259,12 @@ def _summed_terms(a: Tensor, b: Tensor, spec: TopKSpec) -> Tensor:
 
 def _teacher_log_probs(topk: TopK, spec: TopKSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """Tempered log-probabilities: [n, k] of the ids, -inf where missing, and [n, 1] of the bucket."""
-    present = (topk.ids >= 0) & (topk.ids < spec.vocab_size)
+    present = (topk.ids >= 0) & (topk.ids < spec.shard.vocab_size)
     weights = torch.where(present, topk.values.to(dtype) / spec.temperature, -torch.inf)
     if not spec.bucket:
         return _log_softmax(weights), None
-    everything = present.sum(-1) == spec.vocab_size  # nothing is left for the bucket, whatever rounding left there
-    tail = torch.where(everything, -torch.inf, topk.tail.to(dtype))
+    # Where nothing is left for the bucket, what rounding left in the tail doesn't count.
+    tail = torch.where(present.sum(-1) == spec.shard.vocab_size, -torch.inf, topk.tail.to(dtype))
     both = _log_softmax(torch.cat([weights, tail[:, None]], -1))
     return both[:, :-1], both[:, -1:]
 

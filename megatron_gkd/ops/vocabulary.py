@@ -14,8 +14,10 @@ class VocabShard:
     """Equal shards of a padded vocabulary, in rank order over `group` (None: one shard holds everything)."""
 
     group: dist.ProcessGroup | None
+    width: int  # columns of every shard, padding included
     first: int  # global id of this shard's first column
     valid: int  # how many of its leading columns belong to the true vocabulary; the rest are padding
+    vocab_size: int  # the true size, over all shards
 
     @classmethod
     def of(cls, width: int, group: dist.ProcessGroup | None = None, vocab_size: int | None = None) -> VocabShard:
@@ -30,7 +32,7 @@ class VocabShard:
             raise ValueError(
                 f"vocab_size is {vocab_size}; allowed are 1 to {ranks * width}: {ranks} shard(s) of {width} columns"
             )
-        return cls(group, first, min(max(vocab_size - first, 0), width))
+        return cls(group, width, first, min(max(vocab_size - first, 0), width), vocab_size)
 
     def gather(self, local: Tensor) -> Tensor:
         """[R, *local.shape]: the tensors of all R ranks in rank order. One collective; none for one rank or no data.
@@ -49,3 +51,12 @@ class VocabShard:
         column = ids - self.first
         here = (column >= 0) & (column < self.valid)
         return here, torch.where(here, column, 0)
+
+
+def name_of_group(group: dist.ProcessGroup | None) -> str:
+    """What operators of torch.library take in the group's place; empty for None."""
+    return "" if group is None else group.group_name
+
+
+def group_of_name(name: str) -> dist.ProcessGroup | None:
+    return torch.distributed.distributed_c10d._resolve_process_group(name) if name else None

@@ -11,6 +11,22 @@ BETAS = [0.0, 1e-4, 0.1, 0.5, 0.9, 1 - 1e-4, 1.0]
 TEMPERATURES = [0.5, 1.0, 2.0]
 
 
+def _points() -> list[tuple[str, float]]:
+    """(family, beta): every divergence there is, at every beta that makes a difference to it."""
+    points = []
+    for name, family in reference.FAMILIES.items():
+        if family.at_0 is family.between is family.at_1:
+            points.append((name, 0.5))
+            continue
+        allowed = {0.0: family.at_0, 1.0: family.at_1}
+        points += [(name, beta) for beta in BETAS if allowed.get(beta, family.between)]
+    return points
+
+
+POINTS = _points()
+MIDDLES = [(name, 0.5) for name in reference.FAMILIES]
+
+
 def random_logits(*shape: int, seed: int, scale: float = 3.0, dtype: torch.dtype = torch.float32) -> Tensor:
     return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale).to(dtype)
 
@@ -23,10 +39,24 @@ def oracle(student: Tensor, teacher: Tensor, upstream: Tensor, dtype=torch.float
     return per_token.detach(), student.grad
 
 
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """|actual - expected| / |expected| in the Euclidean norm, in fp64; what is expected below 1e-6 is as good as 0."""
+def relative_error(actual: Tensor, expected: Tensor, scale: float = 1e-6) -> float:
+    """|actual - expected| / |expected| in the Euclidean norm, in fp64; relative to `scale` where that is larger.
+
+    The scale for gradients of nearly one-hot rows, which are small differences of probabilities near 1, is that of the
+    probabilities.
+    """
     difference = (actual.double() - expected.double()).norm().item()
-    return difference / max(expected.double().norm().item(), 1e-6)
+    return difference / max(expected.double().norm().item(), scale)
+
+
+def tolerance(dtype: torch.dtype, own_error: float) -> float:
+    """What a loss or gradient may be off by: 1e-5, or little more than the reference in fp32 is."""
+    return 1e-9 if dtype == torch.float64 else max(1e-5, 1.5 * own_error)
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """What storing a gradient in `dtype` costs, relatively."""
+    return 2.0**-8 if dtype in (torch.bfloat16, torch.float16) else 0.0
 
 
 def shard(x: Tensor, rank: int, ranks: int) -> Tensor:

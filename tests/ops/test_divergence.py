@@ -4,11 +4,20 @@ import math
 
 import pytest
 import torch
-from ops.oracle import BETAS, TEMPERATURES, oracle, pad_columns, random_logits, relative_error
+from ops.oracle import (
+    BETAS,
+    MIDDLES,
+    POINTS,
+    TEMPERATURES,
+    oracle,
+    pad_columns,
+    random_logits,
+    relative_error,
+    rounding,
+    tolerance,
+)
 
-from megatron_gkd.ops import vocab_parallel_divergence
-
-BF16_ROUNDING = 2.0**-8
+from megatron_gkd.ops import reference, vocab_parallel_divergence
 
 
 def value_and_gradient(student, teacher, upstream, **options):
@@ -18,55 +27,94 @@ def value_and_gradient(student, teacher, upstream, **options):
     return per_token.detach(), student.grad
 
 
-@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize(("divergence", "beta"), POINTS)
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_value_and_gradient_equal_the_oracle(beta, temperature, dtype):
+def test_value_and_gradient_equal_the_oracle(divergence, beta, temperature, dtype):
     s, t = (random_logits(2, 5, 101, seed=seed, dtype=dtype) for seed in (0, 1))
     upstream = random_logits(2, 5, seed=2, scale=1000.0)  # clear of fp16's underflow
-    options = {"beta": beta, "temperature": temperature}
+    options = {"divergence": divergence, "beta": beta, "temperature": temperature}
     value, gradient = value_and_gradient(s, t, upstream, **options)
-    expected_value, expected_gradient = oracle(s, t, upstream, **options)
+    exact_value, exact_gradient = oracle(s, t, upstream, **options)
+    own_value, own_gradient = oracle(s, t, upstream, dtype=torch.float32, **options)
     assert value.shape == (2, 5)
     assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert gradient.dtype == dtype
-    arithmetic, rounding = (
-        (1e-9, 0.0) if dtype == torch.float64 else (1e-5, {torch.float32: 0.0}.get(dtype, BF16_ROUNDING))
-    )
-    assert relative_error(value, expected_value) < arithmetic
-    assert relative_error(gradient, expected_gradient) < arithmetic + rounding
+    assert relative_error(value, exact_value) < tolerance(dtype, relative_error(own_value, exact_value))
+    own_error = relative_error(own_gradient, exact_gradient)
+    assert relative_error(gradient, exact_gradient) < tolerance(dtype, own_error) + rounding(dtype)
 
 
-@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize(("divergence", "beta"), POINTS)
 @pytest.mark.parametrize("scale", [1e-2, 1.0, 30.0])
-def test_the_fp32_error_is_at_most_the_references_own(beta, scale):
+def test_the_fp32_error_is_at_most_the_references_own(divergence, beta, scale):
     s, t = (random_logits(32, 257, seed=seed, scale=scale) for seed in (0, 1))
     upstream = torch.ones(32)
-    exact = oracle(s, t, upstream, beta=beta)
-    naive = oracle(s, t, upstream, dtype=torch.float32, beta=beta)
-    ours = value_and_gradient(s, t, upstream, beta=beta)
+    options = {"divergence": divergence, "beta": beta}
+    exact = oracle(s, t, upstream, **options)
+    naive = oracle(s, t, upstream, dtype=torch.float32, **options)
+    ours = value_and_gradient(s, t, upstream, **options)
     for actual, reference_in_fp32, expected in zip(ours, naive, exact, strict=True):
-        assert relative_error(actual, expected) <= 1.5 * relative_error(reference_in_fp32, expected) + 1e-6
+        own = (reference_in_fp32.double() - expected).norm()
+        rounding_of_probabilities = 2.0**-23 * upstream.norm()
+        error = (actual.double() - expected).norm()
+        assert error <= 1.5 * own + 1e-6 * expected.norm() + rounding_of_probabilities
 
 
-@pytest.mark.parametrize("beta", BETAS)
-def test_gradcheck(beta):
+@pytest.mark.parametrize(("divergence", "beta"), MIDDLES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_statistics_that_fall_out_beside_the_loss(divergence, beta, dtype, masked):
+    s, t = (random_logits(6, 33, seed=seed, dtype=dtype) for seed in (0, 1))
+    t[::2] += 2 * s[::2]  # so that some of the most likely tokens agree
+    mask = torch.arange(6) != 4 if masked else None
+    _, statistics = vocab_parallel_divergence(
+        s, t, divergence=divergence, beta=beta, temperature=0.8, mask=mask, return_statistics=True
+    )
+    s, t = s.double(), t.double()
+    expected = {
+        "student_entropy": reference.entropy(s, temperature=0.8),
+        "teacher_entropy": reference.entropy(t, temperature=0.8),
+        "forward_kl": reference.divergence(s, t, beta=0.0, temperature=0.8),
+        "reverse_kl": reference.divergence(s, t, beta=1.0, temperature=0.8),
+        "top1_agreement": (s.argmax(-1) == t.argmax(-1)).double(),
+    }
+    assert 0 < expected["top1_agreement"].sum() < 6
+    for name, value in expected.items():
+        value = value if mask is None else torch.where(mask, value, 0)
+        torch.testing.assert_close(getattr(statistics, name).double(), value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_ties_for_the_most_likely_token_go_to_the_lower_id(dtype):
+    student = torch.tensor([[0.0, 2.0, 2.0, 1.0]] * 2, dtype=dtype)
+    teacher = torch.tensor([[0.0, 1.0, 0.0, 1.0], [0.0, 0.0, 1.0, 1.0]], dtype=dtype)
+    _, statistics = vocab_parallel_divergence(student, teacher, beta=0.5, return_statistics=True)
+    assert statistics.top1_agreement.tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(("divergence", "beta"), POINTS)
+def test_gradcheck(divergence, beta):
     s = random_logits(3, 6, seed=0, dtype=torch.float64).requires_grad_()
     t = random_logits(3, 6, seed=1, dtype=torch.float64)
     mask = torch.tensor([True, False, True])
     assert torch.autograd.gradcheck(
-        lambda s: vocab_parallel_divergence(s, t, beta=beta, temperature=0.7, vocab_size=5, mask=mask), (s,)
+        lambda s: vocab_parallel_divergence(
+            s, t, divergence=divergence, beta=beta, temperature=0.7, vocab_size=5, mask=mask
+        ),
+        (s,),
     )
 
 
-@pytest.mark.parametrize("beta", BETAS)
-def test_masked_rows_and_padded_columns_are_exactly_zero_whatever_they_hold(beta):
+@pytest.mark.parametrize(("divergence", "beta"), POINTS)
+def test_masked_rows_and_padded_columns_are_exactly_zero_whatever_they_hold(divergence, beta):
     s, t = (pad_columns(random_logits(4, 13, seed=seed), 3) for seed in (0, 1))
     mask = torch.tensor([True, False, True, False])
     s[1], t[3] = torch.nan, torch.inf
     upstream = torch.ones(4)
-    value, gradient = value_and_gradient(s, t, upstream, beta=beta, vocab_size=13, mask=mask)
-    expected = oracle(s[mask], t[mask], upstream[mask], beta=beta, vocab_size=13)
+    options = {"divergence": divergence, "beta": beta, "vocab_size": 13}
+    value, gradient = value_and_gradient(s, t, upstream, mask=mask, **options)
+    expected = oracle(s[mask], t[mask], upstream[mask], **options)
     assert (value[~mask] == 0).all() and (gradient[~mask] == 0).all() and (gradient[:, 13:] == 0).all()
     assert relative_error(value[mask], expected[0]) < 1e-5
     assert relative_error(gradient[mask], expected[1]) < 1e-5
@@ -96,17 +144,17 @@ def test_one_hot_rows_of_large_logits(beta, kind):
     value, gradient = value_and_gradient(s, t, torch.ones(3), beta=beta, temperature=0.5)
     expected = oracle(s, t, torch.ones(3), beta=beta, temperature=0.5)
     assert relative_error(value, expected[0]) < 1e-5
-    # Gradients are small differences of numbers near 4e4 here, so no fp32 arithmetic gets them to 1e-5.
-    naive = oracle(s, t, torch.ones(3), dtype=torch.float32, beta=beta, temperature=0.5)
-    assert relative_error(gradient, expected[1]) <= 2 * relative_error(naive[1], expected[1]) + 1e-5
+    # A gradient is a difference of terms as large as the largest log-ratio, near 4e4 / temperature here.
+    largest = expected[0].max().clamp(min=1) / 0.5
+    assert (gradient - expected[1]).abs().max() <= 1e-6 * largest
 
 
-@pytest.mark.parametrize("beta", BETAS[1:-1])
-def test_minus_infinity_excludes_an_entry(beta):
+@pytest.mark.parametrize(("divergence", "beta"), [point for point in POINTS if point[1] in BETAS[1:-1]])
+def test_minus_infinity_excludes_an_entry(divergence, beta):
     s, t = (random_logits(4, 11, seed=seed) for seed in (0, 1))
     s[:, 1] = t[:, 4] = s[:, 7] = t[:, 7] = -torch.inf
-    value, gradient = value_and_gradient(s, t, torch.ones(4), beta=beta)
-    expected = oracle(s, t, torch.ones(4), beta=beta)
+    value, gradient = value_and_gradient(s, t, torch.ones(4), divergence=divergence, beta=beta)
+    expected = oracle(s, t, torch.ones(4), divergence=divergence, beta=beta)
     assert relative_error(value, expected[0]) < 1e-5
     assert relative_error(gradient, expected[1]) < 1e-5
     assert (gradient[:, [1, 7]] == 0).all()
@@ -128,15 +176,18 @@ def test_nan_is_not_hidden(beta):
     assert value[0].isnan() and value[1].isfinite()
 
 
-def test_backward_keeps_the_inputs_and_five_numbers_a_token():
-    s, t = random_logits(6, 50, seed=0).requires_grad_(), random_logits(6, 50, seed=1)
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_backward_keeps_the_inputs_and_16_bytes_a_token(beta, dtype):
+    s, t = random_logits(6, 50, seed=0, dtype=dtype).requires_grad_(), random_logits(6, 50, seed=1, dtype=dtype)
+    mask = torch.ones(6, dtype=torch.bool)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-        vocab_parallel_divergence(s, t, beta=0.5, mask=torch.ones(6, dtype=torch.bool))
-    inputs = {s.data_ptr(), t.data_ptr()}
-    own = [x for x in saved if x.data_ptr() not in inputs and x.dtype != torch.bool]
+        vocab_parallel_divergence(s, t, beta=beta, mask=mask)
+    inputs = {s.data_ptr(), t.data_ptr(), mask.data_ptr()}
+    own = [x for x in saved if x.data_ptr() not in inputs]
     assert len(saved) - len(own) == 3
-    assert sum(x.numel() for x in own) == 5 * 6
+    assert sum(x.numel() * x.element_size() for x in own) == 16 * 6
 
 
 def test_the_teacher_gets_no_gradient_and_a_graph_serves_twice():
@@ -153,6 +204,15 @@ def test_the_teacher_gets_no_gradient_and_a_graph_serves_twice():
     [
         ({"beta": 1.5}, "beta is 1.5; allowed are values from 0 to 1"),
         ({"beta": float("nan")}, "beta is nan"),
+        ({"divergence": "hellinger"}, "divergence is 'hellinger'; allowed are jsd, total_variation, skewed_forward_kl"),
+        (
+            {"divergence": "skewed_forward_kl", "beta": 1.0},
+            "beta is 1.0; allowed with skewed_forward_kl are values from 0 and below 1",
+        ),
+        (
+            {"divergence": "skewed_reverse_kl", "beta": 0.0},
+            "beta is 0.0; allowed with skewed_reverse_kl are values above 0 to 1",
+        ),
         ({"temperature": 0.0}, "temperature is 0.0; allowed are values above 0"),
         ({"vocab_size": 6}, "vocab_size is 6; allowed are 1 to 5"),
         ({"vocab_size": 0}, "vocab_size is 0"),

@@ -61,10 +61,11 @@ def materialised(case):
     options, size = case.options, case.vocab_size
     student = hidden @ weight.t()
     zeros = torch.zeros(case.tokens, dtype=torch.float64)
-    divergence = teacher_entropy = agreement = cross_entropy = zeros
+    divergence = teacher_entropy = agreement = cross_entropy = forward_kl = reverse_kl = zeros
     if case.teacher:
         teacher = x["teacher_hidden"].double() @ x["teacher_weight"].double().t()
         divergence = reference.divergence(student, teacher, **options)
+        forward_kl, reverse_kl = (reference.divergence(student, teacher, **(options | {"beta": b})) for b in (0.0, 1.0))
         teacher_entropy = reference.entropy(teacher, temperature=TEMPERATURE, vocab_size=size)
         agreement = (student[:, :size].argmax(-1) == teacher[:, :size].argmax(-1)).double()
     if x["labels"] is not None:
@@ -73,7 +74,9 @@ def materialised(case):
     if x["sft_weights"] is not None:
         total = total + (x["sft_weights"] * cross_entropy).sum()
     student_entropy = reference.entropy(student, temperature=TEMPERATURE, vocab_size=size)
-    statistics = PerToken(divergence, cross_entropy, teacher_entropy, student_entropy, agreement)
+    statistics = PerToken(
+        divergence, cross_entropy, teacher_entropy, student_entropy, forward_kl, reverse_kl, agreement
+    )
     gradients = torch.zeros_like(hidden), torch.zeros_like(weight)
     if total.requires_grad and case.tokens:
         gradients = torch.autograd.grad(UPSTREAM * total, (hidden, weight))

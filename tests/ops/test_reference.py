@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from ops.oracle import BETAS, TEMPERATURES, random_logits
+from ops.oracle import BETAS, POINTS, TEMPERATURES, random_logits
 
 from megatron_gkd.ops import reference
 
@@ -53,21 +53,53 @@ def test_the_jsd_tends_to_the_kl_divergences_at_both_ends():
     torch.testing.assert_close(near_one, reference.divergence(s, t, beta=1.0), rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize(("name", "beta"), POINTS)
 @pytest.mark.parametrize("temperature", TEMPERATURES)
-def test_gradcheck_and_the_closed_form_gradient(beta, temperature):
+def test_gradcheck_and_the_closed_form_gradient(name, beta, temperature):
     s = random_logits(3, 6, seed=0, dtype=torch.float64).requires_grad_()
     t = random_logits(3, 6, seed=1, dtype=torch.float64)
 
     def divergence(s):
-        return reference.divergence(s, t, beta=beta, temperature=temperature)
+        return reference.divergence(s, t, beta=beta, divergence=name, temperature=temperature)
 
     assert torch.autograd.gradcheck(divergence, (s,))
     (by_autograd,) = torch.autograd.grad(divergence(s).sum(), s)
     a, b = ((z / temperature).log_softmax(-1) for z in (s.detach(), t))
-    slope = reference.divergence_at(beta).slope(a, b, beta)
+    slope = reference.divergence_at(beta, name).slope(a, b, beta)
     closed_form = (slope - a.exp() * slope.sum(-1, keepdim=True)) / temperature
     torch.testing.assert_close(closed_form, by_autograd, rtol=1e-10, atol=1e-15)
+
+
+def test_the_other_divergences_worked_by_hand():
+    p, q, beta = [0.25, 0.75], [0.5, 0.5], 0.2
+    m = [beta * y + (1 - beta) * x for x, y in zip(p, q, strict=True)]
+
+    def kl(x, y):
+        return sum(a * math.log(a / b) for a, b in zip(x, y, strict=True))
+
+    expected = {
+        "total_variation": 0.25,
+        "skewed_forward_kl": kl(q, m),
+        "skewed_reverse_kl": kl(p, m),
+        "alpha": (1 - sum(x**beta * y ** (1 - beta) for x, y in zip(p, q, strict=True))) / (beta * (1 - beta)),
+        "jsd": beta * kl(q, m) + (1 - beta) * kl(p, m),
+    }
+    assert expected.keys() == reference.FAMILIES.keys()
+    for name, value in expected.items():
+        found = reference.divergence(logits_of(*p), logits_of(*q), beta=beta, divergence=name)
+        assert found.item() == pytest.approx(value, rel=1e-12), name
+
+
+@pytest.mark.parametrize("name", ["alpha", "skewed_forward_kl", "skewed_reverse_kl"])
+def test_other_families_tend_to_the_kl_divergences_at_their_ends(name):
+    s, t = (random_logits(3, 7, seed=seed, dtype=torch.float64) for seed in (0, 1))
+    family = reference.FAMILIES[name]
+    for end, near, row in ((0.0, 1e-7, family.at_0), (1.0, 1 - 1e-7, family.at_1)):
+        if row is not None:
+            at_end = reference.divergence(s, t, beta=end, divergence=name)
+            close = reference.divergence(s, t, beta=near, divergence=name)
+            torch.testing.assert_close(close, at_end, rtol=1e-3, atol=0)
+            assert row in (reference.FORWARD_KL, reference.REVERSE_KL)
 
 
 def test_entropy_and_cross_entropy_equal_torchs_own():

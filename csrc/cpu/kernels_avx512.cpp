@@ -1,0 +1,12 @@
+// The CPU kernels for AVX-512. Standard headers come first, so that none of their functions is compiled for it.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512")
+#define GKD_CPU_NAMESPACE avx512
+#define GKD_CPU_LANES 16
+#include "kernels.h"
+#endif

@@ -1,0 +1,9 @@
+// The CPU kernels for whatever the compiler takes as its target without being told.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+#define GKD_CPU_NAMESPACE generic
+#define GKD_CPU_LANES 4
+#include "kernels.h"

@@ -1,0 +1,13 @@
+// The GPU kernels. `stream` is a cudaStream_t.
+
+#pragma once
+
+#include "../params.h"
+
+namespace gkd::cuda {
+
+void statistics(const StatisticsParams& params, void* stream);
+void sums(const SumsParams& params, void* stream);
+void gradient(const GradientParams& params, void* stream);
+
+}  // namespace gkd::cuda

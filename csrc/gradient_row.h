@@ -1,0 +1,40 @@
+// The gradient at one entry of a row, for F = float or a vector of them: used by the CPU's and the GPU's kernels.
+
+#pragma once
+
+#include "divergences.h"
+#include "params.h"
+
+namespace gkd {
+
+// What is the same along a row is worked out once.
+template <class Functor>
+struct GradientRow {
+  Functor divergence;
+  RowNormalizers n;
+  float scale, factor, slope_sum, label_factor, label_shift, label_bias;
+
+  GKD_INLINE GradientRow(const GradientParams& params, const Functor& functor, int64_t i) : divergence(functor) {
+    n = params.normalizers[i];
+    scale = params.scale;
+    factor = params.weight[i] * params.inverse_temperature * functor.w.slope_scale;
+    slope_sum = params.slope_sum[i];
+    label_factor = params.label_weight == nullptr ? 0 : params.label_weight[i];
+    label_shift = label_factor == 0 ? 0 : params.label_shift[i];
+    label_bias = label_factor == 0 ? 0 : params.label_bias[i];
+  }
+
+  template <class F>
+  GKD_INLINE F of_divergence(F s, F t) const {
+    const Terms<F> terms = divergence(
+        log2_prob(s, scale, n.student_shift, n.student_bias), log2_prob(t, scale, n.teacher_shift, n.teacher_bias));
+    return factor * (terms.slope - slope_sum * terms.p);
+  }
+
+  template <class F>
+  GKD_INLINE F of_cross_entropy(F s) const {
+    return label_factor * exp2(log2_prob(s, kLog2E, label_shift, label_bias));
+  }
+};
+
+}  // namespace gkd
