@@ -91,6 +91,7 @@ def liger_compiled(case: HeadCase, heads: Heads) -> Callable[[], Tensor]:
     jsd = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=case.beta, chunk_size=CHUNK_TOKENS)
     labels = torch.zeros(case.tokens, dtype=torch.long, device=heads.student_hidden.device)
     order = (heads.student_hidden, heads.student_weight, heads.teacher_hidden, heads.teacher_weight)
+    jsd(*order, labels)  # this compiles, the gradient too, which is made in the forward pass
     return lambda: jsd(*order, labels)
 
 

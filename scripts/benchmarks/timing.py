@@ -17,7 +17,10 @@ COPY_BYTES = {"cuda": 1 << 30, "cpu": 256 << 20}
 
 @dataclass(frozen=True)
 class Plan:
-    """How often each contestant runs: `repeats` times, or fewer once it has used `seconds`, but `least` times."""
+    """How often each contestant runs: `repeats` times, or fewer once it has used `seconds`, but `least` times.
+
+    Where one time is enough, a warm-up that used up `seconds` is that one: a cold start is little beside it.
+    """
 
     repeats: int
     least: int

@@ -92,6 +92,12 @@ def test_repetitions_alternate_and_stop_when_their_time_is_used():
     assert len(in_turn(runs, Plan(9, 2, 60.0))["a"]) == 9
 
 
+def test_a_slow_warm_up_is_the_one_repetition():
+    found = compete({"slow": lambda: Work(lambda: None)}, Plan(repeats=9, least=1, seconds=-1.0), Stopwatch(CPU))
+    assert len(found["contestants"]["slow"]["total_s"]) == 1
+    assert len(found["copy"]["seconds"]) == 1
+
+
 def test_peers_may_fail_but_ours_must_not():
     def unavailable():
         raise Unavailable("not installed", "pip install it")
