@@ -6,7 +6,9 @@
 #   MEGATRON_GKD_TORCH_INDEX  where else than pip's own index to look for it; without an NVIDIA driver pip's own index is asked for a
 #                             CPU build first, then https://download.pytorch.org/whl/cpu
 #
-# It installs again only when pyproject.toml, setup.py, the extras or one of these settings has changed.
+#   MEGATRON_GKD_CUDA, TORCH_CUDA_ARCH_LIST, MAX_JOBS   how the kernels are built; see setup.py
+#
+# It installs again only when pyproject.toml, setup.py, csrc, the extras or one of these settings has changed.
 
 setup_env() {
     local python="${PYTHON:-python3}" torch="${MEGATRON_GKD_TORCH:-torch==2.13.0}" extras stamp wanted
@@ -24,14 +26,20 @@ setup_env() {
     # shellcheck disable=SC1091
     source .venv/bin/activate
 
-    wanted="$({ cat pyproject.toml setup.py; echo "$torch ${MEGATRON_GKD_TORCH_INDEX:-} $extras $PWD"; } | sha256sum | cut -d' ' -f1)"
+    wanted="$({
+        cat pyproject.toml setup.py
+        find csrc -type f -print0 | sort -z | xargs -0 cat
+        echo "$torch ${MEGATRON_GKD_TORCH_INDEX:-} ${MEGATRON_GKD_CUDA:-} ${TORCH_CUDA_ARCH_LIST:-} $extras $PWD"
+    } | sha256sum | cut -d' ' -f1)"
     if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
         return 0
     fi
     echo "== Installing $torch"
     install_torch "$torch" || return 1
-    echo "== Installing megatron-gkd${extras:+[$extras]}"
-    pip install --quiet --editable ".${extras:+[$extras]}" || return 1
+    # Not isolated: the kernels are built against the torch that is installed.
+    echo "== Building and installing megatron-gkd${extras:+[$extras]}"
+    pip install --quiet "setuptools>=77" ninja || return 1
+    pip install --quiet --no-build-isolation --editable ".${extras:+[$extras]}" || return 1
     echo "$wanted" >"$stamp"
 }
 

@@ -43,6 +43,14 @@ def _no_rollouts_yet(recipe: Recipe, _: int) -> Iterator[str]:
         yield f"distill.lmbda = {recipe.distill.lmbda}: on-policy sampling is not available yet; lmbda must be 0"
 
 
+def _beta(recipe: Recipe, _: int) -> Iterator[str]:
+    """Where M = beta T + (1 - beta) S is one of the two, a divergence of that one from M is always 0."""
+    refused = {"skewed_forward_kl": 1.0, "skewed_reverse_kl": 0.0}.get(recipe.distill.divergence)
+    if recipe.distill.beta == refused:
+        allowed = "below 1" if refused else "above 0"
+        yield f"distill.beta = {recipe.distill.beta}: must be {allowed} with divergence = {recipe.distill.divergence}"
+
+
 def _tail(recipe: Recipe, _: int) -> Iterator[str]:
     if recipe.distill.gkd_topk_tail == "bucket" and recipe.distill.gkd_logits_topk is None:
         yield "distill.gkd_topk_tail = bucket: only with gkd_logits_topk"
@@ -186,6 +194,7 @@ def _output_is_writable(recipe: Recipe, _: int) -> Iterator[str]:
 CHECKS = (
     Check(("kind", "teacher_model"), _teacher_is_named),
     Check(("lmbda",), _no_rollouts_yet),
+    Check(("divergence", "beta"), _beta),
     Check(("gkd_topk_tail", "gkd_logits_topk"), _tail),
     Check(LAYOUT, _layout_divides),
     Check(

@@ -51,11 +51,17 @@ class TeacherSection(Section):
     offload_teacher_model: bool = Field(False, description="keep the teacher in host memory between scorings")
 
 
+DivergenceName = Literal["jsd", "total_variation", "skewed_forward_kl", "skewed_reverse_kl", "alpha"]
+
+
 class DistillSection(Section):
     """The loss of generalized knowledge distillation (Agarwal et al. 2024, arXiv:2306.13649)."""
 
+    divergence: DivergenceName = Field(
+        "jsd", description="generalized Jensen-Shannon, or another between teacher T and student S; see the README"
+    )
     beta: float = Field(
-        0.5, ge=0, le=1, description="generalized Jensen-Shannon weight; 0: forward KL, 1: reverse KL, between: both"
+        0.5, ge=0, le=1, description="the teacher's weight in the mixture with the student; jsd: 0 is forward KL, 1 reverse"
     )
     lmbda: float = Field(0.0, ge=0, le=1, description="share of steps on the student's own samples; only 0 for now")
     temperature: float = Field(0.9, gt=0, description="divides both models' logits before the divergence")

@@ -91,12 +91,16 @@ def topk_loss(
     spec: DivergenceSpec,
     topk_spec: TopKSpec,
     needs_gradient: bool,
+    scratch_nV: Tensor | None = None,
 ) -> PerToken:
-    """Against the teacher's most likely tokens, and the cross-entropy over the whole vocabulary beside that."""
+    """Against the teacher's most likely tokens, and the cross-entropy over the whole vocabulary beside that.
+
+    `scratch_nV` may be overwritten; it is made where it is needed and missing.
+    """
     normalizers, sums = measure_topk(student_nV, topk, topk_spec)
     gradient = student_nV
     if labels is not None:  # still needs the logits
-        gradient = torch.empty_like(student_nV)
+        gradient = torch.empty_like(student_nV) if scratch_nV is None else scratch_nV
     if needs_gradient:
         write_topk_gradient(gradient, student_nV, topk, normalizers, sums.slope, weights.divergence, topk_spec)
     cross_entropy = torch.zeros_like(sums.value)

@@ -255,7 +255,7 @@ def _chunk_loss(
         temperature = spec.temperature if plan.topk_spec.bucket else None
         topk = choose_topk(teacher, plan.k, spec.shard, temperature)
     if topk is not None:
-        return topk_loss(student, topk, labels, weights, spec, plan.topk_spec, needs_gradient)
+        return topk_loss(student, topk, labels, weights, spec, plan.topk_spec, needs_gradient, scratch_nV=teacher)
     if teacher is None:
         return student_loss(student, labels, weights, spec, needs_gradient)
     return full_loss(student, teacher, labels, weights, spec, needs_gradient)

@@ -15,8 +15,8 @@ class HeadGradient:
     """Accumulates in fp32 (fp64 for fp64), into a buffer of its own or straight into Megatron's `main_grad`.
 
     Megatron's DistributedDataParallel gives each weight a `main_grad`. Layers that add to it themselves set the
-    weight's `grad_added_to_main_grad` and return a tensor that only makes the weight's hook fire: zeros where the weight
-    is shared with an embedding (`zero_out_wgrad`), whose own gradient is added to them, anything else otherwise.
+    weight's `grad_added_to_main_grad` and return a tensor that only makes the weight's hook fire: zeros where the
+    weight is shared with an embedding (`zero_out_wgrad`), whose own gradient is added to them, else anything.
     """
 
     weight: Tensor  # [V/TP, H]

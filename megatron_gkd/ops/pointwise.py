@@ -132,8 +132,8 @@ class Alpha:
         teacher_is_higher = ratio > 0
         gap, higher = -ratio.abs(), torch.maximum(p, q)
         difference = torch.expm1(gap)  # lower / higher - 1
-        # p^beta q^(1 - beta) is higher · e^(exponent · gap), with the exponent of the lower one. Where that is above 1/2
-        # one factor of the ratio is taken out: x stays small, since the scales are large where beta is near 0 or 1.
+        # p^beta q^(1 - beta) is higher · e^(exponent · gap), with the exponent of the lower one. Where that is above
+        # 1/2 one factor of the ratio is taken out: x stays small, since the scales are large where beta is near 0 or 1.
         for_teacher, for_student = (exponent - (exponent > 0.5) for exponent in (beta, 1 - beta))
         x = torch.where(teacher_is_higher, gap.new_tensor(for_teacher), gap.new_tensor(for_student))
         taken_out = x < 0

@@ -68,9 +68,13 @@ def build_models(
     objective = Objective(
         mesh,
         vocab_size,
+        divergence=distill.divergence,
         beta=distill.beta,
         temperature=distill.temperature,
         sft_alpha=distill.sft_alpha,
+        topk=distill.gkd_logits_topk,
+        tail=distill.gkd_topk_tail,
         chunk_tokens=distill.loss_chunk_tokens,
+        upstream=1.0,  # there is no loss scaling in bf16 and fp32
     )
     return Student(model, objective, parallel, section, train_iters), teacher

@@ -23,6 +23,8 @@ SUMS = (
     "cross_entropy",
     "teacher_entropy",
     "student_entropy",
+    "forward_kl",
+    "reverse_kl",
     "top1_agreement",
     "tokens",
     "dataset_tokens",
@@ -36,10 +38,15 @@ class Objective:
 
     mesh: Mesh
     vocab_size: int
+    divergence: str = "jsd"
     beta: float = 0.5
     temperature: float = 1.0
     sft_alpha: float = 0.0
-    chunk_tokens: int = 1024
+    topk: int | None = None
+    tail: str = "renormalize"
+    chunk_tokens: int | None = None
+    upstream: float | None = None
+    """The gradient that the loss will get in backward, where it is known: see ``fused_linear_divergence``."""
 
     def __call__(
         self,
@@ -58,6 +65,7 @@ class Objective:
             head_weight,
             None if signal is None else signal.states,
             None if signal is None else signal.head_weight,
+            divergence=self.divergence,
             beta=self.beta,
             temperature=self.temperature,
             token_weights=torch.ones_like(from_dataset),
@@ -65,7 +73,10 @@ class Objective:
             vocab_size=self.vocab_size,
             labels=microbatch.labels.squeeze(0)[chosen],
             sft_weights=sft_alpha * from_dataset,
+            topk=None if signal is None else self.topk,
+            tail=self.tail,
             chunk_tokens=self.chunk_tokens,
+            upstream=self.upstream,
         )
         sums = torch.stack(
             [
@@ -74,6 +85,8 @@ class Objective:
                 (token.cross_entropy.double() * from_dataset).sum(),
                 token.teacher_entropy.double().sum(),
                 token.student_entropy.double().sum(),
+                token.forward_kl.double().sum(),
+                token.reverse_kl.double().sum(),
                 token.top1_agreement.double().sum(),
                 torch.tensor(float(len(chosen)), dtype=torch.float64, device=total.device),
                 from_dataset.double().sum(),

@@ -11,7 +11,7 @@ from megatron_gkd.runtime import portability
 
 
 def summarize(totals: dict[str, float], *, has_teacher: bool) -> dict[str, float | None]:
-    """Means per response token of `training.loss.SUMS`, entropies in nats; None for what would need a teacher."""
+    """Means per response token of `training.loss.SUMS`, in nats; None for what would need a teacher."""
     tokens = max(totals["tokens"], 1.0)
     dataset_tokens = totals["dataset_tokens"]
     return {
@@ -21,6 +21,8 @@ def summarize(totals: dict[str, float], *, has_teacher: bool) -> dict[str, float
         "num_tokens": int(totals["tokens"]),
         "teacher_entropy": totals["teacher_entropy"] / tokens if has_teacher else None,
         "student_entropy": totals["student_entropy"] / tokens,
+        "forward_kl": totals["forward_kl"] / tokens if has_teacher else None,
+        "reverse_kl": totals["reverse_kl"] / tokens if has_teacher else None,
         "top1_agreement": totals["top1_agreement"] / tokens if has_teacher else None,
     }
 

@@ -5,10 +5,18 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.distributed as dist
-from ops.oracle import BETAS, oracle, random_logits, relative_error
+from ops.oracle import BETAS, MIDDLES, oracle, random_logits, relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_gkd.ops import PerToken, fused_linear_divergence, reference, vocab_parallel_divergence
+from megatron_gkd.ops import (
+    PerToken,
+    TopK,
+    fused_linear_divergence,
+    reference,
+    topk_divergence,
+    vocab_parallel_divergence,
+    vocab_parallel_topk,
+)
 
 STUDENT_SIZE, TEACHER_SIZE = 8, 12
 TEMPERATURE = 0.9
@@ -18,6 +26,7 @@ UPSTREAM = 3.0
 @dataclass(frozen=True)
 class Case:
     beta: float = 0.5
+    divergence: str = "jsd"
     dtype: torch.dtype = torch.float64
     tokens: int = 23
     width: int = 32  # rows of the whole head, padding included
@@ -51,7 +60,12 @@ class Case:
 
     @property
     def options(self):
-        return {"beta": self.beta, "temperature": TEMPERATURE, "vocab_size": self.vocab_size}
+        return {
+            "beta": self.beta,
+            "divergence": self.divergence,
+            "temperature": TEMPERATURE,
+            "vocab_size": self.vocab_size,
+        }
 
 
 def materialised(case):
@@ -65,7 +79,9 @@ def materialised(case):
     if case.teacher:
         teacher = x["teacher_hidden"].double() @ x["teacher_weight"].double().t()
         divergence = reference.divergence(student, teacher, **options)
-        forward_kl, reverse_kl = (reference.divergence(student, teacher, **(options | {"beta": b})) for b in (0.0, 1.0))
+        forward_kl, reverse_kl = (
+            reference.divergence(student, teacher, **(options | {"beta": b, "divergence": "jsd"})) for b in (0.0, 1.0)
+        )
         teacher_entropy = reference.entropy(teacher, temperature=TEMPERATURE, vocab_size=size)
         agreement = (student[:, :size].argmax(-1) == teacher[:, :size].argmax(-1)).double()
     if x["labels"] is not None:
@@ -102,7 +118,8 @@ def run_fused(rank, world_size, cases):
 
 CASES = [
     *(Case(beta) for beta in BETAS),
-    *(Case(beta, dtype) for beta in (0.0, 0.5, 1.0) for dtype in (torch.float32, torch.bfloat16)),
+    *(Case(beta, dtype=dtype) for beta in (0.0, 0.5, 1.0) for dtype in (torch.float32, torch.bfloat16)),
+    *(Case(beta, name, torch.float32) for name, beta in MIDDLES),
     Case(vocab_size=27),  # padding on one shard
     Case(vocab_size=13, cross_entropy="statistic"),  # all of several shards
     Case(vocab_size=1),
@@ -146,7 +163,7 @@ def call(case, **changes):
 
 @pytest.mark.parametrize("beta", BETAS)
 def test_equals_the_materialised_op_in_fp32(beta):
-    case = Case(beta, torch.float32, cross_entropy="none")
+    case = Case(beta, dtype=torch.float32, cross_entropy="none")
     x = case.tensors()
     hidden, weight = x["student_hidden"].requires_grad_(), x["student_weight"].requires_grad_()
     total, per_token = call(case, student_hidden=hidden, student_weight=weight)
@@ -178,6 +195,118 @@ def test_a_token_of_weight_zero_adds_exactly_zero_even_where_the_divergence_is_i
     total.backward()
     assert per_token.divergence[1].isinf() and total.isfinite()
     assert (hidden.grad[1] == 0).all() and hidden.grad.isfinite().all()
+
+
+@dataclass(frozen=True)
+class TopKCase:
+    tail: str
+    k: int = 5
+    known: bool = False  # a TopK is given, instead of the teacher's hidden states
+    beta: float = 0.5
+    divergence: str = "jsd"
+    vocab_size: int | None = None
+    sft: bool = True
+    dtype: torch.dtype = torch.float64
+
+
+def run_topk(rank, world_size, cases):
+    """As `run_fused`, against the teacher's top-k."""
+    results = []
+    for case in cases:
+        base = Case(dtype=case.dtype, vocab_size=case.vocab_size, cross_entropy="loss" if case.sft else "statistic")
+        x = base.tensors()
+        student, teacher = (x[f"{who}_weight"].chunk(world_size)[rank].clone() for who in ("student", "teacher"))
+        common = {"group": dist.group.WORLD, "vocab_size": case.vocab_size, "temperature": TEMPERATURE}
+        topk = case.k
+        if case.known:
+            topk = vocab_parallel_topk(x["teacher_hidden"] @ teacher.t(), case.k, **common)
+            teacher = x["teacher_hidden"] = None
+        x |= {"student_weight": student.requires_grad_(), "teacher_weight": teacher, "topk": topk, "tail": case.tail}
+        x["student_hidden"].requires_grad_()
+        total, per_token = fused_linear_divergence(
+            **x, **common, beta=case.beta, divergence=case.divergence, chunk_tokens=base.chunk_tokens
+        )
+        (UPSTREAM * total).backward()
+        results.append((total, per_token.divergence, x["student_hidden"].grad, x["student_weight"].grad))
+    return results
+
+
+TOPK_CASES = [
+    TopKCase(tail, known=known, sft=sft)
+    for tail in ("renormalize", "bucket")
+    for known in (False, True)
+    for sft in (0, 1)
+] + [
+    TopKCase("bucket", vocab_size=13),
+    TopKCase("renormalize", vocab_size=13, k=13),
+    TopKCase("bucket", k=1, beta=0.0, dtype=torch.float32),
+    TopKCase("renormalize", k=7, beta=1.0, dtype=torch.float32),
+    *(TopKCase("bucket", divergence=name) for name, _ in MIDDLES),
+]
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_top_k_equals_the_materialised_op(gloo_world, tp):
+    for case, *by_rank in zip(TOPK_CASES, *gloo_world(tp).run(run_topk, TOPK_CASES), strict=True):
+        totals, divergences, hidden_gradients, weight_gradients = zip(*by_rank, strict=True)
+        x = Case(vocab_size=case.vocab_size).tensors()
+        hidden, weight = (x[name].requires_grad_() for name in ("student_hidden", "student_weight"))
+        student, teacher = hidden @ weight.t(), x["teacher_hidden"] @ x["teacher_weight"].t()
+        common = {"temperature": TEMPERATURE, "vocab_size": case.vocab_size}
+        topk = vocab_parallel_topk(teacher, case.k, **common)
+        options = {"beta": case.beta, "divergence": case.divergence, "tail": case.tail}
+        divergence = topk_divergence(student, topk, **options, **common)
+        total = (x["token_weights"] * divergence).sum()
+        if case.sft:
+            cross_entropy = reference.cross_entropy(student, x["labels"], vocab_size=case.vocab_size)
+            total = total + (x["sft_weights"] * cross_entropy).sum()
+        expected = torch.autograd.grad(UPSTREAM * total, (hidden, weight))
+        tolerance = 1e-9 if case.dtype == torch.float64 else 1e-5
+        assert all(torch.equal(x, totals[0]) for x in totals), case
+        assert relative_error(totals[0], total.detach()) < tolerance, case
+        assert relative_error(divergences[0], divergence.detach()) < tolerance, case
+        assert relative_error(sum(hidden_gradients), expected[0]) < tolerance, case
+        assert relative_error(torch.cat(weight_gradients), expected[1]) < tolerance, case
+
+
+@pytest.mark.parametrize("upstream", [None, UPSTREAM])
+@pytest.mark.parametrize("shared_with_an_embedding", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_megatrons_main_grad_takes_the_weights_gradient(upstream, shared_with_an_embedding, dtype):
+    case = Case(dtype=dtype)
+    x = case.tensors()
+    weight = x["student_weight"].requires_grad_()
+    total, _ = call(case, student_weight=weight)
+    (expected,) = torch.autograd.grad(UPSTREAM * total, weight)
+
+    weight.main_grad = torch.ones(weight.shape)
+    weight.grad_added_to_main_grad = False
+    weight.zero_out_wgrad = shared_with_an_embedding
+    for _ in range(2):
+        total, _ = call(case, student_weight=weight, upstream=upstream)
+        (UPSTREAM * total).backward()
+    assert weight.grad_added_to_main_grad
+    assert weight.grad.shape == weight.shape and (not shared_with_an_embedding or (weight.grad == 0).all())
+    assert relative_error(weight.main_grad - 1, 2 * expected) < (1e-5 if dtype == torch.float32 else 1e-2)
+
+
+def test_another_upstream_than_the_promised_one_is_an_error():
+    case = Case(dtype=torch.float32)
+    hidden = case.tensors()["student_hidden"].requires_grad_()
+    total, _ = call(case, student_hidden=hidden, upstream=2.0)
+    with pytest.raises(RuntimeError, match="the gradient of the total is not `upstream`"):
+        total.backward()
+
+
+@pytest.mark.parametrize("upstream", [None, UPSTREAM])
+def test_without_a_main_grad_the_upstream_makes_no_difference(upstream):
+    case = Case(dtype=torch.float32)
+    x = case.tensors()
+    inputs = x["student_hidden"].requires_grad_(), x["student_weight"].requires_grad_()
+    total, _ = call(case, student_hidden=inputs[0], student_weight=inputs[1], upstream=upstream)
+    _, _, *expected = materialised(case)
+    for actual, gradient in zip(torch.autograd.grad(UPSTREAM * total, inputs), expected, strict=True):
+        assert relative_error(actual, gradient) < 1e-5
 
 
 class LogitRows(TorchDispatchMode):
@@ -253,6 +382,20 @@ def test_no_gradient_is_made_where_none_is_needed():
         ),
         ({"token_weights": torch.zeros(4)}, r"token_weights is \[4\]; it must be \[23\]"),
         ({"vocab_size": 33}, "vocab_size is 33; allowed are 1 to 32"),
+        ({"topk": 33}, "k is 33; allowed are 1 to 32"),
+        ({"topk": 3, "tail": "drop"}, "tail is 'drop'; allowed are renormalize, bucket"),
+        (
+            {"topk": TopK(torch.zeros(23, 1, dtype=torch.int64), torch.zeros(23, 1))},
+            "a TopK takes the place of teacher_hidden and teacher_weight",
+        ),
+        (
+            {
+                "topk": TopK(torch.zeros(22, 1, dtype=torch.int64), torch.zeros(22, 1)),
+                "teacher_hidden": None,
+                "teacher_weight": None,
+            },
+            "topk is for 22 tokens; student_hidden has 23",
+        ),
         ({"beta": -0.1}, "beta is -0.1"),
     ],
 )

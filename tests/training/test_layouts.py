@@ -9,8 +9,16 @@ from checkpoints import tiny_checkpoint
 from layouts import DENSE, MOE
 from training_layouts import train_steps
 
+from megatron_gkd.ops.reference import FAMILIES
+
 TOLERANCE = 1e-5
-DIVERGENCES = [0.0, 0.5, 1.0]
+BETAS = [0.0, 0.5, 1.0]
+# Every other divergence and both treatments of the teacher's top-k, under the layouts that differ to a loss.
+OBJECTIVES = {name: {"divergence": name, "beta": 0.5} for name in FAMILIES if name != "jsd"} | {
+    f"top-k, {tail}": {"beta": beta, "gkd_logits_topk": 7, "gkd_topk_tail": tail}
+    for beta, tail in ((0.5, "renormalize"), (0.0, "bucket"))
+}
+OTHER_LAYOUTS = ["TP2+SP", "PP2", "CP2", "TP2+SPxCP2", "TP2+SP, packed"]
 
 
 @functools.cache
@@ -30,11 +38,24 @@ def with_beta(changes: dict, beta: float) -> dict:
     return changes | {"distill": {"beta": beta}}
 
 
+def objective(name: str) -> dict:
+    return {"distill": OBJECTIVES[name]}
+
+
 @pytest.fixture(scope="module")
 def one_process(gloo_world):
     @functools.cache
     def of(kind: str, beta: float):
         return gloo_world(1).run(train_steps, *models(kind), with_beta({}, beta))[0]
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def one_process_of_objective(gloo_world):
+    @functools.cache
+    def of(name: str):
+        return gloo_world(1).run(train_steps, *models("dense"), objective(name))[0]
 
     return of
 
@@ -50,7 +71,7 @@ def assert_equal_runs(found, expected, tolerance=TOLERANCE):
             assert error <= tolerance, f"step {step}: gradient of {name} is off by {error:.1e}"
 
 
-@pytest.mark.parametrize("beta", DIVERGENCES)
+@pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("layout", DENSE)
 def test_dense(layout, beta, gloo_world, one_process):
     world_size, changes = DENSE[layout]
@@ -58,12 +79,20 @@ def test_dense(layout, beta, gloo_world, one_process):
     assert_equal_runs(found, one_process("dense", beta))
 
 
-@pytest.mark.parametrize("beta", DIVERGENCES)
+@pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("layout", MOE)
 def test_mixture_of_experts(layout, beta, gloo_world, one_process):
     world_size, changes = MOE[layout]
     found = gloo_world(world_size).run(train_steps, *models("mixture"), with_beta(changes, beta))[0]
     assert_equal_runs(found, one_process("mixture", beta))
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("layout", OTHER_LAYOUTS)
+def test_other_objectives(layout, name, gloo_world, one_process_of_objective):
+    world_size, changes = DENSE[layout]
+    found = gloo_world(world_size).run(train_steps, *models("dense"), changes | objective(name))[0]
+    assert_equal_runs(found, one_process_of_objective(name))
 
 
 @pytest.mark.parametrize("layout", ["EP2", "TP2+SPxEP2xDP2"])

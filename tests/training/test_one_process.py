@@ -21,7 +21,7 @@ def teacher_of(vocab_size: int = 99):
     return tiny_checkpoint("qwen3", seed=1, num_hidden_layers=2, hidden_size=48, vocab_size=vocab_size)
 
 
-def oracle(student_path, teacher_path, beta, temperature, sft_alpha):
+def oracle(student_path, teacher_path, beta, temperature, sft_alpha, divergence="jsd"):
     """Loss and gradients of the first step, from unsharded models in fp64 and torch's autograd."""
 
     def open_model(path):
@@ -46,10 +46,14 @@ def oracle(student_path, teacher_path, beta, temperature, sft_alpha):
             with torch.no_grad():
                 teacher_logits = teacher(inputs).logits[0][counts]
             shared = min(logits.shape[-1], teacher_logits.shape[-1])
-            divergence = reference.divergence(
-                logits[:, :shared], teacher_logits[:, :shared], beta=beta, temperature=temperature
+            distances = reference.divergence(
+                logits[:, :shared],
+                teacher_logits[:, :shared],
+                divergence=divergence,
+                beta=beta,
+                temperature=temperature,
             )
-            total = total + divergence.sum() + sft_alpha * cross_entropy
+            total = total + distances.sum() + sft_alpha * cross_entropy
         tokens += int(counts.sum())
     loss = total / tokens
     loss.backward()
@@ -70,6 +74,20 @@ def test_equals_transformers(beta, sft_alpha, gloo_world):
     changes = {"distill": {"beta": beta, "sft_alpha": sft_alpha}}
     record = gloo_world(1).run(train_steps, STUDENT(), teacher_of(), changes)[0][0]
     assert_equals_oracle(record, *oracle(STUDENT(), teacher_of(), beta, RECIPE["distill"]["temperature"], sft_alpha))
+
+
+@pytest.mark.parametrize("divergence", reference.FAMILIES)
+def test_every_divergence_equals_transformers(divergence, gloo_world):
+    changes = {"distill": {"beta": 0.4, "divergence": divergence}}
+    record = gloo_world(1).run(train_steps, STUDENT(), teacher_of(), changes)[0][0]
+    assert_equals_oracle(record, *oracle(STUDENT(), teacher_of(), 0.4, 0.9, 0.3, divergence))
+
+
+@pytest.mark.parametrize("tail", ["renormalize", "bucket"])
+def test_the_top_k_of_the_whole_vocabulary_is_the_whole_divergence(tail, gloo_world):
+    changes = {"distill": {"beta": 0.5, "gkd_logits_topk": 99, "gkd_topk_tail": tail}}
+    record = gloo_world(1).run(train_steps, STUDENT(), teacher_of(), changes)[0][0]
+    assert_equals_oracle(record, *oracle(STUDENT(), teacher_of(), 0.5, 0.9, 0.3))
 
 
 def test_without_a_teacher_it_is_cross_entropy(gloo_world):

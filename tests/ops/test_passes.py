@@ -1,0 +1,206 @@
+"""The passes: kernels beside plain torch, the ways they walk, what they refuse, and torch.library's own checks."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from ops.oracle import MIDDLES, POINTS, random_logits, relative_error
+
+from megatron_gkd.ops import passes, torch_passes, vocab_parallel_divergence
+from megatron_gkd.ops.divergence import _backward, _forward
+from megatron_gkd.ops.measure import measure
+from megatron_gkd.ops.spec import DivergenceSpec
+from megatron_gkd.ops.vocabulary import VocabShard
+
+ROWS = 37
+WIDTHS = [1, 5, 16, 21, 64, 2049]
+needs_kernels = pytest.mark.skipif(passes.implementation() == "torch", reason="plain torch is what is tested")
+
+
+def everything(divergence, beta, width, dtype=torch.float32, *, in_place=False, offset=0, module=passes):
+    """What the three passes return for some rows, each with a label, as a list of tensors."""
+    storage = [random_logits(ROWS, width + offset, seed=seed, dtype=dtype) for seed in (0, 1)]
+    s, t = (x[:, offset:] for x in storage)  # unaligned rows, and strides that are no multiple of anything
+    labels = torch.arange(ROWS) % width
+    labels[::3] = -1
+    spec = DivergenceSpec.of(beta, 0.9, VocabShard.of(width), divergence)
+    statistics = module.statistics(s, t, None, spec, moments=True, untempered=True)
+    found = measure(s, t, spec, labels=labels.clamp(min=0), moments=True)
+    weight = random_logits(ROWS, seed=2)
+    weight[::5] = 0
+    label_weight = torch.where(labels < 0, 0, random_logits(ROWS, seed=3))
+    out = s if in_place else torch.full((ROWS, width + 3), torch.nan, dtype=dtype)
+    normalizers = found.normalizers.packed()
+    sums = module.sums(s, t, None, normalizers, spec) if spec.needs_sums else statistics[:, :2]
+    rows = (normalizers, found.slope_sum, weight, found.untempered, label_weight, labels)
+    if module is passes:
+        names = ("untempered_2N", "label_weight_N", "label_N")
+        module.gradient(out, s, t, *rows[:3], spec, **dict(zip(names, rows[3:], strict=True)))
+    else:
+        module.gradient(out, s, t, *rows, spec)
+    return [statistics, sums, out]
+
+
+@needs_kernels
+@pytest.mark.parametrize(("divergence", "beta"), POINTS)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_kernels_equal_plain_torch(divergence, beta, width):
+    ours, theirs = (everything(divergence, beta, width, offset=1, module=module) for module in (passes, torch_passes))
+    statistics, expected = ours[0], theirs[0]
+    assert torch.equal(statistics[:, [0, 2, 6, 9]], expected[:, [0, 2, 6, 9]])  # maxima and their ids
+    torch.testing.assert_close(statistics, expected, rtol=2e-5, atol=2e-5)
+    # Slopes have a unit of their own in each implementation.
+    torch.testing.assert_close(ours[1][:, 0], theirs[1][:, 0], rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize(("divergence", "beta"), MIDDLES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_in_place_equals_out_of_place_and_padding_becomes_zero(divergence, beta, dtype, width):
+    out = everything(divergence, beta, width, dtype)[-1]
+    assert torch.equal(everything(divergence, beta, width, dtype, in_place=True)[-1], out[:, :width])
+    assert (out[:, width:] == 0).all()
+    assert (out[::15] == 0).all()  # neither the divergence nor the cross-entropy counts there
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("offset", [1, 3, 8])
+def test_alignment_changes_nothing(beta, offset):
+    for moved, expected in zip(everything("jsd", beta, 77, offset=offset), everything("jsd", beta, 77), strict=True):
+        assert moved.shape == expected.shape and moved.isfinite().all()
+    s, t = (random_logits(ROWS, 77, seed=seed) for seed in (0, 1))
+    spec = DivergenceSpec.of(beta, 0.9, VocabShard.of(77))
+    padded = [torch.cat([torch.zeros(ROWS, offset), x], 1)[:, offset:] for x in (s, t)]
+    assert torch.equal(measure(*padded, spec).divergence, measure(s, t, spec).divergence)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_blocks_of_rows_change_nothing_in_plain_torch(beta, monkeypatch):
+    whole = everything("jsd", beta, 21, module=torch_passes)
+    monkeypatch.setattr(torch_passes, "BLOCK_MIN_ROWS", 1)
+    monkeypatch.setattr(torch_passes, "BLOCK_ELEMENTS", 5 * 21)  # 37 rows: seven blocks of 5 and one of 2
+    for blockwise, expected in zip(everything("jsd", beta, 21, module=torch_passes), whole, strict=True):
+        torch.testing.assert_close(blockwise, expected, rtol=1e-5, atol=1e-6)
+
+
+@needs_kernels
+def test_threads_change_nothing():
+    whole = everything("jsd", 0.5, 2049)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads % 2 + 1)
+        for other, expected in zip(everything("jsd", 0.5, 2049), whole, strict=True):
+            assert torch.equal(other, expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
+COMPARE = """
+import sys, torch
+sys.path[:0] = [{tests!r}]
+from ops.test_passes import everything
+from megatron_gkd.ops import implementation
+torch.save((implementation(), everything("jsd", 0.5, 2049), everything("jsd", 0.5, 77, torch.float16)), {path!r})
+"""
+
+
+@needs_kernels
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_every_instruction_set_computes_the_same(capability, tmp_path):
+    path, tests = tmp_path / "found.pt", os.path.dirname(os.path.dirname(__file__))
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability, "MEGATRON_GKD_IMPL": "compiled"}
+    script = COMPARE.format(tests=tests, path=str(path))
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True)
+    implementation, *found = torch.load(path)
+    if implementation != f"compiled ({capability})":
+        pytest.skip(f"this machine serves {implementation}")
+    expected = everything("jsd", 0.5, 2049), everything("jsd", 0.5, 77, torch.float16)
+    for theirs, ours in zip(found, expected, strict=True):
+        for x, y in zip(theirs, ours, strict=True):
+            assert relative_error(x.nan_to_num(), y.nan_to_num()) < (1e-5 if x.dtype == torch.float32 else 1e-3)
+
+
+CHOICES = "from megatron_gkd.ops import implementation; print(implementation())"
+
+
+@pytest.mark.parametrize(
+    ("choice", "blocked", "expected"),
+    [
+        ("torch", False, "torch"),
+        ("auto", True, "torch"),
+        ("compiled", True, "MEGATRON_GKD_IMPL is compiled, but there are no compiled kernels"),
+        ("fast", False, "MEGATRON_GKD_IMPL is 'fast'; allowed are auto, torch, compiled"),
+    ],
+)
+def test_the_choice_of_implementation(choice, blocked, expected):
+    block = "import sys; sys.modules['megatron_gkd._C'] = None; " if blocked else ""
+    environment = os.environ | {"MEGATRON_GKD_IMPL": choice}
+    run = subprocess.run([sys.executable, "-c", block + CHOICES], env=environment, capture_output=True, text=True)
+    assert expected in run.stdout + run.stderr
+    assert run.stderr.count("so the loss is computed in plain torch") == (choice == "auto")
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"teacher": torch.zeros(3, 4)}, r"teacher is Float \[3, 4\] on cpu; it must be Float \[3, 5\] on cpu"),
+        ({"teacher": torch.zeros(3, 5).half()}, "teacher is Half"),
+        ({"student": torch.zeros(5, 3).t(), "teacher": torch.zeros(3, 5)}, "student's rows must be contiguous"),
+        ({"mask": torch.ones(3)}, r"mask is Float \[3\] on cpu; it must be a contiguous Bool \[3\]"),
+        ({"normalizers": torch.zeros(3, 3)}, r"normalizers is Float \[3, 3\]"),
+        ({"divergence": "hellinger"}, "no divergence is called hellinger"),
+        ({"divergence": "forward_kl"}, "forward_kl has no sums of its own"),
+        ({"temperature": 0.0}, "temperature is 0; allowed are values above 0"),
+    ],
+)
+def test_the_binding_says_what_is_wrong(change, message):
+    from megatron_gkd import _C
+
+    arguments = {
+        "student": torch.zeros(3, 5),
+        "teacher": torch.zeros(3, 5),
+        "mask": None,
+        "normalizers": torch.zeros(3, 4),
+        "divergence": "generalized_jsd",
+        "beta": 0.5,
+        "temperature": 1.0,
+    }
+    with pytest.raises(ValueError, match=message):
+        _C.sums(*(arguments | change).values())
+
+
+@needs_kernels
+def test_the_binding_refuses_other_types():
+    from megatron_gkd import _C
+
+    logits = torch.zeros(3, 5, dtype=torch.float64)
+    with pytest.raises(TypeError, match="logits are Double; allowed are float32, bfloat16 and float16"):
+        _C.statistics(logits, logits, None, 1.0, 0, False, False)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_opcheck(masked):
+    s, t = random_logits(3, 7, seed=0).requires_grad_(), random_logits(3, 7, seed=1)
+    mask = torch.tensor([True, False, True]) if masked else None
+    torch.library.opcheck(_forward, (s, t, mask, "jsd", 0.5, 0.9, 6, "", masked))
+    _, *saved, _ = _forward(s.detach(), t, mask, "jsd", 0.5, 0.9, 6, "", False)
+    torch.library.opcheck(_backward, (torch.ones(3), s.detach(), t, mask, *saved, "jsd", 0.5, 0.9, 6, ""))
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_torch_compile_makes_one_graph_of_it(beta):
+    s, t = random_logits(3, 7, seed=0), random_logits(3, 7, seed=1)
+
+    def loss(s):
+        return (vocab_parallel_divergence(2 * s, t, beta=beta) ** 2).sum()
+
+    eager, compiled = s.clone().requires_grad_(), s.clone().requires_grad_()
+    expected = loss(eager)
+    expected.backward()
+    found = torch.compile(loss, fullgraph=True, backend="aot_eager")(compiled)
+    found.backward()
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(compiled.grad, eager.grad)
