@@ -28,7 +28,10 @@ MIDDLES = [(name, 0.5) for name in reference.FAMILIES]
 
 
 def random_logits(*shape: int, seed: int, scale: float = 3.0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale).to(dtype)
+    """The same numbers on every device."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    numbers = torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
+    return (numbers * scale).to(torch.get_default_device(), dtype)
 
 
 def oracle(student: Tensor, teacher: Tensor, upstream: Tensor, dtype=torch.float64, **options) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """The passes: kernels beside plain torch, the ways they walk, what they refuse, and torch.library's own checks."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -85,6 +86,7 @@ def test_blocks_of_rows_change_nothing_in_plain_torch(beta, monkeypatch):
         torch.testing.assert_close(blockwise, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.cpu
 @needs_kernels
 def test_threads_change_nothing():
     whole = everything("jsd", 0.5, 2049)
@@ -106,6 +108,7 @@ torch.save((implementation(), everything("jsd", 0.5, 2049), everything("jsd", 0.
 """
 
 
+@pytest.mark.cpu
 @needs_kernels
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_every_instruction_set_computes_the_same(capability, tmp_path):
@@ -125,6 +128,7 @@ def test_every_instruction_set_computes_the_same(capability, tmp_path):
 CHOICES = "from megatron_gkd.ops import implementation; print(implementation())"
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     ("choice", "blocked", "expected"),
     [
@@ -142,6 +146,7 @@ def test_the_choice_of_implementation(choice, blocked, expected):
     assert run.stderr.count("so the loss is computed in plain torch") == (choice == "auto")
 
 
+@pytest.mark.cpu
 @needs_kernels
 @pytest.mark.parametrize(
     ("change", "message"),
@@ -172,6 +177,7 @@ def test_the_binding_says_what_is_wrong(change, message):
         _C.sums(*(arguments | change).values())
 
 
+@pytest.mark.cpu
 @needs_kernels
 def test_the_binding_refuses_other_types():
     from megatron_gkd import _C
@@ -179,6 +185,15 @@ def test_the_binding_refuses_other_types():
     logits = torch.zeros(3, 5, dtype=torch.float64)
     with pytest.raises(TypeError, match="logits are Double; allowed are float32, bfloat16 and float16"):
         _C.statistics(logits, logits, None, 1.0, 0, False, False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [9, 1025])
+def test_sanitizer(dtype, width):
+    """Small, and every kernel once: what a memory checker is run on."""
+    for (divergence, beta), offset in itertools.product([("jsd", 0.0), ("jsd", 0.5), ("jsd", 1.0)], [0, 1]):
+        statistics, sums, out = everything(divergence, beta, width, dtype, offset=offset)
+        assert statistics.isfinite().all() and sums.isfinite().all() and out.isfinite().all()
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -21,7 +21,10 @@ from ops.oracle import (
     tolerance,
 )
 
-from megatron_gkd.ops import vocab_parallel_divergence
+from megatron_gkd.ops import passes, vocab_parallel_divergence
+from megatron_gkd.ops.normalizers import combine
+from megatron_gkd.ops.spec import DivergenceSpec
+from megatron_gkd.ops.vocabulary import VocabShard
 
 TOKENS = 7
 DTYPES = [torch.float32, torch.bfloat16]
@@ -225,3 +228,53 @@ def test_statistics_do_not_depend_on_the_sharding(gloo_world, tp):
         for expected, actual in zip(whole, sharded, strict=True):
             torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
         assert sharded.top1_agreement[:2].tolist() == [1.0, 0.0]
+
+
+def sharded_in_one_process(student, teacher, upstream, spec_of, shards):
+    """(loss, gradient) by the passes, one rank after another: for devices of which there is only one."""
+    specs = [spec_of(rank) for rank in range(shards)]
+    parts = [
+        tuple(shard(x, rank, shards)[:, : spec.shard.valid] for x in (student, teacher))
+        for rank, spec in enumerate(specs)
+    ]
+    moments = not specs[0].needs_sums
+    statistics = [
+        passes.statistics(s, t, None, spec, moments=moments) for spec, (s, t) in zip(specs, parts, strict=True)
+    ]
+    combined = combine(torch.stack(statistics), specs[0], moments=moments)
+    normalizers = combined.normalizers.packed()
+    if moments:
+        kl = combined.statistics.reverse_kl if specs[0].beta else combined.statistics.forward_kl
+        value, slope_sum = kl, kl if specs[0].beta else torch.zeros_like(kl)
+    else:
+        sums = [passes.sums(s, t, None, normalizers, spec) for spec, (s, t) in zip(specs, parts, strict=True)]
+        value, slope_sum = (x.contiguous() for x in torch.stack(sums).sum(0).unbind(-1))
+    width = student.shape[1] // shards
+    gradients = []
+    for spec, (s, t) in zip(specs, parts, strict=True):
+        gradients.append(torch.full((len(s), width), torch.nan, dtype=s.dtype))
+        passes.gradient(gradients[-1], s, t, normalizers, slope_sum, upstream, spec)
+    return value, torch.cat(gradients, -1)
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4])
+@pytest.mark.parametrize(("divergence", "beta"), [*(("jsd", beta) for beta in BETAS), *MIDDLES])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("width", "vocab_size"), [(404, 404), (404, 399), (36, 20), (4, 1)])
+def test_shards_taken_one_after_another(shards, divergence, beta, dtype, width, vocab_size):
+    case = Case(beta, divergence, dtype=dtype, width=width, vocab_size=vocab_size)
+    student, teacher, upstream = case.inputs()
+
+    def spec_of(rank):
+        each = width // shards
+        valid = min(max(vocab_size - rank * each, 0), each)
+        return DivergenceSpec.of(beta, 1.0, VocabShard(None, each, rank * each, valid, vocab_size), divergence)
+
+    found = sharded_in_one_process(student, teacher, upstream.float(), spec_of, shards)
+    exact = oracle(student, teacher, upstream, **case.options)
+    own = oracle(student, teacher, upstream, dtype=torch.float32, **case.options)
+    scale = 0.05 * upstream.norm().item()
+    assert (found[1][:, vocab_size:] == 0).all()
+    assert relative_error(found[0], exact[0]) < tolerance(dtype, relative_error(own[0], exact[0]))
+    own_error = relative_error(own[1], exact[1], scale)
+    assert relative_error(found[1], exact[1], scale) < tolerance(dtype, own_error) + rounding(dtype)

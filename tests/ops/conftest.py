@@ -1,0 +1,20 @@
+"""Every test of the loss runs on a CPU and, unless it needs a process group or is marked `cpu`, on a GPU."""
+
+import pytest
+import torch
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    on_cpu_only = "gloo_world" in metafunc.fixturenames or metafunc.definition.get_closest_marker("cpu")
+    if not on_cpu_only:
+        metafunc.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def device(request: pytest.FixtureRequest):
+    """Where tensors are made that don't say where."""
+    name = getattr(request, "param", "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    with torch.device(name):
+        yield name
