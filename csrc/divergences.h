@@ -200,18 +200,17 @@ struct Alpha {
   template <class F>
   GKD_INLINE Terms<F> operator()(F a, F b) const {
     const Pair<F> pair(a, b);
-    const F exponent = pair.constant(w.student, w.teacher);  // of the lower one; the higher one's is the rest of 1
-    const F rest = pair.constant(w.teacher, w.student);
-    // With x the exponent, or x the exponent - 1 and one factor of the ratio taken out: whichever keeps x small, since
-    // the scales are large where beta is near 0 or 1.
-    const auto small = exponent <= 0.5f;
-    const F x = small ? exponent : -rest;
-    const F factor = small ? splat<F>(1.0f) : pair.ratio;
+    // The lower one's exponent x, or x - 1 and one factor of the ratio taken out: whichever is small, as the scales are
+    // large where beta is near 0 or 1.
+    const bool as_is[2] = {w.student <= 0.5f, w.teacher <= 0.5f};  // where the student is higher, where the teacher is
+    const F x = pair.constant(as_is[0] ? w.student : -w.teacher, as_is[1] ? w.teacher : -w.student);
+    const F one = splat<F>(1.0f);
+    const F factor = pair.pick(as_is[0] ? one : pair.ratio, as_is[1] ? one : pair.ratio);
     const F product = x * pair.gap;
     const F power = factor * Math::exp2m1(product < 126.0f ? product : splat<F>(126.0f));
     const F difference = pair.ratio - 1.0f;
-    const F mean = small ? power : power + difference;  // p^beta q^(1 - beta) / higher - 1
-    const F slope = small ? pair.pick(-power, difference - power) : pair.pick(-mean, -power);
+    // power or, where a factor was taken out, power + difference is p^beta q^(1 - beta) / higher - 1
+    const F slope = pair.constant(as_is[0] ? 0.0f : -1.0f, as_is[1] ? 1.0f : 0.0f) * difference - power;
     return {not_negative(pair.higher * (x * difference - power)), pair.higher * slope, pair.p()};
   }
 };

@@ -1,0 +1,241 @@
+// The first pass on a GPU: one block reads a row of both models once, and keeps sums relative to a moving reference.
+
+#include <limits>
+
+#include "../divergences.h"
+#include "../switches.h"
+#include "cuda.h"
+#include "launch.cuh"
+#include "reduce.cuh"
+#include "walk.cuh"
+
+namespace gkd::cuda {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr int kNowhere = std::numeric_limits<int>::max();
+constexpr float kSlackBits = 8;  // how far terms may exceed 1 before the reference follows the maximum
+
+// What one pack, or one thread, or one row adds up to; see StatisticsColumn. `moment` and `gap` are in logits until they
+// are written: a difference of two products with the scale would become a fused multiply-add, and so not be exactly 0
+// where both models have the same logits.
+struct ModelSums {
+  float sum = 0, moment = 0, gap = 0, untempered = 0;
+
+  __device__ __forceinline__ void operator+=(const ModelSums& other) {
+    sum += other.sum;
+    moment += other.moment;
+    gap += other.gap;
+    untempered += other.untempered;
+  }
+};
+
+// One model as one thread has seen it. Sums are relative to `reference`, which is a logit not far below the maximum, or
+// 0 as long as there is none: as it moves rarely, moving it costs next to nothing.
+struct RunningModel {
+  float maximum = -kInfinity;
+  int top = kNowhere;  // where the pack starts that holds the maximum, the first such
+  float reference = 0;
+  float bound = -kInfinity;  // a logit above this moves the reference
+  ModelSums sums;
+
+  __device__ __forceinline__ void see(float candidate, int first) {
+    top = candidate > maximum ? first : top;
+    maximum = fmaxf(candidate, maximum);
+  }
+
+  // Returns how far the reference fell, in logits.
+  __device__ __forceinline__ float move_reference(float to) {
+    const float shift = reference - to;
+    reference = to;
+    return shift;
+  }
+
+  __device__ __forceinline__ float follow(float candidate, float slack) {
+    if (!(candidate > bound)) return 0;
+    bound = candidate + slack;
+    return move_reference(candidate);
+  }
+
+  // After both models' references fell by these shifts.
+  __device__ __forceinline__ void rescale(float own_shift, float other_shift, const StatisticsParams& params) {
+    if (sums.sum == 0) return;
+    const float own = at_least(own_shift, kImpossible), factor = exp2(own * params.scale);
+    sums.moment = factor * (sums.moment + own * sums.sum);
+    sums.sum *= factor;
+    sums.gap = factor == 0 ? 0 : factor * sums.gap + (own - other_shift) * sums.sum;  // 0, not NaN, where it was infinite
+    sums.untempered *= exp2(own_shift * params.untempered_scale);
+  }
+};
+
+// The pack without its first word; the last one stays.
+__device__ __forceinline__ void drop_word(Pack& pack) {
+  pack = {{pack.word[1], pack.word[2], pack.word[3], pack.word[3]}};
+}
+
+struct PairSums {
+  ModelSums student, teacher;
+};
+
+// Sums of a pack. An excluded entry must add nothing, though 0 * -inf is NaN: only `kGuarded` sees to that. It is rarely
+// run, so its loop is not unrolled, which saves registers.
+template <FloatType type, bool kMoments, bool kUntempered, bool kGuarded>
+__device__ __forceinline__ PairSums add_up(
+    Pack student_pack, Pack teacher_pack, float student_reference, float teacher_reference,
+    const StatisticsParams& params) {
+  constexpr int kPerWord = Storage<type>::kPerWord;
+  PairSums sums;
+#pragma unroll(kGuarded ? 1 : kWords)
+  for (int i = 0; i < kWords; ++i) {
+    float s[kPerWord], t[kPerWord];
+    Storage<type>::widen(student_pack.word[kGuarded ? 0 : i], s);
+    Storage<type>::widen(teacher_pack.word[kGuarded ? 0 : i], t);
+#pragma unroll
+    for (int k = 0; k < kPerWord; ++k) {
+      const float student = s[k] - student_reference, teacher = t[k] - teacher_reference;
+      const float student_e = exp2(student * params.scale), teacher_e = exp2(teacher * params.scale);
+      sums.student.sum += student_e;
+      sums.teacher.sum += teacher_e;
+      if constexpr (kMoments) {
+        const float difference = student - teacher;
+        const bool in_student = !kGuarded || student_e != 0, in_teacher = !kGuarded || teacher_e != 0;
+        sums.student.moment += student_e * (in_student ? student : 0.0f);
+        sums.student.gap += student_e * (in_student ? difference : 0.0f);
+        sums.teacher.moment += teacher_e * (in_teacher ? teacher : 0.0f);
+        sums.teacher.gap -= teacher_e * (in_teacher ? difference : 0.0f);
+      }
+      if constexpr (kUntempered) sums.student.untempered += exp2(student * params.untempered_scale);
+    }
+    if constexpr (kGuarded) {
+      drop_word(student_pack);
+      drop_word(teacher_pack);
+    }
+  }
+  return sums;
+}
+
+__device__ __forceinline__ bool is_nan(float x) { return x != x; }
+
+template <FloatType type, bool kMoments, bool kUntempered>
+__device__ __forceinline__ void take_pack(
+    RunningModel& student, RunningModel& teacher, const Pack (&packs)[2], int first, float slack,
+    const StatisticsParams& params) {
+  const float student_most = Storage<type>::maximum(packs[0]), teacher_most = Storage<type>::maximum(packs[1]);
+  student.see(student_most, first);
+  teacher.see(teacher_most, first);
+  if (student_most > student.bound || teacher_most > teacher.bound) {
+    const float student_shift = student.follow(student_most, slack);
+    const float teacher_shift = teacher.follow(teacher_most, slack);
+    student.rescale(student_shift, teacher_shift, params);
+    teacher.rescale(teacher_shift, student_shift, params);
+  }
+  PairSums sums =
+      add_up<type, kMoments, kUntempered, false>(packs[0], packs[1], student.reference, teacher.reference, params);
+  if (kMoments && is_nan(sums.student.moment + sums.student.gap + sums.teacher.moment + sums.teacher.gap)) {
+    sums = add_up<type, kMoments, kUntempered, true>(packs[0], packs[1], student.reference, teacher.reference, params);
+  }
+  student.sums += sums.student;
+  teacher.sums += sums.teacher;
+}
+
+// The lowest column of `value` in the pack that starts at `first`.
+template <FloatType type>
+__device__ __forceinline__ int find(
+    const Walk<type>& walk, const typename Storage<type>::Element* row, int first, float value) {
+  Pack pack[1];
+  walk.load({row}, first, pack);
+  float z[Walk<type>::kLanes];
+  widen<type>(pack[0], z);
+  int column = kNowhere;
+#pragma unroll
+  for (int k = Walk<type>::kLanes - 1; k >= 0; --k) column = z[k] == value ? walk.column(first, k) : column;
+  return column;
+}
+
+__device__ __forceinline__ void write_skipped(const StatisticsParams& params, int columns, float* out) {
+  for (int i = threadIdx.x; i < columns; i += kThreads) {
+    const bool is_sum = i == kStudentSum || i == kTeacherSum || i >= (params.moments ? kMomentColumns : kLogSumColumns);
+    out[i] = is_sum ? 1 : 0;
+  }
+}
+
+template <FloatType type, bool kMoments, bool kUntempered>
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+    statistics_kernel(const __grid_constant__ StatisticsParams params, bool alike) {
+  constexpr int kColumns = (kMoments ? kMomentColumns : kLogSumColumns) + (kUntempered ? 1 : 0);
+  const int64_t i = blockIdx.x;
+  float* out = params.out + i * kColumns;
+  if (params.mask != nullptr && params.mask[i] == 0) {
+    write_skipped(params, kColumns, out);
+    return;
+  }
+  const auto* student_logits = student_row<type>(params.logits, i);
+  const auto* teacher_logits = teacher_row<type>(params.logits, i);
+  const float slack = divide(kSlackBits, fmaxf(params.scale, params.untempered_scale));
+  RunningModel student, teacher;
+  const Walk<type> walk(student_logits, params.logits.columns, alike);
+  walk.for_each({student_logits, teacher_logits}, [&](int first, const Pack(&packs)[2]) {
+    take_pack<type, kMoments, kUntempered>(student, teacher, packs, first, slack, params);
+  });
+
+  float maxima[2] = {student.maximum, teacher.maximum};
+  block_reduce(maxima, Larger());
+  const float student_shift = student.move_reference(maxima[0] == -kInfinity ? 0 : maxima[0]);
+  const float teacher_shift = teacher.move_reference(maxima[1] == -kInfinity ? 0 : maxima[1]);
+  student.rescale(student_shift, teacher_shift, params);
+  teacher.rescale(teacher_shift, student_shift, params);
+
+  constexpr int kSums = (kMoments ? 6 : 2) + (kUntempered ? 1 : 0);
+  float totals[kSums];
+  totals[0] = student.sums.sum;
+  totals[1] = teacher.sums.sum;
+  if constexpr (kMoments) {
+    totals[2] = student.sums.moment;
+    totals[3] = student.sums.gap;
+    totals[4] = teacher.sums.moment;
+    totals[5] = teacher.sums.gap;
+  }
+  if constexpr (kUntempered) totals[kSums - 1] = student.sums.untempered;
+  block_reduce(totals, Add());
+
+  int tops[2] = {kNowhere, kNowhere};
+  if constexpr (kMoments) {
+    if (student.top != kNowhere && student.maximum == maxima[0]) {
+      tops[0] = find(walk, student_logits, student.top, student.maximum);
+    }
+    if (teacher.top != kNowhere && teacher.maximum == maxima[1]) {
+      tops[1] = find(walk, teacher_logits, teacher.top, teacher.maximum);
+    }
+    block_reduce(tops, Smaller());
+  }
+
+  if (threadIdx.x != 0) return;
+  out[kStudentMaximum] = maxima[0];
+  out[kStudentSum] = totals[0];
+  out[kTeacherMaximum] = maxima[1];
+  out[kTeacherSum] = totals[1];
+  if constexpr (kMoments) {
+    out[kStudentMoment] = params.scale * totals[2];
+    out[kStudentGap] = params.scale * totals[3];
+    out[kStudentTop] = float(params.first + (tops[0] == kNowhere ? 0 : tops[0]));
+    out[kTeacherMoment] = params.scale * totals[4];
+    out[kTeacherGap] = params.scale * totals[5];
+    out[kTeacherTop] = float(params.first + (tops[1] == kNowhere ? 0 : tops[1]));
+  }
+  if constexpr (kUntempered) out[kColumns - 1] = totals[kSums - 1];
+}
+
+}  // namespace
+
+void statistics(const StatisticsParams& params, void* stream) {
+  GKD_TYPE_SWITCH(params.logits.type, [&] {
+    GKD_BOOL_SWITCH(params.moments, kMoments, [&] {
+      GKD_BOOL_SWITCH(params.untempered_scale != 0, kUntempered, [&] {
+        const auto kernel = statistics_kernel<kType, kMoments, kUntempered>;
+        launch(kernel, params.logits.rows, stream, params, lie_alike(params.logits));
+      });
+    });
+  });
+}
+
+}  // namespace gkd::cuda

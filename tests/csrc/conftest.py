@@ -1,0 +1,24 @@
+"""The emulated kernels and the CPU's, built once a session."""
+
+import ctypes
+
+import pytest
+from csrc.emulated_kernels import Kernels, build
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory) -> ctypes.CDLL:
+    library = build(tmp_path_factory.mktemp("emulated_kernels"))
+    if library is None:
+        pytest.skip("the GPU's kernels are emulated by way of g++, which is not here")
+    return library
+
+
+@pytest.fixture(scope="session")
+def cuda(library) -> Kernels:
+    return Kernels(library, "cuda")
+
+
+@pytest.fixture(scope="session")
+def cpu(library) -> Kernels:
+    return Kernels(library, "cpu")

@@ -1,0 +1,240 @@
+"""The GPU's kernels on a CPU: csrc/cuda compiled by g++ against ``cuda_emulator``, beside the CPU's own kernels.
+
+Mirrors csrc/params.h. Both sets of kernels get the same parameters, so that whatever one writes, the other must write.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from ctypes import POINTER, Structure, byref, c_bool, c_double, c_float, c_int, c_int64, c_void_p
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+LOG2_E = 1.4426950408889634
+TYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of FloatType
+DIVERGENCES = (  # in the order of DivergenceKind
+    "generalized_jsd",
+    "forward_kl",
+    "reverse_kl",
+    "total_variation",
+    "skewed_forward_kl",
+    "skewed_reverse_kl",
+    "alpha",
+)
+SUMMED = tuple(kind for kind in DIVERGENCES if kind not in ("forward_kl", "reverse_kl"))  # the others come with pass 1
+
+ROOT = Path(__file__).parents[2]
+SOURCES = (
+    "csrc/cuda/statistics.cu",
+    "csrc/cuda/sums.cu",
+    "csrc/cuda/gradient.cu",
+    "csrc/cpu/kernels_default.cpp",
+    "tests/csrc/emulated_kernels.cpp",
+)
+FLAGS = ("-std=c++20", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-psabi")
+
+
+class Logits(Structure):
+    _fields_ = [
+        ("student", c_void_p),
+        ("teacher", c_void_p),
+        ("student_stride", c_int64),
+        ("teacher_stride", c_int64),
+        ("rows", c_int64),
+        ("columns", c_int64),
+        ("type", c_int),
+    ]
+
+    @classmethod
+    def of(cls, student: Tensor, teacher: Tensor) -> Logits:
+        strides = student.stride(0), teacher.stride(0)
+        return cls(student.data_ptr(), teacher.data_ptr(), *strides, *student.shape, TYPES.index(student.dtype))
+
+
+class StatisticsParams(Structure):
+    _fields_ = [
+        ("logits", Logits),
+        ("mask", c_void_p),
+        ("scale", c_float),
+        ("untempered_scale", c_float),
+        ("moments", c_bool),
+        ("first", c_int64),
+        ("out", c_void_p),
+    ]
+
+
+class SumsParams(Structure):
+    _fields_ = [
+        ("logits", Logits),
+        ("mask", c_void_p),
+        ("scale", c_float),
+        ("normalizers", c_void_p),
+        ("kind", c_int),
+        ("beta", c_double),
+        ("out", c_void_p),
+    ]
+
+
+class GradientParams(Structure):
+    _fields_ = [
+        ("logits", Logits),
+        ("out", c_void_p),
+        ("out_stride", c_int64),
+        ("width", c_int64),
+        ("scale", c_float),
+        ("inverse_temperature", c_float),
+        ("normalizers", c_void_p),
+        ("slope_sum", c_void_p),
+        ("weight", c_void_p),
+        ("kind", c_int),
+        ("beta", c_double),
+        ("label_weight", c_void_p),
+        ("label_shift", c_void_p),
+        ("label_bias", c_void_p),
+        ("label", c_void_p),
+    ]
+
+
+class KernelError(RuntimeError):
+    """A kernel did what CUDA does not allow."""
+
+
+def build(folder: Path, extra_flags: tuple[str, ...] = ()) -> ctypes.CDLL | None:
+    """Compile everything into one library, two compilers at once; None where there is no g++."""
+    if shutil.which("g++") is None:
+        return None
+
+    def compile_(source: str) -> Path:
+        target = folder / (Path(source).name + ".o")
+        include = f"-I{ROOT / 'tests/csrc/cuda_emulator'}"
+        _run("g++", *FLAGS, *extra_flags, include, "-x", "c++", "-c", str(ROOT / source), "-o", str(target))
+        return target
+
+    with ThreadPoolExecutor(2) as compilers:
+        objects = [str(path) for path in compilers.map(compile_, SOURCES)]
+    library = folder / "emulated_kernels.so"
+    _run("g++", "-shared", *extra_flags, *objects, "-o", str(library))
+    return _with_types(ctypes.CDLL(str(library)))
+
+
+def _run(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
+
+
+def _with_types(library: ctypes.CDLL) -> ctypes.CDLL:
+    for device in ("cuda", "cpu"):
+        for name, params in (("statistics", StatisticsParams), ("sums", SumsParams), ("gradient", GradientParams)):
+            function = getattr(library, f"{device}_{name}")
+            function.argtypes, function.restype = [POINTER(params)], ctypes.c_char_p
+    library.reverse_threads.argtypes, library.reverse_threads.restype = [c_bool], None
+    return library
+
+
+def check(error: bytes | None) -> None:
+    if error is not None:
+        raise KernelError(error.decode())
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The three passes on one `device`: "cuda", which is emulated, or "cpu". Logits are [N, V]; see csrc/params.h."""
+
+    library: ctypes.CDLL
+    device: str
+
+    def _call(self, name: str, params: Structure) -> None:
+        check(getattr(self.library, f"{self.device}_{name}")(byref(params)))
+
+    def statistics(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        *,
+        mask: Tensor | None = None,
+        temperature: float = 1.0,
+        first: int = 0,
+        moments: bool = True,
+        untempered: bool = False,
+    ) -> Tensor:
+        """[N, 4 (10 with moments) (+ 1 untempered)]"""
+        columns = (10 if moments else 4) + untempered
+        out = torch.full((len(student), columns), -12345.0)
+        scales = LOG2_E / temperature, LOG2_E if untempered else 0.0
+        params = StatisticsParams(Logits.of(student, teacher), _pointer(mask), *scales, moments, first, out.data_ptr())
+        self._call("statistics", params)
+        return out
+
+    def sums(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        normalizers: Tensor,
+        *,
+        kind: str,
+        beta: float = 0.5,
+        mask: Tensor | None = None,
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """[N, 2]"""
+        out = torch.full((len(student), 2), -12345.0)
+        params = SumsParams(
+            Logits.of(student, teacher),
+            _pointer(mask),
+            LOG2_E / temperature,
+            normalizers.data_ptr(),
+            DIVERGENCES.index(kind),
+            beta,
+            out.data_ptr(),
+        )
+        self._call("sums", params)
+        return out
+
+    def gradient(
+        self,
+        out: Tensor,
+        student: Tensor,
+        teacher: Tensor,
+        normalizers: Tensor,
+        slope_sum: Tensor,
+        weight: Tensor,
+        *,
+        kind: str,
+        beta: float = 0.5,
+        temperature: float = 1.0,
+        cross_entropy: tuple[Tensor, Tensor, Tensor] | None = None,
+    ) -> None:
+        """Into `out` [N, width]. `cross_entropy`: weights [N], untempered normalizers [2, N], labels int64 [N]."""
+        label_weight, untempered, label = cross_entropy or (None, None, None)
+        shift, bias = (None, None) if untempered is None else untempered
+        params = GradientParams(
+            Logits.of(student, teacher),
+            out.data_ptr(),
+            out.stride(0),
+            out.shape[1],
+            LOG2_E / temperature,
+            1 / temperature,
+            normalizers.data_ptr(),
+            slope_sum.data_ptr(),
+            weight.data_ptr(),
+            DIVERGENCES.index(kind),
+            beta,
+            *(_pointer(x) for x in (label_weight, shift, bias, label)),
+        )
+        self._call("gradient", params)
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def normalizers_of(statistics: Tensor) -> Tensor:
+    """[N, 4], of what the first pass wrote about a whole vocabulary."""
+    maxima, sums = statistics[:, 0:4:2], statistics[:, 1:4:2]
+    return torch.stack([torch.where(maxima == -torch.inf, 0, maxima), sums.log2()], -1).flatten(1).contiguous()

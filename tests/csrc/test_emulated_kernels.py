@@ -1,0 +1,221 @@
+"""The GPU's kernels, run on a CPU by an emulator, against the CPU's kernels and against fp64."""
+
+import pytest
+import torch
+from csrc.emulated_kernels import DIVERGENCES, SUMMED, TYPES, normalizers_of
+from csrc.rows_of_logits import LAYOUTS, elements_around, hard_logits, random_logits
+
+WIDTHS = (1, 7, 8, 9, 63, 257, 2049, 5000)
+MASK = torch.tensor([True, False, True])
+TYPE_IDS = [str(dtype).removeprefix("torch.") for dtype in TYPES]
+LN_2 = 0.6931471805599453
+# One unit in the last place; 16-bit gradients may round differently after different fp32 sums.
+ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+
+
+def assert_same(actual, expected, rtol=1e-5, atol=1e-5):
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol, equal_nan=True)
+
+
+def assert_same_statistics(actual, expected, moments=True):
+    exact = [0, 2] + ([6, 9] if moments else [])  # maxima, and where they are
+    assert_same(actual[:, exact], expected[:, exact], rtol=0, atol=0)
+    assert_same(actual, expected, rtol=1e-5, atol=3e-5)
+
+
+def both_statistics(cuda, cpu, *logits, **options):
+    return cuda.statistics(*logits, **options), cpu.statistics(*logits, **options)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("dtype", TYPES, ids=TYPE_IDS)
+def test_statistics(cuda, cpu, dtype, width, layout):
+    values = random_logits(3, width, seed=width)
+    logits = [place.place(x, dtype) for place, x in zip(LAYOUTS[layout], values, strict=False)]
+    options = {"mask": MASK, "temperature": 0.7, "first": 1000}
+    assert_same_statistics(*both_statistics(cuda, cpu, *logits, **options, untempered=True))
+    actual, expected = both_statistics(cuda, cpu, *logits, **options, moments=False)
+    assert_same_statistics(actual, expected, moments=False)
+    assert actual[1].tolist() == [0, 1, 0, 1]  # the masked row
+
+
+@pytest.mark.parametrize("layout", ["aligned", "apart"])
+@pytest.mark.parametrize("dtype", TYPES, ids=TYPE_IDS)
+@pytest.mark.parametrize("case", hard_logits())
+def test_statistics_of_hard_rows(cuda, cpu, case, dtype, layout):
+    values = hard_logits()[case]
+    logits = [place.place(x[None], dtype) for place, x in zip(LAYOUTS[layout], values, strict=False)]
+    actual, expected = both_statistics(cuda, cpu, *logits, temperature=2.0, untempered=True)
+    assert_same_statistics(actual, expected)
+    actual, expected = both_statistics(cuda, cpu, *logits, moments=False)
+    assert_same_statistics(actual, expected, moments=False)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=TYPE_IDS)
+def test_no_columns(cuda, cpu, dtype):
+    """A shard of padding: no maximum, no mass; the gradient is zero."""
+    logits = [torch.zeros(2, 0, dtype=dtype)] * 2
+    actual, expected = both_statistics(cuda, cpu, *logits, first=64, untempered=True)
+    assert_same(actual, expected, rtol=0, atol=0)
+    assert actual[0].tolist() == [-torch.inf, 0] * 2 + [0, 0, 64, 0, 0, 64, 0]
+    normalizers = torch.zeros(2, 4)
+    assert cuda.sums(*logits, normalizers, kind="alpha").tolist() == [[0, 0]] * 2
+    out = torch.ones(2, 300, dtype=dtype)
+    labels = torch.ones(2), torch.zeros(2, 2), torch.tensor([-1, -1])
+    cuda.gradient(out, *logits, normalizers, torch.ones(2), torch.ones(2), kind="reverse_kl", cross_entropy=labels)
+    assert not out.any()
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=TYPE_IDS)
+@pytest.mark.parametrize("kind", SUMMED)
+def test_sums(cuda, cpu, kind, dtype):
+    for layout, width, beta in (
+        ("aligned", 5000, 0.3),
+        ("alike", 2049, 0.999),
+        ("apart", 257, 0.5),
+        ("alike", 1, 0.01),
+    ):
+        values = random_logits(3, width, seed=width)
+        logits = [place.place(x, dtype) for place, x in zip(LAYOUTS[layout], values, strict=False)]
+        normalizers = normalizers_of(cpu.statistics(*logits, temperature=1.3, moments=False))
+        options = {"kind": kind, "beta": beta, "mask": MASK, "temperature": 1.3}
+        actual, expected = cuda.sums(*logits, normalizers, **options), cpu.sums(*logits, normalizers, **options)
+        assert_same(actual, expected, rtol=1e-5, atol=1e-6)
+        assert actual[1].tolist() == [0, 0]
+
+
+GRADIENT_CASES = [(kind, "alike", 2049) for kind in DIVERGENCES]
+GRADIENT_CASES += [("generalized_jsd", layout, width) for layout in LAYOUTS for width in WIDTHS]
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=TYPE_IDS)
+@pytest.mark.parametrize(("kind", "layout", "width"), GRADIENT_CASES)
+def test_gradient(cuda, cpu, kind, layout, width, dtype):
+    """Rows with both losses, with one, with none; labels here and on other ranks; padding up to `out`'s width."""
+    padding = 5
+    rows = 6
+    *inputs, output = LAYOUTS[layout]
+    student, teacher = (place.place(x, dtype) for place, x in zip(inputs, random_logits(rows, width), strict=True))
+    teacher[4] = torch.nan  # not read, as the divergence's weight is 0
+    student[5] = torch.nan  # not read at all
+    statistics = cpu.statistics(student, teacher, untempered=True)
+    arguments = (student, teacher, normalizers_of(statistics), torch.full((rows,), 0.1))
+    weight = torch.tensor([0.5, 2.0, -1.0, 0.25, 0.0, 0.0])
+    label_weight = torch.tensor([1.0, 0.0, 0.5, 2.0, 0.3, 0.0])
+    label = torch.tensor([0, width - 1, width // 2, -1, width - 1, 0])
+    untempered = torch.stack([statistics[:, 0], statistics[:, -1].log2()]).contiguous()
+    for cross_entropy in (None, (label_weight, untempered, label)):
+        outs = [output.place(torch.full((rows, width + padding), 9.0), dtype, around=7.0) for _ in range(2)]
+        for kernels, out in zip((cuda, cpu), outs, strict=True):
+            kernels.gradient(out, *arguments, weight, kind=kind, beta=0.3, cross_entropy=cross_entropy)
+        assert_same(*outs, rtol=ROUNDING[dtype], atol=1e-7)
+        actual = outs[0]
+        assert not actual[:, width:].any() and (elements_around(actual) == 7).all()
+        assert not actual[5].any() and actual.isfinite().all()
+        assert cross_entropy is not None or not actual[4].any()
+
+
+@pytest.mark.parametrize("layout", ["aligned", "alike", "apart"])
+@pytest.mark.parametrize("dtype", TYPES, ids=TYPE_IDS)
+@pytest.mark.parametrize("over", ["student", "teacher"])
+def test_gradient_in_place(cuda, cpu, over, dtype, layout):
+    values = random_logits(2, 5000)
+    student, teacher = (place.place(x, dtype) for place, x in zip(LAYOUTS[layout], values, strict=False))
+    statistics = cpu.statistics(student, teacher, untempered=True)
+    rest = normalizers_of(statistics), torch.full((2,), 0.1), torch.ones(2)
+    untempered = torch.stack([statistics[:, 0], statistics[:, -1].log2()]).contiguous()
+    options = {"kind": "reverse_kl", "cross_entropy": (torch.ones(2), untempered, torch.tensor([4999, 2048]))}
+    expected = torch.empty(2, 5000, dtype=dtype)
+    cuda.gradient(expected, student, teacher, *rest, **options)
+    out = {"student": student, "teacher": teacher}[over]
+    cuda.gradient(out, student, teacher, *rest, **options)
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=TYPE_IDS)
+@pytest.mark.parametrize(
+    "case", ["-inf at the same places", "NaN in the student", "NaN in the teacher", "far apart", "one-hot"]
+)
+def test_sums_and_gradient_of_hard_rows(cuda, cpu, case, dtype):
+    student, teacher = (x[None].to(dtype) for x in hard_logits()[case])
+    normalizers = normalizers_of(cpu.statistics(student, teacher, moments=False))
+    for kind in SUMMED:
+        actual, expected = (kernels.sums(student, teacher, normalizers, kind=kind) for kernels in (cuda, cpu))
+        assert_same(actual, expected, rtol=1e-5, atol=1e-6)
+    for kind in DIVERGENCES:
+        outs = torch.empty(2, *student.shape, dtype=dtype)
+        for kernels, out in zip((cuda, cpu), outs, strict=True):
+            kernels.gradient(out, student, teacher, normalizers, torch.ones(1), torch.ones(1), kind=kind)
+        assert_same(*outs, rtol=ROUNDING[dtype], atol=1e-7)
+
+
+def test_threads_run_in_any_order(library, cuda):
+    """Bitwise: no result depends on which thread comes first, so no barrier is missing between them."""
+    student, teacher = random_logits(2, 5000)
+    results = []
+    for reverse in (False, True):
+        library.reverse_threads(reverse)
+        statistics = cuda.statistics(student, teacher, untempered=True)
+        normalizers = normalizers_of(statistics)
+        sums = cuda.sums(student, teacher, normalizers, kind="generalized_jsd")
+        out = student.clone()
+        cuda.gradient(out, out, teacher, normalizers, sums[:, 1].contiguous(), torch.ones(2), kind="generalized_jsd")
+        results.append((statistics, sums, out))
+    library.reverse_threads(False)
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=TYPE_IDS)
+def test_nothing_separates_equal_models(cuda, dtype):
+    student = random_logits(2, 5000)[0].to(dtype)
+    statistics = cuda.statistics(student, student.clone(), temperature=0.7)
+    assert not statistics[:, [5, 8]].any()  # both gaps: exactly 0
+    sums = cuda.sums(student, student.clone(), normalizers_of(statistics), kind="generalized_jsd", temperature=0.7)
+    assert not sums.any()
+
+
+def value(kind, a, b, beta):
+    """Each divergence of fp64 log-probabilities [N, V], in nats, [N], straight from its definition."""
+    p, q = a.exp(), b.exp()
+    log_m = (beta * q + (1 - beta) * p).log()
+    return {
+        "generalized_jsd": beta * q * (b - log_m) + (1 - beta) * p * (a - log_m),
+        "forward_kl": q * (b - a),
+        "reverse_kl": p * (a - b),
+        "total_variation": (p - q).abs() / 2,
+        "skewed_forward_kl": q * (b - log_m),
+        "skewed_reverse_kl": p * (a - log_m),
+        "alpha": (beta * p + (1 - beta) * q - p**beta * q ** (1 - beta)) / (beta * (1 - beta)),
+    }[kind].sum(-1)
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_loss_and_gradient_of_the_three_passes_against_fp64(cuda, kind):
+    temperature, beta = 1.7, 0.3
+    student, teacher = random_logits(2, 1003)
+    weight, label_weight, label = torch.tensor([0.5, -2.0]), torch.tensor([1.0, 0.25]), torch.tensor([1002, 0])
+
+    statistics = cuda.statistics(student, teacher, temperature=temperature, untempered=True)
+    normalizers = normalizers_of(statistics)
+    options = {"kind": kind, "beta": beta, "temperature": temperature}
+    student_bits, teacher_bits = statistics[:, 1].log2(), statistics[:, 3].log2()
+    if kind == "forward_kl":
+        loss = (statistics[:, 8] / statistics[:, 3] - teacher_bits + student_bits) * LN_2
+        slope_sum = torch.zeros(2)
+    elif kind == "reverse_kl":
+        slope_sum = loss = (statistics[:, 5] / statistics[:, 1] - student_bits + teacher_bits) * LN_2
+    else:
+        loss, slope_sum = (x.contiguous() for x in cuda.sums(student, teacher, normalizers, **options).unbind(-1))
+    untempered = torch.stack([statistics[:, 0], statistics[:, -1].log2()]).contiguous()
+    gradient = torch.empty_like(student)
+    labels = label_weight, untempered, label
+    cuda.gradient(gradient, student, teacher, normalizers, slope_sum, weight, **options, cross_entropy=labels)
+
+    z = student.double().requires_grad_()
+    log_probs = ((x / temperature).log_softmax(-1) for x in (z, teacher.double()))
+    expected = value(kind, *log_probs, beta)
+    cross_entropy = -z.log_softmax(-1).gather(1, label[:, None])[:, 0]
+    (weight * expected + label_weight * cross_entropy).sum().backward()
+    assert_same(loss.double(), expected.detach(), rtol=2e-6, atol=1e-6)
+    assert_same(gradient.double(), z.grad, rtol=2e-5, atol=1e-8)
