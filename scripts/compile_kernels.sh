@@ -16,7 +16,7 @@ compile() { # source architecture
   local report
   report="$reports/$(basename "$1" .cu).$2"
   nvcc -O3 -std=c++20 --expt-relaxed-constexpr --expt-extended-lambda -Werror all-warnings -Xptxas -v \
-    -arch="sm_$2" -cubin -o "$report.cubin" "$1" 2>"$report.txt" || { cat "$report.txt" >&2 && return 1; }
+    -arch="sm_$2" -c -o "$report.o" "$1" 2>"$report.txt" || { cat "$report.txt" >&2 && return 1; }
 }
 export -f compile
 export reports

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "../../csrc/cuda/cuda.h"
+#include "../../csrc/cuda/reduce.cuh"
 
 namespace gkd::generic {
 void statistics(const StatisticsParams& params, int64_t begin, int64_t end);
@@ -47,10 +48,20 @@ void read_misaligned() {
   __ldcs(reinterpret_cast<const uint4*>(memory + 4));
 }
 
-const char* run(void (*kernel)()) {
+// out[0] = the sum over all threads of x = 1, 2, 3, ..., and out[1] that of 2 x, as each thread sees them.
+void reduce_twice(float* out) {
+  for (int i = 0; i < 2; ++i) {
+    float x[1] = {float((i + 1) * (threadIdx.x + 1))};
+    gkd::cuda::block_reduce(x, gkd::cuda::Add());
+    out[2 * threadIdx.x + i] = x[0];
+  }
+}
+
+template <class... Params>
+const char* run(void (*kernel)(Params...), Params... params) {
   return guarded([&] {
-    cudaLaunchConfig_t config = {dim3(1), dim3(64), 0, nullptr};
-    cudaLaunchKernelEx(&config, kernel);
+    cudaLaunchConfig_t config = {dim3(1), dim3(gkd::cuda::kThreads), 0, nullptr};
+    cudaLaunchKernelEx(&config, kernel, params...);
   });
 }
 
@@ -79,6 +90,8 @@ const char* cpu_gradient(const gkd::GradientParams* params) {
 }
 
 void reverse_threads(bool reverse) { cuda_emulator::reverse_order = reverse; }
+
+const char* cuda_reduce_twice(float* out) { return run(reduce_twice, out); }
 
 // Kernels that CUDA does not allow.
 const char* wrong_wait_in_some_threads() { return run(wait_in_some_threads); }

@@ -31,7 +31,8 @@ class Layout:
 LAYOUTS = {
     "aligned": (Layout(0, 0), Layout(8, 16), Layout(0, 8)),
     "alike": (Layout(3, 1), Layout(11, 9), Layout(3, 1)),  # each row starts elsewhere, but all tensors' do so alike
-    "apart": (Layout(1, 0), Layout(4, 3), Layout(2, 1)),
+    "bases apart": (Layout(1, 0), Layout(4, 0), Layout(1, 0)),
+    "strides apart": (Layout(0, 0), Layout(0, 3), Layout(0, 0)),
     "output apart": (Layout(0, 0), Layout(0, 0), Layout(0, 1)),
 }
 

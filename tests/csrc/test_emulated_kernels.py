@@ -1,8 +1,10 @@
 """The GPU's kernels, run on a CPU by an emulator, against the CPU's kernels and against fp64."""
 
+import ctypes
+
 import pytest
 import torch
-from csrc.emulated_kernels import DIVERGENCES, SUMMED, TYPES, normalizers_of
+from csrc.emulated_kernels import DIVERGENCES, SUMMED, TYPES, check, normalizers_of
 from csrc.rows_of_logits import LAYOUTS, elements_around, hard_logits, random_logits
 
 WIDTHS = (1, 7, 8, 9, 63, 257, 2049, 5000)
@@ -40,7 +42,7 @@ def test_statistics(cuda, cpu, dtype, width, layout):
     assert actual[1].tolist() == [0, 1, 0, 1]  # the masked row
 
 
-@pytest.mark.parametrize("layout", ["aligned", "apart"])
+@pytest.mark.parametrize("layout", ["aligned", "strides apart"])
 @pytest.mark.parametrize("dtype", TYPES, ids=TYPE_IDS)
 @pytest.mark.parametrize("case", hard_logits())
 def test_statistics_of_hard_rows(cuda, cpu, case, dtype, layout):
@@ -73,7 +75,7 @@ def test_sums(cuda, cpu, kind, dtype):
     for layout, width, beta in (
         ("aligned", 5000, 0.3),
         ("alike", 2049, 0.999),
-        ("apart", 257, 0.5),
+        ("bases apart", 257, 0.5),
         ("alike", 1, 0.01),
     ):
         values = random_logits(3, width, seed=width)
@@ -116,7 +118,7 @@ def test_gradient(cuda, cpu, kind, layout, width, dtype):
         assert cross_entropy is not None or not actual[4].any()
 
 
-@pytest.mark.parametrize("layout", ["aligned", "alike", "apart"])
+@pytest.mark.parametrize("layout", ["aligned", "alike", "bases apart"])
 @pytest.mark.parametrize("dtype", TYPES, ids=TYPE_IDS)
 @pytest.mark.parametrize("over", ["student", "teacher"])
 def test_gradient_in_place(cuda, cpu, over, dtype, layout):
@@ -150,8 +152,24 @@ def test_sums_and_gradient_of_hard_rows(cuda, cpu, case, dtype):
         assert_same(*outs, rtol=ROUNDING[dtype], atol=1e-7)
 
 
-def test_threads_run_in_any_order(library, cuda):
-    """Bitwise: no result depends on which thread comes first, so no barrier is missing between them."""
+@pytest.fixture(params=[False, True], ids=["first warp first", "last warp first"])
+def any_order(request, library):
+    library.reverse_threads(request.param)
+    yield
+    library.reverse_threads(False)
+
+
+def test_reductions_follow_each_other(library, any_order):
+    """However far one warp is ahead of another."""
+    out = torch.zeros(256, 2)
+    library.cuda_reduce_twice.argtypes = [ctypes.c_void_p]
+    library.cuda_reduce_twice.restype = ctypes.c_char_p
+    check(library.cuda_reduce_twice(out.data_ptr()))
+    assert (out == torch.tensor([32896.0, 65792.0])).all()
+
+
+def test_warps_run_in_any_order(library, cuda):
+    """Bitwise: no result depends on which warp comes first, so no barrier is missing between them."""
     student, teacher = random_logits(2, 5000)
     results = []
     for reverse in (False, True):

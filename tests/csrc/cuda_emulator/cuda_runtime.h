@@ -2,8 +2,9 @@
 // CPU.
 //
 // Blocks run one after another, so that a kernel's __shared__ variables can be plain static ones. A block's threads are
-// fibers; each runs until it waits for others, in an order that the caller chooses. The emulator fails where CUDA would
-// hang or is undefined: threads that miss a barrier or shuffle, wait at different ones, or use a misaligned address.
+// fibers. Each warp runs as far as it can before the next one starts, from the first to the last or the other way: two
+// orders as far apart as can be, between which a missing barrier shows. The emulator fails where CUDA would hang or is
+// undefined: threads that miss a barrier or shuffle, wait at different ones, or use a misaligned address.
 
 #pragma once
 
@@ -46,7 +47,7 @@ namespace cuda_emulator {
 constexpr int kWarp = 32;
 constexpr std::size_t kStack = 256 * 1024;
 
-inline bool reverse_order = false;  // run a block's threads from the last to the first
+inline bool reverse_order = false;  // a block's warps, and a warp's threads, run from the last to the first
 
 enum class State { runnable, at_barrier, in_shuffle, done };
 
@@ -68,16 +69,18 @@ class Block {
 
   // One block of `count` threads, each of which calls `body`. Throws std::runtime_error for what CUDA does not allow.
   void run(int count, const std::function<void()>& body) {
+    if (count % kWarp != 0) fail("the emulator runs whole warps only");
     body_ = &body;
     error_.clear();
     while (int(threads_.size()) < count) threads_.push_back(std::make_unique<Thread>());
     count_ = count;
     for (int i = 0; i < count; ++i) start(*threads_[i]);
     while (!all(0, count, State::done)) {
-      for (int i = 0; i < count; ++i) resume(reverse_order ? count - 1 - i : i);
-      for (int warp = 0; warp < count; warp += kWarp) exchange(warp, std::min(warp + kWarp, count));
+      for (int begin = 0; begin < count; begin += kWarp) run_warp(reverse_order ? count - kWarp - begin : begin);
       release_barrier();
-      if (!any_runnable() && !all(0, count, State::done)) fail("a barrier or shuffle is not reached by all threads");
+      if (!any_runnable(0, count) && !all(0, count, State::done)) {
+        fail("a barrier or shuffle is not reached by all threads");
+      }
     }
   }
 
@@ -121,6 +124,13 @@ class Block {
     swapcontext(&current().context, &scheduler_);
   }
 
+  void run_warp(int begin) {
+    while (any_runnable(begin, begin + kWarp)) {
+      for (int i = 0; i < kWarp; ++i) resume(begin + (reverse_order ? kWarp - 1 - i : i));
+      exchange(begin);
+    }
+  }
+
   void resume(int i) {
     if (threads_[i]->state != State::runnable) return;
     current_ = i;
@@ -134,19 +144,20 @@ class Block {
                        [&](const auto& thread) { return thread->state == state; });
   }
 
-  bool any_runnable() const {
-    return std::any_of(&threads_[0], &threads_[0] + count_,
+  bool any_runnable(int begin, int end) const {
+    return std::any_of(&threads_[begin], &threads_[begin] + (end - begin),
                        [](const auto& thread) { return thread->state == State::runnable; });
   }
 
-  void exchange(int begin, int end) {
-    if (!all(begin, end, State::in_shuffle)) return;
-    std::vector<uint32_t> posted;
-    for (int i = begin; i < end; ++i) posted.push_back(threads_[i]->shuffled);
-    for (int i = begin; i < end; ++i) {
-      Thread& thread = *threads_[i];
+  // The shuffle of the warp that starts at thread `begin`, once all its threads are there.
+  void exchange(int begin) {
+    if (!all(begin, begin + kWarp, State::in_shuffle)) return;
+    uint32_t posted[kWarp];
+    for (int i = 0; i < kWarp; ++i) posted[i] = threads_[begin + i]->shuffled;
+    for (int i = 0; i < kWarp; ++i) {
+      Thread& thread = *threads_[begin + i];
       if (thread.lane_mask != threads_[begin]->lane_mask) fail("a warp's threads are in different shuffles");
-      thread.shuffled = posted.at((i - begin) ^ thread.lane_mask);
+      thread.shuffled = posted[i ^ thread.lane_mask];
       thread.state = State::runnable;
     }
   }
