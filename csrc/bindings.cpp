@@ -69,11 +69,18 @@ void check_rows(const char* name, const Tensor& x, at::ScalarType type, at::IntA
       logits.device());
 }
 
+// Within a row, GPU kernels count columns in 32 bits.
+void check_width(const char* name, const Tensor& x) {
+  constexpr int64_t kMost = (int64_t{1} << 31) - (int64_t{1} << 16);
+  TORCH_CHECK_VALUE(x.is_cpu() || x.size(1) <= kMost, name, " have ", x.size(1), " columns; allowed are ", kMost);
+}
+
 gkd::Logits logits_of(const Tensor& student, const Tensor& teacher) {
   const auto type = float_type(student);
   TORCH_CHECK_VALUE(student.device().is_cpu() || student.device().is_cuda(), "no kernels for ", student.device());
   check_logits("student", student, student);
   check_logits("teacher", teacher, student);
+  check_width("logits", student);
   return {student.const_data_ptr(), teacher.const_data_ptr(), student.stride(0), teacher.stride(0),
           student.size(0),          student.size(1),          type};
 }
@@ -157,6 +164,7 @@ void gradient(Tensor& out, const Tensor& student, const Tensor& teacher, const T
                     "out is ", out.scalar_type(), " ", out.sizes(), " on ", out.device(), " with strides ",
                     out.strides(), "; it must be ", student.scalar_type(), " of at least ", student.sizes(), " on ",
                     student.device(), ", its rows contiguous");
+  check_width("out", out);
   check_rows("slope_sum", slope_sum, at::kFloat, {logits.rows}, student);
   check_rows("weight", weight, at::kFloat, {logits.rows}, student);
   TORCH_CHECK_VALUE(untempered.has_value() == label_weight.has_value() && label.has_value() == label_weight.has_value(),

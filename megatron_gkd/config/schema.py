@@ -61,7 +61,10 @@ class DistillSection(Section):
         "jsd", description="generalized Jensen-Shannon, or another between teacher T and student S; see the README"
     )
     beta: float = Field(
-        0.5, ge=0, le=1, description="the teacher's weight in the mixture with the student; jsd: 0 is forward KL, 1 reverse"
+        0.5,
+        ge=0,
+        le=1,
+        description="the teacher's weight in its mixture with the student; jsd: 0 forward KL, 1 reverse",
     )
     lmbda: float = Field(0.0, ge=0, le=1, description="share of steps on the student's own samples; only 0 for now")
     temperature: float = Field(0.9, gt=0, description="divides both models' logits before the divergence")
