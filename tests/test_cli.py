@@ -52,10 +52,10 @@ def test_train_hands_the_recipe_to_the_trainer(workspace, trainer):
 
 
 def test_a_wrong_recipe_is_told_in_lines_and_exits_2(workspace, trainer, capsys):
-    assert cli.main(["train", "recipe.yaml", "--beta", "1.5", "--lmbda", "0.5"]) == 2
+    assert cli.main(["train", "recipe.yaml", "--beta", "1.5", "--lmbda", "2"]) == 2
     assert capsys.readouterr().err.splitlines() == [
         "recipe.yaml: distill.beta = 1.5: must be a number in [0, 1]",
-        "recipe.yaml: distill.lmbda = 0.5: on-policy sampling is not available yet; lmbda must be 0",
+        "recipe.yaml: distill.lmbda = 2: must be a number in [0, 1]",
     ]
     assert trainer.calls == []
 

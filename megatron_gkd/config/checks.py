@@ -38,9 +38,9 @@ def _teacher_is_named(recipe: Recipe, _: int) -> Iterator[str]:
         yield "teacher.teacher_model = null: must name a model where teacher.kind = local"
 
 
-def _no_rollouts_yet(recipe: Recipe, _: int) -> Iterator[str]:
-    if recipe.distill.lmbda > 0:
-        yield f"distill.lmbda = {recipe.distill.lmbda}: on-policy sampling is not available yet; lmbda must be 0"
+def _on_policy(recipe: Recipe, _: int) -> Iterator[str]:
+    if recipe.distill.lmbda > 0 and recipe.teacher.kind == "none":
+        yield f"distill.lmbda = {recipe.distill.lmbda}: must be 0 with teacher.kind = none, which judges no samples"
 
 
 def _beta(recipe: Recipe, _: int) -> Iterator[str]:
@@ -193,7 +193,7 @@ def _output_is_writable(recipe: Recipe, _: int) -> Iterator[str]:
 
 CHECKS = (
     Check(("kind", "teacher_model"), _teacher_is_named),
-    Check(("lmbda",), _no_rollouts_yet),
+    Check(("lmbda", "kind"), _on_policy),
     Check(("divergence", "beta"), _beta),
     Check(("gkd_topk_tail", "gkd_logits_topk"), _tail),
     Check(LAYOUT, _layout_divides),

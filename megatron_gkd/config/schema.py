@@ -66,7 +66,12 @@ class DistillSection(Section):
         le=1,
         description="the teacher's weight in its mixture with the student; jsd: 0 forward KL, 1 reverse",
     )
-    lmbda: float = Field(0.0, ge=0, le=1, description="share of steps on the student's own samples; only 0 for now")
+    lmbda: float = Field(
+        0.0, ge=0, le=1, description="probability of training on what the student itself has just sampled"
+    )
+    lmbda_granularity: Literal["step", "row"] = Field(
+        "step", description="lmbda decides once for a global batch, or for each of its rows"
+    )
     temperature: float = Field(0.9, gt=0, description="divides both models' logits before the divergence")
     sft_alpha: float = Field(0.0, ge=0, description="weight of the cross-entropy on dataset rows beside the divergence")
     gkd_logits_topk: int | None = Field(
@@ -77,6 +82,21 @@ class DistillSection(Section):
         description="what the rest of the vocabulary is beside gkd_logits_topk: left out, or one more outcome",
     )
     loss_chunk_tokens: int = Field(1024, ge=1, description="rows of logits that the fused head and loss hold at once")
+
+
+class RolloutSection(Section):
+    """How the student samples where lmbda has it so."""
+
+    engine: Literal["megatron"] = Field("megatron", description="megatron: the sharded student itself")
+    max_completion_length: int = Field(
+        512, ge=1, description="most tokens of a completion, within data.max_length"
+    )
+    rollout_temperature: float = Field(1.0, gt=0, description="divides the logits that tokens are drawn from")
+    top_k: int | None = Field(None, ge=1, description="draw from that many most likely tokens only; null: from all")
+    top_p: float = Field(1.0, gt=0, le=1, description="draw from the most likely tokens of this mass only")
+    truncated: Literal["keep", "mask", "drop"] = Field(
+        "keep", description="completions that end at max_completion_length: train on, leave without loss, or leave out"
+    )
 
 
 class ParallelSection(Section):
@@ -202,6 +222,7 @@ class Recipe(Section):
     student: StudentSection
     teacher: TeacherSection
     distill: DistillSection
+    rollout: RolloutSection = RolloutSection()
     parallel: ParallelSection
     data: DataSection
     train: TrainSection

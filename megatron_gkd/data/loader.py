@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from megatron_gkd.data.microbatch import Microbatch, collate, lengthen, padded_length, shard_context_parallel
+from megatron_gkd.data.cutting import Cutting
+from megatron_gkd.data.microbatch import Microbatch
 from megatron_gkd.data.order import FILLER, SequentialOrder
-from megatron_gkd.data.packing import plan_microbatches
 from megatron_gkd.data.sample import FROM_DATASET, IGNORE, Sample
 
 
@@ -31,24 +31,17 @@ class StepOrder(Protocol):
 
 
 class StepLoader:
-    """Yields, step after step, the microbatches of this rank. Nothing is communicated: every rank computes the plan.
+    """Yields, step after step, the microbatches of this rank.
 
     Args:
         dataset: where samples come from.
         order: which rows a step has.
         global_batch_size: rows of a step over all ranks, packed or not.
-        micro_batch_size: rows of a microbatch where `packing` is false.
-        packing: fill microbatches up to `max_length` tokens with whole rows.
-        max_length: tokens of a packed microbatch.
-        dp_rank, dp_size: data-parallel rank and number of ranks.
-        cp_rank, cp_size: context-parallel rank and number of ranks.
-        pad_multiple: each sequence is padded to a multiple of this.
-        microbatch_multiple: the number of microbatches of a rank is a multiple of this.
-        equal_lengths: lengthen a rank's microbatches of a step to the longest of them, with padding.
-        pad_token_id: id of padding.
         num_workers: processes that prepare steps ahead; 0 prepares them in this one.
         start_step: first step, counted from 0.
         num_steps: number of steps to yield.
+        skip: steps, counted from 0, for which None is yielded: their microbatches are made elsewhere.
+        cutting: the arguments of ``Cutting``.
     """
 
     def __init__(
@@ -57,41 +50,23 @@ class StepLoader:
         order: StepOrder,
         *,
         global_batch_size: int,
-        micro_batch_size: int,
-        packing: bool,
-        max_length: int,
-        dp_rank: int,
-        dp_size: int,
-        cp_rank: int,
-        cp_size: int,
-        pad_multiple: int,
-        pad_token_id: int,
-        microbatch_multiple: int = 1,
-        equal_lengths: bool = False,
         num_workers: int = 0,
         start_step: int = 0,
         num_steps: int,
+        skip: Callable[[int], bool] | None = None,
+        **cutting: Any,
     ) -> None:
         self._dataset, self._order = dataset, order
         self._global_batch_size = global_batch_size
-        self._plan = dict(
-            micro_batch_size=micro_batch_size,
-            packing=packing,
-            max_length=max_length,
-            dp_size=dp_size,
-            multiple_of=microbatch_multiple,
-        )
-        self._dp_rank = dp_rank
-        self._cp = (cp_rank, cp_size)
-        self._padding = dict(pad_multiple=pad_multiple, pad_token_id=pad_token_id)
-        self._equal_lengths = equal_lengths
+        self._cutting = Cutting(**cutting)
         self._num_workers = num_workers
         self._start_step, self._num_steps = start_step, num_steps
+        self._skip = skip
 
     def __len__(self) -> int:
         return self._num_steps
 
-    def __iter__(self) -> Iterator[list[Microbatch]]:
+    def __iter__(self) -> Iterator[list[Microbatch] | None]:
         steps = _Steps(self, self._start_step, self._num_steps)
         # Its own generator: drawing the workers' seeds would otherwise move the global one, which dropout draws from.
         generator = torch.Generator()
@@ -99,17 +74,12 @@ class StepLoader:
             DataLoader(steps, batch_size=None, collate_fn=_as_is, num_workers=self._num_workers, generator=generator)
         )
 
-    def step(self, step: int) -> list[Microbatch]:
+    def step(self, step: int) -> list[Microbatch] | None:
         """The microbatches of this rank at a step, counted from 0."""
+        if self._skip is not None and self._skip(step):
+            return None
         rows = self._order.rows_of_step(step, self._global_batch_size)
-        multiple = self._padding["pad_multiple"]
-        lengths = [padded_length(self._length(row), multiple) for row in rows]
-        plan = plan_microbatches(lengths, **self._plan)[self._dp_rank]
-        whole = [self._microbatch([rows[position] for position in positions]) for positions in plan]
-        if self._equal_lengths:
-            longest = max(microbatch.total_length for microbatch in whole)
-            whole = [lengthen(microbatch, longest, self._padding["pad_token_id"]) for microbatch in whole]
-        return [shard_context_parallel(microbatch, *self._cp) for microbatch in whole]
+        return self._cutting.microbatches([self._length(row) for row in rows], lambda i: self._sample(rows[i]))
 
     def num_tokens(self, step: int) -> int:
         """Labels that are not -100 in the whole global batch of a step, over all ranks: what its loss is divided by."""
@@ -119,10 +89,13 @@ class StepLoader:
     def _length(self, row: int) -> int:
         return 1 if row == FILLER else int(self._dataset.lengths[row])
 
-    def _microbatch(self, rows: list[int]) -> Microbatch:
-        filler = Sample(np.array([self._padding["pad_token_id"]]), np.array([IGNORE]), FROM_DATASET, FILLER)
-        samples = [filler if row == FILLER else self._dataset[row] for row in rows]
-        return collate(samples, **self._padding)
+    def _sample(self, row: int) -> Sample:
+        return filler(self._cutting.pad_token_id) if row == FILLER else self._dataset[row]
+
+
+def filler(pad_token_id: int) -> Sample:
+    """A row of one token and no label."""
+    return Sample(np.array([pad_token_id]), np.array([IGNORE]), FROM_DATASET, FILLER)
 
 
 def validation_batches(
@@ -148,9 +121,9 @@ class _Steps(Dataset):
     def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, index: int) -> list[Microbatch]:
+    def __getitem__(self, index: int) -> list[Microbatch] | None:
         return self._loader.step(self._start + index)
 
 
-def _as_is(microbatches: list[Microbatch]) -> list[Microbatch]:
+def _as_is(microbatches: list[Microbatch] | None) -> list[Microbatch] | None:
     return microbatches

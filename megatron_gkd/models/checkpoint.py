@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from megatron_gkd.errors import UserError
 
@@ -42,6 +43,13 @@ class Checkpoint:
     def vocab_size(self) -> int:
         """Rows of the checkpoint's embedding: the ids that take part in its softmax."""
         return self.config.vocab_size
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end a completion: those of generation_config.json, else those of config.json."""
+        has_own = (self.path / GENERATION_CONFIG_NAME).exists()
+        found = (GenerationConfig.from_pretrained(self.path) if has_own else self.config).eos_token_id
+        return () if found is None else (found,) if isinstance(found, int) else tuple(found)
 
     @property
     def is_moe(self) -> bool:

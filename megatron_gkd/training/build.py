@@ -7,11 +7,17 @@ from typing import Any
 import torch
 
 from megatron_gkd.config.schema import Recipe
+from megatron_gkd.data.cutting import Cutting
+from megatron_gkd.data.loader import SampleDataset, StepOrder
+from megatron_gkd.data.policy import OnPolicy
 from megatron_gkd.models.checkpoint import Checkpoint
 from megatron_gkd.models.megatron_model import BuildOptions, MegatronModel
+from megatron_gkd.rollout.base import Sampling
+from megatron_gkd.rollout.megatron import MegatronEngine
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.teachers.local import LocalTeacher
 from megatron_gkd.training.loss import Objective
+from megatron_gkd.training.on_policy import Rollouts
 from megatron_gkd.training.student import Student
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -78,3 +84,35 @@ def build_models(
         upstream=1.0,  # there is no loss scaling in bf16 and fp32
     )
     return Student(model, objective, parallel, section, train_iters), teacher
+
+
+def build_rollouts(
+    recipe: Recipe,
+    mesh: Mesh,
+    student: Student,
+    checkpoint: Checkpoint,
+    policy: OnPolicy,
+    dataset: SampleDataset,
+    order: StepOrder,
+    cut: dict[str, Any],
+) -> Rollouts:
+    """What samples the steps that `policy` gives to the student. `cut` is what ``batching`` returns."""
+    section = recipe.rollout
+    cutting = Cutting(**{name: value for name, value in cut.items() if name != "global_batch_size"})
+    sampling = Sampling(
+        max_completion_length=section.max_completion_length,
+        temperature=section.rollout_temperature,
+        top_k=section.top_k,
+        top_p=section.top_p,
+    )
+    return Rollouts(
+        MegatronEngine(student.model, checkpoint.eos_token_ids),
+        policy,
+        dataset,
+        order,
+        cutting,
+        sampling,
+        global_batch_size=recipe.train.global_batch_size,
+        truncated=section.truncated,
+        dp=mesh.dp,
+    )

@@ -21,6 +21,7 @@ SUMS = (
     "loss",
     "divergence",
     "cross_entropy",
+    "student_cross_entropy",
     "teacher_entropy",
     "student_entropy",
     "forward_kl",
@@ -29,7 +30,8 @@ SUMS = (
     "tokens",
     "dataset_tokens",
 )
-"""What `Objective` adds up over tokens, in order; `cross_entropy` only over rows that the student did not generate."""
+"""What `Objective` adds up over tokens, in order; `cross_entropy` only over rows that the student did not generate, and
+`student_cross_entropy` only over those that it did."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class Objective:
                 total.detach().double(),
                 token.divergence.double().sum(),
                 (token.cross_entropy.double() * from_dataset).sum(),
+                (token.cross_entropy.double() * (1 - from_dataset)).sum(),
                 token.teacher_entropy.double().sum(),
                 token.student_entropy.double().sum(),
                 token.forward_kl.double().sum(),

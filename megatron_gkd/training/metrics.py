@@ -8,6 +8,7 @@ from megatron_gkd.reporting.curves import plot_curves
 from megatron_gkd.reporting.metrics_log import MetricsLog
 from megatron_gkd.reporting.progress import Progress
 from megatron_gkd.runtime import portability
+from megatron_gkd.training.on_policy import RolloutReport
 
 
 def summarize(totals: dict[str, float], *, has_teacher: bool) -> dict[str, float | None]:
@@ -25,6 +26,17 @@ def summarize(totals: dict[str, float], *, has_teacher: bool) -> dict[str, float
         "reverse_kl": totals["reverse_kl"] / tokens if has_teacher else None,
         "top1_agreement": totals["top1_agreement"] / tokens if has_teacher else None,
     }
+
+
+def describe_rollouts(report: RolloutReport, totals: dict[str, float]) -> dict[str, float | int | str | None]:
+    """What a step with sampled rows adds to its record.
+
+    `mismatch_kl` estimates, in nats a token, how far the engine's distribution is from the trainer's: the mean of
+    ln p_engine - ln p_trainer over the sampled tokens, both at temperature 1. It is near 0 where both compute the same.
+    """
+    tokens = totals["tokens"] - totals["dataset_tokens"]
+    mismatch = (report.log_prob + totals["student_cross_entropy"]) / tokens if tokens else None
+    return {**report.record(), "mismatch_kl": mismatch}
 
 
 class Reporter:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import math
 import os
+from functools import partial
 from pathlib import Path
 
 import megatron_gkd.runtime.preload  # noqa: F401  isort: skip  (before anything that imports Megatron-Core)
@@ -15,11 +16,12 @@ from megatron_gkd.config.schema import Recipe
 from megatron_gkd.data.dataset import build_dataset
 from megatron_gkd.data.loader import StepLoader, validation_batches
 from megatron_gkd.data.order import SampleOrder
+from megatron_gkd.data.policy import OnPolicy
 from megatron_gkd.models.checkpoint import Checkpoint
 from megatron_gkd.models.vocabulary import shared_vocab_size
 from megatron_gkd.runtime import portability
 from megatron_gkd.runtime.mesh import Layout, Mesh, destroy_mesh, initialize_mesh
-from megatron_gkd.training.build import batching, build_models
+from megatron_gkd.training.build import batching, build_models, build_rollouts
 from megatron_gkd.training.exports import Exports
 from megatron_gkd.training.metrics import Reporter
 from megatron_gkd.training.trainer import Trainer
@@ -62,13 +64,24 @@ def _train(recipe: Recipe, mesh: Mesh) -> None:
     )
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     cut = batching(recipe, mesh, pad_token_id)
-    batches = StepLoader(dataset, order, **cut, num_workers=recipe.data.dataloader_num_workers, num_steps=train_iters)
+    policy = OnPolicy(recipe.distill.lmbda, recipe.distill.lmbda_granularity, recipe.train.seed)
+    batches = StepLoader(
+        dataset,
+        order,
+        **cut,
+        num_workers=recipe.data.dataloader_num_workers,
+        num_steps=train_iters,
+        skip=partial(policy.any, count=recipe.train.global_batch_size),
+    )
     validation = None
     if recipe.data.val_dataset:
         held_out, _ = build_dataset(recipe.data, "validation", tokenizer, **shared)
         validation = validation_batches(held_out, **cut, num_steps=recipe.train.eval_iters)
 
     student, teacher = build_models(recipe, mesh, student_checkpoint, teacher_checkpoint, vocab_size, train_iters)
+    rollouts = None
+    if recipe.distill.lmbda > 0:
+        rollouts = build_rollouts(recipe, mesh, student, student_checkpoint, policy, dataset, order, cut)
     output = recipe.output
     with Reporter(
         output_dir,
@@ -84,6 +97,7 @@ def _train(recipe: Recipe, mesh: Mesh) -> None:
             batches,
             validation,
             reporter,
+            rollouts=rollouts,
             train_iters=train_iters,
             eval_interval=recipe.train.eval_interval,
             exports=Exports(output_dir, output.save_interval, output.save_total_limit),

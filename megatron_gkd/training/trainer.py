@@ -9,17 +9,22 @@ from pathlib import Path
 
 from megatron_gkd.data.loader import StepLoader
 from megatron_gkd.data.microbatch import Microbatch
+from megatron_gkd.data.sample import FROM_DATASET
 from megatron_gkd.errors import UserError
 from megatron_gkd.models.export import export_checkpoint
 from megatron_gkd.runtime import portability
 from megatron_gkd.teachers.base import TeacherSignal, TeacherSource
 from megatron_gkd.training.exports import Exports
-from megatron_gkd.training.metrics import Reporter, summarize
+from megatron_gkd.training.metrics import Reporter, describe_rollouts, summarize
+from megatron_gkd.training.on_policy import Rollouts
 from megatron_gkd.training.student import Student
 
 
 class Trainer:
-    """`teacher` None trains with plain cross-entropy. `validation` may be None."""
+    """`teacher` None trains with plain cross-entropy. `validation` may be None.
+
+    `rollouts` makes the steps for which `batches` has None.
+    """
 
     def __init__(
         self,
@@ -29,12 +34,14 @@ class Trainer:
         validation: Iterable[list[Microbatch]] | None,
         reporter: Reporter,
         *,
+        rollouts: Rollouts | None = None,
         train_iters: int,
         eval_interval: int | None,
         exports: Exports,
     ):
         self.student, self.teacher = student, teacher
         self.batches, self.validation, self.reporter = batches, validation, reporter
+        self.rollouts = rollouts
         self.train_iters, self.eval_interval, self.exports = train_iters, eval_interval, exports
 
     def run(self) -> Path:
@@ -49,8 +56,14 @@ class Trainer:
                 self.exports.forget_old(self.student.mesh.is_main)
         return self.export(self.exports.final_directory)
 
-    def train_step(self, step: int, microbatches: list[Microbatch]) -> None:
+    def train_step(self, step: int, microbatches: list[Microbatch] | None) -> None:
+        """One step, counted from 1. Without microbatches the student samples them."""
         start = time.perf_counter()
+        sampled = None
+        if microbatches is None:
+            self.rollouts.engine.load_weights(self.student.model.named_tensors(), version=step - 1)
+            microbatches, sampled = self.rollouts.microbatches(step - 1)
+        rolled_out = time.perf_counter()
         microbatches = [microbatch.to(portability.device()) for microbatch in microbatches]
         signals = self.score(microbatches)
         portability.synchronize()
@@ -69,8 +82,8 @@ class Trainer:
                 **summarize(totals, has_teacher=self.teacher is not None),
                 "grad_norm": grad_norm,
                 "lr": learning_rate,
-                "source": "dataset",
-                "teacher_time_s": scored - start,
+                **({"source": FROM_DATASET} if sampled is None else describe_rollouts(sampled, totals)),
+                "teacher_time_s": scored - rolled_out,
                 "step_time_s": time.perf_counter() - start,
             }
         )

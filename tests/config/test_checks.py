@@ -50,7 +50,8 @@ def flags(text: str) -> list[str]:
         (2, "--lr_warmup_iters 2 --lr_warmup_fraction 0.1", "train.lr_warmup_fraction = 0.1: must be null beside "
          "lr_warmup_iters (2)"),
         (2, "--eval_interval 5 --val_dataset []", "train.eval_interval = 5: needs data.val_dataset"),
-        (2, "--lmbda 0.5", "distill.lmbda = 0.5: on-policy sampling is not available yet; lmbda must be 0"),
+        (2, "--lmbda 0.5 --kind none",
+         "distill.lmbda = 0.5: must be 0 with teacher.kind = none, which judges no samples"),
         (2, "--lmbda 1.5", "distill.lmbda = 1.5: must be a number in [0, 1]"),
         (2, "--beta 1.5", "distill.beta = 1.5: must be a number in [0, 1]"),
         (2, "--temperature 0", "distill.temperature = 0: must be a number > 0"),

@@ -56,7 +56,7 @@ def test_all_problems_are_told_at_once(workspace):
         ("distill:", "beta: 1\ndistill:", "beta: unknown key; beta belongs in the section distill"),
         ("distill:", "distil: {}\ndistill:", "distil: unknown section; did you mean distill?"),
         ("beta: 0.5", "zzz: 1", "distill.zzz: unknown key; the keys of distill are divergence, beta, lmbda, "
-         "temperature, sft_alpha, gkd_logits_topk, gkd_topk_tail, loss_chunk_tokens"),
+         "lmbda_granularity, temperature, sft_alpha, gkd_logits_topk, gkd_topk_tail, loss_chunk_tokens"),
         ("{model: student}", "{modle: student}", "student.modle: unknown key; did you mean student.model?"),
         ("{model: student}", "{}", "student.model: missing; must be a text (the student: a local Hugging Face "
          "directory or a hub id)"),

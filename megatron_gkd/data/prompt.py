@@ -1,0 +1,25 @@
+"""The part of a sample that a student answers, and the sample that its answer makes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from megatron_gkd.data.sample import FROM_STUDENT, IGNORE, Sample, shift_labels
+
+
+def prompt_of(sample: Sample) -> np.ndarray:
+    """int64 [P]: the tokens before the last stretch that is trained on; all of them where none is."""
+    trained = np.flatnonzero(sample.labels != IGNORE) + 1  # positions of the tokens themselves
+    if len(trained) == 0:
+        return sample.input_ids
+    gaps = np.flatnonzero(np.diff(trained) > 1)
+    return sample.input_ids[: trained[gaps[-1] + 1] if len(gaps) else trained[0]]
+
+
+def answered(prompt: np.ndarray, answer: Sequence[int], row_id: int, *, trained: bool = True) -> Sample:
+    """The prompt with the student's answer; without labels where it is not `trained` on."""
+    input_ids = np.concatenate([prompt, np.asarray(answer, dtype=np.int64)])
+    is_answer = np.arange(len(input_ids)) >= len(prompt)
+    return Sample(input_ids, shift_labels(input_ids, is_answer & trained), FROM_STUDENT, row_id)

@@ -1,0 +1,206 @@
+"""Steps in which the student answers: the same samples, loss and gradient under every layout, for every mix of rows."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+from checkpoints import tiny_checkpoint
+from layouts import DENSE, MOE
+from rows import RandomRows
+from training_layouts import build, named_gradients, recipe_of
+
+from megatron_gkd.data.cutting import Cutting
+from megatron_gkd.data.policy import OnPolicy
+from megatron_gkd.errors import UserError
+from megatron_gkd.rollout.base import Completion, Sampling
+from megatron_gkd.training.on_policy import Rollouts
+
+STEPS = 3
+
+
+def models(kind):
+    student = tiny_checkpoint("qwen3_tied" if kind == "dense" else "qwen3_moe", seed=2, num_hidden_layers=2)
+    return student, tiny_checkpoint("qwen3", seed=1, num_hidden_layers=2, hidden_size=48)
+
+
+def train_on_policy(rank, world_size, student, teacher, changes, lmbda, granularity):
+    """Per step: totals, the rollouts' record, gradient norm, and on rank 0 the gradient by Hugging Face name."""
+    from megatron_gkd.data.order import SampleOrder
+    from megatron_gkd.rollout.megatron import MegatronEngine
+    from megatron_gkd.runtime.mesh import destroy_mesh
+    from megatron_gkd.training.build import batching
+
+    mesh, student, teacher, batches = build(student, teacher, changes)
+    cut = batching(recipe_of(changes), mesh, pad_token_id=0)
+    rows = RandomRows(count=24)
+    rollouts = Rollouts(
+        MegatronEngine(student.model, [3]),
+        OnPolicy(lmbda, granularity, seed=7),
+        rows,
+        SampleOrder(rows.sizes, [1.0], seed=1234, shuffle=True),
+        Cutting(**{name: value for name, value in cut.items() if name != "global_batch_size"}),
+        Sampling(max_completion_length=9, temperature=1.3),
+        global_batch_size=cut["global_batch_size"],
+        truncated="keep",
+        dp=mesh.dp,
+    )
+    records = []
+    for step, offline in enumerate(batches):
+        microbatches, record = offline, {}
+        if rollouts.due(step):
+            rollouts.engine.load_weights(student.model.named_tensors(), version=step)
+            microbatches, report = rollouts.microbatches(step)
+            record = {"tokens": report.tokens, "student_rows": report.student_rows, "log_prob": report.log_prob}
+        with teacher.resident():
+            signals = teacher.score(microbatches)
+        totals = student.compute_gradients(microbatches, signals, force_all_reduce=True)
+        gradient = named_gradients(student)
+        record |= {"totals": totals, "gradient": gradient if rank == 0 else None, "grad_norm": student.update()}
+        records.append(record)
+    destroy_mesh()
+    return records
+
+
+@pytest.fixture(scope="module")
+def one_process(gloo_world):
+    @functools.cache
+    def of(kind, lmbda, granularity):
+        return gloo_world(1).run(train_on_policy, *models(kind), {}, lmbda, granularity)[0]
+
+    return of
+
+
+LAYOUTS = [
+    *(("dense", name) for name in ("TP2+SP", "PP2", "CP2", "DP2", "TP2xPP2", "CP2xDP2, packed")),
+    *(("mixture", name) for name in ("EP2", "TP2+SPxEP2")),
+]
+
+
+@pytest.mark.parametrize(("lmbda", "granularity"), [(1.0, "step"), (0.5, "step"), (0.5, "row")])
+@pytest.mark.parametrize(("kind", "layout"), LAYOUTS)
+def test_every_layout_equals_one_process(kind, layout, lmbda, granularity, gloo_world, one_process):
+    world_size, changes = (DENSE if kind == "dense" else MOE)[layout]
+    ranks = gloo_world(world_size).run(train_on_policy, *models(kind), changes, lmbda, granularity)
+    expected = one_process(kind, lmbda, granularity)
+    assert {bool(record.get("student_rows")) for record in expected} == ({True} if lmbda == 1 else {True, False}) or (
+        granularity == "row"
+    )
+    for rank in ranks:
+        for a, b in zip(rank, expected, strict=True):
+            for name in ("tokens", "student_rows"):
+                assert a.get(name) == b.get(name)
+            for name, value in b["totals"].items():
+                assert a["totals"][name] == pytest.approx(value, rel=1e-5), name
+            assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
+    for a, b in zip(ranks[0], expected, strict=True):
+        for name, gradient in b["gradient"].items():
+            assert (a["gradient"][name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+def test_the_engine_and_the_trainer_agree_about_the_samples(one_process):
+    for record in one_process("dense", 1.0, "step"):
+        assert record["totals"]["dataset_tokens"] == 0 and record["tokens"] == record["totals"]["tokens"]
+        assert -record["log_prob"] == pytest.approx(record["totals"]["student_cross_entropy"], rel=1e-5)
+
+
+class Parrot:
+    """An engine that repeats the prompt's last token; odd seeds don't find an end."""
+
+    def __init__(self):
+        self.calls = []
+
+    def resident(self):
+        import contextlib
+
+        return contextlib.nullcontext()
+
+    def generate(self, prompts, sampling, seeds):
+        self.calls.append((prompts, seeds))
+        reasons = ["length" if seed % 2 else "stop" for seed in seeds]
+        return [Completion([p[-1]] * 4, [-1.0] * 4, reason, 0) for p, reason in zip(prompts, reasons, strict=True)]
+
+
+class Alone:
+    """The data-parallel group of one process, for `all_gather_object` of one."""
+
+    def rank(self):
+        return 0
+
+    def size(self):
+        return 1
+
+
+CUTTING = Cutting(
+    micro_batch_size=1, packing=False, max_length=64, dp_rank=0, dp_size=1, cp_rank=0, cp_size=1, pad_multiple=1,
+    pad_token_id=0,
+)  # fmt: skip
+
+
+def rollouts_of(monkeypatch, rows=None, truncated="keep", lmbda=1.0, granularity="step", cutting=CUTTING):
+    from megatron_gkd.data.order import SampleOrder
+
+    monkeypatch.setattr("torch.distributed.all_gather_object", lambda into, value, group: into.__setitem__(0, value))
+    rows = rows or RandomRows(count=8)
+    return Rollouts(
+        Parrot(),
+        OnPolicy(lmbda, granularity, seed=3),
+        rows,
+        SampleOrder(rows.sizes, [1.0], seed=1, shuffle=False),
+        cutting,
+        Sampling(max_completion_length=4),
+        global_batch_size=8,
+        truncated=truncated,
+        dp=Alone(),
+    )
+
+
+def test_samples_carry_the_answers_and_seeds_differ(monkeypatch):
+    rollouts = rollouts_of(monkeypatch)
+    microbatches, report = rollouts.microbatches(0)
+    assert (report.student_rows, report.dataset_rows, report.tokens) == (8, 0, 32)
+    assert len(set(rollouts.engine.calls[0][1])) == 8
+    rollouts.microbatches(1)
+    assert set(rollouts.engine.calls[0][1]).isdisjoint(rollouts.engine.calls[1][1])
+    assert not any(microbatch.from_dataset.any() for microbatch in microbatches)
+    assert sum(microbatch.num_tokens for microbatch in microbatches) == 32
+    assert report.record()["source"] == "student"
+
+
+@pytest.mark.parametrize(("truncated", "tokens", "empty_rows"), [("keep", 32, 0), ("mask", None, 0), ("drop", None, 1)])
+def test_truncated_completions(truncated, tokens, empty_rows, monkeypatch):
+    microbatches, report = rollouts_of(monkeypatch, truncated=truncated).microbatches(0)
+    assert 0 < report.truncated < 8 and len(microbatches) == 8
+    expected = tokens if tokens is not None else 32 - 4 * report.truncated
+    assert sum(microbatch.num_tokens for microbatch in microbatches) == expected == -report.log_prob
+    one_token = [microbatch for microbatch in microbatches if microbatch.total_length == 1]
+    assert len(one_token) == empty_rows * report.truncated
+
+
+def test_rows_mix_and_keep_their_place(monkeypatch):
+    rollouts = rollouts_of(monkeypatch, lmbda=0.5, granularity="row")
+    microbatches, report = rollouts.microbatches(0)
+    assert report.record()["source"] == "mixed" and report.student_rows + report.dataset_rows == 8
+    assert sum(bool(microbatch.from_dataset.any()) for microbatch in microbatches) == report.dataset_rows
+
+
+def test_a_completion_is_cut_to_the_longest_sequence(monkeypatch):
+    cutting = Cutting(**{**vars(CUTTING), "max_length": 10})
+    rows = RandomRows(count=8, longest=20)
+    microbatches, report = rollouts_of(monkeypatch, rows, cutting=cutting).microbatches(0)
+    assert max(microbatch.total_length for microbatch in microbatches) <= 10
+
+
+def test_a_prompt_that_leaves_no_room_is_an_error(monkeypatch):
+    cutting = Cutting(**{**vars(CUTTING), "max_length": 5})
+    rows = RandomRows(count=8, longest=40)
+    with pytest.raises(UserError, match="leaves no room for an answer in data.max_length = 5"):
+        rollouts_of(monkeypatch, rows, cutting=cutting).microbatches(0)
+
+
+def test_a_row_without_a_response_that_the_student_does_not_answer_is_an_error(monkeypatch):
+    rows = RandomRows(count=8)
+    rows.num_labels = np.zeros(8, dtype=np.int64)
+    with pytest.raises(UserError, match="of the dataset has no response, and the student does not answer it"):
+        rollouts_of(monkeypatch, rows, lmbda=0.5, granularity="row").microbatches(0)
