@@ -1,0 +1,104 @@
+"""What a rollout engine is to the training loop: token ids in, token ids out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn. Filters apply in the order temperature, top-k, top-p, as in transformers.
+
+    Attributes:
+        max_completion_length: most tokens of a completion, its EOS included.
+        temperature: divides the logits; 0 takes the most likely token.
+        top_k: only that many most likely tokens may be drawn; 0 or None: all.
+        top_p: only the smallest set of most likely tokens with at least that mass may be drawn; 1: all.
+        stop_token_ids: tokens that end a completion, beside the model's EOS.
+        ignore_eos: the model's EOS does not end a completion; `stop_token_ids` still do.
+
+    Raises:
+        ValueError: a value is not allowed; the message names it and what is.
+    """
+
+    max_completion_length: int
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self):
+        if self.max_completion_length < 1:
+            raise ValueError(f"max_completion_length is {self.max_completion_length}; it must be at least 1")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or a positive number")
+        if self.top_k is not None and self.top_k < 0:
+            raise ValueError(f"top_k is {self.top_k}; it must be a positive number, or 0 or None for all tokens")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; it must be more than 0 and at most 1")
+        if any(token < 0 for token in self.stop_token_ids):
+            raise ValueError(f"stop_token_ids are {self.stop_token_ids}; token ids are not negative")
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What was generated for one prompt.
+
+    Attributes:
+        token_ids: without the prompt; with the EOS or stop token, where one ended it.
+        log_probs: one for each of `token_ids`, in nats: log-softmax of the model's logits as they are, over the whole
+            vocabulary: at temperature 1 and without top-k and top-p, whatever the token was drawn with.
+        finish_reason: "stop" if an EOS or stop token ended it, "length" if `max_completion_length` did.
+        version: of the weights that generated it, as given to `load_weights`.
+    """
+
+    token_ids: list[int]
+    log_probs: list[float]
+    finish_reason: Literal["stop", "length"]
+    version: int
+
+
+class RolloutEngine(Protocol):
+    """`with engine.resident(): engine.load_weights(...); completions = engine.generate(...)`."""
+
+    def resident(self) -> AbstractContextManager[None]:
+        """What generating needs is in place inside (weights on the device, a server reachable)."""
+        ...
+
+    def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Generate with these weights from now on: whole tensors under their Hugging Face names.
+
+        All ranks call it together, and an engine either exhausts `named_tensors` on every rank or leaves it alone.
+        """
+        ...
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Completion]:
+        """One completion a prompt, in order; one seed a prompt.
+
+        All ranks call it together. Those of one model replica give the same prompts and get the same completions;
+        data-parallel replicas give prompts of their own, or none.
+
+        Raises:
+            ValueError: a prompt is empty or has ids outside the vocabulary, or there is not one seed a prompt.
+        """
+        ...
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], seeds: Sequence[int], vocab_size: int) -> None:
+    """Raises the ValueError that `RolloutEngine.generate` promises."""
+    if len(prompts) != len(seeds):
+        raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds: every prompt needs one seed")
+    for index, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise ValueError(f"prompt {index} is empty; it needs at least one token")
+        if min(prompt) < 0 or max(prompt) >= vocab_size:
+            raise ValueError(
+                f"prompt {index} has ids from {min(prompt)} to {max(prompt)}; allowed are 0 to {vocab_size - 1}"
+            )
