@@ -88,9 +88,7 @@ class RolloutSection(Section):
     """How the student samples where lmbda has it so."""
 
     engine: Literal["megatron"] = Field("megatron", description="megatron: the sharded student itself")
-    max_completion_length: int = Field(
-        512, ge=1, description="most tokens of a completion, within data.max_length"
-    )
+    max_completion_length: int = Field(512, ge=1, description="most tokens of a completion, within data.max_length")
     rollout_temperature: float = Field(1.0, gt=0, description="divides the logits that tokens are drawn from")
     top_k: int | None = Field(None, ge=1, description="draw from that many most likely tokens only; null: from all")
     top_p: float = Field(1.0, gt=0, le=1, description="draw from the most likely tokens of this mass only")

@@ -76,6 +76,7 @@ def build_dataset(
     split: Literal["train", "validation"],
     tokenizer: PreTrainedTokenizerBase,
     *,
+    prompts: bool = False,
     main_process: bool,
     barrier: Callable[[], None],
 ) -> tuple[TokenizedDataset, DataReport]:
@@ -88,6 +89,7 @@ def build_dataset(
         section: the recipe's data section.
         split: "train" reads `section.dataset`, "validation" `section.val_dataset`.
         tokenizer: the student's, a fast one.
+        prompts: a row may be a prompt alone, for the student to answer.
         main_process: true in exactly one of the processes that share the cache folder.
         barrier: returns when every process has called it.
 
@@ -100,14 +102,14 @@ def build_dataset(
     root = Path(section.dataset_cache_dir).expanduser() if section.dataset_cache_dir else default_cache_dir()
     tokenizer_hash = hash_tokenizer(tokenizer)
     plugins = list(section.external_plugins)
-    keys = [fingerprint(file.path, tokenizer_hash, _options(section), plugins) for file in files]
+    keys = [fingerprint(file.path, tokenizer_hash, _options(section, prompts), plugins) for file in files]
     caches = [CacheFolder(root / key) for key in keys]
 
     failure = None
     if main_process:
         try:
             for file, cache in zip(files, caches, strict=True):
-                cache.build(lambda folder, path=file.path: _write(path, section, tokenizer, folder))
+                cache.build(lambda folder, path=file.path: _write(path, section, tokenizer, prompts, folder))
         except Exception as error:  # the others must be let out of the barrier whatever went wrong
             failure = error
     barrier()
@@ -118,13 +120,13 @@ def build_dataset(
     return dataset, DataReport.merge(DataReport(**json.loads((folder / _REPORT).read_text())) for folder in folders)
 
 
-def _options(section: DataSection) -> dict[str, Any]:
+def _options(section: DataSection, prompts: bool) -> dict[str, Any]:
     """What decides, beside the file, the tokenizer and the plugins, which samples a source yields."""
     names = ("max_length", "truncation_strategy", "loss_on", "data_errors", "preprocessor", "chat_template_kwargs")
-    return {name: getattr(section, name) for name in names}
+    return {name: getattr(section, name) for name in names} | {"prompts": prompts}
 
 
-def _write(path: str, section: DataSection, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def _write(path: str, section: DataSection, tokenizer: PreTrainedTokenizerBase, prompts: bool, folder: Path) -> None:
     """Writes the samples of the source at `path`, and its report, into `folder`."""
     load_plugins(section.external_plugins)
     if section.preprocessor:
@@ -133,7 +135,7 @@ def _write(path: str, section: DataSection, tokenizer: PreTrainedTokenizerBase, 
         source = open_source(path, scratch)
         if len(source.table) == 0:
             raise UserError(f"{path}: yields nothing to train on: it has no rows")
-        rows = _tokenize(source, section, tokenizer, Path(scratch))
+        rows = _tokenize(source, section, tokenizer, prompts, Path(scratch))
         dropped = np.array(rows["dropped"], dtype=object)
         report = _report(source, rows, dropped, section.data_errors)
         used = rows.select(np.flatnonzero(dropped == ""))
@@ -142,7 +144,7 @@ def _write(path: str, section: DataSection, tokenizer: PreTrainedTokenizerBase, 
 
 
 def _tokenize(
-    source: Source, section: DataSection, tokenizer: PreTrainedTokenizerBase, scratch: Path
+    source: Source, section: DataSection, tokenizer: PreTrainedTokenizerBase, prompts: bool, scratch: Path
 ) -> datasets.Dataset:
     tokenize = RowTokenizer(
         tokenizer=tokenizer,
@@ -153,6 +155,7 @@ def _tokenize(
         preprocessor=section.preprocessor,
         external_plugins=list(section.external_plugins),
         template_kwargs=dict(section.chat_template_kwargs),
+        prompts=prompts,
     )
     workers = min(section.preprocessing_num_workers, len(source.table))
     return source.table.map(

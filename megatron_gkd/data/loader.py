@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,6 +13,7 @@ from megatron_gkd.data.cutting import Cutting
 from megatron_gkd.data.microbatch import Microbatch
 from megatron_gkd.data.order import FILLER, SequentialOrder
 from megatron_gkd.data.sample import FROM_DATASET, IGNORE, Sample
+from megatron_gkd.errors import UserError
 
 
 class SampleDataset(Protocol):
@@ -79,6 +80,7 @@ class StepLoader:
         if self._skip is not None and self._skip(step):
             return None
         rows = self._order.rows_of_step(step, self._global_batch_size)
+        require_responses(self._dataset, [row for row in rows if row != FILLER], step)
         return self._cutting.microbatches([self._length(row) for row in rows], lambda i: self._sample(rows[i]))
 
     def num_tokens(self, step: int) -> int:
@@ -91,6 +93,16 @@ class StepLoader:
 
     def _sample(self, row: int) -> Sample:
         return filler(self._cutting.pad_token_id) if row == FILLER else self._dataset[row]
+
+
+def require_responses(dataset: SampleDataset, rows: Sequence[int], step: int) -> None:
+    """UserError for a row that is a prompt alone, where the student does not answer it."""
+    for row in rows:
+        if dataset.num_labels[row] == 0:
+            raise UserError(
+                f"step {step + 1}: row {row} of the dataset has no response, and in this step the student does not "
+                "answer it; give it one, or set lmbda to 1"
+            )
 
 
 def filler(pad_token_id: int) -> Sample:

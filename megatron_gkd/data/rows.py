@@ -18,7 +18,8 @@ class BadRow(Exception):
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages for the chat template. The last one is an assistant's turn; what followed it is cut off."""
+    """Messages for the chat template. The last one is an assistant's turn, and what followed it is cut off; or there is
+    no such turn, where a prompt alone is a row."""
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
@@ -27,14 +28,16 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Completion:
-    """Plain text and its continuation; no chat template is involved."""
+    """Plain text and its continuation (None where a prompt alone is a row); no chat template is involved."""
 
     prompt: str
-    response: str
+    response: str | None
 
 
-def parse_row(row: Any) -> Conversation | Completion:
+def parse_row(row: Any, *, prompts: bool = False) -> Conversation | Completion:
     """Checks a row and brings it into one form. Keys whose value is null count as absent.
+
+    `prompts`: a row may be a prompt alone: messages without an assistant's turn, or no response.
 
     Raises:
         BadRow: with reason "wrong type", "no messages", "no assistant turn" or "empty response".
@@ -42,31 +45,41 @@ def parse_row(row: Any) -> Conversation | Completion:
     _require(row, dict, "the row")
     row = {key: value for key, value in row.items() if value is not None}
     if "messages" in row:
-        return _conversation(row, _messages(row["messages"], "messages"))
+        return _conversation(row, _messages(row["messages"], "messages"), prompts)
     if "prompt" not in row:
         keys = ", ".join(sorted(map(str, row))) or "nothing"
         raise BadRow("no messages", f"a row needs `messages`, or `prompt` and `response`; this one has {keys}")
     prompt = _require(row["prompt"], (str, list), "prompt")
     if "response" not in row:
-        raise BadRow("no assistant turn", "the row has a prompt but no response")
+        if not prompts:
+            raise BadRow("no assistant turn", "the row has a prompt but no response")
+        if isinstance(prompt, str):
+            return Completion(prompt, None)
+        messages = _messages(prompt, "prompt")
+        return Conversation(messages, _tools(row.get("tools")), _template_kwargs(row))
     response = _require(row["response"], str, "response")
     if not response.strip():
         raise BadRow("empty response", "response is empty")
     if isinstance(prompt, str):
         return Completion(prompt, response)
-    return _conversation(row, [*_messages(prompt, "prompt"), {"role": "assistant", "content": response}])
+    return _conversation(row, [*_messages(prompt, "prompt"), {"role": "assistant", "content": response}], prompts)
 
 
-def _conversation(row: dict[str, Any], messages: list[dict[str, Any]]) -> Conversation:
+def _conversation(row: dict[str, Any], messages: list[dict[str, Any]], prompts: bool) -> Conversation:
     assistant_turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    if prompts and messages and not assistant_turns:
+        return Conversation(messages, _tools(row.get("tools")), _template_kwargs(row))
     if not assistant_turns:
         roles = ", ".join(message["role"] for message in messages) or "no message at all"
         raise BadRow("no assistant turn", f"the roles are: {roles}")
     last = assistant_turns[-1]
     if not (messages[last]["content"].strip() or messages[last].get("tool_calls")):
         raise BadRow("empty response", f"messages[{last}] (assistant) has neither content nor tool_calls")
-    kwargs = _require(row.get("chat_template_kwargs", {}), dict, "chat_template_kwargs")
-    return Conversation(messages[: last + 1], _tools(row.get("tools")), kwargs)
+    return Conversation(messages[: last + 1], _tools(row.get("tools")), _template_kwargs(row))
+
+
+def _template_kwargs(row: dict[str, Any]) -> dict[str, Any]:
+    return _require(row.get("chat_template_kwargs", {}), dict, "chat_template_kwargs")
 
 
 def _messages(messages: Any, name: str) -> list[dict[str, Any]]:

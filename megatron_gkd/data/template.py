@@ -37,7 +37,7 @@ class Markers:
 
 @dataclass
 class RowRenderer:
-    """Turns checked rows into token ids and shifted labels, both int64 [L].
+    """Turns checked rows into token ids and shifted labels, both int64 [L]; a prompt alone has no label but -100.
 
     Attributes:
         tokenizer: the student's fast tokenizer.
@@ -55,6 +55,8 @@ class RowRenderer:
 
     def _completion(self, row: Completion) -> tuple[np.ndarray, np.ndarray]:
         prompt = self._bos + self._encode(row.prompt)["input_ids"]
+        if row.response is None:
+            return _prompt_alone(prompt)
         response = self._encode(row.response)["input_ids"]
         if self.tokenizer.eos_token_id is not None:
             response = response + [self.tokenizer.eos_token_id]
@@ -62,6 +64,9 @@ class RowRenderer:
         return input_ids, shift_labels(input_ids, np.arange(len(input_ids)) >= len(prompt))
 
     def _conversation(self, row: Conversation) -> tuple[np.ndarray, np.ndarray]:
+        if row.messages[-1]["role"] != "assistant":
+            text = self._render(row, len(row.messages), add_generation_prompt=True)
+            return _prompt_alone(self._encode(text)["input_ids"])
         text = self._render(row, len(row.messages))
         turns = [index for index, message in enumerate(row.messages) if message["role"] == "assistant"]
         wanted = turns if self.loss_on == "all" else turns[-1:]
@@ -138,3 +143,8 @@ class RowRenderer:
         except UnicodeEncodeError as error:  # JSON can hold half a surrogate pair; a tokenizer cannot read it
             raise BadRow("not Unicode", f"the text holds {text[error.start]!r}, half of a surrogate pair") from error
         return self.tokenizer(text, add_special_tokens=False, verbose=False, **kwargs)
+
+
+def _prompt_alone(prompt: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    input_ids = np.array(prompt, dtype=np.int64)
+    return input_ids, shift_labels(input_ids, np.zeros(len(input_ids), dtype=bool))

@@ -45,6 +45,7 @@ class RowTokenizer:
     preprocessor: str | None = None
     external_plugins: Sequence[str] = ()
     template_kwargs: dict[str, Any] = field(default_factory=dict)
+    prompts: bool = False  # a row may be a prompt alone
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         """Columns of `FEATURES` for the columns of a source, one row for each."""
@@ -59,13 +60,13 @@ class RowTokenizer:
             row = self._preprocess(decode_json(raw[TEXT]) if self.is_json else drop_nulls(raw))
             if row is None:
                 return _record(dropped=PREPROCESSOR)
-            input_ids, labels = self._render(parse_row(row))
+            input_ids, labels = self._render(parse_row(row, prompts=self.prompts))
         except BadRow as bad:
             return _record(dropped=bad.reason, error=str(bad))
         cut = truncate(input_ids, labels, self.max_length, self.truncation_strategy)
         if cut is None:
             return _record(dropped=TOO_LONG)
-        if (cut[1] == IGNORE).all():
+        if (cut[1] == IGNORE).all() and (labels != IGNORE).any():
             return _record(dropped=NOTHING_TO_LEARN)
         return _record(*cut)
 

@@ -18,7 +18,8 @@ def truncate(
 
     `delete` returns None for a row that is too long. `right` cuts its end. `left` cuts what comes before the last
     response, all but the token that predicts the response's first one, and then, where that is not enough, the
-    response's end. The result may have no label left; the caller decides what becomes of such a row.
+    response's end; of a row without a response it cuts the start. The result may have no label left; the caller decides
+    what becomes of such a row.
     """
     excess = len(input_ids) - max_length
     if excess <= 0:
@@ -26,6 +27,8 @@ def truncate(
     if strategy == "delete":
         return None
     start = min(excess, _start_of_last_response(labels)) if strategy == "left" else 0
+    if strategy == "left" and (labels == IGNORE).all():
+        start = excess
     kept = slice(start, start + max_length)
     input_ids, labels = input_ids[kept], labels[kept].copy()
     labels[-1] = IGNORE  # the token that it would predict is gone, or was never there

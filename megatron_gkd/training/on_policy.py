@@ -10,7 +10,7 @@ import numpy as np
 import torch.distributed as dist
 
 from megatron_gkd.data.cutting import Cutting
-from megatron_gkd.data.loader import SampleDataset, StepOrder, filler
+from megatron_gkd.data.loader import SampleDataset, StepOrder, filler, require_responses
 from megatron_gkd.data.microbatch import Microbatch
 from megatron_gkd.data.policy import OnPolicy
 from megatron_gkd.data.prompt import answered, prompt_of
@@ -99,12 +99,7 @@ class Rollouts:
             sample, trained = self._sample(rows[position], prompt, completion)
             samples[position] = sample
             log_prob += sum(completion.log_probs) if trained else 0.0
-        for position in np.flatnonzero(~mine):
-            if self.dataset.num_labels[rows[position]] == 0:
-                raise UserError(
-                    f"step {step + 1}: row {rows[position]} of the dataset has no response, and the student does not "
-                    "answer it in this step; give it one, or set lmbda to 1"
-                )
+        require_responses(self.dataset, [rows[position] for position in np.flatnonzero(~mine)], step)
         lengths = [
             len(samples[i].input_ids) if i in samples else int(self.dataset.lengths[row]) for i, row in enumerate(rows)
         ]

@@ -55,7 +55,8 @@ def _train(recipe: Recipe, mesh: Mesh) -> None:
         vocab_size = shared_vocab_size(student_checkpoint, teacher_checkpoint)
 
     tokenizer = student_checkpoint.tokenizer()
-    dataset, data_report = build_dataset(recipe.data, "train", tokenizer, **shared)
+    prompts = recipe.distill.lmbda > 0
+    dataset, data_report = build_dataset(recipe.data, "train", tokenizer, prompts=prompts, **shared)
     order = SampleOrder(
         dataset.sizes, [entry.weight for entry in recipe.data.dataset], recipe.train.seed, recipe.data.shuffle
     )

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from megatron_gkd.data.dataset import build_dataset
+from megatron_gkd.data.prompt import prompt_of
 from megatron_gkd.data.report import DataReport
 from megatron_gkd.data.sample import IGNORE
 from megatron_gkd.errors import UserError
@@ -110,6 +111,18 @@ class TestDroppedRows:
             "1 of 5 rows used; dropped: 1 empty response, 2 no assistant turn, 1 not JSON "
             f"(first bad row: {path}, line 2: no assistant turn: the roles are: user)"
         )
+
+    def test_prompts_alone_are_rows_where_the_student_may_answer_them(self, section, write_jsonl, chat, tokenizer):
+        path = write_jsonl([chat("q", "a"), chat("q"), {"prompt": "p q"}])
+        dataset, _ = build_dataset(
+            section(path), "train", tokenizer, prompts=True, main_process=True, barrier=lambda: None
+        )
+        answered, conversation, text = (dataset[index] for index in range(3))
+        assert dataset.num_labels.tolist()[1:] == [0, 0]
+        assert prompt_of(answered).tolist() == prompt_of(conversation).tolist() == conversation.input_ids.tolist()
+        assert tokenizer.decode(text.input_ids) == "p q"
+        with pytest.raises(UserError, match="no assistant turn"):  # and not from the cache
+            build(section(path), tokenizer)
 
     def test_a_bad_row_of_a_table_is_named_by_its_number(self, section, tokenizer, tmp_path, chat):
         datasets.Dataset.from_list([chat("q", "a"), chat("q")]).to_parquet(tmp_path / "rows.parquet")

@@ -6,6 +6,7 @@ from megatron_gkd.data.context_parallel import context_parallel_indices
 from megatron_gkd.data.loader import StepLoader, validation_batches
 from megatron_gkd.data.order import SampleOrder
 from megatron_gkd.data.sample import Sample, shift_labels
+from megatron_gkd.errors import UserError
 
 PAD = 0
 ROWS = 11
@@ -137,3 +138,17 @@ class TestValidation:
     def test_fewer_steps_may_be_asked_for(self):
         assert len(self.batches(num_steps=1)) == 1
         assert len(self.batches(num_steps=9)) == 2
+
+
+def test_steps_that_are_made_elsewhere_are_not_cut():
+    batches = list(loader(skip=lambda step: step == 1))
+    assert [batch is None for batch in batches] == [False, True, False]
+
+
+def test_a_prompt_alone_in_a_step_of_the_dataset_is_an_error():
+    class Prompts(Rows):
+        num_labels = np.zeros(ROWS, dtype=np.int64)
+
+    options = {"global_batch_size": 8, "num_steps": 3} | LAYOUT
+    with pytest.raises(UserError, match="step 1: row 0 of the dataset has no response"):
+        StepLoader(Prompts(), SampleOrder([ROWS], [1.0], seed=0, shuffle=False), **options).step(0)

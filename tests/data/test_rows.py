@@ -17,6 +17,16 @@ def test_prompt_and_response_are_text_or_messages():
     assert parse_row({"prompt": [USER], "response": "hello"}) == Conversation([USER, ASSISTANT])
 
 
+def test_a_prompt_alone_is_a_row_where_that_is_allowed():
+    assert parse_row({"messages": [USER]}, prompts=True) == Conversation([USER])
+    assert parse_row({"prompt": [USER], "tools": "[]"}, prompts=True) == Conversation([USER])
+    assert parse_row({"prompt": "hi"}, prompts=True) == Completion("hi", None)
+    assert parse_row({"messages": [USER, ASSISTANT, USER]}, prompts=True) == Conversation([USER, ASSISTANT])
+    for row in ({"messages": []}, {"prompt": "a", "response": " "}):
+        with pytest.raises(BadRow):
+            parse_row(row, prompts=True)
+
+
 def test_tools_may_be_json_text_and_null_counts_as_absent():
     tool = {"type": "function", "function": {"name": "add"}}
     assert parse_row({"messages": [USER, ASSISTANT], "tools": [tool]}).tools == [tool]
