@@ -88,6 +88,24 @@ def test_a_recipe_becomes_a_checkpoint_metrics_and_curves(workspace):
     assert "Traceback" not in finished.stderr
 
 
+@pytest.mark.parametrize("granularity", ["step", "row"])
+def test_the_student_answers_where_lambda_has_it_so(workspace, granularity):
+    with open(workspace / "train.jsonl", "a") as file:
+        file.write("".join(json.dumps({"prompt": f"w{i}"}) + "\n" for i in range(8 if granularity == "step" else 0)))
+    lmbda = "1" if granularity == "step" else "0.5"
+    options = ("--lmbda", lmbda, "--lmbda_granularity", granularity, "--max_completion_length", "12", "--beta", "1")
+    finished = train(workspace, *options, "--dtype", "fp32", "--truncated", "mask")
+    assert finished.returncode == 0, finished.stderr
+    records = [json.loads(line) for line in (workspace / "runs/x/metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in records if "split" not in record]
+    assert {record["source"] for record in steps} == {"student" if granularity == "step" else "mixed"}
+    for record in steps:
+        assert record["student_rows"] + record["dataset_rows"] == 8 and record["student_rows"] > 0
+        assert 1 <= record["mean_completion_length"] <= 12 and 0 <= record["truncated_share"] <= 1
+        assert record["rollout_tokens_per_second"] > 0 and record["rollout_time_s"] < record["step_time_s"]
+        assert record["mismatch_kl"] is None or abs(record["mismatch_kl"]) < 1e-4
+
+
 def test_a_bad_row_ends_the_run_with_its_file_and_line(workspace):
     with open(workspace / "train.jsonl", "a") as file:
         file.write("{not json\n")
