@@ -202,5 +202,5 @@ def test_a_prompt_that_leaves_no_room_is_an_error(monkeypatch):
 def test_a_row_without_a_response_that_the_student_does_not_answer_is_an_error(monkeypatch):
     rows = RandomRows(count=8)
     rows.num_labels = np.zeros(8, dtype=np.int64)
-    with pytest.raises(UserError, match="of the dataset has no response, and in this step the student does not answer it"):
+    with pytest.raises(UserError, match="the dataset has no response, and in this step the student does not answer it"):
         rollouts_of(monkeypatch, rows, lmbda=0.5, granularity="row").microbatches(0)
