@@ -98,16 +98,18 @@ def topk_loss(
     `scratch_nV` may be overwritten; it is made where it is needed and missing.
     """
     normalizers, sums = measure_topk(student_nV, topk, topk_spec)
+    with_labels = needs_gradient and weights.cross_entropy is not None
     gradient = student_nV
-    if labels is not None:  # still needs the logits
+    if with_labels:  # which still need the logits
         gradient = torch.empty_like(student_nV) if scratch_nV is None else scratch_nV
-    if needs_gradient:
         write_topk_gradient(gradient, student_nV, topk, normalizers, sums.slope, weights.divergence, topk_spec)
     cross_entropy = torch.zeros_like(sums.value)
     if labels is not None:
-        cross_entropy = student_loss(student_nV, labels, weights, spec, needs_gradient).cross_entropy
-        if needs_gradient:
-            student_nV += gradient
+        cross_entropy = student_loss(student_nV, labels, weights, spec, with_labels).cross_entropy
+    if with_labels:
+        student_nV += gradient
+    elif needs_gradient:
+        write_topk_gradient(gradient, student_nV, topk, normalizers, sums.slope, weights.divergence, topk_spec)
     return PerToken(
         sums.value,
         cross_entropy,

@@ -74,7 +74,7 @@ class Objective:
             group=self.mesh.tp,
             vocab_size=self.vocab_size,
             labels=microbatch.labels.squeeze(0)[chosen],
-            sft_weights=sft_alpha * from_dataset,
+            sft_weights=sft_alpha * from_dataset if sft_alpha else None,
             topk=None if signal is None else self.topk,
             tail=self.tail,
             chunk_tokens=self.chunk_tokens,
