@@ -26,25 +26,32 @@ PP2 = {"pipeline": 2}
 VPP2 = PP2 | {"virtual_pipeline": 2}
 CP2 = {"context": 2}
 EP2 = {"expert": 2}
-SMALL = {"max_batch_tokens": 200, "max_prompt_tokens": 20}
+FEW = {"max_batch_tokens": 200, "max_prompt_tokens": 20}
 """Room for seven or eight rows, and for few new ones at a time: most have to wait, and rows end at different times."""
+TWO = {"max_batch_tokens": 60}
+"""Room for two rows."""
 ENGINES = {
     "one process": (1, {}, {}),
-    "one process, few rows at a time": (1, {}, SMALL),
-    "TP2": (2, TP2, {}),
-    "TP2+SP, few rows at a time": (2, TP2 | SP, SMALL),
+    "one process, few rows at a time": (1, {}, FEW),
+    "TP2+SP, few rows at a time": (2, TP2 | SP, FEW),
     "PP2": (2, PP2, {}),
-    "PP2xVPP2, few rows at a time": (2, VPP2, SMALL),
     "CP2": (2, CP2, {}),
+}
+DENSE_ENGINES = {
+    "one process": (1, {}, {}),
+    "TP2": (2, TP2, {}),
+    "PP2xVPP2, two rows at a time": (2, VPP2, TWO),
+}
+LARGE_ENGINES = DENSE_ENGINES | {
     "TP2xPP2": (4, TP2 | PP2, {}),
     "PP2xVPP2xCP2": (4, VPP2 | CP2, {}),
 }
 MOE_ENGINES = {
     "one process": (1, {}, {}),
     "EP2": (2, EP2, {}),
-    "TP2+SP, few rows at a time": (2, TP2 | SP, SMALL),
+    "TP2+SP, two rows at a time": (2, TP2 | SP, TWO),
     "TP2+SPxEP2": (2, TP2 | SP | EP2, {}),
-    "CP2xEP2": (2, CP2 | EP2, SMALL),
+    "CP2xEP2": (2, CP2 | EP2, TWO),
     "PP2xEP2": (4, PP2 | EP2, {}),
 }
 
@@ -98,16 +105,22 @@ class TestMegatronEngine(RolloutEngineContract):
         return gloo_world(1).run(answers_of, {}, {})[0]
 
 
-FAMILIES = ["llama", "qwen2", "qwen2_tied", "qwen3_tied", "qwen3_moe"]
+FAMILIES = {
+    "llama": DENSE_ENGINES,
+    "qwen2": DENSE_ENGINES,
+    "qwen2_tied": DENSE_ENGINES,
+    "qwen3": LARGE_ENGINES,
+    "qwen3_tied": LARGE_ENGINES,
+    "qwen3_moe": MOE_ENGINES,
+}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_draws_what_transformers_draws(family, gloo_world):
     checkpoint = tiny_checkpoint(family, seed=5)
     drawn = REQUESTS["drawn in another batch"]
-    engines = MOE_ENGINES if family == "qwen3_moe" else {name: ENGINES[name] for name in ("one process", "TP2", "PP2")}
     expected = None
-    for name, (world_size, layout, limits) in engines.items():
+    for name, (world_size, layout, limits) in FAMILIES[family].items():
         results = gloo_world(world_size).run(
             completions_of, checkpoint, layout, limits, [[REQUESTS["greedy"], drawn]], timeout=120
         )
@@ -123,7 +136,7 @@ def test_replicas_that_share_experts_may_have_prompts_of_their_own_or_none(layou
     many = [REQUESTS["greedy"], Request.of([], GREEDY), Request.of([4], replace(GREEDY, max_completion_length=3))]
     few = [Request.of([], GREEDY), Request.of([3, 2], GREEDY), Request.of([8], GREEDY)]
     world_size = 2 * layout.get("tensor", 1)
-    results = gloo_world(world_size).run(completions_of, checkpoint, layout, SMALL, [many, few], timeout=120)
+    results = gloo_world(world_size).run(completions_of, checkpoint, layout, TWO, [many, few], timeout=120)
     for rank, completions in enumerate(results):
         for request, found in zip((many, few)[rank * 2 // world_size], completions, strict=True):
             length = request.sampling.max_completion_length
