@@ -98,7 +98,6 @@ def check_prompts(prompts: Sequence[Sequence[int]], seeds: Sequence[int], vocab_
     for index, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ValueError(f"prompt {index} is empty; it needs at least one token")
-        if min(prompt) < 0 or max(prompt) >= vocab_size:
-            raise ValueError(
-                f"prompt {index} has ids from {min(prompt)} to {max(prompt)}; allowed are 0 to {vocab_size - 1}"
-            )
+        outside = [token for token in prompt if not 0 <= token < vocab_size]
+        if outside:
+            raise ValueError(f"prompt {index} has the token id {outside[0]}; allowed are 0 to {vocab_size - 1}")

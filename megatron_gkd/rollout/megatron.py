@@ -154,11 +154,13 @@ class MegatronEngine:
 
     def _gather_logits(self, hidden: Tensor) -> Tensor | None:
         """[rows, H] -> [rows, V] on the first tensor-parallel rank, None on the others."""
-        tp = self.mesh.tp
+        tp, vocab_size = self.mesh.tp, self.model.checkpoint.vocab_size
         shard = F.linear(hidden, self.model.head_weight)
+        if tp.size() == 1:
+            return shard[:, :vocab_size]
         parts = [torch.empty_like(shard) for _ in range(tp.size())] if tp.rank() == 0 else None
         dist.gather(shard, parts, dst=dist.get_global_rank(tp, 0), group=tp)
-        return None if parts is None else torch.cat(parts, dim=1)[:, : self.model.checkpoint.vocab_size]
+        return None if parts is None else torch.cat(parts, dim=1)[:, :vocab_size]
 
     def _finish_reason(self, row: Row, sampling: Sampling) -> str | None:
         newest = row.token_ids[-1]

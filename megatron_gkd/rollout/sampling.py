@@ -72,7 +72,7 @@ def gumbel_noise(seeds_n: Tensor, positions_n: Tensor, vocab_size: int) -> Tenso
     keys_n = _mix(_mix(seeds_n + _GOLDEN) + (positions_n + 1) * _GOLDEN)
     counters_V = torch.arange(1, vocab_size + 1, device=seeds_n.device) * _GOLDEN
     # 52 bits and a half, so that neither 0 nor 1 comes out.
-    uniform_nV = (_shift_right(_mix(keys_n[:, None] + counters_V), 12) + 0.5) * 2.0**-52
+    uniform_nV = (_shift_right(_mix(keys_n[:, None] + counters_V), 12).double() + 0.5) * 2.0**-52
     return -(-uniform_nV.log()).log()
 
 

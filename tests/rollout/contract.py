@@ -1,0 +1,181 @@
+"""What every rollout engine must do. Its tests derive from `RolloutEngineContract` and add a fixture of answers.
+
+    class TestMyEngine(RolloutEngineContract):
+        @pytest.fixture(scope="class")
+        @classmethod
+        def answers(cls):
+            return answer(MyEngine(CHECKPOINT(), ...))          # or the same in every rank of a world
+
+The engine samples from `CHECKPOINT()` (qwen3, vocabulary 99, EOS 2), in fp32.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from checkpoints import tiny_checkpoint
+from transformers import AutoModelForCausalLM
+
+from megatron_gkd.rollout.base import Completion, RolloutEngine, Sampling
+
+CHECKPOINT = functools.partial(tiny_checkpoint, "qwen3", seed=5)
+EOS = 2
+VERSION = 7
+GREEDY = Sampling(max_completion_length=16, temperature=0, ignore_eos=True)
+DRAWN = Sampling(max_completion_length=20)
+
+
+@dataclass(frozen=True)
+class Request:
+    prompts: list[list[int]]
+    sampling: Sampling
+    seeds: list[int]
+
+    @classmethod
+    def of(cls, lengths: list[int], sampling: Sampling, first_seed: int = 0) -> Request:
+        generator = torch.Generator().manual_seed(11)
+        prompts = [torch.randint(3, 99, (length,), generator=generator).tolist() for length in lengths]
+        return cls(prompts, sampling, list(range(first_seed, first_seed + len(lengths))))
+
+
+UNEQUAL = [6, 1, 13, 4, 9]
+ALIKE = [5] * 20
+REQUESTS = {
+    "greedy": Request.of(UNEQUAL, GREEDY),
+    "greedy by top-k": Request.of(UNEQUAL, replace(DRAWN, top_k=1, ignore_eos=True, max_completion_length=16)),
+    "one prompt": Request.of(UNEQUAL[:1], GREEDY),
+    "no prompt": Request.of([], GREEDY),
+    "one token": Request.of(UNEQUAL, replace(GREEDY, max_completion_length=1)),
+    "drawn": Request.of(ALIKE, DRAWN),
+    "drawn by other seeds": Request.of(ALIKE, DRAWN, first_seed=100),
+    "drawn in another batch": Request.of(ALIKE[:7], DRAWN),
+    "EOS ignored": Request.of(ALIKE, replace(DRAWN, ignore_eos=True)),
+    "stop tokens": Request.of(ALIKE, replace(DRAWN, stop_token_ids=(17, 40, 41, 42, 43), ignore_eos=True)),
+    "filtered": Request.of(ALIKE, replace(DRAWN, temperature=0.7, top_k=5, top_p=0.8)),
+}
+WRONG = {
+    "2 prompts and 1 seeds": Request([[5], [6]], GREEDY, [0]),
+    "prompt 1 is empty": Request([[5], []], GREEDY, [0, 1]),
+    "prompt 0 has the token id 99; allowed are 0 to 98": Request([[5, 99]], GREEDY, [0]),
+}
+
+
+def answer(engine: RolloutEngine, named_tensors=()) -> dict[str, list[Completion] | str]:
+    """The engine's answers to all requests, and what it says to wrong ones."""
+    answers = {}
+    with engine.resident():
+        engine.load_weights(named_tensors, version=VERSION)
+        for name, request in REQUESTS.items():
+            answers[name] = engine.generate(request.prompts, request.sampling, request.seeds)
+        for name, request in WRONG.items():
+            try:
+                answers[name] = engine.generate(request.prompts, request.sampling, request.seeds)
+            except ValueError as error:
+                answers[name] = str(error)
+    return answers
+
+
+@functools.cache
+def transformers_model(path):
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def transformers_greedy(path, prompts: list[list[int]], length: int) -> list[list[int]]:
+    """`length` tokens a prompt, by transformers' own `generate`, whether or not an EOS is among them."""
+    model = transformers_model(path)
+    model.generation_config.eos_token_id = None
+    inputs = (torch.tensor([prompt]) for prompt in prompts)
+    outputs = (model.generate(ids, max_new_tokens=length, do_sample=False, pad_token_id=0) for ids in inputs)
+    return [output[0, len(prompt) :].tolist() for prompt, output in zip(prompts, outputs, strict=True)]
+
+
+@torch.no_grad()
+def transformers_log_probs(path, prompt: list[int], token_ids: list[int]) -> list[float]:
+    """Of each of `token_ids`, after the prompt and those before it."""
+    logits = transformers_model(path)(torch.tensor([prompt + token_ids])).logits[0, len(prompt) - 1 : -1]
+    return logits.double().log_softmax(-1).gather(1, torch.tensor(token_ids)[:, None])[:, 0].tolist()
+
+
+def tokens_of(completions: list[Completion]) -> list[list[int]]:
+    return [completion.token_ids for completion in completions]
+
+
+class RolloutEngineContract:
+    @pytest.fixture(scope="class")
+    @classmethod
+    def answers(cls) -> dict[str, list[Completion] | str]:
+        raise NotImplementedError("an engine's tests give their own")
+
+    @pytest.mark.parametrize("name", ["greedy", "greedy by top-k"])
+    def test_greedy_tokens_are_those_of_transformers(self, answers, name):
+        request = REQUESTS[name]
+        assert tokens_of(answers[name]) == transformers_greedy(CHECKPOINT(), request.prompts, 16)
+
+    def test_one_prompt_or_none_are_a_batch_too(self, answers):
+        assert tokens_of(answers["one prompt"]) == tokens_of(answers["greedy"])[:1]
+        assert answers["no prompt"] == []
+
+    def test_a_completion_may_have_one_token(self, answers):
+        assert tokens_of(answers["one token"]) == [tokens[:1] for tokens in tokens_of(answers["greedy"])]
+        assert {completion.finish_reason for completion in answers["one token"]} == {"length"}
+
+    @pytest.mark.parametrize("name", ["greedy", "drawn", "filtered", "EOS ignored"])
+    def test_log_probs_are_those_of_the_untempered_model(self, answers, name):
+        for prompt, completion in zip(REQUESTS[name].prompts, answers[name], strict=True):
+            expected = transformers_log_probs(CHECKPOINT(), prompt, completion.token_ids)
+            assert completion.log_probs == pytest.approx(expected, abs=1e-4)
+
+    def test_the_same_seeds_give_the_same_tokens_whatever_else_is_in_the_batch(self, answers):
+        assert tokens_of(answers["drawn in another batch"]) == tokens_of(answers["drawn"])[:7]
+
+    def test_other_seeds_give_other_tokens(self, answers):
+        pairs = zip(tokens_of(answers["drawn by other seeds"]), tokens_of(answers["drawn"]), strict=True)
+        assert all(other != drawn for other, drawn in pairs)
+
+    def test_an_eos_ends_a_completion_and_is_its_last_token(self, answers):
+        stopped = [c for c in answers["drawn"] if c.finish_reason == "stop"]
+        assert stopped and len(stopped) < len(answers["drawn"])
+        for completion in answers["drawn"]:
+            assert EOS not in completion.token_ids[:-1]
+            assert (completion.token_ids[-1] == EOS) == (completion.finish_reason == "stop")
+            assert completion.finish_reason == "stop" or len(completion.token_ids) == DRAWN.max_completion_length
+
+    def test_an_ignored_eos_is_a_token_like_any_other(self, answers):
+        """And what came before it is what comes where it counts."""
+        assert any(EOS in tokens[:-1] for tokens in tokens_of(answers["EOS ignored"]))
+        for going_on, ended in zip(answers["EOS ignored"], answers["drawn"], strict=True):
+            assert len(going_on.token_ids) == DRAWN.max_completion_length and going_on.finish_reason == "length"
+            assert going_on.token_ids[: len(ended.token_ids)] == ended.token_ids
+
+    def test_stop_tokens_end_a_completion(self, answers):
+        stops = set(REQUESTS["stop tokens"].sampling.stop_token_ids)
+        assert any(completion.finish_reason == "stop" for completion in answers["stop tokens"])
+        for completion in answers["stop tokens"]:
+            assert not stops & set(completion.token_ids[:-1])
+            assert (completion.token_ids[-1] in stops) == (completion.finish_reason == "stop")
+
+    def test_filters_leave_only_likely_tokens(self, answers):
+        """No token is drawn that has 5 likelier ones."""
+        for prompt, completion in zip(REQUESTS["filtered"].prompts, answers["filtered"], strict=True):
+            ids = torch.tensor([prompt + completion.token_ids])
+            with torch.no_grad():
+                logits = transformers_model(CHECKPOINT())(ids).logits[0, len(prompt) - 1 : -1]
+            drawn = logits.gather(1, torch.tensor(completion.token_ids)[:, None])
+            assert ((logits > drawn + 1e-4).sum(-1) < 5).all()
+
+    def test_every_completion_names_the_version_of_the_weights(self, answers):
+        completions = [completion for name in REQUESTS for completion in answers[name]]
+        assert {completion.version for completion in completions} == {VERSION}
+
+    def test_every_token_has_a_log_prob(self, answers):
+        for name in REQUESTS:
+            for completion in answers[name]:
+                assert len(completion.log_probs) == len(completion.token_ids) > 0
+                assert all(log_prob <= 0 for log_prob in completion.log_probs)
+
+    @pytest.mark.parametrize("message", WRONG)
+    def test_wrong_prompts_are_refused(self, answers, message):
+        assert message in answers[message]
