@@ -74,7 +74,7 @@ def family_config(family: str, **changes) -> PretrainedConfig:
         case "qwen2":
             return Qwen2Config(**sizes)
         case "qwen3":
-            return Qwen3Config(**sizes, head_dim=16)
+            return Qwen3Config(**{"head_dim": 16} | sizes)
         case "qwen3_moe":
             experts = dict(moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2, norm_topk_prob=True)
             return Qwen3MoeConfig(**sizes, head_dim=16, **experts, decoder_sparse_step=1, router_aux_loss_coef=0.01)

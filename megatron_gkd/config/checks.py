@@ -56,6 +56,16 @@ def _tail(recipe: Recipe, _: int) -> Iterator[str]:
         yield "distill.gkd_topk_tail = bucket: only with gkd_logits_topk"
 
 
+def _servers_are_named(recipe: Recipe, _: int) -> Iterator[str]:
+    engine, urls = recipe.rollout.engine, recipe.rollout.vllm_server_urls
+    if engine == "vllm_server" and not urls:
+        yield "rollout.vllm_server_urls = []: must name a server where rollout.engine = vllm_server"
+    if engine != "vllm_server" and urls:
+        yield f"rollout.vllm_server_urls = {list(urls)}: only with rollout.engine = vllm_server"
+    if len(set(urls)) < len(urls):
+        yield f"rollout.vllm_server_urls = {list(urls)}: must name every server once"
+
+
 def _model_ranks(recipe: Recipe) -> tuple[str, int]:
     """The three sizes of one replica as a product in words, and their product."""
     p = recipe.parallel
@@ -196,6 +206,7 @@ CHECKS = (
     Check(("lmbda", "kind"), _on_policy),
     Check(("divergence", "beta"), _beta),
     Check(("gkd_topk_tail", "gkd_logits_topk"), _tail),
+    Check(("engine", "vllm_server_urls"), _servers_are_named),
     Check(LAYOUT, _layout_divides),
     Check(
         ("expert_tensor_parallel_size", "expert_model_parallel_size", "pipeline_model_parallel_size"), _experts_divide

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from megatron_gkd.config import yaml_text
 
 PathText = Annotated[str, StringConstraints(min_length=1), AfterValidator(os.path.expanduser)]
+ServerUrl = Annotated[str, StringConstraints(pattern=r"^https?://[^/\s]+/?$")]
 
 
 def _as_sequence(value: Any) -> Any:
@@ -87,13 +88,30 @@ class DistillSection(Section):
 class RolloutSection(Section):
     """How the student samples where lmbda has it so."""
 
-    engine: Literal["megatron"] = Field("megatron", description="megatron: the sharded student itself")
+    engine: Literal["megatron", "vllm_server"] = Field(
+        "megatron", description="megatron: the sharded student itself; vllm_server: vLLM servers that run already"
+    )
     max_completion_length: int = Field(512, ge=1, description="most tokens of a completion, within data.max_length")
     rollout_temperature: float = Field(1.0, gt=0, description="divides the logits that tokens are drawn from")
     top_k: int | None = Field(None, ge=1, description="draw from that many most likely tokens only; null: from all")
     top_p: float = Field(1.0, gt=0, le=1, description="draw from the most likely tokens of this mass only")
     truncated: Literal["keep", "mask", "drop"] = Field(
         "keep", description="completions that end at max_completion_length: train on, leave without loss, or leave out"
+    )
+    vllm_server_urls: Annotated[tuple[ServerUrl, ...], BeforeValidator(_as_sequence)] = Field(
+        (), description="vllm_server: addresses of the servers, which prompts are dealt to (http://host:8000)"
+    )
+    weight_sync_dir: PathText | None = Field(
+        None,
+        description="vllm_server: folder of the student's weights, under one path here and there; "
+        "null: rollout_weights in output_dir",
+    )
+    server_concurrency: int = Field(
+        64, ge=1, description="vllm_server: requests in flight, over all servers, of one data-parallel rank"
+    )
+    server_timeout_s: float = Field(600.0, gt=0, description="vllm_server: longest time of one answer, in seconds")
+    server_patience_s: float = Field(
+        300.0, ge=0, description="vllm_server: how long a server may be gone before the run stops, in seconds"
     )
 
 

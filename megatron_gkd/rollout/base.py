@@ -10,6 +10,12 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
+from megatron_gkd.errors import UserError
+
+
+class RolloutFailed(UserError):
+    """No samples are to be had. All ranks raise it together, and the student is as it was before."""
+
 
 @dataclass(frozen=True)
 class Sampling:

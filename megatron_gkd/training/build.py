@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from megatron_gkd.data.loader import SampleDataset, StepOrder
 from megatron_gkd.data.policy import OnPolicy
 from megatron_gkd.models.checkpoint import Checkpoint
 from megatron_gkd.models.megatron_model import BuildOptions, MegatronModel
-from megatron_gkd.rollout.base import Sampling
+from megatron_gkd.rollout.base import RolloutEngine, Sampling
 from megatron_gkd.rollout.megatron import MegatronEngine
+from megatron_gkd.rollout.vllm_server import ServerOptions, VllmServerEngine
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.teachers.local import LocalTeacher
 from megatron_gkd.training.loss import Objective
@@ -106,7 +108,7 @@ def build_rollouts(
         top_p=section.top_p,
     )
     return Rollouts(
-        MegatronEngine(student.model, checkpoint.eos_token_ids),
+        _build_engine(recipe, mesh, student, checkpoint),
         policy,
         dataset,
         order,
@@ -116,3 +118,18 @@ def build_rollouts(
         truncated=section.truncated,
         dp=mesh.dp,
     )
+
+
+def _build_engine(recipe: Recipe, mesh: Mesh, student: Student, checkpoint: Checkpoint) -> RolloutEngine:
+    section = recipe.rollout
+    if section.engine == "megatron":
+        return MegatronEngine(student.model, checkpoint.eos_token_ids)
+    options = ServerOptions(
+        urls=section.vllm_server_urls,
+        weight_sync_dir=Path(section.weight_sync_dir or Path(recipe.output.output_dir) / "rollout_weights"),
+        max_length=recipe.data.max_length,
+        concurrency=section.server_concurrency,
+        timeout=section.server_timeout_s,
+        patience=section.server_patience_s,
+    )
+    return VllmServerEngine(mesh, checkpoint, options)

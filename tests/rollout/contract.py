@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_gkd.rollout.base import Completion, RolloutEngine, Sampling
 
-CHECKPOINT = functools.partial(tiny_checkpoint, "qwen3", seed=5)
+CHECKPOINT = functools.partial(tiny_checkpoint, "qwen3", seed=5, head_dim=32)  # the smallest that vLLM has on a CPU
 EOS = 2
 VERSION = 7
 GREEDY = Sampling(max_completion_length=16, temperature=0, ignore_eos=True)

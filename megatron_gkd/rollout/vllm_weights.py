@@ -1,0 +1,154 @@
+"""The student's weights as checkpoints in a folder that the trainer and the inference servers both see."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_gkd.errors import UserError
+
+Shapes = dict[str, tuple[int, ...]]
+
+_MOST_BYTES = 5 * 10**9  # of a file, which is in host memory before it is written
+
+
+@dataclass(frozen=True)
+class SharedWeights:
+    """One version of the student's weights on disk.
+
+    Attributes:
+        directory: absolute, with safetensors files alone; its name was never used before.
+        version: as given to `RolloutEngine.load_weights`.
+        label: names run and version to a server.
+        shapes: of the tensors in `directory`, by their Hugging Face names.
+    """
+
+    directory: Path
+    version: int
+    label: str
+    shapes: Shapes
+
+    def validate(self) -> None:
+        """UserError unless `directory` holds exactly these tensors: a server that reads anything else is lost."""
+        found = tensor_shapes(self.directory)
+        if found != self.shapes:
+            raise UserError(f"{self.directory}: not what was written there: {_differences(found, self.shapes)}")
+
+
+class WeightFolder:
+    """Writes one version after another into `root`.
+
+    Args:
+        root: made if missing. Folders in it whose name begins with "weights-" belong to this class.
+        expected: names and shapes that every version has to have.
+        optional: names in `expected` that may be missing, for being copies of others.
+    """
+
+    def __init__(self, root: Path, expected: Shapes, optional: Iterable[str] = ()):
+        self.root, self.expected, self.optional = root.absolute(), expected, frozenset(optional)
+        self.run = secrets.token_hex(4)
+
+    def write(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> SharedWeights:
+        """Exhausts `named_tensors`, come what may: other ranks take part in making them.
+
+        Raises UserError for tensors that are not the expected ones, and if they can't be written.
+        """
+        label = f"{self.run}-{version}"
+        # A name of its own in every run: a network file system may still remember what an old one held.
+        directory = self.root / f"weights-{version:06d}-{self.run}"
+        unfinished = directory.with_name(directory.name + ".unfinished")
+        named_tensors = iter(named_tensors)
+        try:
+            unfinished.mkdir(parents=True)
+            shapes = _save(named_tensors, unfinished)
+            self._check(shapes)
+            _flush(unfinished)
+            unfinished.rename(directory)
+            _flush_directory(self.root)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"the weights for the rollout servers can't be written to {directory}: {error}") from error
+        finally:
+            for _ in named_tensors:
+                pass
+        weights = SharedWeights(directory, version, label, shapes)
+        weights.validate()
+        return weights
+
+    def forget_all_but(self, weights: SharedWeights) -> None:
+        """Delete all other versions, and what interrupted runs have left."""
+        for path in self.root.glob("weights-*"):
+            if path != weights.directory:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _check(self, shapes: Shapes) -> None:
+        expected = {name: shape for name, shape in self.expected.items() if name in shapes or name not in self.optional}
+        if shapes != expected:
+            raise UserError(
+                f"the student's weights are not those of the checkpoint it began as: {_differences(shapes, expected)}"
+            )
+
+
+def tensor_shapes(directory: Path) -> Shapes:
+    """Of all tensors in a folder of safetensors files. UserError if there are none, or one can't be read."""
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{directory}: no *.safetensors file there")
+    shapes: Shapes = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file}: can't be read ({error})") from error
+    return shapes
+
+
+def _save(named_tensors: Iterable[tuple[str, Tensor]], directory: Path) -> Shapes:
+    shapes: Shapes = {}
+    for number, shard in enumerate(_shards(named_tensors), start=1):
+        save_file(shard, directory / f"model-{number:05d}.safetensors")
+        shapes |= {name: tuple(tensor.shape) for name, tensor in shard.items()}
+    return shapes
+
+
+def _shards(named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """The tensors on the CPU, as many at a time as a file may hold."""
+    shard: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in named_tensors:
+        if shard and size + tensor.nbytes > _MOST_BYTES:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor.detach().cpu().contiguous()
+        size += tensor.nbytes
+    if shard:
+        yield shard
+
+
+def _differences(found: Shapes, expected: Shapes, most: int = 3) -> str:
+    names = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+    told = [f"{name} is {found.get(name, 'missing')} and should be {expected.get(name, 'absent')}" for name in names]
+    return "; ".join(told[:most]) + (f"; and {len(told) - most} more" if len(told) > most else "")
+
+
+def _flush(directory: Path) -> None:
+    for path in directory.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    _flush_directory(directory)
+
+
+def _flush_directory(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

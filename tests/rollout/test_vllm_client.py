@@ -1,0 +1,176 @@
+"""What the client makes of answers that a healthy vLLM server does not give, or not on demand."""
+
+from __future__ import annotations
+
+import json
+
+import httpx
+import pytest
+import torch
+
+from megatron_gkd.errors import UserError
+from megatron_gkd.rollout.vllm_client import StudentServer
+from megatron_gkd.rollout.vllm_weights import WeightFolder
+
+ANSWER = {"finish_reason": "stop", "token_ids": [5], "logprobs": {"token_logprobs": [-1.0]}}
+
+
+class Scripted:
+    """Answers like a vLLM server, except where `failures` has another answer for the next requests to a path."""
+
+    def __init__(self):
+        self.label = "default"
+        self.max_model_len, self.logprobs_mode = 64, "raw_logprobs"
+        self.calls: list[str] = []
+        self.failures: dict[str, list] = {}
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        path = request.url.path
+        self.calls.append(path)
+        if self.failures.get(path):
+            failure = self.failures[path].pop(0)
+            if isinstance(failure, Exception):
+                raise failure
+            return failure
+        body = json.loads(request.content) if request.content else {}
+        if path == "/update_weight_version":
+            self.label = body["new_version"]
+        answers = {
+            "/v1/models": {"data": [{"id": "tiny", "max_model_len": self.max_model_len}]},
+            "/server_info": {"vllm_config": {"model_config": {"logprobs_mode": self.logprobs_mode}}},
+            "/weight_info": {"weight_version": self.label},
+            "/reset_prefix_cache": {"success": True},
+            "/v1/completions": {"choices": [ANSWER]},
+        }
+        return httpx.Response(200, json=answers.get(path, {}))
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch):
+    monkeypatch.setattr("megatron_gkd.rollout.vllm_client._FIRST_PAUSE", 1e-3)
+
+
+@pytest.fixture
+def scripted():
+    return Scripted()
+
+
+@pytest.fixture
+def server(scripted):
+    return StudentServer("http://server:8000/", httpx.Client(transport=httpx.MockTransport(scripted)), patience=0.05)
+
+
+@pytest.fixture
+def weights(tmp_path):
+    return WeightFolder(tmp_path, {"a": (2,)}).write([("a", torch.zeros(2))], version=4)
+
+
+DOWN = [
+    httpx.ConnectError("refused"),
+    httpx.ReadTimeout("too long"),
+    httpx.RemoteProtocolError("hung up"),
+    httpx.Response(503, text="starting"),
+    httpx.Response(500, text="EngineCore encountered an issue"),
+]
+
+
+def test_hello_waits_for_a_server_that_is_still_starting(server, scripted):
+    scripted.failures["/v1/models"] = DOWN[:3]
+    model = server.hello(max_length=64)
+    assert (model.name, model.max_model_len) == ("tiny", 64) and scripted.calls.count("/v1/models") == 4
+
+
+@pytest.mark.parametrize("failure", DOWN, ids=str)
+def test_past_the_limit_there_is_a_clear_error(failure, server, scripted):
+    scripted.failures["/v1/models"] = [failure] * 1000
+    with pytest.raises(UserError, match=r"http://server:8000/v1/models: .*for 0.05 s \(rollout.server_patience_s\)"):
+        server.hello(max_length=64)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_model_len": 63}, "up to 63 tokens, fewer than data.max_length = 64; start it with --max-model-len 64"),
+        ({"logprobs_mode": "processed_logprobs"}, "start it with --logprobs-mode raw_logprobs"),
+        ({"failures": {"/server_info": [httpx.Response(404)]}}, "start it with VLLM_SERVER_DEV_MODE=1"),
+        ({"failures": {"/weight_info": [httpx.Response(404)]}}, "its vLLM is too old"),
+    ],
+)
+def test_a_server_that_can_not_serve_is_refused(change, message, server, scripted):
+    vars(scripted).update(change)
+    with pytest.raises(UserError, match=message):
+        server.hello(max_length=64)
+
+
+STEPS = ["/pause", "/collective_rpc", "/reset_prefix_cache", "/resume", "/update_weight_version"]
+
+
+def test_new_weights_come_while_nothing_runs_and_old_keys_and_values_go(server, scripted, weights):
+    server.load(weights)
+    assert scripted.calls == ["/weight_info", *STEPS]
+    assert scripted.label.startswith(f"{weights.label}.")
+    assert server.complete({}) == (scripted.label, ANSWER) == (server.current_label(), ANSWER)
+
+
+@pytest.mark.parametrize("path", STEPS)
+def test_a_loading_that_is_interrupted_starts_over(path, server, scripted, weights):
+    scripted.failures = {path: [httpx.ReadError("reset")], "/health": [httpx.ConnectError("refused")]}
+    server.load(weights)
+    assert scripted.calls[-len(STEPS) :] == STEPS and scripted.calls.count("/pause") == 2
+
+
+def test_a_prefix_cache_in_use_is_reset_again(server, scripted, weights):
+    scripted.failures["/reset_prefix_cache"] = [httpx.Response(200, json={"success": False})]
+    server.load(weights)
+    assert scripted.calls.count("/reset_prefix_cache") == 2
+
+
+def test_a_server_that_lives_but_can_not_load_is_an_error_at_once(server, scripted, weights):
+    scripted.failures["/collective_rpc"] = [httpx.Response(500, text="no such file")]
+    with pytest.raises(UserError, match=r"can't load .*\(rollout.weight_sync_dir\).*no such file"):
+        server.load(weights)
+    assert "/resume" not in scripted.calls
+
+
+def test_bad_weights_are_never_sent(server, scripted, weights):
+    for file in weights.directory.iterdir():
+        file.unlink()
+    with pytest.raises(UserError, match="no .*safetensors file there"):
+        server.load(weights)
+    assert scripted.calls == ["/weight_info"]
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [*DOWN, httpx.Response(200, json={"choices": [{"finish_reason": "abort"}]})],
+    ids=lambda failure: getattr(failure, "text", None) or str(failure),
+)
+def test_a_failed_completion_is_asked_again(failure, server, scripted, weights):
+    server.load(weights)
+    scripted.failures["/v1/completions"] = [failure] * 2
+    assert server.complete({}) == (scripted.label, ANSWER)
+    assert scripted.calls.count("/v1/completions") == 3 and scripted.calls.count("/collective_rpc") == 1
+
+
+def test_a_restarted_server_is_given_the_weights_again_under_another_label(server, scripted, weights):
+    server.load(weights)
+    before = scripted.label
+    scripted.label = "default"
+    scripted.failures["/v1/completions"] = [httpx.ReadError("reset")]
+    label, _ = server.complete({})
+    assert label == scripted.label == server.current_label() != before
+    assert scripted.calls.count("/collective_rpc") == 2
+
+
+def test_an_answer_of_a_server_that_was_restarted_unnoticed_is_told_by_its_label(server, scripted, weights):
+    server.load(weights)
+    scripted.label = "default"
+    label, _ = server.complete({})
+    assert label != server.current_label() and scripted.label == server.current_label()
+
+
+def test_a_request_that_is_refused_is_an_error_at_once(server, scripted, weights):
+    server.load(weights)
+    scripted.failures["/v1/completions"] = [httpx.Response(400, text="Token id 999 is out of vocabulary")]
+    with pytest.raises(UserError, match="400: Token id 999 is out of vocabulary"):
+        server.complete({})

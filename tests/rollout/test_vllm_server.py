@@ -1,0 +1,262 @@
+"""The engine over a real vLLM server: the contract, new weights, layouts, and a server that dies under it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import vllm_server
+from checkpoints import tiny_checkpoint
+from rollout.contract import (
+    CHECKPOINT,
+    DRAWN,
+    GREEDY,
+    REQUESTS,
+    Request,
+    RolloutEngineContract,
+    answer,
+    tokens_of,
+    transformers_greedy,
+    transformers_log_probs,
+)
+from safetensors.torch import load_file
+
+from megatron_gkd.errors import UserError
+from megatron_gkd.rollout.base import RolloutFailed
+
+pytestmark = pytest.mark.vllm
+LONG = Request.of([200], replace(GREEDY, max_completion_length=8))
+"""More than one block of vLLM's prefix cache."""
+MANY = Request.of([20] * 48, replace(DRAWN, max_completion_length=200, ignore_eos=True))
+"""Seconds of work."""
+
+
+@contextmanager
+def engine_of(urls, folder, layout=None, **options):
+    from megatron_gkd.models.checkpoint import Checkpoint
+    from megatron_gkd.rollout.vllm_server import ServerOptions, VllmServerEngine
+    from megatron_gkd.runtime.mesh import Layout, destroy_mesh, initialize_mesh
+
+    mesh = initialize_mesh(Layout(**(layout or {})), seed=1)
+    try:
+        options = ServerOptions(tuple(urls), folder, max_length=256, **{"patience": 120} | options)
+        yield VllmServerEngine(mesh, Checkpoint.open(str(CHECKPOINT())), options)
+    finally:
+        destroy_mesh()
+
+
+def weights_of(checkpoint):
+    return load_file(checkpoint / "model.safetensors").items()
+
+
+def generate(engine, request):
+    return engine.generate(request.prompts, request.sampling, request.seeds)
+
+
+def answers_of(rank, world_size, url, folder):
+    with engine_of([url], folder) as engine:
+        return answer(engine, weights_of(CHECKPOINT()))
+
+
+class TestVllmServerEngine(RolloutEngineContract):
+    """The server's own weights are others: every answer is by those that the engine has sent."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def answers(cls, vllm_process, gloo_world, tmp_path_factory):
+        vllm_process.ensure_running()
+        return gloo_world(1).run(answers_of, vllm_process.url, tmp_path_factory.mktemp("sync"))[0]
+
+
+def load_one_after_another(rank, world_size, url, folder, checkpoints, reset):
+    from megatron_gkd.rollout.vllm_client import StudentServer
+
+    exchange = StudentServer._exchange
+    if not reset:  # pausing would do it, too
+        StudentServer._exchange = lambda self, method, path, **options: (
+            {"success": True} if path in ("/pause", "/reset_prefix_cache") else exchange(self, method, path, **options)
+        )
+    found = []
+    try:
+        with engine_of([url], folder) as engine:
+            for version, checkpoint in enumerate(checkpoints):
+                engine.load_weights(weights_of(checkpoint), version)
+                found.append([generate(engine, request) for request in (REQUESTS["drawn"], LONG)])
+                assert len(list(folder.iterdir())) == 1, "old versions are gone"
+    finally:
+        StudentServer._exchange = exchange
+    return found
+
+
+def error_of(completion, checkpoint):
+    """The largest of the log-probabilities' differences from transformers, after LONG's prompt."""
+    expected = transformers_log_probs(checkpoint, LONG.prompts[0], completion.token_ids)
+    return max(abs(a - b) for a, b in zip(completion.log_probs, expected, strict=True))
+
+
+def test_new_weights_and_the_old_ones_again(student_server, gloo_world, tmp_path):
+    a, b = CHECKPOINT(), tiny_checkpoint("qwen3", seed=8, head_dim=32)
+    first, second, third = gloo_world(1).run(load_one_after_another, student_server.url, tmp_path, [a, b, a], True)[0]
+    for checkpoint, (drawn, long) in ((a, first), (b, second), (a, third)):
+        assert tokens_of(long) == transformers_greedy(checkpoint, LONG.prompts, 8)
+        assert error_of(long[0], checkpoint) < 1e-4
+    for version, (drawn, _) in enumerate((first, second, third)):
+        assert {completion.version for completion in drawn} == {version}
+    assert tokens_of(first[0]) != tokens_of(second[0])
+    assert tokens_of(first[0]) == tokens_of(third[0])
+    for before, after in zip(first[0], third[0], strict=True):
+        assert after.log_probs == pytest.approx(before.log_probs, abs=1e-5)
+
+
+def test_without_a_reset_the_prefix_cache_would_be_stale(student_server, gloo_world, tmp_path):
+    """That is, the test above would notice."""
+    a, b = CHECKPOINT(), tiny_checkpoint("qwen3", seed=8, head_dim=32)
+    _, second = gloo_world(1).run(load_one_after_another, student_server.url, tmp_path, [a, b], False)[0]
+    assert error_of(second[1][0], b) > 1e-3
+
+
+def send_a_bad_path(rank, world_size, url, folder):
+    with engine_of([url], folder) as engine:
+        engine.load_weights(weights_of(CHECKPOINT()), version=1)
+        (server,), weights = engine.servers, engine.weights
+        (weights.directory / "model-00001.safetensors").rename(folder / "elsewhere")
+        server._label = None  # so that it asks again for its weights
+        server.want(replace(weights, label="other"))
+        with pytest.raises(UserError, match="no .*safetensors file there"):
+            server.load(replace(weights, label="other"))
+        (folder / "elsewhere").rename(weights.directory / "model-00001.safetensors")
+        server.want(weights)
+        return generate(engine, REQUESTS["greedy"])
+
+
+def test_a_bad_path_is_refused_before_it_is_sent(student_server, gloo_world, tmp_path):
+    completions = gloo_world(1).run(send_a_bad_path, student_server.url, tmp_path)[0]
+    assert tokens_of(completions) == transformers_greedy(CHECKPOINT(), REQUESTS["greedy"].prompts, 16)
+
+
+def sample_a_sharded_student(rank, world_size, urls, folder, layout, requests):
+    """Each data-parallel replica has its own request; whether this rank asked the servers, and its completions."""
+    from megatron_gkd.models.megatron_model import BuildOptions, MegatronModel
+
+    with engine_of(urls, folder, layout) as engine:
+        model = MegatronModel.load(engine.checkpoint, engine.mesh, BuildOptions())
+        engine.load_weights(model.named_tensors(), version=3)
+        return bool(engine.servers), generate(engine, requests[engine.mesh.dp.rank()])
+
+
+LAYOUTS = {
+    "TP2": {"tensor": 2},
+    "PP2": {"pipeline": 2},
+    "CP2": {"context": 2},
+    "DP2": {},
+    "TP2xPP2": {"tensor": 2, "pipeline": 2},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_one_rank_of_a_replica_asks_and_all_have_the_answers(layout, student_server, gloo_world, tmp_path):
+    """By two addresses of the server, as if there were two."""
+    urls = [student_server.url, student_server.url.replace("127.0.0.1", "localhost")]
+    world_size = 4 if layout == "TP2xPP2" else 2
+    requests = [REQUESTS["greedy"], Request.of([3], GREEDY) if layout == "DP2" else None]
+    ranks = gloo_world(world_size).run(sample_a_sharded_student, urls, tmp_path, LAYOUTS[layout], requests)
+    for rank, (asked, completions) in enumerate(ranks):
+        request = requests[rank if layout == "DP2" else 0]
+        assert asked == (rank == 0 or layout == "DP2")
+        assert tokens_of(completions) == transformers_greedy(CHECKPOINT(), request.prompts, 16)
+        assert {completion.version for completion in completions} == {3}
+
+
+RECIPE = """
+student:  {{model: {student}}}
+teacher:  {{teacher_model: {teacher}}}
+distill:  {{beta: 1, lmbda: 1}}
+rollout:  {{engine: vllm_server, vllm_server_urls: {url}, max_completion_length: 12}}
+parallel: {{tensor_model_parallel_size: 2, sequence_parallel: true}}
+data:     {{dataset: [train.jsonl], max_length: 128}}
+train:    {{global_batch_size: 8, train_iters: 3, lr: 1.0e-3, dtype: fp32}}
+output:   {{output_dir: runs/x}}
+"""
+
+
+def test_a_run_whose_student_answers_by_a_server(student_server, tmp_path):
+    teacher = tiny_checkpoint("qwen3", seed=1, num_hidden_layers=2)
+    rows = [{"prompt": " ".join(f"w{(3 * row + i) % 60}" for i in range(5))} for row in range(24)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "recipe.yaml").write_text(RECIPE.format(student=CHECKPOINT(), teacher=teacher, url=student_server.url))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "HF_DATASETS_CACHE": str(tmp_path / "c")}
+    finished = subprocess.run(
+        [*torchrun, "-m", "megatron_gkd", "train", "recipe.yaml"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr
+    steps = [json.loads(line) for line in (tmp_path / "runs/x/metrics.jsonl").read_text().splitlines()]
+    assert [step["source"] for step in steps] == ["student"] * 3
+    for step in steps:  # the server's weights are those of this very step
+        assert abs(step["mismatch_kl"]) < 1e-4 and step["rollout_tokens_per_second"] > 0
+
+
+def fail_to_reach(rank, world_size, url, folder):
+    try:
+        with engine_of([url], folder, {"tensor": 2}, patience=1.0):
+            return None
+    except RolloutFailed as error:
+        return str(error)
+
+
+def test_all_ranks_hear_that_there_is_no_server(gloo_world, tmp_path):
+    url = f"http://127.0.0.1:{vllm_server.free_port()}"
+    messages = gloo_world(2).run(fail_to_reach, url, tmp_path)
+    assert messages[0] == messages[1]
+    assert f"{url}/v1/models: ConnectError" in messages[0] and "for 1 s (rollout.server_patience_s)" in messages[0]
+
+
+def generate_while_it_dies(rank, world_size, url, folder, patience):
+    """Completions before; and those during which the server dies, or the error."""
+    with engine_of([url], folder, patience=patience) as engine:
+        engine.load_weights(weights_of(CHECKPOINT()), version=2)
+        before = generate(engine, MANY)
+        (folder / "second time").touch()
+        try:
+            return before, generate(engine, MANY)
+        except RolloutFailed as error:
+            return before, str(error)
+
+
+def kill_while_it_answers(server, gloo_world, folder, patience, *, restart):
+    """Returns also how long it took from the kill until there was an answer or an error, in seconds."""
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(gloo_world(1).run, generate_while_it_dies, server.url, folder, patience)
+        while not (folder / "second time").exists():
+            assert not call.done(), call.result()
+            time.sleep(0.05)
+        time.sleep(1)  # some prompts are answered, some are not
+        killed = time.monotonic()
+        server.kill()
+        if restart:
+            server.start()
+        (result,) = call.result()
+        return *result, time.monotonic() - killed
+
+
+def test_a_server_that_is_killed_and_restarted_loses_nothing(student_server, gloo_world, tmp_path):
+    """It comes back with the weights that it was started with, and is given the student's again."""
+    before, after, _ = kill_while_it_answers(student_server, gloo_world, tmp_path, 240.0, restart=True)
+    assert tokens_of(after) == tokens_of(before)
+    assert {completion.version for completion in after} == {2}
+
+
+def test_a_server_that_stays_away_is_a_clear_error(student_server, gloo_world, tmp_path):
+    _, message, seconds = kill_while_it_answers(student_server, gloo_world, tmp_path, 3.0, restart=False)
+    assert isinstance(message, str) and f"{student_server.url}/" in message
+    assert "for 3 s (rollout.server_patience_s)" in message and "start it again, and then the run" in message
+    assert seconds < 30

@@ -1,0 +1,102 @@
+"""A vLLM server in processes of its own, for tests: started, killed, started again at the same address.
+
+It runs in the environment that `scripts/setup_vllm.sh` makes, or in that of the python which MEGATRON_GKD_VLLM_PYTHON
+names.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import httpx
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PYTHON = Path(os.environ.get("MEGATRON_GKD_VLLM_PYTHON", REPOSITORY / ".venv-vllm/bin/python"))
+WHY_ABSENT = f"no vLLM: {PYTHON} does not exist; `bash scripts/setup_vllm.sh` makes .venv-vllm"
+READY_SECONDS = 300.0
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "OMP_NUM_THREADS": "1",
+    "TORCH_COMPILE_DISABLE": "1",  # otherwise the first log-probabilities take most of a minute
+}
+
+
+def is_installed() -> bool:
+    return PYTHON.exists()
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+class VllmServer:
+    """`model` is a checkpoint directory. `log` collects what all incarnations print."""
+
+    def __init__(self, model: Path, log: Path, *, max_model_len: int = 256, max_num_seqs: int = 32):
+        self.model, self.log, self.port = model, log, free_port()
+        self.arguments = {
+            "--model": model,
+            "--served-model-name": "student",
+            "--host": "127.0.0.1",
+            "--port": self.port,
+            "--dtype": "float32",
+            "--max-model-len": max_model_len,
+            "--max-num-seqs": max_num_seqs,
+            "--max-logprobs": 64,
+            "--kv-cache-memory-bytes": 32 << 20,
+        }
+        self.process: subprocess.Popen | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        """Returns at once; see `wait_until_ready`."""
+        module = ["-m", "vllm.entrypoints.openai.api_server"]  # the vllm command looks for a package named vllm
+        arguments = [str(part) for pair in self.arguments.items() for part in pair]
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        with open(self.log, "ab") as log:
+            self.process = subprocess.Popen(
+                [str(PYTHON), *module, *arguments, "--enforce-eager"],
+                env=environment | ENVIRONMENT | {"VLLM_SERVER_DEV_MODE": "1"},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def wait_until_ready(self) -> None:
+        """Raises RuntimeError with the log's end if it dies, or takes longer than READY_SECONDS."""
+        deadline = time.monotonic() + READY_SECONDS
+        while not self.is_healthy():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"the vLLM server did not come up:\n{self.log.read_text()[-4000:]}")
+            time.sleep(0.5)
+
+    def is_healthy(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/health", timeout=5, trust_env=False).is_success
+        except httpx.TransportError:
+            return False
+
+    def ensure_running(self) -> None:
+        if self.process is None or self.process.poll() is not None:
+            self.start()
+        self.wait_until_ready()
+
+    def kill(self) -> None:
+        """All its processes, without a chance to say goodbye."""
+        if self.process is not None:
+            try:
+                os.killpg(self.process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            self.process.wait()
