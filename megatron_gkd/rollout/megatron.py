@@ -61,13 +61,18 @@ class MegatronEngine:
 
     @torch.no_grad()  # not inference_mode: what modules keep of a forward pass must serve training later
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Completion]:
-        """As `RolloutEngine.generate`. ValueError, too, if a prompt and its completion exceed `max_batch_tokens`."""
+        """As `RolloutEngine.generate`. ValueError, too, if a prompt and its completion exceed `max_batch_tokens`.
+
+        The weights must be complete: a parameter gather that is overlapped with the forward pass has to be forced
+        first, since a replica without prompts makes no forward pass.
+        """
         check_prompts(prompts, seeds, self.model.checkpoint.vocab_size)
         # A completion's last token is never fed back.
-        capacity = max(map(len, prompts), default=1) + sampling.max_completion_length - 1
-        if capacity > self.max_batch_tokens:
+        longest = max(map(len, prompts), default=1)
+        capacity = longest + sampling.max_completion_length - 1
+        if prompts and capacity > self.max_batch_tokens:
             raise ValueError(
-                f"the longest prompt ({max(map(len, prompts))} tokens) and max_completion_length "
+                f"the longest prompt ({longest} tokens) and max_completion_length "
                 f"({sampling.max_completion_length}) do not fit into max_batch_tokens ({self.max_batch_tokens})"
             )
         cp = self.mesh.cp

@@ -166,6 +166,7 @@ def generate_wrongly(rank, world_size):
         MegatronEngine(engine.model, [EOS], max_batch_tokens=27).generate(
             request.prompts, request.sampling, request.seeds
         )
+    assert MegatronEngine(engine.model, [EOS], max_batch_tokens=8).generate([], request.sampling, []) == []
     found = {
         "modes": [layer.mlp.training for layer in layers] + [layer.self_attention.training for layer in layers],
         "attention": [vars(layer.self_attention.core_attention).keys() & {"forward"} for layer in layers],
