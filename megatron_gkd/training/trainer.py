@@ -61,6 +61,7 @@ class Trainer:
         start = time.perf_counter()
         sampled = None
         if microbatches is None:
+            self.student.gather_parameters()
             self.rollouts.engine.load_weights(self.student.model.named_tensors(), version=step - 1)
             microbatches, sampled = self.rollouts.microbatches(step - 1)
         rolled_out = time.perf_counter()

@@ -105,7 +105,7 @@ def error_of(completion, checkpoint):
 def test_new_weights_and_the_old_ones_again(student_server, gloo_world, tmp_path):
     a, b = CHECKPOINT(), tiny_checkpoint("qwen3", seed=8, head_dim=32)
     first, second, third = gloo_world(1).run(load_one_after_another, student_server.url, tmp_path, [a, b, a], True)[0]
-    for checkpoint, (drawn, long) in ((a, first), (b, second), (a, third)):
+    for checkpoint, (_, long) in ((a, first), (b, second), (a, third)):
         assert tokens_of(long) == transformers_greedy(checkpoint, LONG.prompts, 8)
         assert error_of(long[0], checkpoint) < 1e-4
     for version, (drawn, _) in enumerate((first, second, third)):
