@@ -106,6 +106,9 @@ class RolloutSection(Section):
         description="vllm_server: folder of the student's weights, under one path here and there; "
         "null: rollout_weights in output_dir",
     )
+    mismatch_kl_threshold: float | None = Field(
+        0.1, gt=0, description="warn where the engine's log-probabilities are so far from the trainer's (nats a token)"
+    )
     server_concurrency: int = Field(
         64, ge=1, description="vllm_server: requests in flight, over all servers, of one data-parallel rank"
     )
@@ -230,6 +233,13 @@ class OutputSection(Section):
     log_interval: int = Field(1, ge=1, description="steps between two lines of progress where there is no terminal")
     tensorboard: bool = Field(True, description="write TensorBoard events beside metrics.jsonl")
     save_total_limit: int | None = Field(None, ge=1, description="newest step exports to keep; null: all")
+    log_completions: bool = Field(
+        False, description="write what the student says, with the divergence of each token, to completions.jsonl"
+    )
+    log_completions_interval: int = Field(10, ge=1, description="that of one step in so many in which it samples")
+    completions_to_print: int = Field(
+        2, ge=0, description="how many completions of such a step the console and TensorBoard show"
+    )
 
 
 class Recipe(Section):

@@ -10,10 +10,10 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-from megatron_gkd.errors import UserError
+from megatron_gkd.errors import ServiceFailed
 
 
-class RolloutFailed(UserError):
+class RolloutFailed(ServiceFailed):
     """No samples are to be had. All ranks raise it together, and the student is as it was before."""
 
 

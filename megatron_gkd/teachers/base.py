@@ -10,6 +10,11 @@ from typing import Protocol
 import torch
 
 from megatron_gkd.data.microbatch import Microbatch
+from megatron_gkd.errors import ServiceFailed
+
+
+class TeacherFailed(ServiceFailed):
+    """No scores are to be had. All ranks raise it together, and the student is as it was before."""
 
 
 @dataclass(frozen=True)

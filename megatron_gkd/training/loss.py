@@ -8,6 +8,7 @@ contributes its plain sum; Megatron divides the reduced gradient by the reduced 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -34,6 +35,13 @@ SUMS = (
 `student_cross_entropy` only over those that it did."""
 
 
+class Measured(NamedTuple):
+    """Of one microbatch. sums: fp64, `SUMS` in order; divergence: [N], of every label, in order."""
+
+    sums: torch.Tensor
+    divergence: torch.Tensor
+
+
 @dataclass(frozen=True)
 class Objective:
     """Σ over tokens of divergence + sft_alpha · cross-entropy; plain cross-entropy where there is no teacher."""
@@ -56,8 +64,8 @@ class Objective:
         head_weight: torch.Tensor,
         microbatch: Microbatch,
         signal: TeacherSignal | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """hidden [1, T(/TP), H_S] -> (sum of losses, number of tokens, sums of `SUMS` as fp64)."""
+    ) -> tuple[torch.Tensor, torch.Tensor, Measured]:
+        """hidden [1, T(/TP), H_S] -> (sum of losses, number of tokens, what was measured)."""
         chosen = has_label(microbatch)
         student = label_rows(hidden, chosen, self.mesh)
         from_dataset = microbatch.from_dataset.squeeze(0)[chosen].float()
@@ -96,4 +104,4 @@ class Objective:
             ]
         )
         num_tokens = torch.tensor(len(chosen), dtype=torch.int, device=total.device)
-        return total, num_tokens, sums
+        return total, num_tokens, Measured(sums, token.divergence)

@@ -22,6 +22,7 @@ from megatron_gkd.models.vocabulary import shared_vocab_size
 from megatron_gkd.runtime import portability
 from megatron_gkd.runtime.mesh import Layout, Mesh, destroy_mesh, initialize_mesh
 from megatron_gkd.training.build import batching, build_models, build_rollouts
+from megatron_gkd.training.completions import Completions
 from megatron_gkd.training.exports import Exports
 from megatron_gkd.training.metrics import Reporter
 from megatron_gkd.training.trainer import Trainer
@@ -84,13 +85,10 @@ def _train(recipe: Recipe, mesh: Mesh) -> None:
     if recipe.distill.lmbda > 0:
         rollouts = build_rollouts(recipe, mesh, student, student_checkpoint, policy, dataset, order, cut)
     output = recipe.output
-    with Reporter(
-        output_dir,
-        train_iters=train_iters,
-        log_interval=output.log_interval,
-        tensorboard=output.tensorboard,
-        is_main=mesh.is_main,
-    ) as reporter:
+    completions = None
+    if rollouts is not None and output.log_completions:
+        completions = Completions(mesh, tokenizer, output.log_completions_interval)
+    with Reporter(output_dir, train_iters, output, is_main=mesh.is_main) as reporter:
         reporter.message(data_report.summary())
         exported = Trainer(
             student,
@@ -99,6 +97,8 @@ def _train(recipe: Recipe, mesh: Mesh) -> None:
             validation,
             reporter,
             rollouts=rollouts,
+            completions=completions,
+            mismatch_kl_threshold=recipe.rollout.mismatch_kl_threshold,
             train_iters=train_iters,
             eval_interval=recipe.train.eval_interval,
             exports=Exports(output_dir, output.save_interval, output.save_total_limit),
