@@ -47,9 +47,11 @@ def workspace(tmp_path) -> Path:
     return tmp_path
 
 
-def train(folder: Path, *overrides: str, processes: int = 2) -> subprocess.CompletedProcess:
+def train(
+    folder: Path, *overrides: str, processes: int = 2, program: tuple[str, ...] = ("-m", "megatron_gkd")
+) -> subprocess.CompletedProcess:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [*torchrun, "-m", "megatron_gkd", "train", "recipe.yaml", *overrides]
+    command = [*torchrun, *program, "train", "recipe.yaml", *overrides]
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(Path(__file__).parents[1]),
@@ -123,6 +125,10 @@ def test_the_student_answers_where_lambda_has_it_so(workspace, granularity):
 
 
 FAILING = """
+import sys
+
+import megatron_gkd.runtime.preload
+from megatron_gkd import cli
 from megatron_gkd.rollout.base import RolloutFailed
 from megatron_gkd.rollout.megatron import MegatronEngine
 
@@ -132,13 +138,15 @@ def generate(self, *arguments, generate=MegatronEngine.generate):
     return generate(self, *arguments)
 
 MegatronEngine.generate = generate
+sys.exit(cli.main())
 """
+"""The command line with an engine that fails in step 3."""
 
 
 def test_rollouts_that_fail_for_good_end_the_run_with_what_was_learnt(workspace):
     (workspace / "failing.py").write_text(FAILING)
     options = ("--lmbda", "1", "--max_completion_length", "12", "--save_interval", "null", "--dtype", "fp32")
-    finished = train(workspace, *options, "--external_plugins", "failing.py")
+    finished = train(workspace, *options, program=("failing.py",))
     assert finished.returncode != 0
     assert finished.stderr.count("stopped after step 2 of 4: http://server:8000: refused for 300 s") == 1
     assert "start again with --model runs/x/hf-step-000002" in finished.stderr
