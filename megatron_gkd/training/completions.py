@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,7 +44,10 @@ class Completions:
         ]
 
     def _record(self, step: int, answer: Answer, divergence: np.ndarray | None) -> dict[str, Any]:
-        completion = answer.completion
+        completion, of_token = answer.completion, None
+        if divergence is not None:
+            of_token = [None if math.isnan(value) else round(value, 6) for value in divergence.tolist()]
+        known = [] if of_token is None else [value for value in of_token if value is not None]
         return {
             "step": step,
             "row": answer.row,
@@ -53,15 +57,18 @@ class Completions:
             "prompt_length": len(answer.prompt),
             "completion_length": len(completion.token_ids),
             "finish_reason": completion.finish_reason,
-            "divergence": None if divergence is None else float(divergence.mean()),
+            "divergence": sum(known) / len(known) if known else None,
             "token_ids": list(completion.token_ids),
-            "token_divergence": None if divergence is None else [round(value, 6) for value in divergence.tolist()],
+            "token_divergence": of_token,
         }
 
     def _gather(
         self, report: RolloutReport, microbatches: Sequence[Microbatch], divergence: Sequence[torch.Tensor]
     ) -> dict[int, np.ndarray]:
-        """By position in the global batch, the divergence of every token of a completion that is trained on."""
+        """By position in the global batch, the divergence of each token of a completion that is trained on.
+
+        NaN where the teacher says nothing.
+        """
         mesh = self.mesh
         own: dict[int, np.ndarray] = {}
         for microbatch, bin_, values in zip(microbatches, report.bins, divergence, strict=False):  # none: earlier stage
