@@ -14,10 +14,13 @@ from megatron_gkd.config import yaml_text
 PathText = Annotated[str, StringConstraints(min_length=1), AfterValidator(os.path.expanduser)]
 ServerUrl = Annotated[str, StringConstraints(pattern=r"^https?://[^/\s]+/?$")]
 
+TokenId = Annotated[int, Field(ge=0)]
+StopText = Annotated[str, StringConstraints(min_length=1)]
+
 
 def _as_sequence(value: Any) -> Any:
     """One entry may stand without the brackets: `dataset: train.jsonl`."""
-    return [value] if isinstance(value, str | dict) else value
+    return [value] if isinstance(value, str | dict | int) else value
 
 
 class Section(BaseModel):
@@ -136,6 +139,12 @@ class RolloutSection(Section):
     rollout_temperature: float = Field(1.0, gt=0, description="divides the logits that tokens are drawn from")
     top_k: int | None = Field(None, ge=1, description="draw from that many most likely tokens only; null: from all")
     top_p: float = Field(1.0, gt=0, le=1, description="draw from the most likely tokens of this mass only")
+    stop_token_ids: Annotated[tuple[TokenId, ...], BeforeValidator(_as_sequence)] = Field(
+        (), description="tokens that end a completion, beside the student's EOS"
+    )
+    stop: Annotated[tuple[StopText, ...], BeforeValidator(_as_sequence)] = Field(
+        (), description="texts that end a completion, which keeps them"
+    )
     truncated: Literal["keep", "mask", "drop"] = Field(
         "keep", description="completions that end at max_completion_length: train on, leave without loss, or leave out"
     )

@@ -92,6 +92,8 @@ def build_rollouts(
         temperature=section.rollout_temperature,
         top_k=section.top_k,
         top_p=section.top_p,
+        stop_token_ids=section.stop_token_ids,
+        stop=section.stop,
     )
     return Rollouts(
         _build_engine(recipe, mesh, student, checkpoint),
