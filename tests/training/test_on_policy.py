@@ -7,7 +7,7 @@ import functools
 import numpy as np
 import pytest
 from checkpoints import tiny_checkpoint, tiny_tokenizer
-from layouts import DENSE, MOE
+from layouts import DENSE, MOE, PP2, SP, TP2
 from rows import RandomRows
 from training_layouts import build, named_gradients, recipe_of
 
@@ -84,13 +84,14 @@ LAYOUTS = [
     *(("mixture", name) for name in ("EP2", "TP2+SPxEP2")),
 ]
 CASES = [(*layout, *policy) for layout in LAYOUTS for policy in (ALWAYS, BY_STEP, BY_ROW)]
-LARGE = [("dense", "TP2xPP2xVPP2xDP2, packed", *policy) for policy in (BY_STEP, BY_ROW)]
-"""Pipelines, tensor-parallel ranks and replicas at once, of which none may wait for one that took the other branch."""
+REPLICAS = {"TP2+SPxPP2xDP2": (8, {"parallel": TP2 | SP | PP2})}
+"""Tensor-parallel ranks, stages and replicas at once: none may wait for one that took the other branch."""
+LARGE = [("dense", name, *policy) for name in REPLICAS for policy in (BY_STEP, BY_ROW)]
 
 
 @pytest.mark.parametrize(("kind", "layout", "lmbda", "granularity"), CASES + LARGE)
 def test_every_layout_equals_one_process(kind, layout, lmbda, granularity, gloo_world, one_process):
-    world_size, changes = (DENSE if kind == "dense" else MOE)[layout]
+    world_size, changes = (DENSE | MOE | REPLICAS)[layout]
     ranks = gloo_world(world_size).run(train_on_policy, *models(kind), changes, lmbda, granularity)
     expected = one_process(kind, lmbda, granularity)
     assert {bool(record.get("student_rows")) for record in expected} == ({True} if lmbda == 1 else {True, False}) or (
