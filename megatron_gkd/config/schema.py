@@ -223,6 +223,12 @@ class DataSection(Section):
     )
     val_dataset: Datasets = Field((), description="validation rows")
     max_length: int = Field(2048, ge=2, description="longest sequence, in tokens")
+    teacher_max_length: int | None = Field(
+        None,
+        ge=2,
+        description="longest sequence, in tokens, that a row's teacher_prompt and its response may make; "
+        "null: max_length",
+    )
     packing: bool = Field(False, description="fill microbatches of max_length tokens with whole rows")
     truncation_strategy: Literal["delete", "left", "right"] = Field(
         "delete", description="rows longer than max_length: leave out, cut the prompt's start, or cut the end"

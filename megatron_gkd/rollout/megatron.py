@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from megatron_gkd.data.microbatch import padded_length
-from megatron_gkd.models.megatron_model import MegatronModel, hidden_states
+from megatron_gkd.models.megatron_model import MegatronModel, hidden_states, in_eval_mode
 from megatron_gkd.models.pipeline import forward_only
 from megatron_gkd.rollout.base import Completion, Sampling, check_prompts
 from megatron_gkd.rollout.kv_cache import KeyValueCache
@@ -84,7 +84,7 @@ class MegatronEngine:
             Row(i, list(prompts[i]), as_int64(seeds[i]), self._watch(prompts[i], sampling))
             for i in range(cp.rank(), len(prompts), cp.size())
         ]
-        with _in_eval_mode(self.model.chunks):
+        with in_eval_mode(self.model.chunks):
             finished = self._run(rows, sampling, capacity)
         completions = {row.index: self._completion(row, sampling) for row in finished}
         if cp.size() > 1:
@@ -199,16 +199,3 @@ def _admit(waiting: deque[Row], lanes: list[Lane]) -> None:
         if not open_lanes:
             return
         min(open_lanes, key=lambda lane: len(lane.rows)).rows.append(waiting.popleft())
-
-
-@contextlib.contextmanager
-def _in_eval_mode(chunks: Sequence[nn.Module]) -> Iterator[None]:
-    """No dropout inside; every module has its own mode again afterwards."""
-    training = [(module, module.training) for chunk in chunks for module in chunk.modules()]
-    for chunk in chunks:
-        chunk.eval()
-    try:
-        yield
-    finally:
-        for module, mode in training:
-            module.training = mode

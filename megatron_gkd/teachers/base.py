@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -63,4 +63,13 @@ class TeacherSource(Protocol):
         Raises:
             TeacherFailed: in all ranks together.
         """
+        ...
+
+
+@runtime_checkable
+class FollowsStudent(Protocol):
+    """A teacher that changes with the student."""
+
+    def after_update(self) -> None:
+        """The student's weights have just changed: once after every optimizer step. All ranks call it together."""
         ...

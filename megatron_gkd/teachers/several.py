@@ -9,7 +9,7 @@ from megatron_gkd.data.microbatch import Microbatch
 from megatron_gkd.data.sample import IGNORE, Sample
 from megatron_gkd.errors import UserError
 from megatron_gkd.runtime.mesh import Mesh
-from megatron_gkd.teachers.base import Part, Parts, TeacherSource
+from megatron_gkd.teachers.base import FollowsStudent, Part, Parts, TeacherSource
 from megatron_gkd.teachers.selection import select_rows
 
 
@@ -35,6 +35,11 @@ class SeveralTeachers:
                 if signal is not None:
                     found.append(Part(rows, signal))
         return [Parts(tuple(found)) if found else None for found in parts]
+
+    def after_update(self) -> None:
+        for teacher in self.teachers.values():
+            if isinstance(teacher, FollowsStudent):
+                teacher.after_update()
 
 
 def _has_one_of(tags: tuple[str, ...]):

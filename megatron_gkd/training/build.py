@@ -105,6 +105,7 @@ def build_rollouts(
         global_batch_size=recipe.train.global_batch_size,
         truncated=section.truncated,
         dp=mesh.dp,
+        teacher_max_length=recipe.data.teacher_max_length,
     )
 
 

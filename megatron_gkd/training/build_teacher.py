@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from megatron_gkd.config.schema import OneTeacher, Recipe, TeacherSection
+from megatron_gkd.data.dataset import TokenizedDataset
 from megatron_gkd.models.checkpoint import Checkpoint
 from megatron_gkd.models.megatron_model import BuildOptions, MegatronModel
 from megatron_gkd.models.vocabulary import shared_vocab_size
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.teachers.base import TeacherSource
 from megatron_gkd.teachers.local import LocalTeacher
+from megatron_gkd.teachers.self_teacher import SelfTeacher, require_teacher_prompts
+from megatron_gkd.teachers.self_weights import AverageWeights, CurrentWeights, InitialWeights
 from megatron_gkd.teachers.several import SeveralTeachers
 from megatron_gkd.training.build import DTYPES
 from megatron_gkd.training.student import Student
@@ -30,6 +33,13 @@ def shared_vocab_size_of_all(student: Checkpoint, teachers: Mapping[str, Checkpo
     return min([student.vocab_size, *(shared_vocab_size(student, teacher) for teacher in teachers.values())])
 
 
+def check_rows(section: TeacherSection, dataset: TokenizedDataset) -> None:
+    """UserError where the training rows lack what a teacher needs."""
+    for place, teacher in section.all.items():
+        if teacher.source == "self" and teacher.teacher_model is None and teacher.ema is None:
+            require_teacher_prompts(dataset, place)
+
+
 def build_teacher(
     recipe: Recipe, mesh: Mesh, student: Student, checkpoints: Mapping[str, Checkpoint]
 ) -> TeacherSource | None:
@@ -47,6 +57,8 @@ def _one(
     match teacher.source:
         case "local":
             return _local(recipe, mesh, student, teacher, checkpoint)
+        case "self":
+            return _self(student, teacher)
         case "none":
             return None
     raise NotImplementedError(teacher.source)
@@ -57,3 +69,13 @@ def _local(recipe: Recipe, mesh: Mesh, student: Student, teacher: OneTeacher, ch
     model = MegatronModel.load(checkpoint, mesh, options)
     head_rows = -(-student.model.checkpoint.vocab_size // mesh.tp.size())
     return LocalTeacher(model, head_rows=head_rows, offload=teacher.offload_teacher_model)
+
+
+def _self(student: Student, teacher: OneTeacher) -> SelfTeacher:
+    """Before the student's first step: the weights that it begins with are the checkpoint's."""
+    model, complete = student.model, student.gather_parameters
+    if teacher.ema is not None:
+        weights = AverageWeights(model, teacher.ema, complete)
+    else:
+        weights = CurrentWeights(model) if teacher.teacher_model is None else InitialWeights(model)
+    return SelfTeacher(model, weights, complete)

@@ -77,6 +77,7 @@ class Rollouts:
         dataset, order: where prompts and the other rows come from.
         cutting: how the global batch becomes this rank's microbatches.
         sampling: `max_completion_length` is cut to what a sequence of `cutting.max_length` tokens leaves.
+        teacher_max_length: the same of a row's `teacher_prompt` with the answer behind it; None: `cutting.max_length`.
         truncated: completions without an end are trained on ("keep"), kept without labels ("mask"), or left out.
         dp: the data-parallel group.
     """
@@ -93,10 +94,12 @@ class Rollouts:
         global_batch_size: int,
         truncated: Truncated,
         dp: dist.ProcessGroup,
+        teacher_max_length: int | None = None,
     ):
         self.engine, self.policy, self.dataset, self.order = engine, policy, dataset, order
         self.cutting, self.sampling, self.global_batch_size = cutting, sampling, global_batch_size
         self.truncated, self.dp = truncated, dp
+        self.teacher_max_length = teacher_max_length or cutting.max_length
 
     def due(self, step: int) -> bool:
         """Whether the student answers any row of `step`, counted from 0. The same on every rank."""
@@ -146,24 +149,33 @@ class Rollouts:
         with self.engine.resident():
             completions = self.engine.generate([prompt.tolist() for prompt in prompts], self.sampling, seeds)
         found = [
-            (position, self._within_length(prompt, completion))
-            for position, prompt, completion in zip(mine, prompts, completions, strict=True)
+            (position, self._within_length(rows[position], completion))
+            for position, completion in zip(mine, completions, strict=True)
         ]
         everything: list[list] = [[] for _ in range(self.dp.size())]
         dist.all_gather_object(everything, found, group=self.dp)
         return {position: completion for part in everything for position, completion in part}
 
     def _prompt(self, row: int) -> np.ndarray:
-        prompt = prompt_of(self.dataset[row])
-        if len(prompt) >= self.cutting.max_length:
-            raise UserError(
-                f"row {row} of the dataset: its prompt of {len(prompt)} tokens leaves no room for an answer in "
-                f"data.max_length = {self.cutting.max_length}"
-            )
-        return prompt
+        sample = self.dataset[row]
+        self._room(sample)
+        return prompt_of(sample)
 
-    def _within_length(self, prompt: np.ndarray, completion: Completion) -> Completion:
-        room = self.cutting.max_length - len(prompt)
+    def _room(self, sample: Sample) -> int:
+        """Tokens of an answer that the student's and the teacher's sequences leave room for."""
+        limits = [("prompt", prompt_of(sample), "data.max_length", self.cutting.max_length)]
+        if sample.teacher_prompt is not None:
+            limits += [("teacher_prompt", sample.teacher_prompt, "data.teacher_max_length", self.teacher_max_length)]
+        for name, tokens, key, limit in limits:
+            if len(tokens) >= limit:
+                raise UserError(
+                    f"row {sample.row_id} of the dataset: its {name} of {len(tokens)} tokens leaves no room for an "
+                    f"answer in {key} = {limit}"
+                )
+        return min(limit - len(tokens) for _, tokens, _, limit in limits)
+
+    def _within_length(self, row: int, completion: Completion) -> Completion:
+        room = self._room(self.dataset[row])
         if len(completion.token_ids) <= room:
             return completion
         return Completion(completion.token_ids[:room], completion.log_probs[:room], "length", completion.version)

@@ -21,7 +21,7 @@ from megatron_gkd.models.checkpoint import Checkpoint
 from megatron_gkd.runtime import portability
 from megatron_gkd.runtime.mesh import Layout, Mesh, destroy_mesh, initialize_mesh
 from megatron_gkd.training.build import batching, build_rollouts, build_student
-from megatron_gkd.training.build_teacher import build_teacher, open_teachers, shared_vocab_size_of_all
+from megatron_gkd.training.build_teacher import build_teacher, check_rows, open_teachers, shared_vocab_size_of_all
 from megatron_gkd.training.completions import Completions
 from megatron_gkd.training.exports import Exports
 from megatron_gkd.training.metrics import Reporter
@@ -54,7 +54,9 @@ def _train(recipe: Recipe, mesh: Mesh) -> None:
 
     tokenizer = student_checkpoint.tokenizer()
     prompts = recipe.distill.lmbda > 0
+    shared |= {"tag_key": recipe.teacher.teacher_tag_key}
     dataset, data_report = build_dataset(recipe.data, "train", tokenizer, prompts=prompts, **shared)
+    check_rows(recipe.teacher, dataset)
     order = SampleOrder(
         dataset.sizes, [entry.weight for entry in recipe.data.dataset], recipe.train.seed, recipe.data.shuffle
     )

@@ -13,7 +13,7 @@ from megatron_gkd.data.sample import FROM_DATASET
 from megatron_gkd.errors import ServiceFailed, UserError
 from megatron_gkd.models.export import export_checkpoint
 from megatron_gkd.runtime import portability
-from megatron_gkd.teachers.base import TeacherSignal, TeacherSource
+from megatron_gkd.teachers.base import FollowsStudent, TeacherSignal, TeacherSource
 from megatron_gkd.training.completions import Completions
 from megatron_gkd.training.exports import Exports
 from megatron_gkd.training.metrics import MismatchWarning, Reporter, describe_rollouts, summarize
@@ -92,6 +92,8 @@ class Trainer:
                 f"step {step}: the loss is {totals['loss']}; the weights keep their values of step {step - 1}"
             )
         grad_norm = self.student.update()
+        if isinstance(self.teacher, FollowsStudent):
+            self.teacher.after_update()
         portability.synchronize()
         record = {
             "step": step,
