@@ -24,7 +24,10 @@ def recipe_of(changes: dict[str, dict]):
 
 
 def build(student, teacher, changes: dict[str, dict]):
-    """The mesh, the student, the teacher and the loader that a recipe with `changes` gives, over random rows."""
+    """The mesh, the student, the teacher and the loader that a recipe with `changes` gives, over random rows.
+
+    `teacher` may be several, by their places in the recipe.
+    """
     from megatron_gkd.data.loader import StepLoader
     from megatron_gkd.data.order import SampleOrder
     from megatron_gkd.models.checkpoint import Checkpoint
@@ -35,7 +38,8 @@ def build(student, teacher, changes: dict[str, dict]):
     recipe = recipe_of(changes)
     mesh = initialize_mesh(Layout.from_section(recipe.parallel), recipe.train.seed)
     checkpoint = Checkpoint.open(str(student))
-    teachers = {} if teacher is None else {"teacher": Checkpoint.open(str(teacher))}
+    paths = teacher if isinstance(teacher, dict) else {"teacher": teacher} if teacher else {}
+    teachers = {place: Checkpoint.open(str(path)) for place, path in paths.items()}
     vocab_size = shared_vocab_size_of_all(checkpoint, teachers)
     student = build_student(recipe, mesh, checkpoint, vocab_size, train_iters=3)
     rows = RandomRows(count=24)

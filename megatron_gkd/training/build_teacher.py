@@ -11,6 +11,7 @@ from megatron_gkd.models.vocabulary import shared_vocab_size
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.teachers.base import TeacherSource
 from megatron_gkd.teachers.local import LocalTeacher
+from megatron_gkd.teachers.several import SeveralTeachers
 from megatron_gkd.training.build import DTYPES
 from megatron_gkd.training.student import Student
 
@@ -33,10 +34,19 @@ def build_teacher(
     recipe: Recipe, mesh: Mesh, student: Student, checkpoints: Mapping[str, Checkpoint]
 ) -> TeacherSource | None:
     """What judges the student, laid out like it; None for plain cross-entropy. `checkpoints`: of ``open_teachers``."""
-    ((place, teacher),) = recipe.teacher.all.items()
+    teachers = recipe.teacher.all.items()
+    found = {place: _one(recipe, mesh, student, teacher, checkpoints.get(place)) for place, teacher in teachers}
+    if not recipe.teacher.teachers:
+        return found["teacher"]
+    return SeveralTeachers({teacher.tags: found[place] for place, teacher in teachers}, mesh)
+
+
+def _one(
+    recipe: Recipe, mesh: Mesh, student: Student, teacher: OneTeacher, checkpoint: Checkpoint | None
+) -> TeacherSource | None:
     match teacher.source:
         case "local":
-            return _local(recipe, mesh, student, teacher, checkpoints[place])
+            return _local(recipe, mesh, student, teacher, checkpoint)
         case "none":
             return None
     raise NotImplementedError(teacher.source)

@@ -7,7 +7,7 @@ contributes its plain sum; Megatron divides the reduced gradient by the reduced 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from megatron_gkd.data.microbatch import Microbatch
 from megatron_gkd.models.label_rows import has_label, label_rows
 from megatron_gkd.ops.chunk_loss import PerToken
 from megatron_gkd.ops.fused_linear import fused_linear_divergence
-from megatron_gkd.ops.topk import TopK
+from megatron_gkd.ops.topk import MISSING, TopK
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.teachers.base import Hidden, Parts, TeacherSignal
 
@@ -115,6 +115,8 @@ class Objective:
         if isinstance(signal, TopK):
             says = (signal.ids >= 0) & (signal.ids < self.vocab_size) & (signal.values > -torch.inf)
             counted = says.any(-1).float()
+            # A row without an entry has divergence 0; one of improbable entries alone would have no number.
+            signal = replace(signal, ids=signal.ids.masked_fill(counted[:, None] == 0, MISSING))
         sft_alpha = 1.0 if signal is None else self.sft_alpha
         total, token = fused_linear_divergence(
             student,
