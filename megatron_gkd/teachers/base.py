@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 from megatron_gkd.data.microbatch import Microbatch
+from megatron_gkd.data.sample import Sample
 from megatron_gkd.errors import UserError
 from megatron_gkd.ops.topk import TopK
 
@@ -63,4 +64,13 @@ class TeacherSource(Protocol):
         Raises:
             TeacherFailed: in all ranks together.
         """
+        ...
+
+
+@runtime_checkable
+class ScoresAhead(Protocol):
+    """A teacher that works elsewhere, while the student trains or samples."""
+
+    def begin(self, samples: Iterable[Sample]) -> None:
+        """These will be in a microbatch to score soon. Returns at once; each rank calls it when it likes, or not."""
         ...

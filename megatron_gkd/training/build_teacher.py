@@ -11,6 +11,7 @@ from megatron_gkd.models.vocabulary import shared_vocab_size
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.teachers.base import TeacherSource
 from megatron_gkd.teachers.local import LocalTeacher
+from megatron_gkd.teachers.server import ServerOptions, ServerTeacher
 from megatron_gkd.teachers.several import SeveralTeachers
 from megatron_gkd.training.build import DTYPES
 from megatron_gkd.training.student import Student
@@ -30,6 +31,15 @@ def shared_vocab_size_of_all(student: Checkpoint, teachers: Mapping[str, Checkpo
     return min([student.vocab_size, *(shared_vocab_size(student, teacher) for teacher in teachers.values())])
 
 
+def begins_as_student(section: TeacherSection, student: Checkpoint, teachers: Mapping[str, Checkpoint]) -> bool:
+    """Whether every teacher has the weights that the student begins with. `teachers`: of ``open_teachers``."""
+
+    def is_same(place: str) -> bool:
+        return place in teachers and teachers[place].path.resolve() == student.path.resolve()
+
+    return all(teacher.source == "self" or is_same(place) for place, teacher in section.all.items())
+
+
 def build_teacher(
     recipe: Recipe, mesh: Mesh, student: Student, checkpoints: Mapping[str, Checkpoint]
 ) -> TeacherSource | None:
@@ -47,6 +57,8 @@ def _one(
     match teacher.source:
         case "local":
             return _local(recipe, mesh, student, teacher, checkpoint)
+        case "server":
+            return _server(recipe, mesh, student, teacher)
         case "none":
             return None
     raise NotImplementedError(teacher.source)
@@ -57,3 +69,15 @@ def _local(recipe: Recipe, mesh: Mesh, student: Student, teacher: OneTeacher, ch
     model = MegatronModel.load(checkpoint, mesh, options)
     head_rows = -(-student.model.checkpoint.vocab_size // mesh.tp.size())
     return LocalTeacher(model, head_rows=head_rows, offload=teacher.offload_teacher_model)
+
+
+def _server(recipe: Recipe, mesh: Mesh, student: Student, teacher: OneTeacher) -> ServerTeacher:
+    options = ServerOptions(
+        urls=teacher.teacher_model_server,
+        k=recipe.distill.gkd_logits_topk,
+        max_length=recipe.data.max_length,
+        concurrency=teacher.teacher_server_concurrency,
+        timeout=teacher.teacher_server_timeout_s,
+        patience=teacher.teacher_server_patience_s,
+    )
+    return ServerTeacher(mesh, student.model.checkpoint.tokenizer(), student.objective.vocab_size, options)

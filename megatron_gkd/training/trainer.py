@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,11 +9,12 @@ from pathlib import Path
 from megatron_gkd.data.loader import StepLoader
 from megatron_gkd.data.microbatch import Microbatch
 from megatron_gkd.data.sample import FROM_DATASET
-from megatron_gkd.errors import UserError
 from megatron_gkd.models.export import export_checkpoint
 from megatron_gkd.runtime import portability
 from megatron_gkd.teachers.base import TeacherSignal, TeacherSource
+from megatron_gkd.training.ahead import announce_ahead
 from megatron_gkd.training.exports import Exports
+from megatron_gkd.training.guards import Guards
 from megatron_gkd.training.metrics import Reporter, describe_rollouts, summarize
 from megatron_gkd.training.on_policy import Rollouts
 from megatron_gkd.training.student import Student
@@ -23,7 +23,7 @@ from megatron_gkd.training.student import Student
 class Trainer:
     """`teacher` None trains with plain cross-entropy. `validation` may be None.
 
-    `rollouts` makes the steps for which `batches` has None.
+    `rollouts` makes the steps for which `batches` has None. `teacher_is_student`: they begin as the same model.
     """
 
     def __init__(
@@ -35,6 +35,7 @@ class Trainer:
         reporter: Reporter,
         *,
         rollouts: Rollouts | None = None,
+        teacher_is_student: bool = False,
         train_iters: int,
         eval_interval: int | None,
         exports: Exports,
@@ -42,11 +43,16 @@ class Trainer:
         self.student, self.teacher = student, teacher
         self.batches, self.validation, self.reporter = batches, validation, reporter
         self.rollouts = rollouts
+        self.guards = Guards(
+            student.objective.vocab_size,
+            has_teacher=teacher is not None,
+            same_as_teacher=student.model.config.params_dtype if teacher_is_student else None,
+        )
         self.train_iters, self.eval_interval, self.exports = train_iters, eval_interval, exports
 
     def run(self) -> Path:
         """Train to the end. Returns the directory of the final Hugging Face checkpoint."""
-        for step, microbatches in enumerate(self.batches, start=1):
+        for step, microbatches in enumerate(announce_ahead(self.batches, self.teacher), start=1):
             self.train_step(step, microbatches)
             last = step == self.train_iters
             if self.validation is not None and (last or (self.eval_interval and step % self.eval_interval == 0)):
@@ -71,10 +77,7 @@ class Trainer:
         scored = time.perf_counter()
         learning_rate = self.student.learning_rate
         totals = self.student.compute_gradients(microbatches, signals)
-        if not math.isfinite(totals["loss"]):
-            raise UserError(
-                f"step {step}: the loss is {totals['loss']}; the weights keep their values of step {step - 1}"
-            )
+        self.guards.check(step, totals, microbatches)
         grad_norm = self.student.update()
         portability.synchronize()
         self.reporter.step(
