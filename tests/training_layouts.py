@@ -26,7 +26,7 @@ def recipe_of(changes: dict[str, dict]):
 def build(student, teacher, changes: dict[str, dict]):
     """The mesh, the student, the teacher and the loader that a recipe with `changes` gives, over random rows.
 
-    `teacher` may be several, by their places in the recipe.
+    `teacher` may be several, by their places in the recipe; None where `changes` name none, or its server.
     """
     from megatron_gkd.data.loader import StepLoader
     from megatron_gkd.data.order import SampleOrder
@@ -44,7 +44,7 @@ def build(student, teacher, changes: dict[str, dict]):
     student = build_student(recipe, mesh, checkpoint, vocab_size, train_iters=3)
     rows = RandomRows(count=24)
     order = SampleOrder(rows.sizes, [1.0], seed=recipe.train.seed, shuffle=True)
-    teacher = build_teacher(recipe, mesh, student, teachers) if teachers else None
+    teacher = build_teacher(recipe, mesh, student, teachers)
     return mesh, student, teacher, StepLoader(rows, order, **batching(recipe, mesh, pad_token_id=0), num_steps=3)
 
 

@@ -172,10 +172,10 @@ def _greet(servers: list[TeacherServer], tokenizer: PreTrainedTokenizerBase, opt
     probes = tokenizer_probes(tokenizer)
     with ThreadPoolExecutor(len(servers)) as pool:
         known = list(pool.map(lambda server: server.hello(options.max_length, probes, options.patience), servers))
-    best = [scores.log_probs.max(-1) for scores in known]
-    for server, values in zip(servers, best, strict=True):
-        difference = float(np.abs(values - best[0]).mean())
-        if not difference < _SAME_MODEL:
+    first, *others = (scores.log_probs.max(-1) for scores in known)
+    for server, values in zip(servers[1:], others, strict=True):
+        difference = float(np.abs(np.subtract(values, first, where=values != first, out=np.zeros_like(first))).mean())
+        if difference > _SAME_MODEL:
             raise UserError(
                 f"{server.url} and {servers[0].url}: serve different models; their log-probabilities of one prompt "
                 f"differ by {difference:.3g} on average"

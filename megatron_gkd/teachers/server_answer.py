@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Annotated
 
 import msgspec
 import numpy as np
@@ -66,7 +67,7 @@ class _Choice(msgspec.Struct):
 
 
 class _Answer(msgspec.Struct):
-    choices: list[_Choice]
+    choices: Annotated[list[_Choice], msgspec.Meta(min_length=1)]
 
 
 _ANSWER = msgspec.json.Decoder(_Answer)
@@ -77,7 +78,7 @@ def read_answer(content: bytes, question: Question, k: int) -> Scores:
     """Raises UserError, without the server's address, for anything but k log-probabilities for each position."""
     try:
         choice = _ANSWER.decode(content).choices[0]
-    except (msgspec.MsgspecError, UnicodeDecodeError, IndexError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise UserError(f"its answer is none of vLLM's /v1/completions ({error}): {content[:200]!r}") from error
     if choice.prompt_token_ids != question.token_ids.tolist():
         raise UserError("its answer is about other token ids than it was sent")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import httpx
 import msgspec
@@ -30,7 +30,7 @@ class _Card(msgspec.Struct):
 
 
 class _Models(msgspec.Struct):
-    data: list[_Card]
+    data: Annotated[list[_Card], msgspec.Meta(min_length=1)]
 
 
 class _Tokens(msgspec.Struct):
