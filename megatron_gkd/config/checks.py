@@ -198,6 +198,9 @@ def _output_is_writable(recipe: Recipe, _: int) -> Iterator[str]:
 
 CHECKS = (
     Check(teacher_checks.LEAVES, teacher_checks.teachers_are_named),
+    Check(
+        (*teacher_checks.LEAVES, "gkd_logits_topk", "gkd_topk_tail", "temperature"), teacher_checks.servers_tell_enough
+    ),
     Check((*teacher_checks.LEAVES, "teacher_tag_key"), teacher_checks.teachers_share_rows),
     Check(teacher_checks.SELF_LEAVES, teacher_checks.self_is_the_student),
     Check(("lmbda", "kind"), _on_policy),

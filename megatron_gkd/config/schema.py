@@ -60,7 +60,14 @@ class OneTeacher(Section):
         "with, null for those that it has",
     )
     teacher_model_server: Annotated[tuple[ServerUrl, ...], BeforeValidator(_as_sequence)] = Field(
-        (), description="server: addresses of vLLM servers of the same teacher (http://host:8000)"
+        (), description="server: addresses of vLLM servers of one teacher (http://host:8000), which rows are dealt to"
+    )
+    teacher_server_concurrency: int = Field(
+        64, ge=1, description="server: requests in flight, over all servers, of one data-parallel rank"
+    )
+    teacher_server_timeout_s: float = Field(600.0, gt=0, description="server: longest time of one answer, in seconds")
+    teacher_server_patience_s: float = Field(
+        300.0, ge=0, description="server: how long servers may be gone before the run stops, in seconds"
     )
     offload_teacher_model: bool = Field(False, description="keep the teacher in host memory between scorings")
     ema: float | None = Field(

@@ -9,7 +9,7 @@ from megatron_gkd.data.microbatch import Microbatch
 from megatron_gkd.data.sample import IGNORE, Sample
 from megatron_gkd.errors import UserError
 from megatron_gkd.runtime.mesh import Mesh
-from megatron_gkd.teachers.base import FollowsStudent, Part, Parts, TeacherSource
+from megatron_gkd.teachers.base import FollowsStudent, Part, Parts, ScoresAhead, TeacherSource
 from megatron_gkd.teachers.selection import select_rows
 
 
@@ -22,6 +22,13 @@ class SeveralTeachers:
     def resident(self) -> contextlib.AbstractContextManager[None]:
         """Each teacher is, while it scores."""
         return contextlib.nullcontext()
+
+    def begin(self, samples: Iterable[Sample]) -> None:
+        """As `ScoresAhead.begin`: each teacher that can hears of its rows."""
+        samples = list(samples)
+        for tags, teacher in self.teachers.items():
+            if isinstance(teacher, ScoresAhead):
+                teacher.begin(filter(_has_one_of(tags), samples))
 
     def score(self, microbatches: Sequence[Microbatch]) -> list[Parts | None]:
         """Every teacher sees as many microbatches as there are, whatever its share of the rows: ranks wait for each

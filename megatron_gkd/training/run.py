@@ -21,7 +21,13 @@ from megatron_gkd.models.checkpoint import Checkpoint
 from megatron_gkd.runtime import portability
 from megatron_gkd.runtime.mesh import Layout, Mesh, destroy_mesh, initialize_mesh
 from megatron_gkd.training.build import batching, build_rollouts, build_student
-from megatron_gkd.training.build_teacher import build_teacher, check_rows, open_teachers, shared_vocab_size_of_all
+from megatron_gkd.training.build_teacher import (
+    begins_as_student,
+    build_teacher,
+    check_rows,
+    open_teachers,
+    shared_vocab_size_of_all,
+)
 from megatron_gkd.training.completions import Completions
 from megatron_gkd.training.exports import Exports
 from megatron_gkd.training.metrics import Reporter
@@ -99,6 +105,7 @@ def _train(recipe: Recipe, mesh: Mesh) -> None:
             rollouts=rollouts,
             completions=completions,
             mismatch_kl_threshold=recipe.rollout.mismatch_kl_threshold,
+            teacher_is_student=begins_as_student(recipe.teacher, student_checkpoint, teacher_checkpoints),
             train_iters=train_iters,
             eval_interval=recipe.train.eval_interval,
             exports=Exports(output_dir, output.save_interval, output.save_total_limit),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,12 +9,14 @@ from pathlib import Path
 from megatron_gkd.data.loader import StepLoader
 from megatron_gkd.data.microbatch import Microbatch
 from megatron_gkd.data.sample import FROM_DATASET
-from megatron_gkd.errors import ServiceFailed, UserError
+from megatron_gkd.errors import ServiceFailed
 from megatron_gkd.models.export import export_checkpoint
 from megatron_gkd.runtime import portability
 from megatron_gkd.teachers.base import FollowsStudent, TeacherSignal, TeacherSource
+from megatron_gkd.training.ahead import announce_ahead
 from megatron_gkd.training.completions import Completions
 from megatron_gkd.training.exports import Exports
+from megatron_gkd.training.guards import Guards
 from megatron_gkd.training.metrics import MismatchWarning, Reporter, describe_rollouts, summarize
 from megatron_gkd.training.on_policy import RolloutReport, Rollouts
 from megatron_gkd.training.student import Student
@@ -24,7 +25,8 @@ from megatron_gkd.training.student import Student
 class Trainer:
     """`teacher` None trains with plain cross-entropy. `validation` may be None.
 
-    `rollouts` makes the steps for which `batches` has None, and `completions` tells of them.
+    `rollouts` makes the steps for which `batches` has None, and `completions` tells of them. `teacher_is_student`: they
+    begin as the same model.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class Trainer:
         rollouts: Rollouts | None = None,
         completions: Completions | None = None,
         mismatch_kl_threshold: float | None = None,
+        teacher_is_student: bool = False,
         train_iters: int,
         eval_interval: int | None,
         exports: Exports,
@@ -46,6 +49,11 @@ class Trainer:
         self.batches, self.validation, self.reporter = batches, validation, reporter
         self.rollouts, self.completions = rollouts, completions
         self.mismatch_warning = MismatchWarning(mismatch_kl_threshold)
+        self.guards = Guards(
+            student.objective.vocab_size,
+            has_teacher=teacher is not None,
+            same_as_teacher=student.model.config.params_dtype if teacher_is_student else None,
+        )
         self.train_iters, self.eval_interval, self.exports = train_iters, eval_interval, exports
         self.steps_done = 0
 
@@ -60,7 +68,7 @@ class Trainer:
             raise ServiceFailed(self.rescue(failure)) from failure
 
     def _run(self) -> Path:
-        for step, microbatches in enumerate(self.batches, start=1):
+        for step, microbatches in enumerate(announce_ahead(self.batches, self.teacher), start=1):
             self.train_step(step, microbatches)
             self.steps_done = step
             last = step == self.train_iters
@@ -87,10 +95,7 @@ class Trainer:
         scored = time.perf_counter()
         learning_rate = self.student.learning_rate
         totals = self.student.compute_gradients(microbatches, signals)
-        if not math.isfinite(totals["loss"]):
-            raise UserError(
-                f"step {step}: the loss is {totals['loss']}; the weights keep their values of step {step - 1}"
-            )
+        self.guards.check(step, totals, microbatches)
         grad_norm = self.student.update()
         if isinstance(self.teacher, FollowsStudent):
             self.teacher.after_update()
