@@ -254,6 +254,11 @@ class DataSection(Section):
         None, description="folder of the tokenised rows; null: ~/.cache/megatron_gkd/datasets"
     )
 
+    @property
+    def longest_for_teacher(self) -> int:
+        """Tokens of the longest sequence that the teacher reads."""
+        return max(self.max_length, self.teacher_max_length or 0)
+
 
 class TrainSection(Section):
     """The optimisation."""

@@ -15,7 +15,7 @@ from megatron_gkd.teachers.local import LocalTeacher
 from megatron_gkd.teachers.self_teacher import SelfTeacher, require_teacher_prompts
 from megatron_gkd.teachers.self_weights import AverageWeights, CurrentWeights, InitialWeights
 from megatron_gkd.teachers.server import ServerOptions, ServerTeacher
-from megatron_gkd.teachers.several import SeveralTeachers
+from megatron_gkd.teachers.several import SeveralTeachers, require_teachers
 from megatron_gkd.training.build import DTYPES
 from megatron_gkd.training.student import Student
 
@@ -39,6 +39,10 @@ def check_rows(section: TeacherSection, dataset: TokenizedDataset) -> None:
     for place, teacher in section.all.items():
         if teacher.source == "self" and teacher.teacher_model is None and teacher.ema is None:
             require_teacher_prompts(dataset, place)
+    if section.teachers:
+        require_teachers(
+            dataset, (tag for teacher in section.teachers for tag in teacher.tags), section.teacher_tag_key
+        )
 
 
 def begins_as_student(section: TeacherSection, student: Checkpoint, teachers: Mapping[str, Checkpoint]) -> bool:
@@ -97,7 +101,7 @@ def _server(recipe: Recipe, mesh: Mesh, student: Student, teacher: OneTeacher) -
     options = ServerOptions(
         urls=teacher.teacher_model_server,
         k=recipe.distill.gkd_logits_topk,
-        max_length=recipe.data.max_length,
+        max_length=recipe.data.longest_for_teacher,
         concurrency=teacher.teacher_server_concurrency,
         timeout=teacher.teacher_server_timeout_s,
         patience=teacher.teacher_server_patience_s,
