@@ -68,7 +68,10 @@ def flags(text: str) -> list[str]:
         (2, "--gkd_logits_topk 0", "distill.gkd_logits_topk = 0: must be an integer >= 1, or null"),
         (2, "--vllm_max_model_len 513", "rollout.vllm_max_model_len = 513: must be <= data.max_length (512)"),
         (2, "--sleep_level 3", "rollout.sleep_level = 3: must be an integer in [0, 2]"),
-        (2, "--teacher_model null", "teacher.teacher_model = null: must name a model where teacher.kind = local"),
+        (2, "--teacher_model null --kind local",
+         "teacher.teacher_model = null: must name a model where teacher.kind = local"),
+        (2, "--teacher_model null",
+         "teacher.kind = null: must be local, server, self or none, or follow from teacher_model or _server"),
     ],
 )  # fmt: skip
 def test_refused(workspace, world_size, arguments, problem):

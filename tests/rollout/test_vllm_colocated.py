@@ -197,7 +197,7 @@ def test_completions_end_at_the_longest_sequence(gloo_world):
 
 
 def train(rank, world_size, checkpoint, engine_name):
-    """Two training steps. With an engine: what it samples before each and at the end, and how it changed the process."""
+    """Two training steps. With an engine: its samples before each and at the end, and how it changed the process."""
     from training_layouts import build, named_gradients
 
     from megatron_gkd.rollout.megatron import MegatronEngine
