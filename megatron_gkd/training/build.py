@@ -118,7 +118,7 @@ def _build_engine(recipe: Recipe, mesh: Mesh, student: Student, checkpoint: Chec
             mesh,
             checkpoint,
             ColocatedOptions(
-                dtype=_DTYPES[recipe.train.dtype],
+                dtype=DTYPES[recipe.train.dtype],
                 max_model_len=section.vllm_max_model_len or recipe.data.max_length,
                 tensor_parallel_size=section.vllm_tensor_parallel_size,
                 gpu_memory_utilization=section.vllm_gpu_memory_utilization,

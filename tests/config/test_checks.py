@@ -114,8 +114,8 @@ def test_the_expert_layout_must_divide_the_processes(workspace):
 
 
 def test_vllm_in_the_training_processes(workspace, monkeypatch):
-    arguments = flags("--engine vllm --vllm_tensor_parallel_size 3")
-    divides = "rollout.vllm_tensor_parallel_size = 3: must divide the number of processes (2)"
+    arguments = flags("--engine vllm --vllm_tensor_parallel_size 4")
+    divides = "rollout.vllm_tensor_parallel_size = 4: must divide the number of processes (2)"
     absent = "rollout.engine = vllm: needs vLLM beside the trainer, which is not installed here (pip install vllm)"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert workspace.problems(*arguments) == [divides, absent]
