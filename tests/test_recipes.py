@@ -39,7 +39,7 @@ def test_there_is_one_for_every_engine():
         assert {path.stem for path in RECIPES if engine_of(path) == engine} == {name + suffix for name in names}
 
 
-@pytest.mark.parametrize("path", map(case, RECIPES))
+@pytest.mark.parametrize("path", [case(path) for path in RECIPES])
 def test_trains_the_embedded_models(path, tmp_path, request):
     (tmp_path / "recipe.yaml").write_text(path.read_text())
     turns = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3 w4"}]
@@ -60,5 +60,7 @@ def test_trains_the_embedded_models(path, tmp_path, request):
     assert [step["step"] for step in steps] == [1, 2, 3]
     sampled = [step for step in steps if step["source"] == "student"]
     assert sampled, "a step samples"
-    for step in sampled:  # the engine's weights are those of this very step
-        assert abs(step["mismatch_kl"]) < 1e-4 and step["rollout_tokens_per_second"] > 0
+    for step in sampled:
+        assert step["rollout_tokens_per_second"] > 0
+        if step["num_tokens"]:  # the engine's weights are those of this very step
+            assert abs(step["mismatch_kl"]) < 1e-4

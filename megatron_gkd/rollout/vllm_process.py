@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_gkd.errors import UserError
 from megatron_gkd.models.checkpoint import Checkpoint
@@ -73,8 +73,8 @@ class VllmProcess:
     def __init__(self, checkpoint: Checkpoint, options: ColocatedOptions):
         if importlib.util.find_spec("vllm") is None:
             raise UserError("rollout.engine = vllm: vLLM is not installed beside the trainer; pip install vllm")
-        on_host = portability.builds_on_host()
-        self.can_sleep = options.sleep_level > 0 and not on_host
+        self.on_host = portability.builds_on_host()
+        self.can_sleep = options.sleep_level > 0 and not self.on_host
         with _guest():
             for name, value in _ENVIRONMENT.items():
                 os.environ.setdefault(name, value)
@@ -98,7 +98,7 @@ class VllmProcess:
                     gpu_memory_utilization=options.gpu_memory_utilization,
                     kv_cache_memory_bytes=options.kv_cache_memory_bytes,
                     enable_sleep_mode=self.can_sleep,
-                    enforce_eager=options.enforce_eager or on_host,
+                    enforce_eager=options.enforce_eager or self.on_host,
                     seed=0,  # the same on all ranks of an engine; every request has its own
                 )
             except (ValueError, RuntimeError, AssertionError) as error:
@@ -109,6 +109,8 @@ class VllmProcess:
         """Whole tensors under their Hugging Face names; the same on every rank, which takes its share."""
         with _guest():
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named_tensors)})
+            if self.on_host:
+                self.llm.apply_model(_repack_tied_head)
             # Its blocks hold keys and values of the old weights.
             if not self.llm.reset_prefix_cache():
                 raise RuntimeError("vLLM's prefix cache is in use and can't be reset")
@@ -151,6 +153,13 @@ class VllmProcess:
             portability.empty_cache()  # vLLM maps memory by itself, and torch's cache is none of it
             with _guest():
                 self.llm.wake_up(tags=list(parts))
+
+
+def _repack_tied_head(model: nn.Module) -> None:
+    """On CPUs vLLM multiplies by a packed copy of the head, which a new embedding that it is tied to does not reach."""
+    head, embedding = model.lm_head, model.model.embed_tokens
+    if head.weight is embedding.weight:
+        head.quant_method.process_weights_after_loading(head)
 
 
 def _generated(output: Any) -> Generated:
