@@ -196,6 +196,26 @@ def test_completions_end_at_the_longest_sequence(gloo_world):
     assert (length, reason) == (6, "length")
 
 
+def sleep_between(rank, world_size, checkpoint):
+    """The tokens of two steps. On a CPU sleep frees nothing, but vLLM keeps account of it, and does not schedule."""
+    engine = engine_of_one_rank(checkpoint)
+    found, executor = [], engine.vllm.llm.llm_engine.model_executor
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.vllm, "can_sleep", True)
+        for version in range(2):
+            engine.load_weights(weights_of(checkpoint), version)
+            with engine.resident():
+                found.append((executor.is_sleeping, tokens_of(generate(engine, REQUESTS["greedy"]))))
+            assert executor.is_sleeping
+        engine._wake_up(engine.asleep)
+    return found
+
+
+def test_it_wakes_up_to_generate(gloo_world):
+    expected = transformers_greedy(CHECKPOINT(), REQUESTS["greedy"].prompts, 16)
+    assert gloo_world(1).run(sleep_between, CHECKPOINT())[0] == 2 * [(False, expected)]
+
+
 def train(rank, world_size, checkpoint, engine_name):
     """Two training steps. With an engine: its samples before each and at the end, and how it changed the process."""
     from training_layouts import build, named_gradients
