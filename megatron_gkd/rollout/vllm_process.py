@@ -84,6 +84,8 @@ class VllmProcess:
 
             # It would destroy the world's process group, which is the trainer's.
             core.cleanup_dist_env_and_memory = lambda *args, **kwargs: None
+            if self.on_host:
+                _communicate_by_gloo()
             try:
                 self.llm = LLM(
                     model=str(checkpoint.path),
@@ -153,6 +155,13 @@ class VllmProcess:
             portability.empty_cache()  # vLLM maps memory by itself, and torch's cache is none of it
             with _guest():
                 self.llm.wake_up(tags=list(parts))
+
+
+def _communicate_by_gloo() -> None:
+    """Not by shared memory, which has one name for all runs on a machine and outlives those that are killed."""
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+
+    CpuCommunicator._all_group_ranks_share_shm_group_name = lambda self: False
 
 
 def _repack_tied_head(model: nn.Module) -> None:

@@ -52,13 +52,13 @@ def weights_of(checkpoint):
 
 
 def deal(rank, world_size, checkpoint, layout, tensor_parallel_size, prompts_of):
-    """What this rank's vLLM was asked, and this rank's completions."""
+    """What this rank's vLLM was asked; this rank's replica and completions."""
     vllm = FakeVllm()
     engine = open_engine(vllm, checkpoint, layout, tensor_parallel_size=tensor_parallel_size)
     engine.load_weights(weights_of(checkpoint), version=4)
     prompts = prompts_of[engine.replica]
     completions = engine.generate(prompts, GREEDY, [10 * engine.replica + i for i in range(len(prompts))])
-    return vllm.calls[1], [(c.token_ids, c.version) for c in completions]
+    return vllm.calls[1], engine.replica, [(c.token_ids, c.version) for c in completions]
 
 
 FIVE, TWO = [[50], [51], [52], [53], [54]], [[60], [61]]
@@ -78,15 +78,10 @@ FIVE, TWO = [[50], [51], [52], [53], [54]], [[60], [61]]
 )
 def test_all_engines_share_all_prompts(layout, tensor_parallel_size, prompts_of, asked, gloo_world):
     ranks = gloo_world(4).run(deal, CHECKPOINT(), layout, tensor_parallel_size, prompts_of)
-    assert [calls for calls, _ in ranks] == [part for part in asked for _ in range(tensor_parallel_size)]
-    completions = [found for _, found in ranks]
-    expected = [
-        [([*prompt, 10 * replica + i], 4) for i, prompt in enumerate(prompts)]
-        for replica, prompts in enumerate(prompts_of)
-    ]
-    sharded_by_tp = layout.get("tensor", 1) * layout.get("context", 1)
-    replicas = {2: [0, 0, 1, 1], 4: [0] * 4, 1: [0, 1, 0, 1] if layout else [0, 1, 2, 3]}[sharded_by_tp]
-    assert completions == [expected[replica] for replica in replicas]
+    assert [calls for calls, _, _ in ranks] == [part for part in asked for _ in range(tensor_parallel_size)]
+    assert {replica for _, replica, _ in ranks} == set(range(len(prompts_of)))
+    for _, replica, completions in ranks:
+        assert completions == [([*prompt, 10 * replica + i], 4) for i, prompt in enumerate(prompts_of[replica])]
 
 
 def fail(rank, world_size, checkpoint):
