@@ -139,8 +139,10 @@ class DistillSection(Section):
 class RolloutSection(Section):
     """How the student samples where lmbda has it so."""
 
-    engine: Literal["megatron", "vllm_server"] = Field(
-        "megatron", description="megatron: the sharded student itself; vllm_server: vLLM servers that run already"
+    engine: Literal["megatron", "vllm", "vllm_server"] = Field(
+        "megatron",
+        description="megatron: the sharded student itself; vllm: vLLM in the training processes; "
+        "vllm_server: vLLM servers that run already",
     )
     max_completion_length: int = Field(512, ge=1, description="most tokens of a completion, within data.max_length")
     rollout_temperature: float = Field(1.0, gt=0, description="divides the logits that tokens are drawn from")
@@ -155,6 +157,24 @@ class RolloutSection(Section):
     truncated: Literal["keep", "mask", "drop"] = Field(
         "keep", description="completions that end at max_completion_length: train on, leave without loss, or leave out"
     )
+    vllm_tensor_parallel_size: int = Field(1, ge=1, description="vllm: neighbouring ranks that share one vLLM engine")
+    vllm_gpu_memory_utilization: float = Field(
+        0.3, gt=0, le=1, description="vllm: share of each device's memory for vLLM's weights and cache"
+    )
+    vllm_kv_cache_gib: float | None = Field(
+        None, gt=0, description="vllm: its cache in GiB a rank; null: what vllm_gpu_memory_utilization leaves"
+    )
+    vllm_max_model_len: int | None = Field(
+        None, ge=2, description="vllm: longest prompt with its completion, in tokens; null: data.max_length"
+    )
+    sleep_level: int = Field(
+        2,
+        ge=0,
+        le=2,
+        description="vllm: GPU memory that it gives up between rollouts: 0 none; 1 its cache, with the weights "
+        "in host memory; 2 cache and weights",
+    )
+    enforce_eager: bool = Field(False, description="vllm: without CUDA graphs and compilation; always so on CPUs")
     vllm_server_urls: Annotated[tuple[ServerUrl, ...], BeforeValidator(_as_sequence)] = Field(
         (), description="vllm_server: addresses of the servers, which prompts are dealt to (http://host:8000)"
     )

@@ -36,9 +36,10 @@ from megatron_gkd.training.trainer import Trainer
 
 def train(recipe: Recipe) -> None:
     """Run `recipe` in the world that torchrun describes (one process without it)."""
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in alone.items():
         os.environ.setdefault(name, value)
-    portability.select_device(int(os.environ.get("LOCAL_RANK", "0")))
+    portability.select_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(portability.backend(), timeout=datetime.timedelta(minutes=30))
     try:
         mesh = initialize_mesh(Layout.from_section(recipe.parallel), recipe.train.seed)
