@@ -150,15 +150,12 @@ def test_rollouts_that_fail_for_good_end_the_run_with_what_was_learnt(workspace)
     assert finished.returncode != 0
     assert finished.stderr.count("stopped after step 2 of 4: http://server:8000: refused for 300 s") == 1
     assert "start again with --model runs/x/hf-step-000002" in finished.stderr
-    assert "rollout.base.RolloutFailed" not in finished.stderr, "a traceback of ours"
+    assert "in _train" not in finished.stderr, "a traceback of ours"
     run = workspace / "runs/x"
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [1, 2]
     assert (run / "curves.png").exists() and not (run / "hf").exists()
-    again = train(
-        workspace, *options, "--model", "runs/x/hf-step-000002", "--output_dir", "runs/y", "--train_iters", "1"
-    )
-    assert again.returncode == 0, again.stderr
+    assert AutoModelForCausalLM.from_pretrained(run / "hf-step-000002").num_parameters() > 0
 
 
 def test_a_bad_row_ends_the_run_with_its_file_and_line(workspace):

@@ -46,7 +46,7 @@ class Completions:
     def _record(self, step: int, answer: Answer, divergence: np.ndarray | None) -> dict[str, Any]:
         completion, of_token = answer.completion, None
         if divergence is not None:
-            of_token = [None if math.isnan(value) else round(value, 6) for value in divergence.tolist()]
+            of_token = [None if math.isnan(value) else float(f"{value:.6g}") for value in divergence.tolist()]
         known = [] if of_token is None else [value for value in of_token if value is not None]
         return {
             "step": step,

@@ -54,7 +54,7 @@ REQUESTS = {
     "drawn in another batch": Request.of(ALIKE[:7], DRAWN),
     "EOS ignored": Request.of(ALIKE, replace(DRAWN, ignore_eos=True)),
     "stop tokens": Request.of(ALIKE, replace(DRAWN, stop_token_ids=(17, 40, 41, 42, 43), ignore_eos=True)),
-    "stop strings": Request.of(ALIKE, replace(DRAWN, stop=("w1 w", "w4", "<|im_start|>"), ignore_eos=True)),
+    "stop strings": Request.of(ALIKE, replace(DRAWN, stop=("1 w", "w3", "<|"), ignore_eos=True)),
     "filtered": Request.of(ALIKE, replace(DRAWN, temperature=0.7, top_k=5, top_p=0.8)),
 }
 WRONG = {
