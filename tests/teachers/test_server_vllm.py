@@ -32,7 +32,7 @@ def teacher_server(tmp_path_factory) -> Iterator[vllm_server.VllmServer]:
     """It runs."""
     if not vllm_server.is_installed():
         pytest.skip(vllm_server.WHY_ABSENT)
-    server = vllm_server.VllmServer(CHECKPOINT(), tmp_path_factory.mktemp("teacher") / "server.log", max_model_len=257)
+    server = vllm_server.VllmServer(CHECKPOINT(), tmp_path_factory.mktemp("teacher") / "server.log", max_model_len=256)
     try:
         server.ensure_running()
         yield server
@@ -51,7 +51,7 @@ class TestTeacherOfVllm(TeacherContract):
     ("options", "message"),
     [
         ({"k": 65}, "greater than max allowed: 64.*start it with --max-logprobs 65"),
-        ({"max_length": 257}, "start it with --max-model-len 258"),
+        ({"max_length": 256}, "start it with --max-model-len 257"),
     ],
 )
 def test_what_it_can_not_do_is_refused_at_the_start(options, message, gloo_world, teacher_server):
@@ -61,9 +61,9 @@ def test_what_it_can_not_do_is_refused_at_the_start(options, message, gloo_world
 
 def test_its_tokenizer_is_compared(teacher_server):
     server = TeacherServer(teacher_server.url, open_client(60.0, 4), k=4)
-    server.hello(256, tokenizer_probes(tiny_tokenizer()), patience=5.0)
+    server.hello(255, tokenizer_probes(tiny_tokenizer()), patience=5.0)
     with pytest.raises(UserError, match="its tokenizer is not the student's"):
-        server.hello(256, tokenizer_probes(tiny_tokenizer(prefix="v")), patience=5.0)
+        server.hello(255, tokenizer_probes(tiny_tokenizer(prefix="v")), patience=5.0)
 
 
 @pytest.mark.parametrize("tail", TAILS)
@@ -81,7 +81,7 @@ student:  {{model: {student}}}
 teacher:  {{}}
 distill:  {{beta: 0.5, temperature: 1, gkd_logits_topk: 16, gkd_topk_tail: bucket}}
 parallel: {{tensor_model_parallel_size: 2, sequence_parallel: true}}
-data:     {{dataset: [train.jsonl], max_length: 256, packing: true}}
+data:     {{dataset: [train.jsonl], max_length: 128, packing: true}}
 train:    {{global_batch_size: 8, train_iters: 60, lr: 1.0e-3, adam_eps: 1.0e-3, dtype: fp32}}
 output:   {{output_dir: runs/x}}
 """
