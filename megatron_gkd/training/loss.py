@@ -115,8 +115,10 @@ class Objective:
         if isinstance(signal, TopK):
             says = (signal.ids >= 0) & (signal.ids < self.vocab_size) & (signal.values > -torch.inf)
             counted = says.any(-1).float()
-            # A row without an entry has divergence 0; one of improbable entries alone would have no number.
-            signal = replace(signal, ids=signal.ids.masked_fill(counted[:, None] == 0, MISSING))
+            # Without an entry all mass of both models is in the tail. Improbable entries alone would give no number.
+            silent = counted == 0
+            tail = None if signal.tail is None else signal.tail.masked_fill(silent, 0)
+            signal = replace(signal, ids=signal.ids.masked_fill(silent[:, None], MISSING), tail=tail)
         sft_alpha = 1.0 if signal is None else self.sft_alpha
         total, token = fused_linear_divergence(
             student,
