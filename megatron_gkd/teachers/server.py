@@ -32,7 +32,7 @@ from megatron_gkd.teachers.server_client import TeacherServer
 from megatron_gkd.teachers.server_requests import ScoreRequests
 from megatron_gkd.teachers.server_tokenizer import tokenizer_probes
 
-_MOST_AHEAD = 4  # times the questions of one scoring that may wait to be collected
+_MOST_AHEAD = 4  # times the questions of the largest scoring may wait to be collected
 _SAME_MODEL = 0.1  # nats by which servers may differ at a position, on average; bf16 makes a tenth of it
 
 
@@ -68,6 +68,8 @@ class ServerTeacher:
         self.is_last_stage = mesh.pp.rank() == mesh.pp.size() - 1
         self.is_speaker = self.is_last_stage and mesh.tp.rank() == mesh.cp.rank() == 0
         self.requests: ScoreRequests | None = None
+        self.largest = options.concurrency
+        """Most questions of one scoring so far, or a few."""
         servers: list[TeacherServer] = []
         if self.is_speaker or mesh.is_main:
             http = open_client(options.timeout, options.concurrency)
@@ -122,7 +124,8 @@ class ServerTeacher:
                 scores = self.requests.collect(mine)
             except UserError as error:
                 problem = str(error)
-            self.requests.forget_all_but(_MOST_AHEAD * len(wanted))
+            self.largest = max(self.largest, len(wanted))
+            self.requests.forget_all_but(_MOST_AHEAD * self.largest)
         raise_together(problem, TeacherFailed)
         if gifts:
             given = {key: scores[key] for key, giver in gifts.items() if giver == me}

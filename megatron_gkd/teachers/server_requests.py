@@ -6,7 +6,8 @@ import itertools
 import threading
 import time
 from collections.abc import Collection, Iterable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from queue import SimpleQueue
 
 from megatron_gkd.errors import UserError
 from megatron_gkd.runtime.servers import ServerDown
@@ -17,7 +18,8 @@ _AVOIDED = 10.0  # seconds for which a server that failed is left alone where ot
 
 
 class ScoreRequests:
-    """Deals questions to `servers` in turn, from the one numbered `first` on. Answers are read in its threads, too.
+    """Deals questions to `servers` in turn, from the one numbered `first` on. Answers are read in its threads, too,
+    which no process waits for at its end (an executor's it does, however long a server hangs).
 
     Args:
         concurrency: requests in flight, over all servers.
@@ -25,9 +27,10 @@ class ScoreRequests:
     """
 
     def __init__(self, servers: Sequence[TeacherServer], *, concurrency: int, patience: float, first: int = 0):
-        self.servers, self.patience = servers, patience
+        self.servers, self.concurrency, self.patience = servers, concurrency, patience
         self._turns = itertools.count(first)
-        self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="teacher-server")
+        self._waiting: SimpleQueue[tuple[Future[Scores], Question]] = SimpleQueue()
+        self._threads = 0
         self._asked: dict[bytes, tuple[Question, Future[Scores]]] = {}
         self._lock = threading.Lock()
         self._closed = False
@@ -39,7 +42,7 @@ class ScoreRequests:
                 _, future = self._asked.get(question.key, (question, None))
                 # What failed before anybody needed it may work by now.
                 if future is None or (future.done() and future.exception()):
-                    self._asked[question.key] = question, self._pool.submit(self._ask, next(self._turns), question)
+                    self._asked[question.key] = question, self._submit(question)
 
     def begun(self) -> dict[bytes, Question]:
         """By their keys, all questions whose answers nobody has collected yet."""
@@ -71,11 +74,30 @@ class ScoreRequests:
     def close(self) -> None:
         """Ask nothing more; what is in flight ends with its attempt."""
         self._closed = True
-        self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _ask(self, turn: int, question: Question) -> Scores:
+    def _submit(self, question: Question) -> Future[Scores]:
+        future: Future[Scores] = Future()
+        if self._closed:
+            future.set_exception(UserError("the teacher's servers have been given up"))
+            return future
+        self._waiting.put((future, question))
+        if self._threads < self.concurrency:
+            self._threads += 1
+            threading.Thread(target=self._work, daemon=True, name="teacher-server").start()
+        return future
+
+    def _work(self) -> None:
+        while not self._closed:
+            future, question = self._waiting.get()
+            if not self._closed and future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(self._ask(question))
+                except BaseException as error:
+                    future.set_exception(error)
+
+    def _ask(self, question: Question) -> Scores:
         patience = Patience(self.patience)
-        for attempt in itertools.count(turn):
+        for attempt in itertools.count(next(self._turns)):
             server = self._server(attempt)
             try:
                 return server.score(question)

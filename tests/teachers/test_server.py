@@ -73,6 +73,7 @@ def score_after_another_replica_has_begun(rank, world_size, urls):
         teacher = teacher_of(mesh, urls)
         if rank == 0:
             teacher.begin(samples)
+        teacher.score([microbatch_of([sample(4, seed=0)], mesh)])  # of nothing, which leaves what has begun alone
         microbatches = [microbatch_of([one], mesh) for one in samples[rank::2]]
         signals = teacher.score(microbatches)
         assert teacher.requests.begun() == {}

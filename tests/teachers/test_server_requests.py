@@ -107,6 +107,8 @@ def test_a_refusal_is_an_error_at_once_and_nothing_more_is_asked(requests_to):
     asked = len(server.asked)
     time.sleep(0.2)
     assert len(server.asked) <= asked + 1 < 5
+    with pytest.raises(UserError, match="given up"):
+        requests.collect(questions(1))
 
 
 def test_what_has_begun_is_asked_once_and_equal_questions_are_one(requests_to):

@@ -13,7 +13,6 @@ from training_layouts import build
 
 from megatron_gkd.config.schema import TeacherSection
 from megatron_gkd.errors import UserError
-from megatron_gkd.training.build_teacher import begins_as_student
 from megatron_gkd.training.guards import Guards
 
 TOTALS = {
@@ -97,6 +96,9 @@ def test_a_teacher_that_is_the_student_must_agree_with_it_at_first(gloo_world):
 
 
 def test_which_teachers_begin_as_the_student(tmp_path):
+    import megatron_gkd.runtime.preload  # noqa: F401  isort: skip
+    from megatron_gkd.training.build_teacher import begins_as_student
+
     (tmp_path / "link").symlink_to(tmp_path)
     student, same, other = (SimpleNamespace(path=path) for path in (tmp_path, tmp_path / "link", tmp_path / "other"))
 
@@ -113,6 +115,7 @@ def test_which_teachers_begin_as_the_student(tmp_path):
 
 
 def test_the_tolerance_is_for_every_type_that_is_trained_in():
+    import megatron_gkd.runtime.preload  # noqa: F401  isort: skip
     from megatron_gkd.training.build import DTYPES
     from megatron_gkd.training.guards import SAME_MODEL_TOLERANCE
 
