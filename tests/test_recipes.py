@@ -20,15 +20,16 @@ def test_valid_on_8_processes(path):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_trains_the_embedded_models(path, tmp_path):
+    recipe = load(path, world_size=8, require_paths=False)
     (tmp_path / "recipe.yaml").write_text(path.read_text())
-    turns = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3 w4"}]
-    (tmp_path / "rows.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 12)
-    models = [
-        "--model",
-        str(tiny_checkpoint("qwen3_tied", seed=2)),
-        "--teacher_model",
-        str(tiny_checkpoint("qwen3", seed=1)),
-    ]
+    row = {"problem": "w1 w2", "solution": "w3 w4"}
+    if recipe.data.preprocessor is None:
+        row = {"messages": [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3 w4"}]}
+    (tmp_path / "rows.jsonl").write_text((json.dumps(row) + "\n") * 12)
+    student = str(tiny_checkpoint("qwen3_tied", seed=2))
+    teacher = student if recipe.teacher.source == "self" else str(tiny_checkpoint("qwen3", seed=1))
+    models = ["--model", student] + (["--teacher_model", teacher] if recipe.teacher.teacher_model else [])
+    plugins = [str(REPOSITORY / plugin) for plugin in recipe.data.external_plugins]
     iterations = [
         "--train_iters",
         "3",
@@ -39,7 +40,8 @@ def test_trains_the_embedded_models(path, tmp_path):
         "--save_interval",
         "null",
     ]
-    finished = train(tmp_path, *models, "--dataset", "rows.jsonl", *SMALL, *iterations)
+    data = ["--dataset", "rows.jsonl", "--external_plugins", json.dumps(plugins), "--teacher_max_length", "null"]
+    finished = train(tmp_path, *models, *data, *SMALL, *iterations)
     assert finished.returncode == 0, finished.stderr
     records = (tmp_path / "runs" / path.stem / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(record)["step"] for record in records] == [1, 2, 3]
