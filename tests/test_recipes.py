@@ -60,8 +60,12 @@ def small_teacher(path: Path) -> Iterator[list[str]]:
     elif section.source == "server":
         with FakeServer(checkpoint) as server:
             yield ["--teacher_model_server", server.url]
-    else:
+    elif section.source == "local":
         yield ["--teacher_model", str(checkpoint)]
+    elif section.teacher_model is not None:
+        yield ["--teacher_model", str(tiny_checkpoint("qwen3_tied", seed=2))]  # `small_student`
+    else:
+        yield []
 
 
 def small_student(path: Path, request) -> list[str]:
@@ -80,10 +84,14 @@ def test_trains_the_embedded_models(path, tmp_path, request):
     (tmp_path / "recipe.yaml").write_text(path.read_text())
     turns = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3 w4"}]
     rows = [{"messages": turns, "subject": subject} for subject in ("math", "code")] * 6
+    if loaded(path).data.preprocessor is not None:
+        rows = [{"problem": "w1 w2", "solution": "w3 w4"}] * 12
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with small_teacher(path) as teacher:
         models = [*small_student(path, request), *teacher]
-        finished = train(tmp_path, *models, "--dataset", "rows.jsonl", *SMALL, *THREE_STEPS)
+        plugins = [str(REPOSITORY / plugin) for plugin in loaded(path).data.external_plugins]
+        data = ["--dataset", "rows.jsonl", "--external_plugins", json.dumps(plugins), "--teacher_max_length", "null"]
+        finished = train(tmp_path, *models, *data, *SMALL, *THREE_STEPS)
     assert finished.returncode == 0, finished.stderr
     records = (tmp_path / "runs" / path.stem / "metrics.jsonl").read_text().splitlines()
     steps = [json.loads(record) for record in records]

@@ -49,24 +49,22 @@ def _readings(microbatches: Sequence[Microbatch], mesh: Mesh, *, equal_lengths: 
 
     `equal_lengths`: all of one length, as the interleaved schedule wants them.
     """
-    views = [[teacher_view(sample) for sample in microbatch.samples] for microbatch in microbatches]
-    same = [
-        all(view is sample for view, sample in zip(of_one, microbatch.samples, strict=True))
-        for of_one, microbatch in zip(views, microbatches, strict=True)
-    ]
-    if equal_lengths:
-        lengths = {microbatch.total_length for microbatch in microbatches}
-        same = [all(same) and len(lengths) == 1] * len(same)
+    differs = [any(teacher_view(sample) is not sample for sample in one.samples) for one in microbatches]
+    if equal_lengths and (any(differs) or len({one.total_length for one in microbatches}) > 1):
+        differs = [True] * len(microbatches)
     padding = {"pad_multiple": mesh.layout.pad_multiple, "pad_token_id": _PAD_TOKEN_ID}
-    wholes = [None if kept else collate(of_one, **padding) for kept, of_one in zip(same, views, strict=True)]
-    longest = max((whole.total_length for whole in wholes if whole is not None), default=0)
-    readings = []
-    for microbatch, whole in zip(microbatches, wholes, strict=True):
-        if whole is not None:
-            whole = lengthen(whole, longest, _PAD_TOKEN_ID) if equal_lengths else whole
-            part = shard_context_parallel(whole, mesh.cp.rank(), mesh.cp.size())
-            microbatch = part.to(microbatch.input_ids.device)
-        readings.append(microbatch)
+    wholes = {
+        index: collate([teacher_view(sample) for sample in one.samples], **padding)
+        for index, one in enumerate(microbatches)
+        if differs[index]
+    }
+    if equal_lengths and wholes:
+        longest = max(whole.total_length for whole in wholes.values())
+        wholes = {index: lengthen(whole, longest, _PAD_TOKEN_ID) for index, whole in wholes.items()}
+    readings = list(microbatches)
+    for index, whole in wholes.items():
+        part = shard_context_parallel(whole, mesh.cp.rank(), mesh.cp.size())
+        readings[index] = part.to(microbatches[index].input_ids.device)
     return readings
 
 

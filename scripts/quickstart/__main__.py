@@ -1,9 +1,9 @@
-"""The quickstart's experiment: bash scripts/quickstart.sh [--fresh] [--seeds N] [--on-policy] [--record]
+"""The quickstart's experiment: bash scripts/quickstart.sh [--fresh] [--seeds N] [--on-policy] [--self] [--record]
 
 A teacher learns arithmetic word problems from many correct solutions. A smaller student has few, with slips in them;
 it learns from them alone (cross-entropy), or from the teacher's distributions on the same rows (GKD), from the same
 initial weights and for the same number of steps. With --on-policy, the student of cross-entropy goes on in several ways
-(`rows.ON_POLICY`). All are trained by `megatron_gkd train`.
+(`rows.ON_POLICY`); with --self, a student is its own teacher (`rows.SELF`). All are trained by `megatron_gkd train`.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pathlib import Path
 from rich.console import Console
 
 from quickstart import prepare
-from quickstart.rows import FROM_SCRATCH, ON_POLICY, Row
+from quickstart.rows import FROM_SCRATCH, ON_POLICY, SELF, Row
 from quickstart.stages import Runner, Stage
 
 HERE = Path(__file__).parent
@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true", help="do everything again")
     parser.add_argument("--seeds", type=int, default=1, help="train the students from this many seeds (default 1)")
     parser.add_argument("--on-policy", action="store_true", help="let students go on: offline, mixed and on-policy")
+    parser.add_argument("--self", action="store_true", help="let a student be its own teacher, with hints")
     parser.add_argument(
         "--record", action="store_true", help=f"write the table to {RECORDED.relative_to(ROOT)} as well"
     )
@@ -47,7 +48,7 @@ def main() -> None:
     console = Console()
     runner = Runner(OUT / "stages", console, arguments.fresh)
     try:
-        rows = FROM_SCRATCH + (ON_POLICY if arguments.on_policy else ())
+        rows = FROM_SCRATCH + (ON_POLICY if arguments.on_policy else ()) + (SELF if arguments.self else ())
         _run(runner, console, rows, range(1, arguments.seeds + 1), arguments.record)
     except subprocess.CalledProcessError as error:
         sys.exit(f"quickstart: training ended with exit code {error.returncode}")
@@ -62,7 +63,7 @@ def _run(runner: Runner, console: Console, rows: Sequence[Row], seeds: range, re
             start = UNTRAINED / f"student_seed{seed}" if row.start is None else _run_of(by_name[row.start], seed) / "hf"
             title = f"Training a student: {row.name}" + (f", seed {seed}" if len(seeds) > 1 else "")
             teacher = [TEACHER / "hf"] if row.has_teacher else []
-            runner.run(_training(title, row.recipe, _run_of(row, seed), start, "student_train", seed, teacher))
+            runner.run(_training(title, row.recipe, _run_of(row, seed), start, row.data, seed, teacher))
     runs = {"teacher": [TEACHER]} | {row.name: [_run_of(row, seed) for seed in seeds] for row in rows}
     for run in itertools.chain(*runs.values()):
         inputs = [*_code("evaluate.py", "problems.py"), DATA / "test.jsonl", TEACHER / "hf", run / "hf"]
@@ -138,7 +139,8 @@ def _report(console: Console, rows: Sequence[Row], runs: dict[str, list[Path]], 
     results = {
         name: [Scores(**json.loads((run / "scores.json").read_text())) for run in group] for name, group in runs.items()
     }
-    stem = f"{'on_policy' if ON_POLICY[0] in rows else 'results'}_seeds{len(runs[rows[0].name])}"
+    groups = [name for name, group in (("on_policy", ON_POLICY), ("self", SELF)) if group[0] in rows]
+    stem = f"{'_'.join(groups) or 'results'}_seeds{len(runs[rows[0].name])}"
     table, curves = OUT / f"{stem}.md", OUT / "curves.png"
     draw({name: group[0] for name, group in runs.items()}, results, {row.name: row.color for row in rows}, curves)
     table.write_text(markdown_table(results), encoding="utf-8")

@@ -1,12 +1,12 @@
 """The rows of the experiment's table, and their recipes."""
 
 import pytest
-from quickstart.rows import FROM_SCRATCH, ON_POLICY
+from quickstart.rows import FROM_SCRATCH, ON_POLICY, SELF
 from world import REPOSITORY
 
 from megatron_gkd.config import load
 
-ROWS = FROM_SCRATCH + ON_POLICY
+ROWS = FROM_SCRATCH + ON_POLICY + SELF
 
 
 def recipe_of(row):
@@ -19,7 +19,8 @@ def test_recipe_and_row_say_the_same(row):
     start = {other.name: f"{other.recipe}_seed1/hf" for other in ROWS}.get(row.start, "untrained/student_seed1")
     assert recipe.student.model == f"runs/quickstart/{start}"
     assert recipe.output.output_dir == f"runs/quickstart/{row.recipe}_seed1"
-    assert (recipe.teacher.kind != "none") == row.has_teacher
+    assert (recipe.teacher.source == "local") == row.has_teacher
+    assert [entry.path for entry in recipe.data.dataset] == [f"runs/quickstart/data/{row.data}.jsonl"]
 
 
 @pytest.mark.parametrize("rows", [FROM_SCRATCH, ON_POLICY], ids=["from scratch", "on-policy"])
@@ -33,3 +34,8 @@ def test_a_row_goes_on_from_an_earlier_one():
     names = [row.name for row in ROWS]
     assert len(set(names)) == len(names)
     assert all(row.start is None or row.start in names[: names.index(row.name)] for row in ROWS)
+
+
+def test_self_distillation_has_the_steps_of_the_student_that_goes_on_without_it():
+    train = [repr(recipe_of(row).train) for row in SELF[1:]]
+    assert train[0].replace("eval_interval=50", "eval_interval=None") == train[1]

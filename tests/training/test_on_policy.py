@@ -25,19 +25,20 @@ def models(kind):
     return student, tiny_checkpoint("qwen3", seed=1, num_hidden_layers=2, hidden_size=48)
 
 
-def train_on_policy(rank, world_size, student, teacher, changes, lmbda, granularity):
+def train_on_policy(rank, world_size, student, teacher, changes, lmbda, granularity, rows=None):
     """Per step: totals, the rollouts' record, gradient norm; on rank 0 the gradient by Hugging Face name, and the
     completions with their divergence.
     """
     from megatron_gkd.data.order import SampleOrder
     from megatron_gkd.rollout.megatron import MegatronEngine
     from megatron_gkd.runtime.mesh import destroy_mesh
+    from megatron_gkd.teachers.base import FollowsStudent
     from megatron_gkd.training.build import batching
     from megatron_gkd.training.completions import Completions
 
-    mesh, student, teacher, batches = build(student, teacher, changes)
+    rows = rows or RandomRows(count=24)
+    mesh, student, teacher, batches = build(student, teacher, changes, rows)
     cut = batching(recipe_of(changes), mesh, pad_token_id=0)
-    rows = RandomRows(count=24)
     rollouts = Rollouts(
         MegatronEngine(student.model, [3]),
         OnPolicy(lmbda, granularity, seed=7),
@@ -64,6 +65,8 @@ def train_on_policy(rank, world_size, student, teacher, changes, lmbda, granular
         if report is not None:
             record["completions"] = completions.of_step(step + 1, report, microbatches, student.token_divergence)
         record |= {"totals": totals, "gradient": gradient if rank == 0 else None, "grad_norm": student.update()}
+        if isinstance(teacher, FollowsStudent):
+            teacher.after_update()
         records.append(record)
     destroy_mesh()
     return records
@@ -225,6 +228,20 @@ def test_a_completion_is_cut_to_the_longest_sequence(monkeypatch):
     rows = RandomRows(count=8, longest=20)
     microbatches, report = rollouts_of(monkeypatch, rows, cutting=cutting).microbatches(0)
     assert max(microbatch.total_length for microbatch in microbatches) <= 10
+
+
+def test_a_completion_leaves_room_for_what_the_teacher_reads(monkeypatch):
+    cutting = Cutting(**{**vars(CUTTING), "max_length": 24})
+    rows = RandomRows(count=8, longest=15)
+    rows.teacher_prompts = [np.arange(4, 4 + 17)] * 4 + [None] * 4
+    rollouts = rollouts_of(monkeypatch, rows, cutting=cutting)
+    rollouts.teacher_max_length = 20
+    samples = [sample for microbatch in rollouts.microbatches(0)[0] for sample in microbatch.samples]
+    answers = {sample.row_id: int((sample.labels != -100).sum()) for sample in samples}
+    assert answers == {row: 3 if row < 4 else 4 for row in range(8)}
+    rollouts.teacher_max_length = 17
+    with pytest.raises(UserError, match="its teacher_prompt of 17 tokens leaves no room for an answer in data.teach"):
+        rollouts.microbatches(1)
 
 
 def test_a_prompt_that_leaves_no_room_is_an_error(monkeypatch):
