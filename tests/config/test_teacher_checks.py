@@ -34,6 +34,7 @@ KEY = ["--teacher_tag_key", "subject"]
             "distill.temperature = 0.9: must be 1 with gkd_topk_tail = bucket and teacher.teacher_model_server",
         ),
         ([*SERVER, "--teacher_server_concurrency", "0"], "teacher.teacher_server_concurrency = 0: must be"),
+        (
             ["--kind", "self"],
             "teacher.teacher_model = teacher: must be student.model (student), for the weights",
         ),
@@ -90,6 +91,8 @@ def test_several_teachers_pass(workspace):
 @pytest.mark.parametrize("tail", [["renormalize", "--temperature", "0.9"], ["bucket", "--temperature", "1"]])
 def test_a_server_passes_with_what_it_can_tell(workspace, tail):
     assert workspace.problems(*SERVER, "--gkd_logits_topk", "8", "--gkd_topk_tail", *tail) == []
+
+
 @pytest.mark.parametrize("keys", [["null"], ["./student"], ["null", "--ema", "0.99"]])
 def test_the_student_itself_passes(workspace, keys):
     arguments = ["--kind", "self", "--offload_teacher_model", "false", "--teacher_model", *keys]
