@@ -90,7 +90,6 @@ class VllmProcess:
                 self.llm = LLM(
                     model=str(checkpoint.path),
                     load_format="dummy",  # the student's weights come before the first sample
-                    skip_tokenizer_init=True,  # token ids in, token ids out
                     generation_config="vllm",  # nothing from the model's generation_config.json
                     dtype=options.dtype,
                     max_model_len=options.max_model_len,
@@ -120,7 +119,11 @@ class VllmProcess:
     def generate(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], max_tokens: Sequence[int], sampling: Sampling
     ) -> list[Generated]:
-        """In order. Only `sampling.stop_token_ids` end a completion early. Ranks of one engine call together."""
+        """In order. Only `stop_token_ids` and `stop` of `sampling` end a completion early.
+
+        Ranks of one engine call together. Token ids in, token ids out: text is made only where stop strings have to be
+        found in it.
+        """
         from vllm import SamplingParams
 
         if not prompts:
@@ -134,8 +137,11 @@ class VllmProcess:
                 seed=seed % 2**63,  # vLLM takes -1 for none
                 ignore_eos=True,
                 stop_token_ids=list(sampling.stop_token_ids),
+                stop=list(sampling.stop),
+                include_stop_str_in_output=True,
+                skip_special_tokens=False,  # a stop string may be of such tokens
                 logprobs=0,  # of the sampled token alone
-                detokenize=False,
+                detokenize=bool(sampling.stop),
             )
             for seed, limit in zip(seeds, max_tokens, strict=True)
         ]
