@@ -1,10 +1,12 @@
 """Whether the keys of each teacher go together."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from megatron_gkd.config.schema import OneTeacher, Recipe
 
 LEAVES = (*OneTeacher.model_fields, "teachers")
+SELF_LEAVES = (*LEAVES, "model")
 
 
 def teachers_are_named(recipe: Recipe, _: int) -> Iterator[str]:
@@ -62,3 +64,22 @@ def teachers_share_rows(recipe: Recipe, _: int) -> Iterator[str]:
         for tag in teacher.tags:
             if owners.setdefault(tag, place) != place:
                 yield f"{place}.tags = {list(teacher.tags)}: {tag} is a tag of {owners[tag]} already"
+
+
+def self_is_the_student(recipe: Recipe, _: int) -> Iterator[str]:
+    """The student as its own teacher, with another model's name, or with keys that mean nothing there."""
+    for place, teacher in recipe.teacher.all.items():
+        if teacher.source != "self":
+            if teacher.ema is not None:
+                yield f"{place}.ema = {teacher.ema}: only with {place}.kind = self"
+            continue
+        model, student = teacher.teacher_model, recipe.student.model
+        if model is not None and Path(model).resolve() != Path(student).resolve():
+            yield (
+                f"{place}.teacher_model = {model}: must be student.model ({student}), for the weights that it began "
+                f"with, or null, where {place}.kind = self"
+            )
+        if model is not None and teacher.ema is not None:
+            yield f"{place}.ema = {teacher.ema}: only without {place}.teacher_model, which are weights that don't move"
+        if teacher.offload_teacher_model:
+            yield f"{place}.offload_teacher_model = true: must be false where {place}.kind = self"

@@ -145,6 +145,9 @@ class VllmServerEngine:
             "seed": seed % 2**63,  # vLLM takes -1 for none
             "ignore_eos": True,  # which tokens are EOS is for the student's checkpoint to say, not for the server
             "stop_token_ids": sorted({*sampling.stop_token_ids, *eos}),
+            "stop": list(sampling.stop),
+            "include_stop_str_in_output": True,
+            "skip_special_tokens": False,  # a stop string may be of such tokens
             "logprobs": 0,  # of the sampled token alone
             "return_token_ids": True,
         }

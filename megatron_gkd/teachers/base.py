@@ -11,11 +11,11 @@ from torch import Tensor
 
 from megatron_gkd.data.microbatch import Microbatch
 from megatron_gkd.data.sample import Sample
-from megatron_gkd.errors import UserError
+from megatron_gkd.errors import ServiceFailed
 from megatron_gkd.ops.topk import TopK
 
 
-class TeacherFailed(UserError):
+class TeacherFailed(ServiceFailed):
     """No signals are to be had. All ranks raise it together, and the student is as it was before."""
 
 
@@ -64,6 +64,15 @@ class TeacherSource(Protocol):
         Raises:
             TeacherFailed: in all ranks together.
         """
+        ...
+
+
+@runtime_checkable
+class FollowsStudent(Protocol):
+    """A teacher that changes with the student."""
+
+    def after_update(self) -> None:
+        """The student's weights have just changed: once after every optimizer step. All ranks call it together."""
         ...
 
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_gkd.data.label_numbers import label_numbers, num_labels
 from megatron_gkd.data.microbatch import Microbatch
 from megatron_gkd.data.sample import Sample
+from megatron_gkd.data.teacher_view import teacher_view
 from megatron_gkd.errors import UserError
 from megatron_gkd.ops.topk import MISSING, TopK
 from megatron_gkd.runtime.agreement import raise_together
@@ -95,11 +96,11 @@ class ServerTeacher:
     def begin(self, samples: Iterable[Sample]) -> None:
         """As `ScoresAhead.begin`."""
         if self.requests is not None:
-            self.requests.begin(filter(None, map(Question.of, samples)))
+            self.requests.begin(filter(None, map(_question, samples)))
 
     def score(self, microbatches: Sequence[Microbatch]) -> list[TopK | None]:
         """As `TeacherSource.score`; values are log-probabilities at temperature 1, [N, k]."""
-        questions = [Question.of(sample) for microbatch in microbatches for sample in microbatch.samples]
+        questions = [_question(sample) for microbatch in microbatches for sample in microbatch.samples]
         asked = [question for question in questions if question is not None]
         told = self._tell_last_stage(self._collect(asked), asked, microbatches[0].labels.device)
         if told is None:
@@ -168,6 +169,11 @@ class ServerTeacher:
         numbers = label_numbers(microbatch, self.mesh.cp.rank(), self.mesh.cp.size()).to(told.device)
         ids, log_probs = told[0, numbers].long(), told[1, numbers].view(torch.float32)
         return TopK.from_log_probs(ids.masked_fill(ids >= self.vocab_size, MISSING), log_probs)
+
+
+def _question(sample: Sample) -> Question | None:
+    """About what the teacher reads, where it has a prompt of its own; the labels are the same."""
+    return Question.of(teacher_view(sample))
 
 
 def _greet(servers: list[TeacherServer], tokenizer: PreTrainedTokenizerBase, options: ServerOptions) -> list[str]:
