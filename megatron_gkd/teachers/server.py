@@ -118,7 +118,7 @@ class ServerTeacher:
             begun = self.requests.begun()
             gifts = self._gifts(wanted.keys() - begun.keys(), begun.keys() - wanted.keys())
             me = self.mesh.dp.rank()
-            mine = [question for key, question in wanted.items() if key not in gifts]
+            mine = [question for key, question in wanted.items() if key in begun or key not in gifts]
             mine += [begun[key] for key, giver in gifts.items() if giver == me]
             try:
                 scores = self.requests.collect(mine)

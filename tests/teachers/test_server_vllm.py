@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from checkpoints import tiny_checkpoint, tiny_tokenizer
 from layouts import DENSE
 from teachers.contract import CHECKPOINT, TeacherContract, in_every_rank
 from teachers.test_server import answers_of, fail_to_make
+from teachers.test_server_run import prepare, steps_of
 from test_train import train
 from training.test_layouts import assert_equal_runs
 from training.test_server_teacher import TAILS
@@ -41,6 +41,8 @@ def teacher_server(tmp_path_factory) -> Iterator[vllm_server.VllmServer]:
 
 
 class TestTeacherOfVllm(TeacherContract):
+    ROUNDING = 1e-5  # a batch is what has arrived together
+
     @pytest.fixture(scope="class", params=["TP2xCP2"])
     @classmethod
     def answers(cls, request, gloo_world, teacher_server):
@@ -76,49 +78,26 @@ def test_the_loss_is_that_of_the_local_teachers_top_k(tail, gloo_world, teacher_
     assert_equal_runs(found, local, tolerance=1e-4)
 
 
-RECIPE = """
-student:  {{model: {student}}}
-teacher:  {{}}
-distill:  {{beta: 0.5, temperature: 1, gkd_logits_topk: 16, gkd_topk_tail: bucket}}
-parallel: {{tensor_model_parallel_size: 2, sequence_parallel: true}}
-data:     {{dataset: [train.jsonl], max_length: 128, packing: true}}
-train:    {{global_batch_size: 8, train_iters: 60, lr: 1.0e-3, adam_eps: 1.0e-3, dtype: fp32}}
-output:   {{output_dir: runs/x}}
-"""
-
-
-def steps_of(folder) -> list[dict]:
-    path = folder / "runs/x/metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def test_a_run_outlives_a_server_that_is_killed_and_started_again(teacher_server, tmp_path):
     """Which takes longer than 20 seconds, and leaves no trace in what is learnt."""
-    rows = [
-        {"prompt": " ".join(f"w{(3 * row + i) % 60}" for i in range(5)), "response": f"w{row % 60} w{row % 7} w1 w2"}
-        for row in range(100)
-    ]
-    folders = {
+    teachers = {
         "local": ["--teacher_model", str(CHECKPOINT())],
         "server": ["--teacher_model_server", teacher_server.url],
     }
-    for name in folders:
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (tmp_path / name / "recipe.yaml").write_text(RECIPE.format(student=tiny_checkpoint("qwen3_tied", seed=2)))
+    local, by_server = (prepare(tmp_path / name) for name in teachers)
     with ThreadPoolExecutor(1) as pool:
-        run = pool.submit(train, tmp_path / "server", *folders["server"])
-        while len(steps_of(tmp_path / "server")) < 3:
+        run = pool.submit(train, by_server, *teachers["server"])
+        while len(steps_of(by_server)) < 3:
             assert not run.done(), run.result().stderr
             time.sleep(0.02)
         teacher_server.kill()
-        killed_at = len(steps_of(tmp_path / "server"))
+        killed_at = len(steps_of(by_server))
         teacher_server.start()
         finished = run.result()
     assert finished.returncode == 0, finished.stderr
-    finished = train(tmp_path / "local", *folders["local"])
+    finished = train(local, *teachers["local"])
     assert finished.returncode == 0, finished.stderr
-    found, expected = steps_of(tmp_path / "server"), steps_of(tmp_path / "local")
+    found, expected = steps_of(by_server), steps_of(local)
     assert killed_at < len(found) == 60
     for a, b in zip(found, expected, strict=True):
         assert a["num_tokens"] == b["num_tokens"] and a["dropped_tokens"] == 0

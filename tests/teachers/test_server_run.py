@@ -1,0 +1,57 @@
+"""A whole run by a teacher behind a server that dies for good."""
+
+from __future__ import annotations
+
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from checkpoints import tiny_checkpoint
+from teachers.contract import CHECKPOINT
+from teachers.fake_server import FakeServer
+from test_train import train
+
+RECIPE = """
+student:  {{model: {student}}}
+teacher:  {{}}
+distill:  {{beta: 0.5, temperature: 1, gkd_logits_topk: 16, gkd_topk_tail: bucket}}
+parallel: {{tensor_model_parallel_size: 2, sequence_parallel: true}}
+data:     {{dataset: [train.jsonl], max_length: 128, packing: true}}
+train:    {{global_batch_size: 8, train_iters: 60, lr: 1.0e-3, adam_eps: 1.0e-3, dtype: fp32}}
+output:   {{output_dir: runs/x}}
+"""
+
+
+def prepare(folder: Path) -> Path:
+    """With the recipe and its rows; the teacher is for the command line to name."""
+    rows = [
+        {"prompt": " ".join(f"w{(3 * row + i) % 60}" for i in range(5)), "response": f"w{row % 60} w{row % 7} w1 w2"}
+        for row in range(100)
+    ]
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "recipe.yaml").write_text(RECIPE.format(student=tiny_checkpoint("qwen3_tied", seed=2)))
+    return folder
+
+
+def steps_of(folder: Path) -> list[dict]:
+    """What its metrics.jsonl has by now."""
+    path = folder / "runs/x/metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+
+
+def test_what_has_been_learnt_is_exported(tmp_path):
+    folder = prepare(tmp_path / "run")
+    with FakeServer(CHECKPOINT()) as server, ThreadPoolExecutor(1) as pool:
+        run = pool.submit(train, folder, "--teacher_model_server", server.url, "--teacher_server_patience_s", "1")
+        while len(steps_of(folder)) < 3:
+            assert not run.done(), run.result().stderr
+            time.sleep(0.02)
+        server.stop()
+        finished = run.result()
+    done = len(steps_of(folder))
+    assert finished.returncode != 0 and 3 <= done < 60
+    assert f"{server.url}/v1/completions: " in finished.stderr
+    assert "for 1 s (teacher.teacher_server_patience_s)" in finished.stderr and "Traceback" not in finished.stderr
+    assert (folder / f"runs/x/hf-step-{done:06}/model.safetensors").exists()
