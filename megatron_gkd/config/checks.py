@@ -216,7 +216,11 @@ def _output_is_writable(recipe: Recipe, _: int) -> Iterator[str]:
 
 CHECKS = (
     Check(teacher_checks.LEAVES, teacher_checks.teachers_are_named),
+    Check(
+        (*teacher_checks.LEAVES, "gkd_logits_topk", "gkd_topk_tail", "temperature"), teacher_checks.servers_tell_enough
+    ),
     Check((*teacher_checks.LEAVES, "teacher_tag_key"), teacher_checks.teachers_share_rows),
+    Check(teacher_checks.SELF_LEAVES, teacher_checks.self_is_the_student),
     Check(("lmbda", "kind"), _on_policy),
     Check(("divergence", "beta"), _beta),
     Check(("gkd_topk_tail", "gkd_logits_topk"), _tail),
@@ -245,7 +249,8 @@ CHECKS = (
     Check(teacher_checks.LEAVES, model_checks.teachers_are_readable, needs_files=True),
     Check(
         (
-            *("model", *teacher_checks.LEAVES, "max_length", "sequence_parallel", "gkd_logits_topk"),
+            *("model", *teacher_checks.LEAVES, "max_length", "teacher_max_length", "sequence_parallel"),
+            "gkd_logits_topk",
             *("tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"),
             *("expert_model_parallel_size", "expert_tensor_parallel_size", "engine", "vllm_tensor_parallel_size"),
         ),

@@ -94,6 +94,8 @@ def build_rollouts(
         temperature=section.rollout_temperature,
         top_k=section.top_k,
         top_p=section.top_p,
+        stop_token_ids=section.stop_token_ids,
+        stop=section.stop,
     )
     return Rollouts(
         _build_engine(recipe, mesh, student, checkpoint),
@@ -105,6 +107,7 @@ def build_rollouts(
         global_batch_size=recipe.train.global_batch_size,
         truncated=section.truncated,
         dp=mesh.dp,
+        teacher_max_length=recipe.data.teacher_max_length,
     )
 
 

@@ -22,8 +22,26 @@ Truncated = Literal["keep", "mask", "drop"]
 
 
 @dataclass(frozen=True)
+class Answer:
+    """What the student said to the prompt (int64 [P]) of one row of the dataset.
+
+    `is_trained_on` is false for a truncated one that is masked or dropped.
+    """
+
+    row: int
+    prompt: np.ndarray
+    completion: Completion
+    is_trained_on: bool
+
+
+@dataclass(frozen=True)
 class RolloutReport:
-    """What sampling was like in one step, over all data-parallel ranks."""
+    """What sampling was like in one step, over all data-parallel ranks.
+
+    Attributes:
+        answers: by position in the global batch.
+        bins: the positions in each microbatch of this data-parallel rank.
+    """
 
     student_rows: int
     dataset_rows: int
@@ -31,6 +49,8 @@ class RolloutReport:
     tokens: int
     truncated: int
     log_prob: float  # sum over the student's tokens that are trained on, in nats, as the engine has it
+    answers: dict[int, Answer]
+    bins: list[list[int]]
 
     def record(self) -> dict[str, float | int | str]:
         """As a step's record shows it."""
@@ -57,6 +77,7 @@ class Rollouts:
         dataset, order: where prompts and the other rows come from.
         cutting: how the global batch becomes this rank's microbatches.
         sampling: `max_completion_length` is cut to what a sequence of `cutting.max_length` tokens leaves.
+        teacher_max_length: the same of a row's `teacher_prompt` with the answer behind it; None: `cutting.max_length`.
         truncated: completions without an end are trained on ("keep"), kept without labels ("mask"), or left out.
         dp: the data-parallel group.
     """
@@ -73,10 +94,12 @@ class Rollouts:
         global_batch_size: int,
         truncated: Truncated,
         dp: dist.ProcessGroup,
+        teacher_max_length: int | None = None,
     ):
         self.engine, self.policy, self.dataset, self.order = engine, policy, dataset, order
         self.cutting, self.sampling, self.global_batch_size = cutting, sampling, global_batch_size
         self.truncated, self.dp = truncated, dp
+        self.teacher_max_length = teacher_max_length or cutting.max_length
 
     def due(self, step: int) -> bool:
         """Whether the student answers any row of `step`, counted from 0. The same on every rank."""
@@ -94,16 +117,18 @@ class Rollouts:
         start = time.perf_counter()
         completions = self._complete(step, rows, [int(i) for i in np.flatnonzero(mine)])
         seconds = time.perf_counter() - start
-        log_prob = 0.0
+        log_prob, answers = 0.0, {}
         for position, completion in completions.items():
             sample, trained = self._sample(rows[position], completion)
             samples[position] = sample
             log_prob += sum(completion.log_probs) if trained else 0.0
+            answers[position] = Answer(rows[position], self._prompt(rows[position]), completion, trained)
         require_responses(self.dataset, [rows[position] for position in np.flatnonzero(~mine)], step)
         lengths = [
             len(samples[i].input_ids) if i in samples else int(self.dataset.lengths[row]) for i, row in enumerate(rows)
         ]
-        cut = self.cutting.microbatches(lengths, lambda i: samples[i] if i in samples else self.dataset[rows[i]])
+        bins = self.cutting.bins(lengths)
+        cut = self.cutting.cut(bins, lambda i: samples[i] if i in samples else self.dataset[rows[i]])
         found = list(completions.values())
         return cut, RolloutReport(
             student_rows=len(found),
@@ -112,6 +137,8 @@ class Rollouts:
             tokens=sum(len(completion.token_ids) for completion in found),
             truncated=sum(completion.finish_reason == "length" for completion in found),
             log_prob=log_prob,
+            answers=answers,
+            bins=bins,
         )
 
     def _complete(self, step: int, rows: list[int], positions: list[int]) -> dict[int, Completion]:
@@ -122,24 +149,33 @@ class Rollouts:
         with self.engine.resident():
             completions = self.engine.generate([prompt.tolist() for prompt in prompts], self.sampling, seeds)
         found = [
-            (position, self._within_length(prompt, completion))
-            for position, prompt, completion in zip(mine, prompts, completions, strict=True)
+            (position, self._within_length(rows[position], completion))
+            for position, completion in zip(mine, completions, strict=True)
         ]
         everything: list[list] = [[] for _ in range(self.dp.size())]
         dist.all_gather_object(everything, found, group=self.dp)
         return {position: completion for part in everything for position, completion in part}
 
     def _prompt(self, row: int) -> np.ndarray:
-        prompt = prompt_of(self.dataset[row])
-        if len(prompt) >= self.cutting.max_length:
-            raise UserError(
-                f"row {row} of the dataset: its prompt of {len(prompt)} tokens leaves no room for an answer in "
-                f"data.max_length = {self.cutting.max_length}"
-            )
-        return prompt
+        sample = self.dataset[row]
+        self._room(sample)
+        return prompt_of(sample)
 
-    def _within_length(self, prompt: np.ndarray, completion: Completion) -> Completion:
-        room = self.cutting.max_length - len(prompt)
+    def _room(self, sample: Sample) -> int:
+        """Tokens of an answer that the student's and the teacher's sequences leave room for."""
+        limits = [("prompt", prompt_of(sample), "data.max_length", self.cutting.max_length)]
+        if sample.teacher_prompt is not None:
+            limits += [("teacher_prompt", sample.teacher_prompt, "data.teacher_max_length", self.teacher_max_length)]
+        for name, tokens, key, limit in limits:
+            if len(tokens) >= limit:
+                raise UserError(
+                    f"row {sample.row_id} of the dataset: its {name} of {len(tokens)} tokens leaves no room for an "
+                    f"answer in {key} = {limit}"
+                )
+        return min(limit - len(tokens) for _, tokens, _, limit in limits)
+
+    def _within_length(self, row: int, completion: Completion) -> Completion:
+        room = self._room(self.dataset[row])
         if len(completion.token_ids) <= room:
             return completion
         return Completion(completion.token_ids[:room], completion.log_probs[:room], "length", completion.version)
