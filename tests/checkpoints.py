@@ -77,7 +77,9 @@ def family_config(family: str, **changes) -> PretrainedConfig:
             return Qwen3Config(**{"head_dim": 16} | sizes)
         case "qwen3_moe":
             experts = dict(moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2, norm_topk_prob=True)
-            return Qwen3MoeConfig(**sizes, head_dim=16, **experts, decoder_sparse_step=1, router_aux_loss_coef=0.01)
+            return Qwen3MoeConfig(
+                **{"head_dim": 16} | sizes, **experts, decoder_sparse_step=1, router_aux_loss_coef=0.01
+            )
     raise ValueError(family)
 
 
