@@ -77,6 +77,7 @@ def build_dataset(
     tokenizer: PreTrainedTokenizerBase,
     *,
     prompts: bool = False,
+    vocab_size: int | None = None,
     main_process: bool,
     barrier: Callable[[], None],
 ) -> tuple[TokenizedDataset, DataReport]:
@@ -90,6 +91,7 @@ def build_dataset(
         split: "train" reads `section.dataset`, "validation" `section.val_dataset`.
         tokenizer: the student's, a fast one.
         prompts: a row may be a prompt alone, for the student to answer.
+        vocab_size: rows of token ids have ids below it; None: below the number of the tokenizer's tokens.
         main_process: true in exactly one of the processes that share the cache folder.
         barrier: returns when every process has called it.
 
@@ -102,14 +104,15 @@ def build_dataset(
     root = Path(section.dataset_cache_dir).expanduser() if section.dataset_cache_dir else default_cache_dir()
     tokenizer_hash = hash_tokenizer(tokenizer)
     plugins = list(section.external_plugins)
-    keys = [fingerprint(file.path, tokenizer_hash, _options(section, prompts), plugins) for file in files]
+    options = _options(section, prompts) | {"vocab_size": vocab_size}
+    keys = [fingerprint(file.path, tokenizer_hash, options, plugins) for file in files]
     caches = [CacheFolder(root / key) for key in keys]
 
     failure = None
     if main_process:
         try:
             for file, cache in zip(files, caches, strict=True):
-                cache.build(lambda folder, path=file.path: _write(path, section, tokenizer, prompts, folder))
+                cache.build(lambda folder, path=file.path: _write(path, section, tokenizer, options, folder))
         except Exception as error:  # the others must be let out of the barrier whatever went wrong
             failure = error
     barrier()
@@ -126,7 +129,9 @@ def _options(section: DataSection, prompts: bool) -> dict[str, Any]:
     return {name: getattr(section, name) for name in names} | {"prompts": prompts}
 
 
-def _write(path: str, section: DataSection, tokenizer: PreTrainedTokenizerBase, prompts: bool, folder: Path) -> None:
+def _write(
+    path: str, section: DataSection, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any], folder: Path
+) -> None:
     """Writes the samples of the source at `path`, and its report, into `folder`."""
     load_plugins(section.external_plugins)
     if section.preprocessor:
@@ -135,7 +140,7 @@ def _write(path: str, section: DataSection, tokenizer: PreTrainedTokenizerBase, 
         source = open_source(path, scratch)
         if len(source.table) == 0:
             raise UserError(f"{path}: yields nothing to train on: it has no rows")
-        rows = _tokenize(source, section, tokenizer, prompts, Path(scratch))
+        rows = _tokenize(source, section, tokenizer, options, Path(scratch))
         dropped = np.array(rows["dropped"], dtype=object)
         report = _report(source, rows, dropped, section.data_errors)
         used = rows.select(np.flatnonzero(dropped == ""))
@@ -144,7 +149,7 @@ def _write(path: str, section: DataSection, tokenizer: PreTrainedTokenizerBase, 
 
 
 def _tokenize(
-    source: Source, section: DataSection, tokenizer: PreTrainedTokenizerBase, prompts: bool, scratch: Path
+    source: Source, section: DataSection, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any], scratch: Path
 ) -> datasets.Dataset:
     tokenize = RowTokenizer(
         tokenizer=tokenizer,
@@ -155,7 +160,8 @@ def _tokenize(
         preprocessor=section.preprocessor,
         external_plugins=list(section.external_plugins),
         template_kwargs=dict(section.chat_template_kwargs),
-        prompts=prompts,
+        prompts=options["prompts"],
+        vocab_size=options["vocab_size"],
     )
     workers = min(section.preprocessing_num_workers, len(source.table))
     return source.table.map(

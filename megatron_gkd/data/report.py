@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 TOO_LONG = "longer than max_length"
 NOTHING_TO_LEARN = "no response token left"
+MASKED = "masked"
 PREPROCESSOR = "dropped by the preprocessor"
 
 

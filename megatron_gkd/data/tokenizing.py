@@ -12,8 +12,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from megatron_gkd.data.plugins import Preprocessor, find_preprocessor, load_plugins
-from megatron_gkd.data.report import NOTHING_TO_LEARN, PREPROCESSOR, TOO_LONG
-from megatron_gkd.data.rows import BadRow, parse_row
+from megatron_gkd.data.report import MASKED, NOTHING_TO_LEARN, PREPROCESSOR, TOO_LONG
+from megatron_gkd.data.rows import BadRow, TokenIds, parse_row
 from megatron_gkd.data.sample import IGNORE
 from megatron_gkd.data.sources import TEXT, decode_json, drop_nulls
 from megatron_gkd.data.template import RowRenderer
@@ -46,6 +46,7 @@ class RowTokenizer:
     external_plugins: Sequence[str] = ()
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     prompts: bool = False  # a row may be a prompt alone
+    vocab_size: int | None = None  # of rows of token ids; None: the tokenizer's
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         """Columns of `FEATURES` for the columns of a source, one row for each."""
@@ -60,7 +61,10 @@ class RowTokenizer:
             row = self._preprocess(decode_json(raw[TEXT]) if self.is_json else drop_nulls(raw))
             if row is None:
                 return _record(dropped=PREPROCESSOR)
-            input_ids, labels = self._render(parse_row(row, prompts=self.prompts))
+            parsed = parse_row(row, prompts=self.prompts)
+            if isinstance(parsed, TokenIds) and parsed.masked:
+                return _record(dropped=MASKED)
+            input_ids, labels = self._render(parsed)
         except BadRow as bad:
             return _record(dropped=bad.reason, error=str(bad))
         cut = truncate(input_ids, labels, self.max_length, self.truncation_strategy)
@@ -86,7 +90,7 @@ class RowTokenizer:
 
     @cached_property
     def _render(self) -> RowRenderer:
-        return RowRenderer(self.tokenizer, self.loss_on, self.template_kwargs)
+        return RowRenderer(self.tokenizer, self.loss_on, self.template_kwargs, self.vocab_size)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is cached: a plugin's function cannot be pickled, and a worker makes its own."""
