@@ -41,7 +41,7 @@ SCORE = {
 GENERATE = {
     "from": Option("teacher or student", "whose answers", read=_source, required=True),
     "output": Option("a .jsonl file", "a run that was interrupted goes on where it was", required=True),
-    "n": Option("an integer >= 1", "answers to each prompt", 1, positive),
+    "n": Option("an integer >= 1", "answers to each prompt; under torchrun write -n", 1, positive),
     "chunk_rows": Option(
         "an integer >= 1", "prompts that are answered together; a run that is killed loses no more", 256, positive
     ),
@@ -59,8 +59,8 @@ def take_options(arguments: Sequence[str], options: Mapping[str, Option]) -> tup
     remaining = iter(arguments)
     for argument in remaining:
         flag, equals, text = argument.partition("=")
-        name = flag.removeprefix("--")
-        if not flag.startswith("--") or name not in options:
+        name = flag.removeprefix("-" if len(flag) == 2 else "--")  # -n as well: torchrun takes --n for its own
+        if not flag.startswith("-") or name not in options:
             rest.append(argument)
             continue
         text = text if equals else next(remaining, "")

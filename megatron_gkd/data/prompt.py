@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from megatron_gkd.data.sample import FROM_STUDENT, IGNORE, Sample, shift_labels
+from megatron_gkd.errors import UserError
 
 
 def prompt_of(sample: Sample) -> np.ndarray:
@@ -17,6 +18,16 @@ def prompt_of(sample: Sample) -> np.ndarray:
         return sample.input_ids
     gaps = np.flatnonzero(np.diff(trained) > 1)
     return sample.input_ids[: trained[gaps[-1] + 1] if len(gaps) else trained[0]]
+
+
+def room_for_answer(prompt: np.ndarray, row: int, max_length: int) -> int:
+    """Tokens that an answer may have. UserError if that is none; `row` is the prompt's, for the message."""
+    if len(prompt) >= max_length:
+        raise UserError(
+            f"row {row} of the dataset: its prompt of {len(prompt)} tokens leaves no room for an answer in "
+            f"data.max_length = {max_length}"
+        )
+    return max_length - len(prompt)
 
 
 def answered(row: Sample, answer: Sequence[int], *, trained: bool = True) -> Sample:

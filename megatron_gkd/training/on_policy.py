@@ -13,9 +13,8 @@ from megatron_gkd.data.cutting import Cutting
 from megatron_gkd.data.loader import SampleDataset, StepOrder, filler, require_responses
 from megatron_gkd.data.microbatch import Microbatch
 from megatron_gkd.data.policy import OnPolicy
-from megatron_gkd.data.prompt import answered, prompt_of
+from megatron_gkd.data.prompt import answered, prompt_of, room_for_answer
 from megatron_gkd.data.sample import FROM_DATASET, FROM_STUDENT, Sample
-from megatron_gkd.errors import UserError
 from megatron_gkd.rollout.base import Completion, RolloutEngine, Sampling
 
 Truncated = Literal["keep", "mask", "drop"]
@@ -122,7 +121,7 @@ class Rollouts:
         with self.engine.resident():
             completions = self.engine.generate([prompt.tolist() for prompt in prompts], self.sampling, seeds)
         found = [
-            (position, self._within_length(prompt, completion))
+            (position, completion.within(self.cutting.max_length - len(prompt)))
             for position, prompt, completion in zip(mine, prompts, completions, strict=True)
         ]
         everything: list[list] = [[] for _ in range(self.dp.size())]
@@ -131,18 +130,8 @@ class Rollouts:
 
     def _prompt(self, row: int) -> np.ndarray:
         prompt = prompt_of(self.dataset[row])
-        if len(prompt) >= self.cutting.max_length:
-            raise UserError(
-                f"row {row} of the dataset: its prompt of {len(prompt)} tokens leaves no room for an answer in "
-                f"data.max_length = {self.cutting.max_length}"
-            )
+        room_for_answer(prompt, row, self.cutting.max_length)
         return prompt
-
-    def _within_length(self, prompt: np.ndarray, completion: Completion) -> Completion:
-        room = self.cutting.max_length - len(prompt)
-        if len(completion.token_ids) <= room:
-            return completion
-        return Completion(completion.token_ids[:room], completion.log_probs[:room], "length", completion.version)
 
     def _seed(self, step: int, position: int) -> int:
         """Of one row of one step: whatever rank samples it, and in whatever company."""
