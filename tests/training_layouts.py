@@ -44,7 +44,7 @@ def build(student, teacher, changes: dict[str, dict]):
     student = build_student(recipe, mesh, checkpoint, vocab_size, train_iters=3)
     rows = RandomRows(count=24)
     order = SampleOrder(rows.sizes, [1.0], seed=recipe.train.seed, shuffle=True)
-    teacher = build_teacher(recipe, mesh, student, teachers) if teachers else None
+    teacher = build_teacher(recipe, mesh, student, teachers) if teachers or recipe.teacher.cache else None
     return mesh, student, teacher, StepLoader(rows, order, **batching(recipe, mesh, pad_token_id=0), num_steps=3)
 
 

@@ -99,10 +99,11 @@ def _cut(sizes: Sequence[int], most: int) -> list[slice]:
 
 def refuse_unlike_twins(keys: np.ndarray, tags: Sequence[str | None]) -> None:
     """UserError for equal rows with unlike tags: several teachers would have to share one entry."""
-    first = dict(zip(keys.tolist(), range(len(keys)), strict=True))
+    seen: dict[bytes, int] = {}
     for row, key in enumerate(keys.tolist()):
-        if tags[row] != tags[first[key]]:
+        first = seen.setdefault(key, row)
+        if tags[row] != tags[first]:
             raise UserError(
-                f"rows {row} and {first[key]} are the same, but their tags {tags[row]!r} and {tags[first[key]]!r} "
-                "name two teachers; a cache has one entry for both"
+                f"rows {row} and {first} are the same, but their tags {tags[row]!r} and {tags[first]!r} name two "
+                "teachers; a cache has one entry for both"
             )

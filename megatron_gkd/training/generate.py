@@ -11,9 +11,10 @@ import megatron_gkd.runtime.preload  # noqa: F401  isort: skip  (before anything
 
 import numpy as np
 import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
 
 from megatron_gkd.config.schema import Recipe
-from megatron_gkd.data.dataset import TokenizedDataset
+from megatron_gkd.data.loader import SampleDataset
 from megatron_gkd.data.prompt import prompt_of, room_for_answer
 from megatron_gkd.errors import UserError
 from megatron_gkd.models.megatron_model import BuildOptions, MegatronModel
@@ -39,25 +40,31 @@ def generate(recipe: Recipe, source: Source, output: str, n: int, chunk_rows: in
     with world_of(recipe) as mesh:
         models = open_models(recipe, mesh)
         dataset, _ = open_rows(recipe, mesh, models, "train", prompts=True)
-        file = GeneratedFile(Path(output).expanduser(), chunk_rows, _settings(recipe, source, n, dataset))
-        first = _on_main(mesh, file.resume)
-        answers = _Answers(recipe, mesh, models, dataset, _build_engine(recipe, mesh, models, source), n)
         name = _model_name(recipe, source)
-        with Progress(len(dataset), mesh.is_main, description="generating", unit="row") as progress:
-            for start in range(first * chunk_rows, len(dataset), chunk_rows):
-                rows = range(start, min(start + chunk_rows, len(dataset)))
-                found = answers.of(rows)
-                _on_main(mesh, lambda found=found: file.append(answers.as_rows(found, name)))
-                progress.update(rows[-1] + 1, {})
-            progress.message(f"answers {file.path}: {n} to each of {len(dataset)} prompts")
+        file = GeneratedFile(Path(output).expanduser(), chunk_rows, settings_of(recipe, name, n, dataset))
+        engine = _build_engine(recipe, mesh, models, source)
+        write_answers(file, Answers(recipe, mesh, dataset, engine, models.tokenizer, n, name))
 
 
-def _settings(recipe: Recipe, source: Source, n: int, dataset: TokenizedDataset) -> dict[str, Any]:
+def write_answers(file: GeneratedFile, answers: Answers) -> None:
+    """Append what `file` lacks. All ranks must call it."""
+    mesh, total = answers.mesh, len(answers.dataset)
+    first = _on_main(mesh, file.resume) * file.chunk_rows
+    with Progress(total, mesh.is_main, description="generating", unit="row") as progress:
+        for start in range(first, total, file.chunk_rows):
+            rows = range(start, min(start + file.chunk_rows, total))
+            found = answers.of(rows)
+            _on_main(mesh, lambda found=found: file.append(answers.as_rows(found)))
+            progress.update(rows[-1] + 1, {})
+        progress.message(f"answers {file.path}: {answers.n} to each of {total} prompts")
+
+
+def settings_of(recipe: Recipe, model: str, n: int, dataset: SampleDataset) -> dict[str, Any]:
     """All that decides what the file holds."""
     section = recipe.rollout
     sampling = ("max_completion_length", "rollout_temperature", "top_k", "top_p", "truncated")
     return {
-        "model": _model_name(recipe, source),
+        "model": model,
         "n": n,
         "seed": recipe.train.seed,
         "dtype": recipe.train.dtype,
@@ -90,14 +97,21 @@ def _build_engine(recipe: Recipe, mesh: Mesh, models: Models, source: Source) ->
     return engine
 
 
-class _Answers:
-    """The answers to some rows, shared out over the data-parallel ranks and known to all of them."""
+class Answers:
+    """The `n` answers of `model` to some rows, shared out over the data-parallel ranks and known to all of them."""
 
     def __init__(
-        self, recipe: Recipe, mesh: Mesh, models: Models, dataset: TokenizedDataset, engine: RolloutEngine, n: int
+        self,
+        recipe: Recipe,
+        mesh: Mesh,
+        dataset: SampleDataset,
+        engine: RolloutEngine,
+        tokenizer: PreTrainedTokenizerBase,
+        n: int,
+        model: str,
     ):
-        self.recipe, self.mesh, self.tokenizer = recipe, mesh, models.tokenizer
-        self.dataset, self.engine, self.n = dataset, engine, n
+        self.recipe, self.mesh, self.dataset, self.engine = recipe, mesh, dataset, engine
+        self.tokenizer, self.n, self.model = tokenizer, n, model
         self.sampling = sampling_of(recipe.rollout)
 
     def of(self, rows: Sequence[int]) -> list[tuple[int, int, Completion]]:
@@ -127,7 +141,7 @@ class _Answers:
         sequence = np.random.SeedSequence([self.recipe.train.seed, _STREAM, row, number])
         return int(sequence.generate_state(1, np.uint64)[0] >> 1)
 
-    def as_rows(self, answers: Sequence[tuple[int, int, Completion]], model: str) -> list[dict[str, Any]]:
+    def as_rows(self, answers: Sequence[tuple[int, int, Completion]]) -> list[dict[str, Any]]:
         """As they stand in the file. What counts are the ids; the texts are for people to read."""
         truncated, tag_key = self.recipe.rollout.truncated, self.recipe.teacher.teacher_tag_key
         rows = []
@@ -145,7 +159,7 @@ class _Answers:
                 "prompt_token_ids": prompt,
                 "response_token_ids": list(completion.token_ids),
                 "finish_reason": completion.finish_reason,
-                "model": model,
+                "model": self.model,
                 "version": completion.version,
             }
             if sample.teacher_prompt is not None:

@@ -45,22 +45,27 @@ def score(recipe: Recipe, output: str, shard_rows: int) -> None:
         models = open_models(recipe, mesh)
         splits = ["train", *(["validation"] if recipe.data.val_dataset else [])]
         rows = _Rows([open_rows(recipe, mesh, models, split)[0] for split in splits])
-        manifest = _manifest(recipe, models)
-        folder = Path(output).expanduser()
-        cache = open_for_writing(folder, manifest, main_process=mesh.is_main)
-        keys = dataset_keys(rows)
-        if recipe.teacher.teachers:
-            refuse_unlike_twins(keys, [rows[row].tag for row in range(len(rows))])
-        shards = plan_shards(keys, rows.num_labels, cache, shard_rows=shard_rows, k=manifest.k)
-        scorer = _Scorer(recipe, mesh, rows, manifest, build_teacher(recipe, mesh, None, models.teachers), models)
-        done, total = len(cache), len(cache) + sum(map(len, shards))
-        with Progress(total, mesh.is_main, description="scoring", unit="row") as progress:
-            for first in range(0, len(shards), mesh.dp.size()):
-                together = shards[first : first + mesh.dp.size()]
-                _write(folder, manifest, keys, scorer.score(together))
-                done += sum(map(len, together))
-                progress.update(done, {})
-            progress.message(f"teacher cache {folder}: {total} rows, the {manifest.k} most likely tokens of each label")
+        teacher = build_teacher(recipe, mesh, None, models.teachers)
+        scorer = Scorer(recipe, mesh, rows, teacher, _manifest(recipe, models), pad_token_id(models))
+        write_cache(Path(output).expanduser(), scorer, shard_rows)
+
+
+def write_cache(folder: Path, scorer: Scorer, shard_rows: int) -> None:
+    """Write what `folder` lacks of the scorer's rows. All ranks must call it."""
+    rows, manifest, mesh = scorer.rows, scorer.manifest, scorer.mesh
+    cache = open_for_writing(folder, manifest, main_process=mesh.is_main)
+    keys = dataset_keys(rows)
+    if scorer.recipe.teacher.teachers:
+        refuse_unlike_twins(keys, [rows[row].tag for row in range(len(rows))])
+    shards = plan_shards(keys, rows.num_labels, cache, shard_rows=shard_rows, k=manifest.k)
+    done, total = len(cache), len(cache) + sum(map(len, shards))
+    with Progress(total, mesh.is_main, description="scoring", unit="row") as progress:
+        for first in range(0, len(shards), mesh.dp.size()):
+            together = shards[first : first + mesh.dp.size()]
+            _write(folder, manifest, keys, scorer.score(together))
+            done += sum(map(len, together))
+            progress.update(done, {})
+        progress.message(f"teacher cache {folder}: {total} rows, the {manifest.k} most likely tokens of each label")
 
 
 def _manifest(recipe: Recipe, models: Models) -> Manifest:
@@ -105,16 +110,25 @@ class _Rows:
         return replace(self._datasets[which][row - start], row_id=int(row))
 
 
-class _Scorer:
-    """Shards of rows in, their entries out, on the rank of each replica that writes."""
+class Scorer:
+    """Shards of rows in, their entries out, on the rank of each replica that writes.
+
+    rows: each has its number as `row_id`.
+    """
 
     def __init__(
-        self, recipe: Recipe, mesh: Mesh, rows: _Rows, manifest: Manifest, teacher: TeacherSource, models: Models
+        self,
+        recipe: Recipe,
+        mesh: Mesh,
+        rows: SampleDataset,
+        teacher: TeacherSource,
+        manifest: Manifest,
+        pad_token_id: int,
     ):
-        self.mesh, self.rows, self.manifest, self.teacher = mesh, rows, manifest, teacher
+        self.recipe, self.mesh, self.rows, self.manifest, self.teacher = recipe, mesh, rows, manifest, teacher
         self.chunk_tokens = recipe.distill.loss_chunk_tokens
-        self.pad_token_id = pad_token_id(models)
-        cut = batching(recipe, mesh, self.pad_token_id) | {"dp_rank": 0, "dp_size": 1}
+        self.pad_token_id = pad_token_id
+        cut = batching(recipe, mesh, pad_token_id) | {"dp_rank": 0, "dp_size": 1}
         self.rows_of_call = cut.pop("global_batch_size") // mesh.dp.size()  # as many as train would hold at once
         self.cutting = Cutting(**cut | {"microbatch_multiple": 1, "equal_lengths": False})
 
