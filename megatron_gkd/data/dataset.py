@@ -37,6 +37,7 @@ class DataSection(Protocol):
     dataset: Sequence[DataFile]
     val_dataset: Sequence[DataFile]
     max_length: int
+    teacher_max_length: int | None
     truncation_strategy: Literal["delete", "left", "right"]
     loss_on: Literal["last", "all"]
     data_errors: Literal["raise", "skip"]
@@ -54,6 +55,9 @@ class TokenizedDataset:
         sizes: number of samples of each source.
         lengths: int64 [rows], tokens of each sample.
         num_labels: int64 [rows], labels of each sample that are not -100.
+        teacher_lengths: int64 [rows], tokens of each sample as the teacher reads it, where that has a prompt of its
+            own; else 0.
+        tags: the tags that rows have.
     """
 
     def __init__(self, parts: Sequence[datasets.Dataset]) -> None:
@@ -61,14 +65,21 @@ class TokenizedDataset:
         self.sizes = [len(part) for part in parts]
         self.lengths = _column(self._rows, "length")
         self.num_labels = _column(self._rows, "num_labels")
+        self.teacher_lengths = _column(self._rows, "teacher_length")
+        self.tags = frozenset(tag for tag in self._rows.unique("tag") if tag)
 
     def __len__(self) -> int:
         return len(self._rows)
 
+    def first_row_with_tag(self, tag: str) -> int:
+        """ValueError if none has it."""
+        return list(self._rows["tag"]).index(tag)
+
     def __getitem__(self, index: int) -> Sample:
         row = self._rows[int(index)]
         input_ids, labels = row["input_ids"].astype(np.int64), row["labels"].astype(np.int64)
-        return Sample(input_ids, labels, FROM_DATASET, int(index))
+        teacher_prompt = row["teacher_prompt"].astype(np.int64) if self.teacher_lengths[index] else None
+        return Sample(input_ids, labels, FROM_DATASET, int(index), teacher_prompt, str(row["tag"]) or None)
 
 
 def build_dataset(
@@ -77,6 +88,7 @@ def build_dataset(
     tokenizer: PreTrainedTokenizerBase,
     *,
     prompts: bool = False,
+    tag_key: str | None = None,
     vocab_size: int | None = None,
     main_process: bool,
     barrier: Callable[[], None],
@@ -91,6 +103,7 @@ def build_dataset(
         split: "train" reads `section.dataset`, "validation" `section.val_dataset`.
         tokenizer: the student's, a fast one.
         prompts: a row may be a prompt alone, for the student to answer.
+        tag_key: the rows' key whose value is `Sample.tag`; every row must have it.
         vocab_size: rows of token ids have ids below it; None: below the number of the tokenizer's tokens.
         main_process: true in exactly one of the processes that share the cache folder.
         barrier: returns when every process has called it.
@@ -104,7 +117,7 @@ def build_dataset(
     root = Path(section.dataset_cache_dir).expanduser() if section.dataset_cache_dir else default_cache_dir()
     tokenizer_hash = hash_tokenizer(tokenizer)
     plugins = list(section.external_plugins)
-    options = _options(section, prompts) | {"vocab_size": vocab_size}
+    options = _options(section) | {"prompts": prompts, "tag_key": tag_key, "vocab_size": vocab_size}
     keys = [fingerprint(file.path, tokenizer_hash, options, plugins) for file in files]
     caches = [CacheFolder(root / key) for key in keys]
 
@@ -123,10 +136,10 @@ def build_dataset(
     return dataset, DataReport.merge(DataReport(**json.loads((folder / _REPORT).read_text())) for folder in folders)
 
 
-def _options(section: DataSection, prompts: bool) -> dict[str, Any]:
+def _options(section: DataSection) -> dict[str, Any]:
     """What decides, beside the file, the tokenizer and the plugins, which samples a source yields."""
-    names = ("max_length", "truncation_strategy", "loss_on", "data_errors", "preprocessor", "chat_template_kwargs")
-    return {name: getattr(section, name) for name in names} | {"prompts": prompts}
+    names = ("max_length", "teacher_max_length", "truncation_strategy", "loss_on", "data_errors", "preprocessor")
+    return {name: getattr(section, name) for name in (*names, "chat_template_kwargs")}
 
 
 def _write(
@@ -144,7 +157,7 @@ def _write(
         dropped = np.array(rows["dropped"], dtype=object)
         report = _report(source, rows, dropped, section.data_errors)
         used = rows.select(np.flatnonzero(dropped == ""))
-        used.select_columns(["input_ids", "labels", "length", "num_labels"]).save_to_disk(str(folder / _ROWS))
+        used.remove_columns(["dropped", "error"]).save_to_disk(str(folder / _ROWS))
     (folder / _REPORT).write_text(json.dumps(asdict(report)), encoding="utf-8")
 
 
@@ -161,6 +174,8 @@ def _tokenize(
         external_plugins=list(section.external_plugins),
         template_kwargs=dict(section.chat_template_kwargs),
         prompts=options["prompts"],
+        teacher_max_length=section.teacher_max_length,
+        tag_key=options["tag_key"],
         vocab_size=options["vocab_size"],
     )
     workers = min(section.preprocessing_num_workers, len(source.table))

@@ -13,21 +13,30 @@ from megatron_gkd.errors import UserError
 
 def prompt_of(sample: Sample) -> np.ndarray:
     """int64 [P]: the tokens before the last stretch that is trained on; all of them where none is."""
-    trained = np.flatnonzero(sample.labels != IGNORE) + 1  # positions of the tokens themselves
+    return sample.input_ids[: prompt_length(sample.labels)]
+
+
+def prompt_length(labels: np.ndarray) -> int:
+    """P of `prompt_of`, from shifted labels [L]; L where none is trained on."""
+    trained = np.flatnonzero(labels != IGNORE) + 1  # positions of the tokens themselves
     if len(trained) == 0:
-        return sample.input_ids
+        return len(labels)
     gaps = np.flatnonzero(np.diff(trained) > 1)
-    return sample.input_ids[: trained[gaps[-1] + 1] if len(gaps) else trained[0]]
+    return int(trained[gaps[-1] + 1] if len(gaps) else trained[0])
 
 
-def room_for_answer(prompt: np.ndarray, row: int, max_length: int) -> int:
-    """Tokens that an answer may have. UserError if that is none; `row` is the prompt's, for the message."""
-    if len(prompt) >= max_length:
-        raise UserError(
-            f"row {row} of the dataset: its prompt of {len(prompt)} tokens leaves no room for an answer in "
-            f"data.max_length = {max_length}"
-        )
-    return max_length - len(prompt)
+def room_for_answer(sample: Sample, max_length: int, teacher_max_length: int) -> int:
+    """Tokens of an answer that the student's and the teacher's sequences leave room for. UserError if there is none."""
+    limits = [("prompt", prompt_of(sample), "data.max_length", max_length)]
+    if sample.teacher_prompt is not None:
+        limits += [("teacher_prompt", sample.teacher_prompt, "data.teacher_max_length", teacher_max_length)]
+    for name, tokens, key, limit in limits:
+        if len(tokens) >= limit:
+            raise UserError(
+                f"row {sample.row_id} of the dataset: its {name} of {len(tokens)} tokens leaves no room for an "
+                f"answer in {key} = {limit}"
+            )
+    return min(limit - len(tokens) for _, tokens, _, limit in limits)
 
 
 def answered(row: Sample, answer: Sequence[int], *, trained: bool = True) -> Sample:

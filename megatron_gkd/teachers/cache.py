@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +13,13 @@ import torch.distributed as dist
 from megatron_gkd.data.label_numbers import label_numbers
 from megatron_gkd.data.loader import SampleDataset
 from megatron_gkd.data.microbatch import Microbatch
-from megatron_gkd.data.sample import IGNORE
+from megatron_gkd.data.sample import IGNORE, Sample
 from megatron_gkd.errors import UserError
 from megatron_gkd.ops.topk import TopK
 from megatron_gkd.runtime import portability
 from megatron_gkd.runtime.agreement import raise_together
 from megatron_gkd.runtime.mesh import Mesh
-from megatron_gkd.teachers.base import Part, Parts, TeacherFailed, TeacherSignal, TeacherSource
+from megatron_gkd.teachers.base import Part, Parts, ScoresAhead, TeacherFailed, TeacherSignal, TeacherSource
 from megatron_gkd.teachers.cache_keys import KEY, dataset_keys, keys_of
 from megatron_gkd.teachers.cache_manifest import Manifest
 from megatron_gkd.teachers.cache_shards import CachedRow, Shard
@@ -81,6 +81,13 @@ class CachedTeacher:
     def resident(self) -> contextlib.AbstractContextManager[None]:
         """`rest` is, while it scores."""
         return contextlib.nullcontext()
+
+    def begin(self, samples: Iterable[Sample]) -> None:
+        """As `ScoresAhead.begin`: a `rest` that works elsewhere hears of the rows that are missing."""
+        if isinstance(self.rest, ScoresAhead):
+            samples = list(samples)
+            places = self.cache.find(keys_of(samples))
+            self.rest.begin(sample for sample, place in zip(samples, places, strict=True) if place == MISSING)
 
     @torch.no_grad()
     def score(self, microbatches: Sequence[Microbatch]) -> list[TeacherSignal | None]:

@@ -16,6 +16,8 @@ from megatron_gkd.models.checkpoint import Checkpoint
 from megatron_gkd.models.megatron_model import BuildOptions, MegatronModel
 from megatron_gkd.rollout.base import RolloutEngine, Sampling
 from megatron_gkd.rollout.megatron import MegatronEngine
+from megatron_gkd.rollout.vllm_colocated import VllmColocatedEngine
+from megatron_gkd.rollout.vllm_process import ColocatedOptions
 from megatron_gkd.rollout.vllm_server import ServerOptions, VllmServerEngine
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.training.loss import Objective
@@ -98,6 +100,7 @@ def build_rollouts(
         global_batch_size=recipe.train.global_batch_size,
         truncated=section.truncated,
         dp=mesh.dp,
+        teacher_max_length=recipe.data.teacher_max_length,
     )
 
 
@@ -108,6 +111,8 @@ def sampling_of(section: RolloutSection) -> Sampling:
         temperature=section.rollout_temperature,
         top_k=section.top_k,
         top_p=section.top_p,
+        stop_token_ids=section.stop_token_ids,
+        stop=section.stop,
     )
 
 
@@ -116,6 +121,21 @@ def build_engine(recipe: Recipe, mesh: Mesh, model: MegatronModel, checkpoint: C
     section = recipe.rollout
     if section.engine == "megatron":
         return MegatronEngine(model, checkpoint.eos_token_ids)
+    if section.engine == "vllm":
+        cache = section.vllm_kv_cache_gib
+        return VllmColocatedEngine.start(
+            mesh,
+            checkpoint,
+            ColocatedOptions(
+                dtype=DTYPES[recipe.train.dtype],
+                max_model_len=section.vllm_max_model_len or recipe.data.max_length,
+                tensor_parallel_size=section.vllm_tensor_parallel_size,
+                gpu_memory_utilization=section.vllm_gpu_memory_utilization,
+                kv_cache_memory_bytes=None if cache is None else int(cache * 2**30),
+                sleep_level=section.sleep_level,
+                enforce_eager=section.enforce_eager,
+            ),
+        )
     return VllmServerEngine(mesh, checkpoint, server_options(recipe, section.vllm_server_urls))
 
 

@@ -6,18 +6,22 @@ from collections.abc import Callable, Mapping
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_gkd.config.schema import OneTeacher, Recipe, TeacherSection
+from megatron_gkd.config.schema import OneTeacher, Recipe, TaggedTeacher, TeacherSection
 from megatron_gkd.data.cache import hash_tokenizer
+from megatron_gkd.data.dataset import TokenizedDataset
 from megatron_gkd.errors import UserError
 from megatron_gkd.models.checkpoint import Checkpoint
 from megatron_gkd.models.megatron_model import BuildOptions, MegatronModel
 from megatron_gkd.models.vocabulary import shared_vocab_size
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.teachers.base import TeacherSource
-from megatron_gkd.teachers.cache import CachedTeacher, open_cache
+from megatron_gkd.teachers.cache import CachedTeacher, open_cache, require_rows
 from megatron_gkd.teachers.cache_manifest import Manifest
 from megatron_gkd.teachers.local import LocalTeacher
-from megatron_gkd.teachers.several import SeveralTeachers
+from megatron_gkd.teachers.self_teacher import SelfTeacher, require_teacher_prompts
+from megatron_gkd.teachers.self_weights import AverageWeights, CurrentWeights, InitialWeights
+from megatron_gkd.teachers.server import ServerOptions, ServerTeacher
+from megatron_gkd.teachers.several import SeveralTeachers, require_teachers
 from megatron_gkd.training.build import DTYPES
 from megatron_gkd.training.student import Student
 
@@ -51,14 +55,45 @@ def read_manifests(section: TeacherSection, tokenizer: PreTrainedTokenizerBase) 
     return manifests
 
 
+def check_rows(section: TeacherSection, dataset: TokenizedDataset) -> None:
+    """UserError where the training rows lack what a teacher needs."""
+    for place, teacher in section.all.items():
+        if teacher.source == "self" and teacher.teacher_model is None and teacher.ema is None:
+            require_teacher_prompts(dataset, place)
+    if section.teachers:
+        require_teachers(
+            dataset, (tag for teacher in section.teachers for tag in teacher.tags), section.teacher_tag_key
+        )
+
+
+def require_cached_rows(section: TeacherSection, dataset: TokenizedDataset, name: str) -> None:
+    """UserError for a row that a cache without a teacher beside it hasn't: now, and not after hours.
+
+    All ranks must call it. `name`: of the dataset.
+    """
+    for teacher in section.all.values():
+        if teacher.source == "cache":
+            tags = teacher.tags if isinstance(teacher, TaggedTeacher) else None
+            require_rows(open_cache(teacher.cache), dataset, name, tags)
+
+
+def begins_as_student(section: TeacherSection, student: Checkpoint, teachers: Mapping[str, Checkpoint]) -> bool:
+    """Whether every teacher has the weights that the student begins with. `teachers`: of ``open_teachers``."""
+
+    def is_same(place: str) -> bool:
+        return place in teachers and teachers[place].path.resolve() == student.path.resolve()
+
+    return all(teacher.source == "self" or is_same(place) for place, teacher in section.all.items())
+
+
 def build_teacher(
-    recipe: Recipe, mesh: Mesh, student: Student | None, checkpoints: Mapping[str, Checkpoint]
+    recipe: Recipe, mesh: Mesh, student: Student | Checkpoint, checkpoints: Mapping[str, Checkpoint]
 ) -> TeacherSource | None:
     """What judges the student, laid out like it; None for plain cross-entropy.
 
     Args:
-        student: None where the teacher's signals are not for a loss, but for a cache. Caches of the recipe are not
-            read then.
+        student: in training; or the checkpoint that it begins as, where the teacher's signals are not for a loss but
+            for a cache. Caches of the recipe are not read then.
         checkpoints: of ``open_teachers``.
     """
     teachers = recipe.teacher.all.items()
@@ -69,30 +104,67 @@ def build_teacher(
 
 
 def _one(
-    recipe: Recipe, mesh: Mesh, student: Student | None, teacher: OneTeacher, checkpoint: Checkpoint | None
+    recipe: Recipe, mesh: Mesh, student: Student | Checkpoint, teacher: OneTeacher, checkpoint: Checkpoint | None
 ) -> TeacherSource | None:
     live = _live(recipe, mesh, student, teacher, checkpoint)
-    if teacher.cache is None or student is None:
+    if teacher.cache is None or isinstance(student, Checkpoint):
         return live
     return CachedTeacher(open_cache(teacher.cache), mesh, k=recipe.distill.gkd_logits_topk, rest=live)
 
 
 def _live(
-    recipe: Recipe, mesh: Mesh, student: Student | None, teacher: OneTeacher, checkpoint: Checkpoint | None
+    recipe: Recipe, mesh: Mesh, student: Student | Checkpoint, teacher: OneTeacher, checkpoint: Checkpoint | None
 ) -> TeacherSource | None:
     match teacher.source:
         case "local":
             return _local(recipe, mesh, student, teacher, checkpoint)
+        case "self":
+            return _self(student, teacher) if isinstance(student, Student) else _initial(recipe, mesh, student)
+        case "server":
+            return _server(recipe, mesh, student, teacher)
         case "none" | "cache":
             return None
     raise NotImplementedError(teacher.source)
 
 
 def _local(
-    recipe: Recipe, mesh: Mesh, student: Student | None, teacher: OneTeacher, checkpoint: Checkpoint
+    recipe: Recipe, mesh: Mesh, student: Student | Checkpoint, teacher: OneTeacher, checkpoint: Checkpoint
 ) -> LocalTeacher:
     options = BuildOptions(dtype=DTYPES[recipe.train.dtype], attn=recipe.train.attn)
     model = MegatronModel.load(checkpoint, mesh, options)
-    compared = checkpoint if student is None else student.model.checkpoint
-    head_rows = -(-compared.vocab_size // mesh.tp.size())
+    head_rows = -(-_checkpoint_of(student).vocab_size // mesh.tp.size())
     return LocalTeacher(model, head_rows=head_rows, offload=teacher.offload_teacher_model)
+
+
+def _self(student: Student, teacher: OneTeacher) -> SelfTeacher:
+    """Before the student's first step: the weights that it begins with are the checkpoint's."""
+    model, complete = student.model, student.gather_parameters
+    if teacher.ema is not None:
+        weights = AverageWeights(model, teacher.ema, complete)
+    else:
+        weights = CurrentWeights(model) if teacher.teacher_model is None else InitialWeights(model)
+    return SelfTeacher(model, weights, complete)
+
+
+def _initial(recipe: Recipe, mesh: Mesh, student: Checkpoint) -> SelfTeacher:
+    """The student as it begins, of which nothing is trained."""
+    model = MegatronModel.load(student, mesh, BuildOptions(dtype=DTYPES[recipe.train.dtype], attn=recipe.train.attn))
+    return SelfTeacher(model, CurrentWeights(model), lambda: None)
+
+
+def _checkpoint_of(student: Student | Checkpoint) -> Checkpoint:
+    return student.model.checkpoint if isinstance(student, Student) else student
+
+
+def _server(recipe: Recipe, mesh: Mesh, student: Student | Checkpoint, teacher: OneTeacher) -> ServerTeacher:
+    options = ServerOptions(
+        urls=teacher.teacher_model_server,
+        k=recipe.distill.gkd_logits_topk,
+        max_length=recipe.data.longest_for_teacher,
+        concurrency=teacher.teacher_server_concurrency,
+        timeout=teacher.teacher_server_timeout_s,
+        patience=teacher.teacher_server_patience_s,
+    )
+    checkpoint = _checkpoint_of(student)
+    vocab_size = student.objective.vocab_size if isinstance(student, Student) else checkpoint.vocab_size
+    return ServerTeacher(mesh, checkpoint.tokenizer(), vocab_size, options)

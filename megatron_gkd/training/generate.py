@@ -62,14 +62,14 @@ def write_answers(file: GeneratedFile, answers: Answers) -> None:
 def settings_of(recipe: Recipe, model: str, n: int, dataset: SampleDataset) -> dict[str, Any]:
     """All that decides what the file holds."""
     section = recipe.rollout
-    sampling = ("max_completion_length", "rollout_temperature", "top_k", "top_p", "truncated")
+    sampling = ("max_completion_length", "rollout_temperature", "top_k", "top_p", "truncated", "stop_token_ids", "stop")
     return {
         "model": model,
         "n": n,
         "seed": recipe.train.seed,
         "dtype": recipe.train.dtype,
         "max_length": recipe.data.max_length,
-        **{name: getattr(section, name) for name in sampling},
+        **{name: section.model_dump(mode="json")[name] for name in sampling},
         "dataset": [entry.path for entry in recipe.data.dataset],
         "rows": hashlib.blake2b(dataset.lengths.tobytes(), digest_size=16).hexdigest(),
     }
@@ -120,14 +120,18 @@ class Answers:
         Raises:
             UserError: in all ranks; a prompt leaves no room for an answer.
         """
-        prompts = {row: prompt_of(self.dataset[row]) for row in rows}
-        rooms = {row: room_for_answer(prompts[row], row, self.recipe.data.max_length) for row in rows}
+        samples = {row: self.dataset[row] for row in rows}
+        data = self.recipe.data
+        limits = data.max_length, data.teacher_max_length or data.max_length
+        rooms = {row: room_for_answer(sample, *limits) for row, sample in samples.items()}
         wanted = [(row, number) for row in rows for number in range(self.n)]
         dp = self.mesh.dp
         mine = wanted[dp.rank() :: dp.size()]
         with self.engine.resident():
             completions = self.engine.generate(
-                [prompts[row].tolist() for row, _ in mine], self.sampling, [self._seed(*which) for which in mine]
+                [prompt_of(samples[row]).tolist() for row, _ in mine],
+                self.sampling,
+                [self._seed(*which) for which in mine],
             )
         found = [
             (row, number, completion.within(rooms[row]))

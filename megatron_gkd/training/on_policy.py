@@ -21,8 +21,26 @@ Truncated = Literal["keep", "mask", "drop"]
 
 
 @dataclass(frozen=True)
+class Answer:
+    """What the student said to the prompt (int64 [P]) of one row of the dataset.
+
+    `is_trained_on` is false for a truncated one that is masked or dropped.
+    """
+
+    row: int
+    prompt: np.ndarray
+    completion: Completion
+    is_trained_on: bool
+
+
+@dataclass(frozen=True)
 class RolloutReport:
-    """What sampling was like in one step, over all data-parallel ranks."""
+    """What sampling was like in one step, over all data-parallel ranks.
+
+    Attributes:
+        answers: by position in the global batch.
+        bins: the positions in each microbatch of this data-parallel rank.
+    """
 
     student_rows: int
     dataset_rows: int
@@ -30,6 +48,8 @@ class RolloutReport:
     tokens: int
     truncated: int
     log_prob: float  # sum over the student's tokens that are trained on, in nats, as the engine has it
+    answers: dict[int, Answer]
+    bins: list[list[int]]
 
     def record(self) -> dict[str, float | int | str]:
         """As a step's record shows it."""
@@ -56,6 +76,7 @@ class Rollouts:
         dataset, order: where prompts and the other rows come from.
         cutting: how the global batch becomes this rank's microbatches.
         sampling: `max_completion_length` is cut to what a sequence of `cutting.max_length` tokens leaves.
+        teacher_max_length: the same of a row's `teacher_prompt` with the answer behind it; None: `cutting.max_length`.
         truncated: completions without an end are trained on ("keep"), kept without labels ("mask"), or left out.
         dp: the data-parallel group.
     """
@@ -72,10 +93,12 @@ class Rollouts:
         global_batch_size: int,
         truncated: Truncated,
         dp: dist.ProcessGroup,
+        teacher_max_length: int | None = None,
     ):
         self.engine, self.policy, self.dataset, self.order = engine, policy, dataset, order
         self.cutting, self.sampling, self.global_batch_size = cutting, sampling, global_batch_size
         self.truncated, self.dp = truncated, dp
+        self.teacher_max_length = teacher_max_length or cutting.max_length
 
     def due(self, step: int) -> bool:
         """Whether the student answers any row of `step`, counted from 0. The same on every rank."""
@@ -93,16 +116,18 @@ class Rollouts:
         start = time.perf_counter()
         completions = self._complete(step, rows, [int(i) for i in np.flatnonzero(mine)])
         seconds = time.perf_counter() - start
-        log_prob = 0.0
+        log_prob, answers = 0.0, {}
         for position, completion in completions.items():
             sample, trained = self._sample(rows[position], completion)
             samples[position] = sample
             log_prob += sum(completion.log_probs) if trained else 0.0
+            answers[position] = Answer(rows[position], self._prompt(rows[position]), completion, trained)
         require_responses(self.dataset, [rows[position] for position in np.flatnonzero(~mine)], step)
         lengths = [
             len(samples[i].input_ids) if i in samples else int(self.dataset.lengths[row]) for i, row in enumerate(rows)
         ]
-        cut = self.cutting.microbatches(lengths, lambda i: samples[i] if i in samples else self.dataset[rows[i]])
+        bins = self.cutting.bins(lengths)
+        cut = self.cutting.cut(bins, lambda i: samples[i] if i in samples else self.dataset[rows[i]])
         found = list(completions.values())
         return cut, RolloutReport(
             student_rows=len(found),
@@ -111,6 +136,8 @@ class Rollouts:
             tokens=sum(len(completion.token_ids) for completion in found),
             truncated=sum(completion.finish_reason == "length" for completion in found),
             log_prob=log_prob,
+            answers=answers,
+            bins=bins,
         )
 
     def _complete(self, step: int, rows: list[int], positions: list[int]) -> dict[int, Completion]:
@@ -121,17 +148,20 @@ class Rollouts:
         with self.engine.resident():
             completions = self.engine.generate([prompt.tolist() for prompt in prompts], self.sampling, seeds)
         found = [
-            (position, completion.within(self.cutting.max_length - len(prompt)))
-            for position, prompt, completion in zip(mine, prompts, completions, strict=True)
+            (position, completion.within(self._room(self.dataset[rows[position]])))
+            for position, completion in zip(mine, completions, strict=True)
         ]
         everything: list[list] = [[] for _ in range(self.dp.size())]
         dist.all_gather_object(everything, found, group=self.dp)
         return {position: completion for part in everything for position, completion in part}
 
     def _prompt(self, row: int) -> np.ndarray:
-        prompt = prompt_of(self.dataset[row])
-        room_for_answer(prompt, row, self.cutting.max_length)
-        return prompt
+        sample = self.dataset[row]
+        self._room(sample)
+        return prompt_of(sample)
+
+    def _room(self, sample: Sample) -> int:
+        return room_for_answer(sample, self.cutting.max_length, self.teacher_max_length)
 
     def _seed(self, step: int, position: int) -> int:
         """Of one row of one step: whatever rank samples it, and in whatever company."""

@@ -9,13 +9,19 @@ from pathlib import Path
 import megatron_gkd.runtime.preload  # noqa: F401  isort: skip  (before anything that imports Megatron-Core)
 
 from megatron_gkd.config.schema import Recipe
-from megatron_gkd.data.loader import SampleDataset, StepLoader, validation_batches
+from megatron_gkd.data.loader import StepLoader, validation_batches
 from megatron_gkd.data.order import SampleOrder
 from megatron_gkd.data.policy import OnPolicy
 from megatron_gkd.runtime.mesh import Mesh
-from megatron_gkd.teachers.cache import open_cache, require_rows
 from megatron_gkd.training.build import batching, build_rollouts, build_student
-from megatron_gkd.training.build_teacher import build_teacher, read_manifests
+from megatron_gkd.training.build_teacher import (
+    begins_as_student,
+    build_teacher,
+    check_rows,
+    read_manifests,
+    require_cached_rows,
+)
+from megatron_gkd.training.completions import Completions
 from megatron_gkd.training.exports import Exports
 from megatron_gkd.training.metrics import Reporter
 from megatron_gkd.training.setup import open_models, open_rows, pad_token_id, world_of
@@ -38,7 +44,8 @@ def _train(recipe: Recipe, mesh: Mesh) -> None:
     vocab_size = min([models.vocab_size, *(manifest.vocab_size for manifest in manifests)])
 
     dataset, data_report = open_rows(recipe, mesh, models, "train", prompts=recipe.distill.lmbda > 0)
-    _require_cached(recipe, dataset, "data.dataset")
+    check_rows(recipe.teacher, dataset)
+    require_cached_rows(recipe.teacher, dataset, "data.dataset")
     order = SampleOrder(
         dataset.sizes, [entry.weight for entry in recipe.data.dataset], recipe.train.seed, recipe.data.shuffle
     )
@@ -58,7 +65,7 @@ def _train(recipe: Recipe, mesh: Mesh) -> None:
     validation = None
     if recipe.data.val_dataset:
         held_out, _ = open_rows(recipe, mesh, models, "validation")
-        _require_cached(recipe, held_out, "data.val_dataset")
+        require_cached_rows(recipe.teacher, held_out, "data.val_dataset")
         validation = validation_batches(held_out, **cut, num_steps=recipe.train.eval_iters)
 
     student = build_student(recipe, mesh, models.student, vocab_size, train_iters)
@@ -67,13 +74,10 @@ def _train(recipe: Recipe, mesh: Mesh) -> None:
     if recipe.distill.lmbda > 0:
         rollouts = build_rollouts(recipe, mesh, student, models.student, policy, dataset, order, cut)
     output = recipe.output
-    with Reporter(
-        output_dir,
-        train_iters=train_iters,
-        log_interval=output.log_interval,
-        tensorboard=output.tensorboard,
-        is_main=mesh.is_main,
-    ) as reporter:
+    completions = None
+    if rollouts is not None and output.log_completions:
+        completions = Completions(mesh, models.tokenizer, output.log_completions_interval)
+    with Reporter(output_dir, train_iters, output, is_main=mesh.is_main) as reporter:
         reporter.message(data_report.summary())
         exported = Trainer(
             student,
@@ -82,6 +86,9 @@ def _train(recipe: Recipe, mesh: Mesh) -> None:
             validation,
             reporter,
             rollouts=rollouts,
+            completions=completions,
+            mismatch_kl_threshold=recipe.rollout.mismatch_kl_threshold,
+            teacher_is_student=begins_as_student(recipe.teacher, models.student, models.teachers),
             train_iters=train_iters,
             eval_interval=recipe.train.eval_interval,
             exports=Exports(output_dir, output.save_interval, output.save_total_limit),
@@ -89,10 +96,3 @@ def _train(recipe: Recipe, mesh: Mesh) -> None:
         reporter.message(
             f"checkpoint {exported}\nmetrics    {output_dir / 'metrics.jsonl'}\ncurves     {reporter.plot()}"
         )
-
-
-def _require_cached(recipe: Recipe, dataset: SampleDataset, name: str) -> None:
-    """UserError for a row that a cache without a teacher beside it hasn't: now, and not after hours."""
-    for teacher in recipe.teacher.all.values():
-        if teacher.source == "cache":
-            require_rows(open_cache(teacher.cache), dataset, name, getattr(teacher, "tags", None))

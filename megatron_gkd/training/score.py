@@ -45,8 +45,8 @@ def score(recipe: Recipe, output: str, shard_rows: int) -> None:
         models = open_models(recipe, mesh)
         splits = ["train", *(["validation"] if recipe.data.val_dataset else [])]
         rows = _Rows([open_rows(recipe, mesh, models, split)[0] for split in splits])
-        teacher = build_teacher(recipe, mesh, None, models.teachers)
-        scorer = Scorer(recipe, mesh, rows, teacher, _manifest(recipe, models), pad_token_id(models))
+        teacher = build_teacher(recipe, mesh, models.student, models.teachers)
+        scorer = Scorer(recipe, mesh, rows, teacher, manifest_of(recipe, models), pad_token_id(models))
         write_cache(Path(output).expanduser(), scorer, shard_rows)
 
 
@@ -68,7 +68,7 @@ def write_cache(folder: Path, scorer: Scorer, shard_rows: int) -> None:
         progress.message(f"teacher cache {folder}: {total} rows, the {manifest.k} most likely tokens of each label")
 
 
-def _manifest(recipe: Recipe, models: Models) -> Manifest:
+def manifest_of(recipe: Recipe, models: Models) -> Manifest:
     teachers = recipe.teacher.all.values()
     names = [name for teacher in teachers for name in (teacher.teacher_model, *teacher.teacher_model_server) if name]
     # A server tells log-probabilities at temperature 1, from which the tail at another does not follow.

@@ -26,9 +26,10 @@ from megatron_gkd.training.build_teacher import open_teachers, shared_vocab_size
 @contextlib.contextmanager
 def world_of(recipe: Recipe) -> Iterator[Mesh]:
     """The recipe's layout over the world that torchrun describes (one process without it)."""
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in alone.items():
         os.environ.setdefault(name, value)
-    portability.select_device(int(os.environ.get("LOCAL_RANK", "0")))
+    portability.select_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(portability.backend(), timeout=datetime.timedelta(minutes=30))
     try:
         yield initialize_mesh(Layout.from_section(recipe.parallel), recipe.train.seed)
@@ -64,8 +65,15 @@ def open_rows(
     recipe: Recipe, mesh: Mesh, models: Models, split: Literal["train", "validation"], *, prompts: bool = False
 ) -> tuple[TokenizedDataset, DataReport]:
     """The rows of a split as the student's tokens; `prompts`: some may be prompts alone."""
-    vocab_size = models.student.vocab_size
-    return build_dataset(recipe.data, split, models.tokenizer, prompts=prompts, vocab_size=vocab_size, **_shared(mesh))
+    return build_dataset(
+        recipe.data,
+        split,
+        models.tokenizer,
+        prompts=prompts,
+        tag_key=recipe.teacher.teacher_tag_key,
+        vocab_size=models.student.vocab_size,
+        **_shared(mesh),
+    )
 
 
 def pad_token_id(models: Models) -> int:

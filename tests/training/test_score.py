@@ -43,7 +43,7 @@ def write(rank, world_size, student, teacher, changes, folder, k=K, numbers=rang
 
     recipe = recipe_of(changes)
     mesh = initialize_mesh(Layout.from_section(recipe.parallel), recipe.train.seed)
-    source = build_teacher(recipe, mesh, None, {"teacher": Checkpoint.open(str(teacher))})
+    source = build_teacher(recipe, mesh, Checkpoint.open(str(student)), {"teacher": Checkpoint.open(str(teacher))})
     manifest = Manifest(k, recipe.distill.temperature, "t", str(teacher), vocab_size=99)
     write_cache(folder, Scorer(recipe, mesh, SomeRows(numbers), source, manifest, 0), shard_rows)
     destroy_mesh()
