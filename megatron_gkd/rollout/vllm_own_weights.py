@@ -6,7 +6,6 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from megatron_gkd.errors import UserError
 from megatron_gkd.rollout.vllm_client import Patience, ServedModel, StudentServer
 from megatron_gkd.rollout.vllm_server import VllmServerEngine
 
@@ -17,13 +16,7 @@ class ServerAsStarted(StudentServer):
     """One of them."""
 
     def _hello(self, max_length: int) -> ServedModel:
-        card = self._exchange("GET", "/v1/models")["data"][0]
-        if card["max_model_len"] < max_length:
-            raise UserError(
-                f"{self.url}: serves sequences of up to {card['max_model_len']} tokens, fewer than data.max_length = "
-                f"{max_length}; start it with --max-model-len {max_length}"
-            )
-        return ServedModel(card["id"], card["max_model_len"])
+        return self._served_model(max_length)
 
     def _be_current(self, patience: Patience) -> str:
         self._label = _LABEL
