@@ -6,21 +6,30 @@
 import difflib
 import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from megatron_gkd import __version__
 from megatron_gkd.errors import ServiceFailed, UserError
 
 if TYPE_CHECKING:
     from megatron_gkd.config import Recipe
+    from megatron_gkd.config.checks import CommandChecks
+    from megatron_gkd.config.commands import Option
 
 USAGE = """\
 usage: megatron-gkd train recipe.yaml [--leaf value ...]
        megatron-gkd check recipe.yaml [--nproc N] [--leaf value ...]
+       megatron-gkd score recipe.yaml --output FOLDER [--leaf value ...]
+       megatron-gkd generate recipe.yaml --from teacher|student --output FILE.jsonl [--n N] [--leaf value ...]
 
-train   distill a teacher into a student; under torchrun, over its processes
-check   read the recipe for N processes (default 1), say all that is wrong with it, print it and its layout
+train     distill a teacher into a student
+check     read the recipe for N processes (default 1), say all that is wrong with it, print it and its layout
+score     write what the teacher says of each row of the data sets (its gkd_logits_topk most likely tokens) into a
+          folder, from which `teacher: {cache: FOLDER}` trains under any layout, without a teacher
+generate  write N answers of a model to each prompt of the data set, as rows of token ids to train on with lmbda 0
+
+All but check run under torchrun too, over its processes.
 
 Options: -h, --help (`megatron-gkd train --help` lists the recipe's keys), --version
 """
@@ -62,14 +71,21 @@ def _dispatch(arguments: list[str]) -> int:
         hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(_COMMANDS)}"
         raise _RecipeRefused(f"megatron-gkd {name}: unknown command; {hint}")
     if "-h" in rest or "--help" in rest:
-        from megatron_gkd.config.help import recipe_keys
-
-        _print(f"{USAGE}\n{OVERRIDES}\n{recipe_keys()}")
+        _print(_help(name))
         return 0
     if not rest or rest[0].startswith("-"):
         raise _RecipeRefused(f"megatron-gkd {name}: the recipe's path must come first: megatron-gkd {name} recipe.yaml")
     _COMMANDS[name](rest[0], rest[1:])
     return 0
+
+
+def _help(name: str) -> str:
+    from megatron_gkd.config import commands
+    from megatron_gkd.config.help import recipe_keys
+
+    options = {"check": commands.CHECK, "score": commands.SCORE, "generate": commands.GENERATE}.get(name)
+    own = f"options of {name}:\n{commands.help_of(options)}\n\n" if options else ""
+    return f"{USAGE}\n{own}{OVERRIDES}\n{recipe_keys()}"
 
 
 def _print(text: str) -> None:
@@ -80,26 +96,66 @@ def _print(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at exit
 
 
-def _load(path: str, overrides: Sequence[str], world_size: int) -> "Recipe":
+def _load(path: str, overrides: Sequence[str], world_size: int, command: "CommandChecks | None" = None) -> "Recipe":
     from megatron_gkd.config import RecipeError, load
+    from megatron_gkd.config.checks import TRAIN
 
     try:
-        return load(path, overrides, world_size=world_size)
+        return load(path, overrides, world_size=world_size, command=command or TRAIN)
     except RecipeError as error:
         raise _RecipeRefused("\n".join(f"{path}: {problem}" for problem in error.problems)) from error
 
 
 def _train(path: str, overrides: list[str]) -> None:
-    recipe = _load(path, overrides, int(os.environ.get("WORLD_SIZE", "1")))
+    recipe = _load(path, overrides, _world_size())
     from megatron_gkd.training.run import train
 
     train(recipe)
 
 
-def _check(path: str, overrides: list[str]) -> None:
-    world_size, overrides = _take_nproc(overrides)
-    recipe = _load(path, overrides, world_size)
-    _print(f"{recipe.to_yaml()}\n{_layout(recipe, world_size)}")
+def _score(path: str, arguments: list[str]) -> None:
+    from megatron_gkd.config import commands
+
+    options, overrides = _take(arguments, commands.SCORE)
+    recipe = _load(path, overrides, _world_size(), commands.SCORES)
+    from megatron_gkd.training.score import score
+
+    score(recipe, **options)
+
+
+def _generate(path: str, arguments: list[str]) -> None:
+    from megatron_gkd.config import commands
+
+    options, overrides = _take(arguments, commands.GENERATE)
+    source = options.pop("from")
+    asked = commands.TEACHER_GENERATES if source == "teacher" else commands.STUDENT_GENERATES
+    recipe = _load(path, overrides, _world_size(), asked)
+    from megatron_gkd.training.generate import generate
+
+    generate(recipe, source, **options)
+
+
+def _check(path: str, arguments: list[str]) -> None:
+    from megatron_gkd.config import commands
+
+    options, overrides = _take(arguments, commands.CHECK)
+    recipe = _load(path, overrides, options["nproc"])
+    _print(f"{recipe.to_yaml()}\n{_layout(recipe, options['nproc'])}")
+
+
+def _world_size() -> int:
+    """As the launcher has it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _take(arguments: list[str], options: "Mapping[str, Option]") -> tuple[dict[str, Any], list[str]]:
+    from megatron_gkd.config import RecipeError
+    from megatron_gkd.config.commands import take_options
+
+    try:
+        return take_options(arguments, options)
+    except RecipeError as error:
+        raise _RecipeRefused(str(error)) from error
 
 
 def _layout(recipe: "Recipe", world_size: int) -> str:
@@ -117,20 +173,9 @@ def _layout(recipe: "Recipe", world_size: int) -> str:
     )
 
 
-def _take_nproc(arguments: list[str]) -> tuple[int, list[str]]:
-    """The value of --nproc, and the other arguments."""
-    rest, world_size = [], 1
-    remaining = iter(arguments)
-    for argument in remaining:
-        flag, equals, text = argument.partition("=")
-        if flag != "--nproc":
-            rest.append(argument)
-            continue
-        text = text if equals else next(remaining, "")
-        if not text.isdecimal() or int(text) < 1:
-            raise _RecipeRefused(f"--nproc = {text}: must be an integer >= 1")
-        world_size = int(text)
-    return world_size, rest
-
-
-_COMMANDS: dict[str, Callable[[str, list[str]], None]] = {"train": _train, "check": _check}
+_COMMANDS: dict[str, Callable[[str, list[str]], None]] = {
+    "train": _train,
+    "check": _check,
+    "score": _score,
+    "generate": _generate,
+}

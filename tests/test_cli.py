@@ -13,6 +13,8 @@ from megatron_gkd import cli
 from megatron_gkd.config import keys
 from megatron_gkd.errors import UserError
 
+OWN = {"score": ["--output", "x"], "generate": ["--output", "x", "--from", "student"]}
+
 
 @pytest.fixture
 def workspace(tmp_path, monkeypatch):
@@ -95,7 +97,7 @@ def test_a_fault_of_the_program_keeps_its_traceback(workspace, trainer):
     ("arguments", "line"),
     [
         (["trian", "recipe.yaml"], "megatron-gkd trian: unknown command; did you mean train?"),
-        (["zzz"], "megatron-gkd zzz: unknown command; the commands are train, check"),
+        (["zzz"], "megatron-gkd zzz: unknown command; the commands are train, check, score, generate"),
         (["train"], "megatron-gkd train: the recipe's path must come first: megatron-gkd train recipe.yaml"),
         (["train", "--beta", "1"],
          "megatron-gkd train: the recipe's path must come first: megatron-gkd train recipe.yaml"),
@@ -158,11 +160,18 @@ def test_help_to_a_reader_that_stops_reading():
     assert done.returncode == 0 and done.stderr == ""
 
 
-@pytest.mark.parametrize("command", ["train", "check"])
+@pytest.mark.parametrize("command", ["score", "generate"])
+def test_a_command_names_its_own_options(command, capsys):
+    assert cli.main([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert f"options of {command}:\n" in text and "  --output  " in text and "  --beta  " in text
+
+
+@pytest.mark.parametrize("command", ["train", "check", "score", "generate"])
 def test_a_wrong_recipe_needs_no_torch(workspace, command):
     program = (
         "import sys; from megatron_gkd.cli import main\n"
-        f"code = main([{command!r}, 'recipe.yaml', '--beta', '2'])\n"
+        f"code = main([{command!r}, 'recipe.yaml', '--beta', '2', *{OWN.get(command, [])}])\n"
         "heavy = {'torch', 'transformers', 'megatron.core', 'numpy', 'matplotlib'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else code)"
     )

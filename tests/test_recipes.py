@@ -79,6 +79,21 @@ def small_student(path: Path, request) -> list[str]:
     return ["--model", str(tiny_checkpoint("qwen3_tied", seed=2))]
 
 
+def prepared(path: Path, folder: Path, *arguments: str) -> list[str]:
+    """Give the commands that the recipe's header has before `train`. Returns the arguments that name what they made."""
+    if path.stem == "cached":
+        teacher = ["--teacher_model", str(tiny_checkpoint("qwen3", seed=1)), "--tensor_model_parallel_size", "2"]
+        command, made = ["score", *teacher, "--output", "made"], ["--cache", "made"]
+    elif path.stem == "presampled":
+        command = ["generate", "--from", "teacher", "-n", "2", "--truncated", "keep", "--output", "made.jsonl"]
+        made = ["--dataset", "made.jsonl"]
+    else:
+        return []
+    finished = train(folder, *arguments, *command[1:], command=command[0])
+    assert finished.returncode == 0, finished.stderr
+    return made
+
+
 @pytest.mark.parametrize("path", [case(path) for path in RECIPES])
 def test_trains_the_embedded_models(path, tmp_path, request):
     (tmp_path / "recipe.yaml").write_text(path.read_text())
@@ -91,6 +106,7 @@ def test_trains_the_embedded_models(path, tmp_path, request):
         models = [*small_student(path, request), *teacher]
         plugins = [str(REPOSITORY / plugin) for plugin in loaded(path).data.external_plugins]
         data = ["--dataset", "rows.jsonl", "--external_plugins", json.dumps(plugins), "--teacher_max_length", "null"]
+        data += prepared(path, tmp_path, *models, *data, *SMALL)
         finished = train(tmp_path, *models, *data, *SMALL, *THREE_STEPS)
     assert finished.returncode == 0, finished.stderr
     records = (tmp_path / "runs" / path.stem / "metrics.jsonl").read_text().splitlines()

@@ -48,16 +48,20 @@ def workspace(tmp_path) -> Path:
 
 
 def train(
-    folder: Path, *overrides: str, processes: int = 2, program: tuple[str, ...] = ("-m", "megatron_gkd")
+    folder: Path,
+    *overrides: str,
+    processes: int = 2,
+    program: tuple[str, ...] = ("-m", "megatron_gkd"),
+    command: str = "train",
 ) -> subprocess.CompletedProcess:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [*torchrun, *program, "train", "recipe.yaml", *overrides]
+    started = [*torchrun, *program, command, "recipe.yaml", *overrides]
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(Path(__file__).parents[1]),
         "HF_DATASETS_CACHE": str(folder / "cache"),
     }
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(started, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def test_a_recipe_becomes_a_checkpoint_metrics_and_curves(workspace):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_gkd.config import model_checks, teacher_checks
+from megatron_gkd.config import cache_checks, model_checks, teacher_checks
 from megatron_gkd.config.schema import Recipe
 
 LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
@@ -24,12 +24,29 @@ class Check:
     needs_files: bool = False
 
 
-def run(recipe: Recipe, *, world_size: int, require_paths: bool, doubtful: set[str]) -> list[str]:
-    """All problems of a recipe whose sections are valid, except for the leaves in `doubtful`."""
+@dataclass(frozen=True)
+class CommandChecks:
+    """What a command asks of a recipe beyond what `train` does, and which checks of `CHECKS` it leaves out."""
+
+    extra: tuple[Check, ...] = ()
+    left_out: tuple[Callable[[Recipe, int], Iterator[str]], ...] = ()
+
+
+TRAIN = CommandChecks()
+
+
+def run(
+    recipe: Recipe, *, world_size: int, require_paths: bool, doubtful: set[str], command: CommandChecks = TRAIN
+) -> list[str]:
+    """All problems of a recipe whose sections are valid, except for the leaves in `doubtful`.
+
+    command: what is asked of the recipe for this command.
+    """
     return [
         problem
-        for check in CHECKS
+        for check in (*CHECKS, *command.extra)
         if doubtful.isdisjoint(check.leaves) and (require_paths or not check.needs_files)
+        if check.find not in command.left_out
         for problem in check.find(recipe, world_size)
     ]
 
@@ -221,6 +238,8 @@ CHECKS = (
     ),
     Check((*teacher_checks.LEAVES, "teacher_tag_key"), teacher_checks.teachers_share_rows),
     Check(teacher_checks.SELF_LEAVES, teacher_checks.self_is_the_student),
+    Check(teacher_checks.LEAVES, cache_checks.caches_are_named),
+    Check((*teacher_checks.LEAVES, "lmbda"), cache_checks.caches_suit_on_policy),
     Check(("lmbda", "kind"), _on_policy),
     Check(("divergence", "beta"), _beta),
     Check(("gkd_topk_tail", "gkd_logits_topk"), _tail),
@@ -247,6 +266,11 @@ CHECKS = (
     Check(("output_dir",), _output_is_writable, needs_files=True),
     Check(("model",), model_checks.student_is_readable, needs_files=True),
     Check(teacher_checks.LEAVES, model_checks.teachers_are_readable, needs_files=True),
+    Check(
+        (*teacher_checks.LEAVES, "gkd_logits_topk", "gkd_topk_tail", "temperature"),
+        cache_checks.caches_fit,
+        needs_files=True,
+    ),
     Check(
         (
             *("model", *teacher_checks.LEAVES, "max_length", "teacher_max_length", "sequence_parallel"),

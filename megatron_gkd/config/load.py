@@ -14,13 +14,21 @@ from megatron_gkd.config.schema import Recipe
 _STAND_IN = "stand-in"  # for a required leaf that is missing, so that the other checks can still be made
 
 
-def load(path: str | Path, overrides: Sequence[str] = (), *, world_size: int, require_paths: bool = True) -> Recipe:
+def load(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    world_size: int,
+    require_paths: bool = True,
+    command: checks.CommandChecks = checks.TRAIN,
+) -> Recipe:
     """Read, override, validate and cross-check a recipe.
 
     path: the YAML file.
     overrides: as they stand on a command line: `--beta 1.0`, `--distill.beta=1.0`, `--packing`, `--dataset a b`.
     world_size: the number of processes that the layout must fit.
     require_paths: whether models, data and plugins must exist, and output_dir be writable.
+    command: what is asked of the recipe for this command.
     Raises RecipeError with all problems, one line each.
     """
     tree = _read(Path(path))
@@ -28,7 +36,9 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, world_size: int, re
     problems += _drop_unknown(tree, doubtful)
     problems += _drop_invalid(tree, doubtful)
     recipe = Recipe.model_validate(tree)
-    problems += checks.run(recipe, world_size=world_size, require_paths=require_paths, doubtful=doubtful)
+    problems += checks.run(
+        recipe, world_size=world_size, require_paths=require_paths, doubtful=doubtful, command=command
+    )
     if problems:
         raise RecipeError(problems)
     return recipe

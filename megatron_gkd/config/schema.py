@@ -43,7 +43,7 @@ class StudentSection(Section):
     model: PathText = Field(description="the student: a local Hugging Face directory or a hub id")
 
 
-TeacherKind = Literal["local", "server", "self", "none"]
+TeacherKind = Literal["local", "server", "self", "cache", "none"]
 
 
 class OneTeacher(Section):
@@ -52,7 +52,8 @@ class OneTeacher(Section):
     kind: TeacherKind | None = Field(
         None,
         description="local: a Megatron model beside the student; server: vLLM servers; self: the student itself, with "
-        "each row's teacher_prompt; none: plain cross-entropy; null: local or server, whichever is named",
+        "each row's teacher_prompt; cache: what another run has scored; none: plain cross-entropy; null: local, server "
+        "or cache, whichever is named",
     )
     teacher_model: PathText | None = Field(
         None,
@@ -69,6 +70,11 @@ class OneTeacher(Section):
     teacher_server_patience_s: float = Field(
         300.0, ge=0, description="server: how long servers may be gone before the run stops, in seconds"
     )
+    cache: PathText | None = Field(
+        None,
+        description="folder of what the teacher says of each row, by `megatron-gkd score`; a teacher beside it judges "
+        "the rows that are not there",
+    )
     offload_teacher_model: bool = Field(False, description="keep the teacher in host memory between scorings")
     ema: float | None = Field(
         None, gt=0, lt=1, description="self: judge with a moving average of the weights; its decay for each step"
@@ -77,7 +83,8 @@ class OneTeacher(Section):
     @property
     def source(self) -> TeacherKind | None:
         """`kind`, or what follows from the other keys; None where nothing does."""
-        named = "server" if self.teacher_model_server else "local" if self.teacher_model else None
+        beside_none = "cache" if self.cache else None
+        named = "server" if self.teacher_model_server else "local" if self.teacher_model else beside_none
         return self.kind or named
 
 

@@ -14,7 +14,8 @@ def teachers_are_named(recipe: Recipe, _: int) -> Iterator[str]:
     for place, teacher in recipe.teacher.all.items():
         source = teacher.source
         if source is None:
-            yield f"{place}.kind = null: must be local, server, self or none, or follow from teacher_model or _server"
+            follows = "follow from teacher_model, teacher_model_server or cache"
+            yield f"{place}.kind = null: must be local, server, self, cache or none, or {follows}"
         if source == "local" and teacher.teacher_model is None:
             yield f"{place}.teacher_model = null: must name a model where {place}.kind = local"
         if source == "server" and not teacher.teacher_model_server:

@@ -89,6 +89,7 @@ def build_dataset(
     *,
     prompts: bool = False,
     tag_key: str | None = None,
+    vocab_size: int | None = None,
     main_process: bool,
     barrier: Callable[[], None],
 ) -> tuple[TokenizedDataset, DataReport]:
@@ -103,6 +104,7 @@ def build_dataset(
         tokenizer: the student's, a fast one.
         prompts: a row may be a prompt alone, for the student to answer.
         tag_key: the rows' key whose value is `Sample.tag`; every row must have it.
+        vocab_size: rows of token ids have ids below it; None: below the number of the tokenizer's tokens.
         main_process: true in exactly one of the processes that share the cache folder.
         barrier: returns when every process has called it.
 
@@ -115,7 +117,7 @@ def build_dataset(
     root = Path(section.dataset_cache_dir).expanduser() if section.dataset_cache_dir else default_cache_dir()
     tokenizer_hash = hash_tokenizer(tokenizer)
     plugins = list(section.external_plugins)
-    options = _options(section) | {"prompts": prompts, "tag_key": tag_key}
+    options = _options(section) | {"prompts": prompts, "tag_key": tag_key, "vocab_size": vocab_size}
     keys = [fingerprint(file.path, tokenizer_hash, options, plugins) for file in files]
     caches = [CacheFolder(root / key) for key in keys]
 
@@ -174,6 +176,7 @@ def _tokenize(
         prompts=options["prompts"],
         teacher_max_length=section.teacher_max_length,
         tag_key=options["tag_key"],
+        vocab_size=options["vocab_size"],
     )
     workers = min(section.preprocessing_num_workers, len(source.table))
     return source.table.map(

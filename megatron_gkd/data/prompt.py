@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from megatron_gkd.data.sample import FROM_STUDENT, IGNORE, Sample, shift_labels
+from megatron_gkd.errors import UserError
 
 
 def prompt_of(sample: Sample) -> np.ndarray:
@@ -22,6 +23,20 @@ def prompt_length(labels: np.ndarray) -> int:
         return len(labels)
     gaps = np.flatnonzero(np.diff(trained) > 1)
     return int(trained[gaps[-1] + 1] if len(gaps) else trained[0])
+
+
+def room_for_answer(sample: Sample, max_length: int, teacher_max_length: int) -> int:
+    """Tokens of an answer that the student's and the teacher's sequences leave room for. UserError if there is none."""
+    limits = [("prompt", prompt_of(sample), "data.max_length", max_length)]
+    if sample.teacher_prompt is not None:
+        limits += [("teacher_prompt", sample.teacher_prompt, "data.teacher_max_length", teacher_max_length)]
+    for name, tokens, key, limit in limits:
+        if len(tokens) >= limit:
+            raise UserError(
+                f"row {sample.row_id} of the dataset: its {name} of {len(tokens)} tokens leaves no room for an "
+                f"answer in {key} = {limit}"
+            )
+    return min(limit - len(tokens) for _, tokens, _, limit in limits)
 
 
 def answered(row: Sample, answer: Sequence[int], *, trained: bool = True) -> Sample:

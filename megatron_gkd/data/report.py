@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 TOO_LONG = "longer than max_length"
 TOO_LONG_FOR_TEACHER = "longer than teacher_max_length with its teacher_prompt"
 NOTHING_TO_LEARN = "no response token left"
+MASKED = "masked"
 PREPROCESSOR = "dropped by the preprocessor"
 
 

@@ -1,4 +1,4 @@
-"""From a row as the user wrote it to one of two checked forms: a conversation, or a prompt and its response."""
+"""From a row as it was written to one of three checked forms: a conversation, a prompt and its response, token ids."""
 
 from __future__ import annotations
 
@@ -49,7 +49,28 @@ class Completion:
         return replace(self, prompt=self.teacher_prompt, teacher_prompt=None)
 
 
-def parse_row(row: Any, *, prompts: bool = False) -> Conversation | Completion:
+@dataclass(frozen=True)
+class TokenIds:
+    """What a model read and wrote (None where a prompt alone is a row), as ids of the student's tokenizer.
+
+    teacher_prompt: ids that the teacher reads in place of the prompt.
+    masked: the row is not to be trained on.
+    """
+
+    prompt: list[int]
+    response: list[int] | None
+    teacher_prompt: list[int] | None = None
+    masked: bool = False
+
+    def for_teacher(self) -> TokenIds:
+        """With `teacher_prompt` as the prompt."""
+        return TokenIds(self.teacher_prompt, self.response)
+
+
+Row = Conversation | Completion | TokenIds
+
+
+def parse_row(row: Any, *, prompts: bool = False) -> Row:
     """Checks a row and brings it into one form. Keys whose value is null count as absent.
 
     `prompts`: a row may be a prompt alone: messages without an assistant's turn, or no response.
@@ -60,6 +81,8 @@ def parse_row(row: Any, *, prompts: bool = False) -> Conversation | Completion:
     """
     _require(row, dict, "the row")
     row = {key: value for key, value in row.items() if value is not None}
+    if "prompt_token_ids" in row:  # before the text that may stand beside them for people
+        return _token_ids(row, prompts)
     if "messages" in row:
         return _conversation(row, _messages(row["messages"], "messages"), prompts)
     if "prompt" not in row:
@@ -111,6 +134,23 @@ def _teacher_prompt(row: dict[str, Any]) -> str | None:
     if not text.strip():
         raise BadRow("empty teacher_prompt", "teacher_prompt is empty; null, or no such key, if the teacher has none")
     return text
+
+
+def _token_ids(row: dict[str, Any], prompts: bool) -> TokenIds:
+    names = ("prompt_token_ids", "response_token_ids", "teacher_prompt_token_ids")
+    prompt, response, teacher_prompt = (_ids(row[name], name) if name in row else None for name in names)
+    if response is None and not prompts:
+        raise BadRow("no assistant turn", "the row has prompt_token_ids but no response_token_ids")
+    return TokenIds(prompt, response, teacher_prompt, _require(row.get("masked", False), bool, "masked"))
+
+
+def _ids(ids: Any, name: str) -> list[int]:
+    for index, token in enumerate(_require(ids, list, name)):
+        if isinstance(token, bool) or not isinstance(token, int):
+            raise BadRow("wrong type", f"{name}[{index}] must be a token id, but is {token!r}")
+    if not ids:
+        raise BadRow("empty response" if name.startswith("response") else "empty prompt", f"{name} is empty")
+    return ids
 
 
 def _template_kwargs(row: dict[str, Any]) -> dict[str, Any]:

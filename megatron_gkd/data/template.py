@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from megatron_gkd.data.rows import BadRow, Completion, Conversation
+from megatron_gkd.data.rows import BadRow, Completion, Conversation, Row, TokenIds
 from megatron_gkd.data.sample import shift_labels
 
 Span = tuple[int, int]  # start and end in characters
@@ -43,15 +43,29 @@ class RowRenderer:
         tokenizer: the student's fast tokenizer.
         loss_on: "last": only the last assistant turn is trained on; "all": every one.
         template_kwargs: arguments of the chat template; those of a row win over them.
+        vocab_size: rows of token ids have ids below it; None: below the number of the tokenizer's tokens.
     """
 
     tokenizer: PreTrainedTokenizerBase
     loss_on: Literal["last", "all"] = "last"
     template_kwargs: dict[str, Any] = field(default_factory=dict)
+    vocab_size: int | None = None
 
-    def __call__(self, row: Conversation | Completion) -> tuple[np.ndarray, np.ndarray]:
-        """Raises BadRow ("chat template", "not Unicode"): the row cannot be rendered, or its turns cannot be found."""
+    def __call__(self, row: Row) -> tuple[np.ndarray, np.ndarray]:
+        """Raises BadRow ("chat template", "not Unicode", "foreign token id"): the row cannot be rendered, its turns
+        cannot be found, or its ids are of another vocabulary.
+        """
+        if isinstance(row, TokenIds):
+            return self._token_ids(row)
         return self._completion(row) if isinstance(row, Completion) else self._conversation(row)
+
+    def _token_ids(self, row: TokenIds) -> tuple[np.ndarray, np.ndarray]:
+        input_ids = np.array(row.prompt + (row.response or []), dtype=np.int64)
+        most = (len(self.tokenizer) if self.vocab_size is None else self.vocab_size) - 1
+        foreign = input_ids[(input_ids < 0) | (input_ids > most)]
+        if len(foreign):
+            raise BadRow("foreign token id", f"{foreign[0]} is none of the student's ids, which are 0 to {most}")
+        return input_ids, shift_labels(input_ids, np.arange(len(input_ids)) >= len(row.prompt))
 
     def _completion(self, row: Completion) -> tuple[np.ndarray, np.ndarray]:
         prompt = self._bos + self._encode(row.prompt)["input_ids"]

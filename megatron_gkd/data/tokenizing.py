@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_gkd.data.plugins import Preprocessor, find_preprocessor, load_plugins
 from megatron_gkd.data.prompt import prompt_length
-from megatron_gkd.data.report import NOTHING_TO_LEARN, PREPROCESSOR, TOO_LONG, TOO_LONG_FOR_TEACHER
-from megatron_gkd.data.rows import BadRow, parse_row, tag_of
+from megatron_gkd.data.report import MASKED, NOTHING_TO_LEARN, PREPROCESSOR, TOO_LONG, TOO_LONG_FOR_TEACHER
+from megatron_gkd.data.rows import BadRow, TokenIds, parse_row, tag_of
 from megatron_gkd.data.sample import IGNORE
 from megatron_gkd.data.sources import TEXT, decode_json, drop_nulls
 from megatron_gkd.data.teacher_view import cut_like, prompt_for_teacher
@@ -54,6 +54,7 @@ class RowTokenizer:
     prompts: bool = False  # a row may be a prompt alone
     teacher_max_length: int | None = None  # None: max_length
     tag_key: str | None = None
+    vocab_size: int | None = None  # of rows of token ids; None: the tokenizer's
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         """Columns of `FEATURES` for the columns of a source, one row for each."""
@@ -69,6 +70,8 @@ class RowTokenizer:
             if row is None:
                 return _record(dropped=PREPROCESSOR)
             parsed = parse_row(row, prompts=self.prompts)
+            if isinstance(parsed, TokenIds) and parsed.masked:
+                return _record(dropped=MASKED)
             tag = tag_of(row, self.tag_key) if self.tag_key else ""
             input_ids, labels = self._render(parsed)
             teacher_prompt = None
@@ -104,7 +107,7 @@ class RowTokenizer:
 
     @cached_property
     def _render(self) -> RowRenderer:
-        return RowRenderer(self.tokenizer, self.loss_on, self.template_kwargs)
+        return RowRenderer(self.tokenizer, self.loss_on, self.template_kwargs, self.vocab_size)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is cached: a plugin's function cannot be pickled, and a worker makes its own."""

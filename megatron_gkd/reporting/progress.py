@@ -25,13 +25,18 @@ _LINE = 120  # characters of a table where there is no terminal
 
 
 class Progress:
-    """Progress over `total_steps` optimizer steps; a context manager. Where `enabled` is false it shows nothing.
+    """Progress over `total_steps` optimizer steps, or over what `unit` names; a context manager.
+
+    Where `enabled` is false it shows nothing.
 
     On a terminal (stderr, else stdout) it is a bar with the latest loss, rate and time left. Elsewhere it is a line on
     stdout each `log_interval` steps, and for the last one.
     """
 
-    def __init__(self, total_steps: int, enabled: bool, description: str = "training", log_interval: int = 1) -> None:
+    def __init__(
+        self, total_steps: int, enabled: bool, description: str = "training", log_interval: int = 1, unit: str = "step"
+    ) -> None:
+        self._unit = unit
         self._total, self._log_interval, self._description = total_steps, log_interval, description
         self._enabled = enabled
         self._begin: tuple[float, int] | None = None
@@ -56,7 +61,7 @@ class Progress:
         if self._bar is not None:
             self._bar.start()
         else:
-            self.message(f"{self._description}: {self._total} steps")
+            self.message(f"{self._description}: {self._total} {self._unit}s")
         return self
 
     def __exit__(
@@ -70,7 +75,7 @@ class Progress:
         if self._bar is not None:
             self._bar.update(self._task, completed=step, latest=describe({k: record.get(k) for k in _ON_THE_BAR}))
         elif self._enabled and (step % self._log_interval == 0 or step == self._total):
-            print(f"step {step}/{self._total} {describe(record)} eta {self._eta(step)}", flush=True)
+            print(f"{self._unit} {step}/{self._total} {describe(record)} eta {self._eta(step)}", flush=True)
         if self._begin is None or self._begin[1] == 0:  # the first step, with its start-up, would spoil the estimate
             self._begin = (time.monotonic(), step)
 

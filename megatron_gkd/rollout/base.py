@@ -74,6 +74,12 @@ class Completion:
     finish_reason: Literal["stop", "length"]
     version: int
 
+    def within(self, room: int) -> Completion:
+        """The same, cut to `room` tokens."""
+        if len(self.token_ids) <= room:
+            return self
+        return Completion(self.token_ids[:room], self.log_probs[:room], "length", self.version)
+
 
 class RolloutEngine(Protocol):
     """`with engine.resident(): engine.load_weights(...); completions = engine.generate(...)`."""

@@ -58,6 +58,16 @@ class StudentServer:
                 patience.wait(error)
 
     def _hello(self, max_length: int) -> ServedModel:
+        model = self._served_model(max_length)
+        missing = "start it with VLLM_SERVER_DEV_MODE=1 in its environment"
+        config = self._exchange("GET", "/server_info", params={"config_format": "json"}, hint=missing)
+        mode = config["vllm_config"]["model_config"]["logprobs_mode"]
+        if mode != "raw_logprobs":
+            raise UserError(f"{self.url}: gives {mode}; start it with --logprobs-mode raw_logprobs")
+        self._exchange("GET", "/weight_info", hint="its vLLM is too old: 0.32 is known to have it")
+        return model
+
+    def _served_model(self, max_length: int) -> ServedModel:
         card = self._exchange("GET", "/v1/models")["data"][0]
         model = ServedModel(card["id"], card["max_model_len"])
         if model.max_model_len < max_length:
@@ -65,12 +75,6 @@ class StudentServer:
                 f"{self.url}: serves sequences of up to {model.max_model_len} tokens, fewer than data.max_length = "
                 f"{max_length}; start it with --max-model-len {max_length}"
             )
-        missing = "start it with VLLM_SERVER_DEV_MODE=1 in its environment"
-        config = self._exchange("GET", "/server_info", params={"config_format": "json"}, hint=missing)
-        mode = config["vllm_config"]["model_config"]["logprobs_mode"]
-        if mode != "raw_logprobs":
-            raise UserError(f"{self.url}: gives {mode}; start it with --logprobs-mode raw_logprobs")
-        self._exchange("GET", "/weight_info", hint="its vLLM is too old: 0.32 is known to have it")
         return model
 
     def load(self, weights: SharedWeights) -> None:

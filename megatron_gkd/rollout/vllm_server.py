@@ -57,6 +57,8 @@ class VllmServerEngine:
     `checkpoint` is what the student began as: new weights have its names and shapes, and its EOS ends completions.
     """
 
+    server_kind: type[StudentServer] = StudentServer
+
     def __init__(self, mesh: Mesh, checkpoint: Checkpoint, options: ServerOptions):
         self.mesh, self.checkpoint, self.options = mesh, checkpoint, options
         self.weights: SharedWeights | None = None
@@ -66,7 +68,7 @@ class VllmServerEngine:
         self.folder: WeightFolder | None = None
         if self.is_speaker:
             self.http = open_client(options.timeout, options.concurrency)
-            self.servers = [StudentServer(url, self.http, options.patience) for url in options.urls]
+            self.servers = [self.server_kind(url, self.http, options.patience) for url in options.urls]
         if mesh.is_main:
             optional = ("lm_head.weight",) if checkpoint.config.tie_word_embeddings else ()
             self.folder = WeightFolder(options.weight_sync_dir, tensor_shapes(checkpoint.path), optional)
@@ -160,7 +162,7 @@ class VllmServerEngine:
                 "asked for: its generation_config.json has max_new_tokens; start it with --generation-config vllm"
             )
         log_probs = choice["logprobs"]["token_logprobs"]
-        return Completion(token_ids, log_probs, choice["finish_reason"], self.weights.version)
+        return Completion(token_ids, log_probs, choice["finish_reason"], self.weights.version if self.weights else 0)
 
     def _in_parallel(self, work: Callable[[Any], T], items: Iterable[Any]) -> list[T]:
         """`work` of every item, in order. The first error ends it, once what runs already is done."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_gkd.config.schema import Recipe
+from megatron_gkd.config.schema import Recipe, RolloutSection
 from megatron_gkd.data.cutting import Cutting
 from megatron_gkd.data.loader import SampleDataset, StepOrder
 from megatron_gkd.data.policy import OnPolicy
@@ -89,21 +90,13 @@ def build_rollouts(
     """What samples the steps that `policy` gives to the student. `cut` is what ``batching`` returns."""
     section = recipe.rollout
     cutting = Cutting(**{name: value for name, value in cut.items() if name != "global_batch_size"})
-    sampling = Sampling(
-        max_completion_length=section.max_completion_length,
-        temperature=section.rollout_temperature,
-        top_k=section.top_k,
-        top_p=section.top_p,
-        stop_token_ids=section.stop_token_ids,
-        stop=section.stop,
-    )
     return Rollouts(
-        _build_engine(recipe, mesh, student, checkpoint),
+        build_engine(recipe, mesh, student.model, checkpoint),
         policy,
         dataset,
         order,
         cutting,
-        sampling,
+        sampling_of(section),
         global_batch_size=recipe.train.global_batch_size,
         truncated=section.truncated,
         dp=mesh.dp,
@@ -111,10 +104,23 @@ def build_rollouts(
     )
 
 
-def _build_engine(recipe: Recipe, mesh: Mesh, student: Student, checkpoint: Checkpoint) -> RolloutEngine:
+def sampling_of(section: RolloutSection) -> Sampling:
+    """How a recipe has completions drawn."""
+    return Sampling(
+        max_completion_length=section.max_completion_length,
+        temperature=section.rollout_temperature,
+        top_k=section.top_k,
+        top_p=section.top_p,
+        stop_token_ids=section.stop_token_ids,
+        stop=section.stop,
+    )
+
+
+def build_engine(recipe: Recipe, mesh: Mesh, model: MegatronModel, checkpoint: Checkpoint) -> RolloutEngine:
+    """What samples from `model`, which began as `checkpoint`, once it has been given its weights."""
     section = recipe.rollout
     if section.engine == "megatron":
-        return MegatronEngine(student.model, checkpoint.eos_token_ids)
+        return MegatronEngine(model, checkpoint.eos_token_ids)
     if section.engine == "vllm":
         cache = section.vllm_kv_cache_gib
         return VllmColocatedEngine.start(
@@ -130,12 +136,17 @@ def _build_engine(recipe: Recipe, mesh: Mesh, student: Student, checkpoint: Chec
                 enforce_eager=section.enforce_eager,
             ),
         )
-    options = ServerOptions(
-        urls=section.vllm_server_urls,
+    return VllmServerEngine(mesh, checkpoint, server_options(recipe, section.vllm_server_urls))
+
+
+def server_options(recipe: Recipe, urls: Sequence[str]) -> ServerOptions:
+    """How the servers at `urls` are asked for completions."""
+    section = recipe.rollout
+    return ServerOptions(
+        urls=tuple(urls),
         weight_sync_dir=Path(section.weight_sync_dir or Path(recipe.output.output_dir) / "rollout_weights"),
         max_length=recipe.data.max_length,
         concurrency=section.server_concurrency,
         timeout=section.server_timeout_s,
         patience=section.server_patience_s,
     )
-    return VllmServerEngine(mesh, checkpoint, options)

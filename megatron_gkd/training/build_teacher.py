@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from megatron_gkd.config.schema import OneTeacher, Recipe, TeacherSection
+from transformers import PreTrainedTokenizerBase
+
+from megatron_gkd.config.schema import OneTeacher, Recipe, TaggedTeacher, TeacherSection
+from megatron_gkd.data.cache import hash_tokenizer
 from megatron_gkd.data.dataset import TokenizedDataset
+from megatron_gkd.errors import UserError
 from megatron_gkd.models.checkpoint import Checkpoint
 from megatron_gkd.models.megatron_model import BuildOptions, MegatronModel
 from megatron_gkd.models.vocabulary import shared_vocab_size
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.teachers.base import TeacherSource
+from megatron_gkd.teachers.cache import CachedTeacher, open_cache, require_rows
+from megatron_gkd.teachers.cache_manifest import Manifest
 from megatron_gkd.teachers.local import LocalTeacher
 from megatron_gkd.teachers.self_teacher import SelfTeacher, require_teacher_prompts
 from megatron_gkd.teachers.self_weights import AverageWeights, CurrentWeights, InitialWeights
@@ -34,6 +40,21 @@ def shared_vocab_size_of_all(student: Checkpoint, teachers: Mapping[str, Checkpo
     return min([student.vocab_size, *(shared_vocab_size(student, teacher) for teacher in teachers.values())])
 
 
+def read_manifests(section: TeacherSection, tokenizer: PreTrainedTokenizerBase) -> list[Manifest]:
+    """What the teachers' caches say of themselves. UserError if one is of another tokenizer than this, the student's.
+
+    The tokenizers' whole content must be the same: rows are found by their token ids.
+    """
+    manifests = []
+    for place, teacher in section.all.items():
+        if teacher.cache is not None:
+            manifests.append(Manifest.read(teacher.cache))
+            if manifests[-1].tokenizer != hash_tokenizer(tokenizer):
+                key = f"{place}.cache = {teacher.cache}"
+                raise UserError(f"{key}: its rows are of another tokenizer than the student's")
+    return manifests
+
+
 def check_rows(section: TeacherSection, dataset: TokenizedDataset) -> None:
     """UserError where the training rows lack what a teacher needs."""
     for place, teacher in section.all.items():
@@ -43,6 +64,17 @@ def check_rows(section: TeacherSection, dataset: TokenizedDataset) -> None:
         require_teachers(
             dataset, (tag for teacher in section.teachers for tag in teacher.tags), section.teacher_tag_key
         )
+
+
+def require_cached_rows(section: TeacherSection, dataset: TokenizedDataset, name: str) -> None:
+    """UserError for a row that a cache without a teacher beside it hasn't: now, and not after hours.
+
+    All ranks must call it. `name`: of the dataset.
+    """
+    for teacher in section.all.values():
+        if teacher.source == "cache":
+            tags = teacher.tags if isinstance(teacher, TaggedTeacher) else None
+            require_rows(open_cache(teacher.cache), dataset, name, tags)
 
 
 def begins_as_student(section: TeacherSection, student: Checkpoint, teachers: Mapping[str, Checkpoint]) -> bool:
@@ -55,9 +87,15 @@ def begins_as_student(section: TeacherSection, student: Checkpoint, teachers: Ma
 
 
 def build_teacher(
-    recipe: Recipe, mesh: Mesh, student: Student, checkpoints: Mapping[str, Checkpoint]
+    recipe: Recipe, mesh: Mesh, student: Student | Checkpoint, checkpoints: Mapping[str, Checkpoint]
 ) -> TeacherSource | None:
-    """What judges the student, laid out like it; None for plain cross-entropy. `checkpoints`: of ``open_teachers``."""
+    """What judges the student, laid out like it; None for plain cross-entropy.
+
+    Args:
+        student: in training; or the checkpoint that it begins as, where the teacher's signals are not for a loss but
+            for a cache. Caches of the recipe are not read then.
+        checkpoints: of ``open_teachers``.
+    """
     teachers = recipe.teacher.all.items()
     found = {place: _one(recipe, mesh, student, teacher, checkpoints.get(place)) for place, teacher in teachers}
     if not recipe.teacher.teachers:
@@ -66,24 +104,35 @@ def build_teacher(
 
 
 def _one(
-    recipe: Recipe, mesh: Mesh, student: Student, teacher: OneTeacher, checkpoint: Checkpoint | None
+    recipe: Recipe, mesh: Mesh, student: Student | Checkpoint, teacher: OneTeacher, checkpoint: Checkpoint | None
+) -> TeacherSource | None:
+    live = _live(recipe, mesh, student, teacher, checkpoint)
+    if teacher.cache is None or isinstance(student, Checkpoint):
+        return live
+    return CachedTeacher(open_cache(teacher.cache), mesh, k=recipe.distill.gkd_logits_topk, rest=live)
+
+
+def _live(
+    recipe: Recipe, mesh: Mesh, student: Student | Checkpoint, teacher: OneTeacher, checkpoint: Checkpoint | None
 ) -> TeacherSource | None:
     match teacher.source:
         case "local":
             return _local(recipe, mesh, student, teacher, checkpoint)
         case "self":
-            return _self(student, teacher)
+            return _self(student, teacher) if isinstance(student, Student) else _initial(recipe, mesh, student)
         case "server":
             return _server(recipe, mesh, student, teacher)
-        case "none":
+        case "none" | "cache":
             return None
     raise NotImplementedError(teacher.source)
 
 
-def _local(recipe: Recipe, mesh: Mesh, student: Student, teacher: OneTeacher, checkpoint: Checkpoint) -> LocalTeacher:
+def _local(
+    recipe: Recipe, mesh: Mesh, student: Student | Checkpoint, teacher: OneTeacher, checkpoint: Checkpoint
+) -> LocalTeacher:
     options = BuildOptions(dtype=DTYPES[recipe.train.dtype], attn=recipe.train.attn)
     model = MegatronModel.load(checkpoint, mesh, options)
-    head_rows = -(-student.model.checkpoint.vocab_size // mesh.tp.size())
+    head_rows = -(-_checkpoint_of(student).vocab_size // mesh.tp.size())
     return LocalTeacher(model, head_rows=head_rows, offload=teacher.offload_teacher_model)
 
 
@@ -97,7 +146,17 @@ def _self(student: Student, teacher: OneTeacher) -> SelfTeacher:
     return SelfTeacher(model, weights, complete)
 
 
-def _server(recipe: Recipe, mesh: Mesh, student: Student, teacher: OneTeacher) -> ServerTeacher:
+def _initial(recipe: Recipe, mesh: Mesh, student: Checkpoint) -> SelfTeacher:
+    """The student as it begins, of which nothing is trained."""
+    model = MegatronModel.load(student, mesh, BuildOptions(dtype=DTYPES[recipe.train.dtype], attn=recipe.train.attn))
+    return SelfTeacher(model, CurrentWeights(model), lambda: None)
+
+
+def _checkpoint_of(student: Student | Checkpoint) -> Checkpoint:
+    return student.model.checkpoint if isinstance(student, Student) else student
+
+
+def _server(recipe: Recipe, mesh: Mesh, student: Student | Checkpoint, teacher: OneTeacher) -> ServerTeacher:
     options = ServerOptions(
         urls=teacher.teacher_model_server,
         k=recipe.distill.gkd_logits_topk,
@@ -106,4 +165,6 @@ def _server(recipe: Recipe, mesh: Mesh, student: Student, teacher: OneTeacher) -
         timeout=teacher.teacher_server_timeout_s,
         patience=teacher.teacher_server_patience_s,
     )
-    return ServerTeacher(mesh, student.model.checkpoint.tokenizer(), student.objective.vocab_size, options)
+    checkpoint = _checkpoint_of(student)
+    vocab_size = student.objective.vocab_size if isinstance(student, Student) else checkpoint.vocab_size
+    return ServerTeacher(mesh, checkpoint.tokenizer(), vocab_size, options)

@@ -13,9 +13,8 @@ from megatron_gkd.data.cutting import Cutting
 from megatron_gkd.data.loader import SampleDataset, StepOrder, filler, require_responses
 from megatron_gkd.data.microbatch import Microbatch
 from megatron_gkd.data.policy import OnPolicy
-from megatron_gkd.data.prompt import answered, prompt_of
+from megatron_gkd.data.prompt import answered, prompt_of, room_for_answer
 from megatron_gkd.data.sample import FROM_DATASET, FROM_STUDENT, Sample
-from megatron_gkd.errors import UserError
 from megatron_gkd.rollout.base import Completion, RolloutEngine, Sampling
 
 Truncated = Literal["keep", "mask", "drop"]
@@ -149,7 +148,7 @@ class Rollouts:
         with self.engine.resident():
             completions = self.engine.generate([prompt.tolist() for prompt in prompts], self.sampling, seeds)
         found = [
-            (position, self._within_length(rows[position], completion))
+            (position, completion.within(self._room(self.dataset[rows[position]])))
             for position, completion in zip(mine, completions, strict=True)
         ]
         everything: list[list] = [[] for _ in range(self.dp.size())]
@@ -162,23 +161,7 @@ class Rollouts:
         return prompt_of(sample)
 
     def _room(self, sample: Sample) -> int:
-        """Tokens of an answer that the student's and the teacher's sequences leave room for."""
-        limits = [("prompt", prompt_of(sample), "data.max_length", self.cutting.max_length)]
-        if sample.teacher_prompt is not None:
-            limits += [("teacher_prompt", sample.teacher_prompt, "data.teacher_max_length", self.teacher_max_length)]
-        for name, tokens, key, limit in limits:
-            if len(tokens) >= limit:
-                raise UserError(
-                    f"row {sample.row_id} of the dataset: its {name} of {len(tokens)} tokens leaves no room for an "
-                    f"answer in {key} = {limit}"
-                )
-        return min(limit - len(tokens) for _, tokens, _, limit in limits)
-
-    def _within_length(self, row: int, completion: Completion) -> Completion:
-        room = self._room(self.dataset[row])
-        if len(completion.token_ids) <= room:
-            return completion
-        return Completion(completion.token_ids[:room], completion.log_probs[:room], "length", completion.version)
+        return room_for_answer(sample, self.cutting.max_length, self.teacher_max_length)
 
     def _seed(self, step: int, position: int) -> int:
         """Of one row of one step: whatever rank samples it, and in whatever company."""

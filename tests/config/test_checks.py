@@ -71,7 +71,8 @@ def flags(text: str) -> list[str]:
         (2, "--teacher_model null --kind local",
          "teacher.teacher_model = null: must name a model where teacher.kind = local"),
         (2, "--teacher_model null",
-         "teacher.kind = null: must be local, server, self or none, or follow from teacher_model or _server"),
+         "teacher.kind = null: must be local, server, self, cache or none, or follow from teacher_model, "
+         "teacher_model_server or cache"),
     ],
 )  # fmt: skip
 def test_refused(workspace, world_size, arguments, problem):

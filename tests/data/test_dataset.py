@@ -284,3 +284,24 @@ class TestTwoProcesses:
         assert first[1] == "1 of 1 rows used"
         assert second[0] == "UserError"
         assert "dataset_cache_dir must be a folder that every process sees" in second[1]
+
+
+class TestRowsOfTokenIds:
+    ROW = {"prompt_token_ids": [5, 6, 7], "response_token_ids": [8, 9], "prompt": "text", "response": "other text"}
+
+    def test_they_are_taken_as_they_are(self, section, write_jsonl, chat, tokenizer):
+        with_view = {**self.ROW, "teacher_prompt_token_ids": [4, 5, 6, 7]}
+        rows = [self.ROW, chat("q", "a"), with_view, {**self.ROW, "masked": True}]
+        dataset, report = build(section(write_jsonl(rows)), tokenizer)
+        assert report == DataReport(rows_read=4, rows_used=3, dropped={"masked": 1})
+        assert dataset[0].input_ids.tolist() == [5, 6, 7, 8, 9]
+        assert dataset[0].labels.tolist() == [IGNORE, IGNORE, 8, 9, IGNORE]
+        assert dataset[0].teacher_prompt is None and dataset[2].teacher_prompt.tolist() == [4, 5, 6, 7]
+
+    def test_ids_of_another_vocabulary_are_refused(self, section, write_jsonl, tokenizer):
+        path = write_jsonl([{**self.ROW, "response_token_ids": [8, 200_000]}])
+        with pytest.raises(UserError, match=f"foreign token id: 200000 is .* 0 to {len(tokenizer) - 1}"):
+            build(section(path), tokenizer)
+        options = dict(prompts=False, vocab_size=200_001, main_process=True, barrier=lambda: None)
+        dataset, _ = build_dataset(section(path), "train", tokenizer, **options)
+        assert dataset[0].input_ids.tolist() == [5, 6, 7, 8, 200_000]

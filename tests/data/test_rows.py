@@ -1,6 +1,6 @@
 import pytest
 
-from megatron_gkd.data.rows import BadRow, Completion, Conversation, parse_row
+from megatron_gkd.data.rows import BadRow, Completion, Conversation, TokenIds, parse_row
 
 USER = {"role": "user", "content": "hi"}
 ASSISTANT = {"role": "assistant", "content": "hello"}
@@ -71,6 +71,13 @@ def test_a_turn_of_tool_calls_needs_no_content():
         ({"messages": [USER, ASSISTANT], "tools": [1]}, "wrong type: tools[0] must be an object, but is a number"),
         ({"messages": [USER, ASSISTANT], "tools": "add"}, "wrong type: tools is text but not JSON: Expecting value"),
         (
+            {"prompt_token_ids": [1, "2"], "response_token_ids": [3]},
+            "wrong type: prompt_token_ids[1] must be a token id, but is '2'",
+        ),
+        ({"prompt_token_ids": [1, True], "response_token_ids": [3]}, "wrong type: prompt_token_ids[1] must be a token"),
+        ({"prompt_token_ids": [1], "response_token_ids": []}, "empty response: response_token_ids is empty"),
+        ({"prompt_token_ids": [1]}, "no assistant turn: the row has prompt_token_ids but no response_token_ids"),
+        (
             {"messages": [USER, ASSISTANT], "chat_template_kwargs": [1]},
             "wrong type: chat_template_kwargs must be an object, but is a list",
         ),
@@ -81,3 +88,9 @@ def test_what_is_wrong_with_a_row_is_said(row, message):
         parse_row(row)
     assert str(error.value).startswith(message)
     assert str(error.value) == f"{error.value.reason}: {error.value.detail}"
+
+
+def test_token_ids_come_before_the_text_beside_them():
+    row = {"prompt": "a", "response": "b", "prompt_token_ids": [1, 2], "response_token_ids": [3], "masked": True}
+    assert parse_row(row) == TokenIds([1, 2], [3], masked=True)
+    assert parse_row({"prompt_token_ids": [1]}, prompts=True) == TokenIds([1], None)

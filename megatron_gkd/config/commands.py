@@ -1,0 +1,124 @@
+"""The commands beside train: their own options on the command line, and what they ask of a recipe."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_gkd.config import cache_checks, teacher_checks
+from megatron_gkd.config.checks import Check, CommandChecks
+from megatron_gkd.config.errors import RecipeError
+from megatron_gkd.config.schema import OneTeacher, Recipe
+
+
+@dataclass(frozen=True)
+class Option:
+    """`--name value`: `read` makes the value of the text, or raises ValueError; `allowed` says what it takes."""
+
+    allowed: str
+    meaning: str
+    default: Any = None
+    read: Callable[[str], Any] = str
+    required: bool = False
+
+
+def positive(text: str) -> int:
+    """An integer from 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def _source(text: str) -> str:
+    if text not in ("teacher", "student"):
+        raise ValueError
+    return text
+
+
+SCORE = {
+    "output": Option("a folder", "the cache; a run that was interrupted goes on where it was", required=True),
+    "shard_rows": Option("an integer >= 1", "most rows of a file; a run that is killed loses no more", 1024, positive),
+}
+GENERATE = {
+    "from": Option("teacher or student", "whose answers", read=_source, required=True),
+    "output": Option("a .jsonl file", "a run that was interrupted goes on where it was", required=True),
+    "n": Option("an integer >= 1", "answers to each prompt; under torchrun write -n", 1, positive),
+    "chunk_rows": Option(
+        "an integer >= 1", "prompts that are answered together; a run that is killed loses no more", 256, positive
+    ),
+}
+CHECK = {"nproc": Option("an integer >= 1", "processes that the layout must fit", 1, positive)}
+
+
+def take_options(arguments: Sequence[str], options: Mapping[str, Option]) -> tuple[dict[str, Any], list[str]]:
+    """The values of a command's own `options`, and the other arguments.
+
+    Raises RecipeError with all that is wrong with them.
+    """
+    found: dict[str, Any] = {}
+    rest, problems = [], []
+    remaining = iter(arguments)
+    for argument in remaining:
+        flag, equals, text = argument.partition("=")
+        name = flag.removeprefix("-" if len(flag) == 2 else "--")  # -n as well: torchrun takes --n for its own
+        if not flag.startswith("-") or name not in options:
+            rest.append(argument)
+            continue
+        text = text if equals else next(remaining, "")
+        try:
+            found[name] = options[name].read(text)
+            if text == "" or text.startswith("--"):
+                raise ValueError
+        except ValueError:
+            problems.append(f"--{name} = {text}: must be {options[name].allowed}")
+            found[name] = None
+    problems += [
+        f"--{name}: missing; must be {option.allowed} ({option.meaning})"
+        for name, option in options.items()
+        if option.required and name not in found
+    ]
+    if problems:
+        raise RecipeError(problems)
+    return {name: found.get(name, option.default) for name, option in options.items()}, rest
+
+
+def help_of(options: Mapping[str, Option]) -> str:
+    """Two lines for each option, as those of the recipe's keys."""
+    lines = []
+    for name, option in options.items():
+        default = "required" if option.required else f"default: {option.default}"
+        lines += [f"  --{name}  {option.allowed}  [{default}]", f"        {option.meaning}"]
+    return "\n".join(lines)
+
+
+def _is_fixed(teacher: OneTeacher) -> bool:
+    return teacher.source in ("local", "server") or (teacher.source == "self" and teacher.teacher_model is not None)
+
+
+def _score_has_teachers(recipe: Recipe, _: int) -> Iterator[str]:
+    for place, teacher in recipe.teacher.all.items():
+        if teacher.source is not None and not _is_fixed(teacher):
+            yield f"{place}.kind = {teacher.source}: must be a teacher that stays as it is: local or server"
+
+
+def _score_has_k(recipe: Recipe, _: int) -> Iterator[str]:
+    if recipe.distill.gkd_logits_topk is None:
+        yield "distill.gkd_logits_topk = null: must be set to score: how many tokens of each distribution are kept"
+
+
+def _generate_has_a_teacher(recipe: Recipe, _: int) -> Iterator[str]:
+    if recipe.teacher.teachers:
+        yield "teacher.teachers: generate --from teacher asks one teacher; name it as teacher_model"
+    elif recipe.teacher.source not in (None, "local", "server"):
+        yield f"teacher.kind = {recipe.teacher.source}: must be local or server to generate --from teacher"
+
+
+# A cache is read by training alone: for these commands it need not be there yet.
+_WITHOUT_CACHES = (cache_checks.caches_fit, cache_checks.caches_suit_on_policy)
+SCORES = CommandChecks(
+    extra=(Check(teacher_checks.LEAVES, _score_has_teachers), Check(("gkd_logits_topk",), _score_has_k)),
+    left_out=_WITHOUT_CACHES,
+)
+STUDENT_GENERATES = CommandChecks(left_out=_WITHOUT_CACHES)
+TEACHER_GENERATES = CommandChecks(
+    extra=(Check(teacher_checks.LEAVES, _generate_has_a_teacher),), left_out=_WITHOUT_CACHES
+)

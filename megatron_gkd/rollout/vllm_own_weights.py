@@ -1,0 +1,32 @@
+"""vLLM servers as they were started: they answer with their own weights, and need no route for new ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from megatron_gkd.rollout.vllm_client import Patience, ServedModel, StudentServer
+from megatron_gkd.rollout.vllm_server import VllmServerEngine
+
+_LABEL = "as it was started"
+
+
+class ServerAsStarted(StudentServer):
+    """One of them."""
+
+    def _hello(self, max_length: int) -> ServedModel:
+        return self._served_model(max_length)
+
+    def _be_current(self, patience: Patience) -> str:
+        self._label = _LABEL
+        return _LABEL
+
+
+class OwnWeightsEngine(VllmServerEngine):
+    """A rollout engine whose weights never change. `checkpoint` names the ids and the EOS that are used with it."""
+
+    server_kind = ServerAsStarted
+
+    def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Leaves `named_tensors` alone, on every rank."""

@@ -1,0 +1,58 @@
+"""What a teacher cache says of itself. Nothing here imports torch: a recipe is checked before any process starts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+FORMAT = "megatron_gkd teacher cache"
+VERSION = 1  # raise it when shards or keys of rows change
+FILE = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What all rows of a cache have in common.
+
+    Attributes:
+        k: tokens that are kept of each distribution.
+        temperature: that of the tail, the mass of the other tokens (see `ops.topk.TopK`).
+        tokenizer: hash of the student's tokenizer (`data.cache.hash_tokenizer`).
+        teacher: names of the models or servers that judged.
+        vocab_size: ids are below it.
+    """
+
+    k: int
+    temperature: float
+    tokenizer: str
+    teacher: str
+    vocab_size: int
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Manifest:
+        """Raises ValueError, with what is wrong in one line, for a folder that isn't a cache of this version."""
+        path = Path(folder) / FILE
+        if not path.is_file():
+            raise ValueError(f"must be a folder that megatron-gkd score has written; there is no {FILE} in it")
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            found = content.pop("format"), content.pop("version")
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f"its {FILE} is not that of a teacher cache ({error})") from error
+        if found != (FORMAT, VERSION):
+            raise ValueError(f"its {FILE} is of {found[0]} {found[1]}; must be {FORMAT} {VERSION}: score the rows anew")
+        try:
+            return cls(**content)
+        except TypeError as error:
+            raise ValueError(f"its {FILE} is not that of a teacher cache ({error})") from error
+
+    def text(self) -> str:
+        """As it stands in the file."""
+        return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=2) + "\n"
+
+    @property
+    def identity(self) -> str:
+        """32 hex digits, by which a shard knows its cache."""
+        return hashlib.blake2b(self.text().encode(), digest_size=16).hexdigest()

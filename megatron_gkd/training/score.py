@@ -1,0 +1,173 @@
+"""From a recipe and its teacher to a cache of what the teacher says of each row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import megatron_gkd.runtime.preload  # noqa: F401  isort: skip  (before anything that imports Megatron-Core)
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_gkd.config.schema import Recipe
+from megatron_gkd.data.cache import hash_tokenizer
+from megatron_gkd.data.cutting import Cutting
+from megatron_gkd.data.loader import SampleDataset, filler
+from megatron_gkd.data.microbatch import Microbatch
+from megatron_gkd.data.order import FILLER
+from megatron_gkd.data.sample import Sample
+from megatron_gkd.reporting.progress import Progress
+from megatron_gkd.runtime import portability
+from megatron_gkd.runtime.agreement import raise_together
+from megatron_gkd.runtime.mesh import Mesh
+from megatron_gkd.teachers.base import TeacherSource
+from megatron_gkd.teachers.cache_entries import cached_rows
+from megatron_gkd.teachers.cache_keys import dataset_keys
+from megatron_gkd.teachers.cache_manifest import Manifest
+from megatron_gkd.teachers.cache_shards import CachedRow, write_shard
+from megatron_gkd.teachers.cache_writer import open_for_writing, plan_shards, refuse_unlike_twins
+from megatron_gkd.training.build import batching
+from megatron_gkd.training.build_teacher import build_teacher
+from megatron_gkd.training.setup import Models, open_models, open_rows, pad_token_id, world_of
+
+
+def score(recipe: Recipe, output: str, shard_rows: int) -> None:
+    """Write the cache of the recipe's data sets into the folder `output`, or what is missing there.
+
+    The folder must be one that every process sees. Each data-parallel replica writes files of its own, of at most
+    `shard_rows` rows; which rows were scored together, and so every bit, follows from the data, the recipe and
+    `shard_rows` alone. (Replicas that share experts also compute some rows together with others' rows.)
+    """
+    with world_of(recipe) as mesh:
+        models = open_models(recipe, mesh)
+        splits = ["train", *(["validation"] if recipe.data.val_dataset else [])]
+        rows = _Rows([open_rows(recipe, mesh, models, split)[0] for split in splits])
+        teacher = build_teacher(recipe, mesh, models.student, models.teachers)
+        scorer = Scorer(recipe, mesh, rows, teacher, manifest_of(recipe, models), pad_token_id(models))
+        write_cache(Path(output).expanduser(), scorer, shard_rows)
+
+
+def write_cache(folder: Path, scorer: Scorer, shard_rows: int) -> None:
+    """Write what `folder` lacks of the scorer's rows. All ranks must call it."""
+    rows, manifest, mesh = scorer.rows, scorer.manifest, scorer.mesh
+    cache = open_for_writing(folder, manifest, main_process=mesh.is_main)
+    keys = dataset_keys(rows)
+    if scorer.recipe.teacher.teachers:
+        refuse_unlike_twins(keys, [rows[row].tag for row in range(len(rows))])
+    shards = plan_shards(keys, rows.num_labels, cache, shard_rows=shard_rows, k=manifest.k)
+    done, total = len(cache), len(cache) + sum(map(len, shards))
+    with Progress(total, mesh.is_main, description="scoring", unit="row") as progress:
+        for first in range(0, len(shards), mesh.dp.size()):
+            together = shards[first : first + mesh.dp.size()]
+            _write(folder, manifest, keys, scorer.score(together))
+            done += sum(map(len, together))
+            progress.update(done, {})
+        progress.message(f"teacher cache {folder}: {total} rows, the {manifest.k} most likely tokens of each label")
+
+
+def manifest_of(recipe: Recipe, models: Models) -> Manifest:
+    teachers = recipe.teacher.all.values()
+    names = [name for teacher in teachers for name in (teacher.teacher_model, *teacher.teacher_model_server) if name]
+    # A server tells log-probabilities at temperature 1, from which the tail at another does not follow.
+    served = any(teacher.source == "server" for teacher in teachers)
+    return Manifest(
+        k=recipe.distill.gkd_logits_topk,
+        temperature=1.0 if served else recipe.distill.temperature,
+        tokenizer=hash_tokenizer(models.tokenizer),
+        teacher=", ".join(names),
+        vocab_size=models.vocab_size,
+    )
+
+
+def _write(folder: Path, manifest: Manifest, keys: np.ndarray, scored: dict[int, CachedRow]) -> None:
+    problem = None
+    if scored:
+        try:
+            write_shard(folder, manifest, keys[list(scored)], list(scored.values()))
+        except OSError as error:
+            problem = f"{folder}: can't be written to ({error})"
+    raise_together(problem)
+
+
+class _Rows:
+    """Data sets one after the other, each row numbered over all of them."""
+
+    def __init__(self, datasets: Sequence[SampleDataset]):
+        self._datasets = datasets
+        self._ends = np.cumsum([len(dataset) for dataset in datasets])
+        self.lengths = np.concatenate([dataset.lengths for dataset in datasets])
+        self.num_labels = np.concatenate([dataset.num_labels for dataset in datasets])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, row: int) -> Sample:
+        which = int(np.searchsorted(self._ends, row, side="right"))
+        start = int(self._ends[which - 1]) if which else 0
+        return replace(self._datasets[which][row - start], row_id=int(row))
+
+
+class Scorer:
+    """Shards of rows in, their entries out, on the rank of each replica that writes.
+
+    rows: each has its number as `row_id`.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        mesh: Mesh,
+        rows: SampleDataset,
+        teacher: TeacherSource,
+        manifest: Manifest,
+        pad_token_id: int,
+    ):
+        self.recipe, self.mesh, self.rows, self.manifest, self.teacher = recipe, mesh, rows, manifest, teacher
+        self.chunk_tokens = recipe.distill.loss_chunk_tokens
+        self.pad_token_id = pad_token_id
+        cut = batching(recipe, mesh, pad_token_id) | {"dp_rank": 0, "dp_size": 1}
+        self.rows_of_call = cut.pop("global_batch_size") // mesh.dp.size()  # as many as train would hold at once
+        self.cutting = Cutting(**cut | {"microbatch_multiple": 1, "equal_lengths": False})
+
+    @torch.no_grad()
+    def score(self, shards: Sequence[np.ndarray]) -> dict[int, CachedRow]:
+        """Of this replica's shard (at most one for each), by rows and in their order. All ranks call it together."""
+        number = self.mesh.dp.rank()
+        mine = shards[number].tolist() if number < len(shards) else []
+        found: dict[int, CachedRow] = {}
+        with self.teacher.resident():
+            # All replicas make as many calls, and as many forward passes in each: they may share experts.
+            for start in range(0, max(map(len, shards)), self.rows_of_call):
+                found |= self._call(mine[start : start + self.rows_of_call])
+        return {row: found[row] for row in mine} if found else {}
+
+    def _call(self, rows: list[int]) -> dict[int, CachedRow]:
+        microbatches = list(self._microbatches(rows))
+        signals = self.teacher.score(microbatches)
+        if self.mesh.pp.rank() < self.mesh.pp.size() - 1:
+            return {}
+        found = {}
+        for microbatch, signal in zip(microbatches, signals, strict=True):
+            entries = cached_rows(signal, microbatch, self.manifest, self.mesh, self.chunk_tokens)
+            found |= zip((sample.row_id for sample in microbatch.samples), entries or (), strict=entries is not None)
+        return found
+
+    def _microbatches(self, rows: list[int]) -> Iterator[Microbatch]:
+        fill = -len(rows) % self.cutting.micro_batch_size if rows else self.cutting.micro_batch_size
+        filled = [*rows, *[FILLER] * fill]
+        cut = self.cutting.microbatches(
+            [1 if row == FILLER else int(self.rows.lengths[row]) for row in filled], lambda i: self._sample(filled[i])
+        )
+        most = torch.tensor([len(cut)], device=portability.device())
+        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.mesh.dp)
+        yield from (microbatch.to(portability.device()) for microbatch in cut)
+        size = self.cutting.micro_batch_size
+        for _ in range(int(most) - len(cut)):
+            (empty,) = self.cutting.microbatches([1] * size, lambda _: self._sample(FILLER))
+            yield empty.to(portability.device())
+
+    def _sample(self, row: int) -> Sample:
+        return filler(self.pad_token_id) if row == FILLER else self.rows[row]

@@ -1,0 +1,86 @@
+"""What every command begins with: a world of processes, its mesh, the checkpoints, and the rows."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import megatron_gkd.runtime.preload  # noqa: F401  isort: skip  (before anything that imports Megatron-Core)
+
+import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
+
+from megatron_gkd.config.schema import Recipe
+from megatron_gkd.data.dataset import TokenizedDataset, build_dataset
+from megatron_gkd.data.report import DataReport
+from megatron_gkd.models.checkpoint import Checkpoint
+from megatron_gkd.runtime import portability
+from megatron_gkd.runtime.mesh import Layout, Mesh, destroy_mesh, initialize_mesh
+from megatron_gkd.training.build_teacher import open_teachers, shared_vocab_size_of_all
+
+
+@contextlib.contextmanager
+def world_of(recipe: Recipe) -> Iterator[Mesh]:
+    """The recipe's layout over the world that torchrun describes (one process without it)."""
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in alone.items():
+        os.environ.setdefault(name, value)
+    portability.select_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(portability.backend(), timeout=datetime.timedelta(minutes=30))
+    try:
+        yield initialize_mesh(Layout.from_section(recipe.parallel), recipe.train.seed)
+        destroy_mesh()
+    finally:
+        dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class Models:
+    """The recipe's checkpoints, on every rank's disk.
+
+    Attributes:
+        teachers: the local ones, by their places in the recipe.
+        tokenizer: the student's.
+        vocab_size: ids that all of them have logits for.
+    """
+
+    student: Checkpoint
+    teachers: dict[str, Checkpoint]
+    tokenizer: PreTrainedTokenizerBase
+    vocab_size: int
+
+
+def open_models(recipe: Recipe, mesh: Mesh) -> Models:
+    """UserError for a model that isn't supported, or a tokenizer that differs from the student's."""
+    student = Checkpoint.open(recipe.student.model, **_shared(mesh))
+    teachers = open_teachers(recipe.teacher, **_shared(mesh))
+    return Models(student, teachers, student.tokenizer(), shared_vocab_size_of_all(student, teachers))
+
+
+def open_rows(
+    recipe: Recipe, mesh: Mesh, models: Models, split: Literal["train", "validation"], *, prompts: bool = False
+) -> tuple[TokenizedDataset, DataReport]:
+    """The rows of a split as the student's tokens; `prompts`: some may be prompts alone."""
+    return build_dataset(
+        recipe.data,
+        split,
+        models.tokenizer,
+        prompts=prompts,
+        tag_key=recipe.teacher.teacher_tag_key,
+        vocab_size=models.student.vocab_size,
+        **_shared(mesh),
+    )
+
+
+def pad_token_id(models: Models) -> int:
+    """Padding is never looked at: without an id of its own it is 0."""
+    found = models.tokenizer.pad_token_id
+    return 0 if found is None else found
+
+
+def _shared(mesh: Mesh) -> dict[str, Callable[[], Any] | bool]:
+    return {"main_process": mesh.is_main, "barrier": dist.barrier}

@@ -1,0 +1,60 @@
+"""Caches that don't fit the recipe are told before any process starts, from their manifests."""
+
+import json
+
+import pytest
+
+from megatron_gkd.teachers.cache_manifest import FILE, Manifest
+
+ALONE = ["--offload_teacher_model", "false", "--teacher_model", "null", "--cache", "cache"]
+BESIDE = ["--cache", "cache"]
+
+
+@pytest.fixture
+def cache(workspace):
+    (workspace.folder / "cache").mkdir()
+    manifest = Manifest(k=64, temperature=0.7, tokenizer="t", teacher="big", vocab_size=320)
+    (workspace.folder / "cache" / FILE).write_text(manifest.text())
+    return workspace
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ([*ALONE, "--lmbda", "0.5"], "distill.lmbda = 0.5: must be 0 with teacher.cache alone"),
+        (
+            [*ALONE, "--gkd_logits_topk", "65"],
+            "distill.gkd_logits_topk = 65: must be <= the 64 tokens of teacher.cache",
+        ),
+        (BESIDE, "distill.gkd_logits_topk = null: must be set, and <= 64, as rows of teacher.cache = cache have so"),
+        (
+            [*ALONE, "--gkd_logits_topk", "8", "--gkd_topk_tail", "bucket"],
+            "distill.temperature = 0.9: must be 0.7 with gkd_topk_tail = bucket and teacher.cache = cache, whose",
+        ),
+        ([*ALONE, "--kind", "none"], "teacher.cache = cache: not with teacher.kind = none"),
+        ([*BESIDE, "--kind", "cache"], "teacher.teacher_model = teacher: not with teacher.kind = cache"),
+        (
+            [*ALONE[:-1], "null", "--kind", "cache"],
+            "teacher.cache = null: must name a folder where teacher.kind = cache",
+        ),
+        ([*ALONE[:-1], "student"], "teacher.cache = student: must be a folder that megatron-gkd score has written"),
+    ],
+)
+def test_refused(cache, arguments, problem):
+    found = cache.problems(*arguments)
+    assert [line for line in found if line.startswith(problem)], found
+
+
+def test_what_fits_passes(cache):
+    assert cache.problems(*ALONE) == []
+    assert cache.problems(*ALONE, "--gkd_logits_topk", "64") == []
+    bucket = ["--gkd_logits_topk", "8", "--gkd_topk_tail", "bucket", "--temperature", "0.7"]
+    assert cache.problems(*ALONE, *bucket) == []
+    assert cache.problems(*BESIDE, "--gkd_logits_topk", "64", "--lmbda", "0.5") == []
+
+
+def test_a_cache_of_another_version(cache):
+    path = cache.folder / "cache" / FILE
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 99}))
+    (problem,) = cache.problems(*ALONE)
+    assert problem.endswith("must be megatron_gkd teacher cache 1: score the rows anew")

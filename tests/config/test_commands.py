@@ -1,0 +1,55 @@
+"""The options of the commands beside train, and what they ask of a recipe."""
+
+import pytest
+
+from megatron_gkd.config import RecipeError, commands, load
+
+
+def test_options_are_taken_from_among_the_overrides():
+    arguments = ["--beta", "1", "--from=teacher", "--output", "x.jsonl", "-n", "3", "--packing"]
+    options, rest = commands.take_options(arguments, commands.GENERATE)
+    assert options == {"from": "teacher", "output": "x.jsonl", "n": 3, "chunk_rows": 256}
+    assert rest == ["--beta", "1", "--packing"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problems"),
+    [
+        (["--from", "teacher"], ["--output: missing; must be a .jsonl file"]),
+        (["--output", "x", "--from", "me"], ["--from = me: must be teacher or student"]),
+        (["--output", "x", "--from", "student", "--n", "0"], ["--n = 0: must be an integer >= 1"]),
+        ([], ["--from: missing; must be teacher or student", "--output: missing"]),
+    ],
+)
+def test_what_is_wrong_with_options_is_said(arguments, problems):
+    with pytest.raises(RecipeError) as error:
+        commands.take_options(arguments, commands.GENERATE)
+    found = error.value.problems
+    assert len(found) == len(problems)
+    assert all(line.startswith(start) for line, start in zip(found, problems, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "problems"),
+    [
+        ("SCORES", ["--gkd_logits_topk", "8"], []),
+        ("SCORES", ["--gkd_logits_topk", "8", "--cache", "not/yet"], []),
+        ("SCORES", [], ["distill.gkd_logits_topk = null: must be set to score: how many tokens of each"]),
+        (
+            "SCORES",
+            ["--gkd_logits_topk", "8", "--teacher_model", "null", "--cache", "not/yet"],
+            ["teacher.kind = cache: must be a teacher that stays as it is"],
+        ),
+        ("TEACHER_GENERATES", ["--cache", "not/yet"], []),
+        ("TEACHER_GENERATES", ["--kind", "none"], ["teacher.kind = none: must be local or server to generate"]),
+        ("STUDENT_GENERATES", ["--kind", "none"], []),
+    ],
+)
+def test_what_a_command_asks_of_a_recipe(workspace, command, arguments, problems):
+    found = []
+    try:
+        load(workspace.recipe, arguments, world_size=2, command=getattr(commands, command))
+    except RecipeError as error:
+        found = error.problems
+    assert len(found) == len(problems), found
+    assert all(line.startswith(start) for line, start in zip(found, problems, strict=True))

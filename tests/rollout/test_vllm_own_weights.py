@@ -1,0 +1,83 @@
+"""Servers as they were started: asked for completions, and for nothing that an ordinary server has not."""
+
+from __future__ import annotations
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from layouts import DENSE
+from rollout.contract import CHECKPOINT, EOS, Request
+from teachers.contract import mesh_of
+
+from megatron_gkd.errors import UserError
+from megatron_gkd.rollout.base import Sampling
+
+REQUEST = Request.of([3, 5, 2, 7], Sampling(max_completion_length=6, temperature=0.8))
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Repeats the prompt, and tells an EOS where there is room."""
+
+    def answer(self, content):
+        body = json.dumps(content).encode()
+        self.send_response(200 if content else 404)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self):
+        self.server.asked.add(self.path)
+        card = {"id": "big", "max_model_len": 64}
+        self.answer({"data": [card]} if self.path == "/v1/models" else None)
+
+    def do_POST(self):
+        self.server.asked.add(self.path)
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert request["model"] == "big" and request["temperature"] == 0.8 and EOS in request["stop_token_ids"]
+        tokens = [*request["prompt"], EOS][: request["max_tokens"]]
+        log_probs = {"token_logprobs": [-1.0] * len(tokens)}
+        reason = "stop" if tokens[-1] == EOS else "length"
+        choice = {"token_ids": tokens, "finish_reason": reason, "logprobs": log_probs, "text": ""}
+        self.answer({"choices": [choice]})
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.asked, server.url = set(), f"http://127.0.0.1:{server.server_address[1]}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def completions_of(rank, world_size, layout, url, max_length):
+    from megatron_gkd.models.checkpoint import Checkpoint
+    from megatron_gkd.rollout.vllm_own_weights import OwnWeightsEngine
+    from megatron_gkd.rollout.vllm_server import ServerOptions
+
+    with mesh_of(layout) as mesh:
+        options = ServerOptions((url,), Path("unused"), max_length=max_length, patience=1)
+        engine = OwnWeightsEngine(mesh, Checkpoint.open(str(CHECKPOINT())), options)
+        engine.load_weights(iter(()), version=0)
+        return engine.generate(REQUEST.prompts, REQUEST.sampling, REQUEST.seeds)
+
+
+def test_every_rank_of_a_replica_has_the_answers(gloo_world, server):
+    world_size, layout = DENSE["TP2xPP2"]
+    ranks = gloo_world(world_size).run(completions_of, layout, server.url, 64)
+    for completions in ranks:
+        assert [one.token_ids for one in completions] == [[*prompt, EOS][:6] for prompt in REQUEST.prompts]
+        assert [one.finish_reason for one in completions] == ["stop", "stop", "stop", "length"]
+    assert server.asked == {"/v1/models", "/v1/completions"}
+
+
+def test_a_server_of_shorter_sequences_is_refused(gloo_world, server):
+    with pytest.raises(UserError, match="up to 64 tokens, fewer than data.max_length = 65"):
+        gloo_world(1).run(completions_of, {}, server.url, 65)

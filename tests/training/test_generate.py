@@ -1,0 +1,163 @@
+"""Answers to a data set's prompts: the same file under every layout, and after a kill; as rows to train on."""
+
+from __future__ import annotations
+
+import functools
+import json
+import threading
+import time
+
+import numpy as np
+import pytest
+from checkpoints import tiny_checkpoint, tiny_tokenizer
+from layouts import DENSE
+from rows import RandomRows
+from training_layouts import recipe_of
+from world import World
+
+from megatron_gkd.data.rows import parse_row
+from megatron_gkd.data.sample import IGNORE
+from megatron_gkd.data.template import RowRenderer
+from megatron_gkd.errors import UserError
+from megatron_gkd.training.generated_file import GeneratedFile
+
+COUNT, N = 24, 2
+ROLLOUT = {"max_completion_length": 9, "rollout_temperature": 1.3}
+CHECKPOINT = functools.partial(tiny_checkpoint, "qwen3_tied", seed=2, num_hidden_layers=2)
+
+
+def write(rank, world_size, checkpoint, changes, path, chunk_rows=7, count=COUNT):
+    """What `megatron-gkd generate` does, from random rows."""
+    from megatron_gkd.models.checkpoint import Checkpoint
+    from megatron_gkd.models.megatron_model import BuildOptions, MegatronModel
+    from megatron_gkd.rollout.megatron import MegatronEngine
+    from megatron_gkd.runtime.mesh import Layout, destroy_mesh, initialize_mesh
+    from megatron_gkd.training.generate import Answers, settings_of, write_answers
+
+    recipe = recipe_of(changes)
+    rollout = recipe.rollout.model_copy(update=ROLLOUT | changes.get("rollout", {}))
+    recipe = recipe.model_copy(update={"rollout": rollout})
+    mesh = initialize_mesh(Layout.from_section(recipe.parallel), recipe.train.seed)
+    model = MegatronModel.load(Checkpoint.open(str(checkpoint)), mesh, BuildOptions())
+    rows = RandomRows(count=count)
+    file = GeneratedFile(path, chunk_rows, settings_of(recipe, "model", N, rows))
+    try:
+        write_answers(file, Answers(recipe, mesh, rows, MegatronEngine(model, [3]), tiny_tokenizer(), N, "model"))
+    finally:
+        destroy_mesh()
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(gloo_world, tmp_path_factory):
+    path = tmp_path_factory.mktemp("generated") / "answers.jsonl"
+    gloo_world(1).run(write, CHECKPOINT(), {}, path)
+    return path
+
+
+def test_every_prompt_has_its_answers_in_order_by_seeds_of_their_own(whole):
+    rows = read(whole)
+    assert [(row["row"], row["number"]) for row in rows] == [(row, number) for row in range(COUNT) for number in (0, 1)]
+    data = RandomRows(count=COUNT)
+    for row in rows:
+        sample = data[row["row"]]
+        assert row["prompt_token_ids"] == sample.input_ids[: np.flatnonzero(sample.labels != IGNORE)[0] + 1].tolist()
+        assert 1 <= len(row["response_token_ids"]) <= 9
+        assert (row["finish_reason"] == "stop") == (row["response_token_ids"][-1] == 3)
+        assert row["prompt"] == tiny_tokenizer().decode(row["prompt_token_ids"]) and row["model"] == "model"
+    assert all(a["response_token_ids"] != b["response_token_ids"] for a, b in zip(rows[::2], rows[1::2], strict=True))
+
+
+@pytest.mark.parametrize("layout", ["TP2xPP2", "CP2xDP2, packed"])
+def test_the_same_file_under_every_layout(layout, gloo_world, whole, tmp_path):
+    world_size, changes = DENSE[layout]
+    gloo_world(world_size).run(write, CHECKPOINT(), changes, tmp_path / "answers.jsonl")
+    assert (tmp_path / "answers.jsonl").read_bytes() == whole.read_bytes()
+
+
+def test_rows_of_ids_become_samples_as_they_are(whole):
+    render = RowRenderer(tiny_tokenizer(), vocab_size=99)
+    for row in read(whole):
+        input_ids, labels = render(parse_row(row))
+        start = len(row["prompt_token_ids"])
+        assert input_ids.tolist() == row["prompt_token_ids"] + row["response_token_ids"]
+        assert labels.tolist() == [IGNORE] * (start - 1) + row["response_token_ids"] + [IGNORE]
+
+
+@pytest.mark.parametrize("truncated", ["mask", "drop"])
+def test_truncated_answers_are_masked_or_left_out(truncated, gloo_world, whole, tmp_path):
+    path = tmp_path / "answers.jsonl"
+    gloo_world(1).run(write, CHECKPOINT(), {"rollout": {"truncated": truncated}}, path)
+    kept = read(whole)
+    expected = [row | ({"masked": True} if row["finish_reason"] == "length" else {}) for row in kept]
+    if truncated == "drop":
+        expected = [row for row in kept if row["finish_reason"] == "stop"]
+    assert read(path) == expected and 0 < len([row for row in kept if row["finish_reason"] == "stop"]) < len(kept)
+
+
+def test_a_run_that_is_killed_goes_on_to_the_same_file(whole, tmp_path):
+    broken = tmp_path / "answers.jsonl"
+    longer = 200  # so that it is killed in the middle
+    world = World(1)
+    try:
+        runner = threading.Thread(target=_run_until_killed, args=(world, broken, longer))
+        runner.start()
+        deadline = time.monotonic() + 120
+        while not broken.exists() or broken.stat().st_size < 2000:
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        world.kill()
+        runner.join()
+        assert 0 < len(broken.read_bytes().splitlines()) < longer * N
+        with open(broken, "a") as file:
+            file.write('{"row": 39, "half of a li')
+        world.run(write, CHECKPOINT(), {}, broken, count=longer)
+        again = tmp_path / "again.jsonl"
+        world.run(write, CHECKPOINT(), {}, again, count=longer)
+    finally:
+        world.close()
+    assert broken.read_bytes() == again.read_bytes()
+
+
+def _run_until_killed(world, path, count):
+    try:
+        world.run(write, CHECKPOINT(), {}, path, count=count)
+    except (RuntimeError, OSError, EOFError):
+        pass
+
+
+class TestFile:
+    def file(self, folder, chunk_rows=2, **settings):
+        return GeneratedFile(folder / "x.jsonl", chunk_rows, {"n": 1} | settings)
+
+    def rows(self, *numbers):
+        return [{"row": number} for number in numbers]
+
+    def test_the_newest_chunk_is_made_again(self, tmp_path):
+        file = self.file(tmp_path)
+        assert file.resume() == 0
+        file.append(self.rows(0, 1))
+        file.append(self.rows(2))  # its other row was dropped, or is not there yet
+        assert self.file(tmp_path).resume() == 1
+        assert read(file.path) == self.rows(0, 1)
+        with open(file.path, "a") as text:
+            text.write('{"row": 2')
+        assert self.file(tmp_path).resume() == 0 and read(file.path) == []
+
+    @pytest.mark.parametrize(
+        ("options", "problem"),
+        [({"n": 2}, "was begun with n = 1, not 2"), ({"chunk_rows": 3}, "was begun with chunk_rows = 2, not 3")],
+    )
+    def test_other_settings_are_refused(self, tmp_path, options, problem):
+        self.file(tmp_path).resume()
+        with pytest.raises(UserError, match=problem):
+            self.file(tmp_path, **options).resume()
+
+    def test_a_file_of_another_origin_stays_as_it_is(self, tmp_path):
+        (tmp_path / "x.jsonl").write_text("mine\n")
+        with pytest.raises(UserError, match="exists, and not by generate"):
+            self.file(tmp_path).resume()
+        assert (tmp_path / "x.jsonl").read_text() == "mine\n"
