@@ -26,7 +26,7 @@ def recipe_of(changes: dict[str, dict]):
 def build(student, teacher, changes: dict[str, dict], rows: RandomRows | None = None):
     """The mesh, the student, the teacher and the loader that a recipe with `changes` gives, over random rows.
 
-    `teacher` may be several, by their places in the recipe, or None where there is no model beside the student.
+    `teacher` may be several, by their places in the recipe; None where there is no model beside the student.
     """
     from megatron_gkd.data.loader import StepLoader
     from megatron_gkd.data.order import SampleOrder

@@ -139,6 +139,12 @@ def _fits(key: str, value: str, shape: ModelShape, recipe: Recipe) -> Iterator[s
             )
     else:
         yield from divided("feed-forward rows", shape.feed_forward_size, "tensor_model_parallel_size", tp)
+    engines = recipe.rollout.vllm_tensor_parallel_size
+    if is_student and recipe.rollout.engine == "vllm" and shape.num_attention_heads % engines:
+        yield (
+            f"rollout.vllm_tensor_parallel_size = {engines}: must divide the {shape.num_attention_heads} attention "
+            f"heads of {key} ({value})"
+        )
     virtual = p.virtual_pipeline_model_parallel_size if is_student else None
     stages = p.pipeline_model_parallel_size * (virtual or 1)
     if shape.num_layers % stages:

@@ -22,6 +22,27 @@ def teachers_are_named(recipe: Recipe, _: int) -> Iterator[str]:
         if source not in ("server", "none") and teacher.teacher_model_server:
             urls = list(teacher.teacher_model_server)
             yield f"{place}.teacher_model_server = {urls}: only with {place}.kind = server"
+        if source == "server" and teacher.teacher_model is not None:
+            yield f"{place}.teacher_model = {teacher.teacher_model}: not with {place}.teacher_model_server"
+        if len(set(teacher.teacher_model_server)) < len(teacher.teacher_model_server):
+            urls = list(teacher.teacher_model_server)
+            yield f"{place}.teacher_model_server = {urls}: must name every server once"
+
+
+def servers_tell_enough(recipe: Recipe, _: int) -> Iterator[str]:
+    """Servers tell log-probabilities of their most likely tokens, at temperature 1."""
+    places = [place for place, teacher in recipe.teacher.all.items() if teacher.source == "server"]
+    distill = recipe.distill
+    if places and distill.gkd_logits_topk is None:
+        yield (
+            f"distill.gkd_logits_topk = null: must be set with {places[0]}.teacher_model_server, which tells its most "
+            "likely tokens only"
+        )
+    elif places and distill.gkd_topk_tail == "bucket" and distill.temperature != 1:
+        yield (
+            f"distill.temperature = {distill.temperature}: must be 1 with gkd_topk_tail = bucket and "
+            f"{places[0]}.teacher_model_server, whose log-probabilities do not tell the other tokens' share elsewhere"
+        )
 
 
 def teachers_share_rows(recipe: Recipe, _: int) -> Iterator[str]:

@@ -57,6 +57,7 @@ class TokenizedDataset:
         num_labels: int64 [rows], labels of each sample that are not -100.
         teacher_lengths: int64 [rows], tokens of each sample as the teacher reads it, where that has a prompt of its
             own; else 0.
+        tags: the tags that rows have.
     """
 
     def __init__(self, parts: Sequence[datasets.Dataset]) -> None:
@@ -65,9 +66,14 @@ class TokenizedDataset:
         self.lengths = _column(self._rows, "length")
         self.num_labels = _column(self._rows, "num_labels")
         self.teacher_lengths = _column(self._rows, "teacher_length")
+        self.tags = frozenset(tag for tag in self._rows.unique("tag") if tag)
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def first_row_with_tag(self, tag: str) -> int:
+        """ValueError if none has it."""
+        return list(self._rows["tag"]).index(tag)
 
     def __getitem__(self, index: int) -> Sample:
         row = self._rows[int(index)]

@@ -23,6 +23,7 @@ from megatron_gkd.rollout.base import Completion, RolloutFailed, Sampling, check
 from megatron_gkd.rollout.vllm_client import ServedModel, StudentServer
 from megatron_gkd.rollout.vllm_weights import SharedWeights, WeightFolder, tensor_shapes
 from megatron_gkd.runtime.mesh import Mesh
+from megatron_gkd.runtime.servers import open_client
 
 _MOST_ROUNDS = 5  # in which prompts are asked that a server answered with other weights than the student's
 
@@ -64,11 +65,7 @@ class VllmServerEngine:
         self.servers: list[StudentServer] = []
         self.folder: WeightFolder | None = None
         if self.is_speaker:
-            limits = httpx.Limits(max_connections=None, max_keepalive_connections=options.concurrency)
-            # Servers are named by address: no proxy of the environment is asked.
-            self.http = httpx.Client(
-                timeout=httpx.Timeout(options.timeout, connect=10.0), limits=limits, trust_env=False
-            )
+            self.http = open_client(options.timeout, options.concurrency)
             self.servers = [StudentServer(url, self.http, options.patience) for url in options.urls]
         if mesh.is_main:
             optional = ("lm_head.weight",) if checkpoint.config.tie_word_embeddings else ()
@@ -148,6 +145,9 @@ class VllmServerEngine:
             "seed": seed % 2**63,  # vLLM takes -1 for none
             "ignore_eos": True,  # which tokens are EOS is for the student's checkpoint to say, not for the server
             "stop_token_ids": sorted({*sampling.stop_token_ids, *eos}),
+            "stop": list(sampling.stop),
+            "include_stop_str_in_output": True,
+            "skip_special_tokens": False,  # a stop string may be of such tokens
             "logprobs": 0,  # of the sampled token alone
             "return_token_ids": True,
         }

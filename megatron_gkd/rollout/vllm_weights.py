@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,7 +69,7 @@ class WeightFolder:
         try:
             unfinished.mkdir(parents=True)
             shapes = _save(named_tensors, unfinished)
-            self._check(shapes)
+            check_shapes(shapes, self.expected, self.optional)
             _flush(unfinished)
             unfinished.rename(directory)
             _flush_directory(self.root)
@@ -88,12 +88,14 @@ class WeightFolder:
             if path != weights.directory:
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _check(self, shapes: Shapes) -> None:
-        expected = {name: shape for name, shape in self.expected.items() if name in shapes or name not in self.optional}
-        if shapes != expected:
-            raise UserError(
-                f"the student's weights are not those of the checkpoint it began as: {_differences(shapes, expected)}"
-            )
+
+def check_shapes(shapes: Shapes, expected: Shapes, optional: Collection[str] = ()) -> None:
+    """UserError unless these are the expected tensors, and all of them but for `optional` ones."""
+    expected = {name: shape for name, shape in expected.items() if name in shapes or name not in optional}
+    if shapes != expected:
+        raise UserError(
+            f"the student's weights are not those of the checkpoint it began as: {_differences(shapes, expected)}"
+        )
 
 
 def tensor_shapes(directory: Path) -> Shapes:

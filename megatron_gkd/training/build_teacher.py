@@ -14,7 +14,8 @@ from megatron_gkd.teachers.base import TeacherSource
 from megatron_gkd.teachers.local import LocalTeacher
 from megatron_gkd.teachers.self_teacher import SelfTeacher, require_teacher_prompts
 from megatron_gkd.teachers.self_weights import AverageWeights, CurrentWeights, InitialWeights
-from megatron_gkd.teachers.several import SeveralTeachers
+from megatron_gkd.teachers.server import ServerOptions, ServerTeacher
+from megatron_gkd.teachers.several import SeveralTeachers, require_teachers
 from megatron_gkd.training.build import DTYPES
 from megatron_gkd.training.student import Student
 
@@ -38,6 +39,19 @@ def check_rows(section: TeacherSection, dataset: TokenizedDataset) -> None:
     for place, teacher in section.all.items():
         if teacher.source == "self" and teacher.teacher_model is None and teacher.ema is None:
             require_teacher_prompts(dataset, place)
+    if section.teachers:
+        require_teachers(
+            dataset, (tag for teacher in section.teachers for tag in teacher.tags), section.teacher_tag_key
+        )
+
+
+def begins_as_student(section: TeacherSection, student: Checkpoint, teachers: Mapping[str, Checkpoint]) -> bool:
+    """Whether every teacher has the weights that the student begins with. `teachers`: of ``open_teachers``."""
+
+    def is_same(place: str) -> bool:
+        return place in teachers and teachers[place].path.resolve() == student.path.resolve()
+
+    return all(teacher.source == "self" or is_same(place) for place, teacher in section.all.items())
 
 
 def build_teacher(
@@ -59,6 +73,8 @@ def _one(
             return _local(recipe, mesh, student, teacher, checkpoint)
         case "self":
             return _self(student, teacher)
+        case "server":
+            return _server(recipe, mesh, student, teacher)
         case "none":
             return None
     raise NotImplementedError(teacher.source)
@@ -79,3 +95,15 @@ def _self(student: Student, teacher: OneTeacher) -> SelfTeacher:
     else:
         weights = CurrentWeights(model) if teacher.teacher_model is None else InitialWeights(model)
     return SelfTeacher(model, weights, complete)
+
+
+def _server(recipe: Recipe, mesh: Mesh, student: Student, teacher: OneTeacher) -> ServerTeacher:
+    options = ServerOptions(
+        urls=teacher.teacher_model_server,
+        k=recipe.distill.gkd_logits_topk,
+        max_length=recipe.data.longest_for_teacher,
+        concurrency=teacher.teacher_server_concurrency,
+        timeout=teacher.teacher_server_timeout_s,
+        patience=teacher.teacher_server_patience_s,
+    )
+    return ServerTeacher(mesh, student.model.checkpoint.tokenizer(), student.objective.vocab_size, options)

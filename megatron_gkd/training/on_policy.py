@@ -22,8 +22,26 @@ Truncated = Literal["keep", "mask", "drop"]
 
 
 @dataclass(frozen=True)
+class Answer:
+    """What the student said to the prompt (int64 [P]) of one row of the dataset.
+
+    `is_trained_on` is false for a truncated one that is masked or dropped.
+    """
+
+    row: int
+    prompt: np.ndarray
+    completion: Completion
+    is_trained_on: bool
+
+
+@dataclass(frozen=True)
 class RolloutReport:
-    """What sampling was like in one step, over all data-parallel ranks."""
+    """What sampling was like in one step, over all data-parallel ranks.
+
+    Attributes:
+        answers: by position in the global batch.
+        bins: the positions in each microbatch of this data-parallel rank.
+    """
 
     student_rows: int
     dataset_rows: int
@@ -31,6 +49,8 @@ class RolloutReport:
     tokens: int
     truncated: int
     log_prob: float  # sum over the student's tokens that are trained on, in nats, as the engine has it
+    answers: dict[int, Answer]
+    bins: list[list[int]]
 
     def record(self) -> dict[str, float | int | str]:
         """As a step's record shows it."""
@@ -97,16 +117,18 @@ class Rollouts:
         start = time.perf_counter()
         completions = self._complete(step, rows, [int(i) for i in np.flatnonzero(mine)])
         seconds = time.perf_counter() - start
-        log_prob = 0.0
+        log_prob, answers = 0.0, {}
         for position, completion in completions.items():
             sample, trained = self._sample(rows[position], completion)
             samples[position] = sample
             log_prob += sum(completion.log_probs) if trained else 0.0
+            answers[position] = Answer(rows[position], self._prompt(rows[position]), completion, trained)
         require_responses(self.dataset, [rows[position] for position in np.flatnonzero(~mine)], step)
         lengths = [
             len(samples[i].input_ids) if i in samples else int(self.dataset.lengths[row]) for i, row in enumerate(rows)
         ]
-        cut = self.cutting.microbatches(lengths, lambda i: samples[i] if i in samples else self.dataset[rows[i]])
+        bins = self.cutting.bins(lengths)
+        cut = self.cutting.cut(bins, lambda i: samples[i] if i in samples else self.dataset[rows[i]])
         found = list(completions.values())
         return cut, RolloutReport(
             student_rows=len(found),
@@ -115,6 +137,8 @@ class Rollouts:
             tokens=sum(len(completion.token_ids) for completion in found),
             truncated=sum(completion.finish_reason == "length" for completion in found),
             log_prob=log_prob,
+            answers=answers,
+            bins=bins,
         )
 
     def _complete(self, step: int, rows: list[int], positions: list[int]) -> dict[int, Completion]:

@@ -87,4 +87,4 @@ def _bars(
     axes.margins(y=0.12)
     axes.set(title=title)
     if len(values) > 3:
-        axes.tick_params(axis="x", labelrotation=20)
+        axes.set_xticks(range(len(values)), list(values), rotation=25, ha="right")

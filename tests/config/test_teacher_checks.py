@@ -3,6 +3,7 @@
 import pytest
 from recipe_workspace import DENSE
 
+SERVER = ["--teacher_model", "null", "--teacher_model_server", "[http://host:8000]"]
 TWO = "[{tags: [a], teacher_model: teacher}, {tags: [b, c], teacher_model: teacher}]"
 KEY = ["--teacher_tag_key", "subject"]
 
@@ -19,6 +20,20 @@ KEY = ["--teacher_tag_key", "subject"]
             ["--teacher_model", "null", "--teacher_model_server", "host:8000"],
             "teacher.teacher_model_server = host:8000: must be",
         ),
+        (
+            [*SERVER, "--teacher_model", "teacher"],
+            "teacher.teacher_model = teacher: not with teacher.teacher_model_server",
+        ),
+        (
+            [*SERVER, "--teacher_model_server", "[http://a:1, http://b:1, http://a:1]"],
+            "teacher.teacher_model_server = ['http://a:1', 'http://b:1', 'http://a:1']: must name every server once",
+        ),
+        (SERVER, "distill.gkd_logits_topk = null: must be set with teacher.teacher_model_server"),
+        (
+            [*SERVER, "--gkd_logits_topk", "8", "--gkd_topk_tail", "bucket"],
+            "distill.temperature = 0.9: must be 1 with gkd_topk_tail = bucket and teacher.teacher_model_server",
+        ),
+        ([*SERVER, "--teacher_server_concurrency", "0"], "teacher.teacher_server_concurrency = 0: must be"),
         (
             ["--kind", "self"],
             "teacher.teacher_model = teacher: must be student.model (student), for the weights",
@@ -71,6 +86,11 @@ def test_refused(workspace, arguments, problem):
 def test_several_teachers_pass(workspace):
     arguments = ["--offload_teacher_model", "false", "--teacher_model", "null", "--teachers", TWO, *KEY]
     assert workspace.problems(*arguments, world_size=2) == []
+
+
+@pytest.mark.parametrize("tail", [["renormalize", "--temperature", "0.9"], ["bucket", "--temperature", "1"]])
+def test_a_server_passes_with_what_it_can_tell(workspace, tail):
+    assert workspace.problems(*SERVER, "--gkd_logits_topk", "8", "--gkd_topk_tail", *tail) == []
 
 
 @pytest.mark.parametrize("keys", [["null"], ["./student"], ["null", "--ema", "0.99"]])
