@@ -63,7 +63,8 @@ def _run(runner: Runner, console: Console, rows: Sequence[Row], seeds: range, re
             start = UNTRAINED / f"student_seed{seed}" if row.start is None else _run_of(by_name[row.start], seed) / "hf"
             title = f"Training a student: {row.name}" + (f", seed {seed}" if len(seeds) > 1 else "")
             teacher = [TEACHER / "hf"] if row.has_teacher else []
-            runner.run(_training(title, row.recipe, _run_of(row, seed), start, row.data, seed, teacher))
+            output = _run_of(row, seed)
+            runner.run(_training(title, row.recipe, output, start, row.data, seed, teacher, row.is_own_teacher))
     runs = {"teacher": [TEACHER]} | {row.name: [_run_of(row, seed) for seed in seeds] for row in rows}
     for run in itertools.chain(*runs.values()):
         inputs = [*_code("evaluate.py", "problems.py"), DATA / "test.jsonl", TEACHER / "hf", run / "hf"]
@@ -103,7 +104,14 @@ def _code(*names: str) -> list[Path]:
 
 
 def _training(
-    title: str, recipe: str, output: Path, start: Path, rows: str, seed: int = 1, teacher: list[Path] | None = None
+    title: str,
+    recipe: str,
+    output: Path,
+    start: Path,
+    rows: str,
+    seed: int = 1,
+    teacher: list[Path] | None = None,
+    is_own_teacher: bool = False,
 ) -> Stage:
     """A run of the trainer; the recipe's own paths are those of seed 1."""
     path = HERE / "recipes" / f"{recipe}.yaml"
@@ -113,6 +121,7 @@ def _training(
     def work() -> None:
         shutil.rmtree(output, ignore_errors=True)
         overrides = ["--model", start, "--seed", seed, "--output_dir", output]
+        overrides += ["--teacher_model", start] if is_own_teacher else []
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         command = [*launcher, "-m", "megatron_gkd", "train", path, *overrides]
         subprocess.run([str(part) for part in command], check=True)

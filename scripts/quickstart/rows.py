@@ -14,6 +14,7 @@ class Row:
         start: the row whose student, of the same seed, it goes on from; None: random weights.
         has_teacher: it learns from the teacher.
         data: its training file in data/.
+        is_own_teacher: with the weights that it starts from.
     """
 
     name: str
@@ -22,6 +23,7 @@ class Row:
     start: str | None = None
     has_teacher: bool = True
     data: str = "student_train"
+    is_own_teacher: bool = False
 
 
 FROM_SCRATCH = (
@@ -41,5 +43,13 @@ ON_POLICY = (
 SELF = (
     Row("reader", "student_reader", "#b08d57", has_teacher=False, data="reader_train"),
     Row("reader, continued", "further_reader", "#d8c3a5", start="reader", has_teacher=False, data="reader_train"),
-    Row("self-distillation", "further_self", "#2a9d8f", start="reader", has_teacher=False, data="self_train"),
+    Row(
+        "self-distillation",
+        "further_self",
+        "#2a9d8f",
+        start="reader",
+        has_teacher=False,
+        data="self_train",
+        is_own_teacher=True,
+    ),
 )

@@ -20,6 +20,7 @@ def test_recipe_and_row_say_the_same(row):
     assert recipe.student.model == f"runs/quickstart/{start}"
     assert recipe.output.output_dir == f"runs/quickstart/{row.recipe}_seed1"
     assert (recipe.teacher.source == "local") == row.has_teacher
+    assert (recipe.teacher.teacher_model == recipe.student.model) == row.is_own_teacher
     assert [entry.path for entry in recipe.data.dataset] == [f"runs/quickstart/data/{row.data}.jsonl"]
 
 
