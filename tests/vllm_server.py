@@ -52,6 +52,8 @@ class VllmServer:
             "--max-num-seqs": max_num_seqs,
             "--max-logprobs": 64,
             "--kv-cache-memory-bytes": 32 << 20,
+            "--weight-transfer-config": '{"backend": "gloo"}',
+            "--worker-extension-cls": "megatron_gkd.rollout.vllm_worker.WorkerExtension",
         }
         self.process: subprocess.Popen | None = None
 
@@ -63,11 +65,12 @@ class VllmServer:
         """Returns at once; see `wait_until_ready`."""
         module = ["-m", "vllm.entrypoints.openai.api_server"]  # the vllm command looks for a package named vllm
         arguments = [str(part) for pair in self.arguments.items() for part in pair]
-        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        # This package without its requirements.
+        environment = os.environ | ENVIRONMENT | {"PYTHONPATH": str(REPOSITORY), "VLLM_SERVER_DEV_MODE": "1"}
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
                 [str(PYTHON), *module, *arguments, "--enforce-eager"],
-                env=environment | ENVIRONMENT | {"VLLM_SERVER_DEV_MODE": "1"},
+                env=environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

@@ -66,6 +66,16 @@ def _servers_are_named(recipe: Recipe, _: int) -> Iterator[str]:
         yield f"rollout.vllm_server_urls = {list(urls)}: must name every server once"
 
 
+def _server_options(recipe: Recipe, _: int) -> Iterator[str]:
+    section = recipe.rollout
+    if section.engine != "vllm_server":
+        for leaf, default in (("weight_sync", "folder"), ("weight_sync_dir", None), ("steps_ahead", 0)):
+            if getattr(section, leaf) != default:
+                yield f"rollout.{leaf} = {getattr(section, leaf)}: only with rollout.engine = vllm_server"
+    elif section.weight_sync != "folder" and section.weight_sync_dir is not None:
+        yield f"rollout.weight_sync_dir = {section.weight_sync_dir}: only with rollout.weight_sync = folder"
+
+
 def _model_ranks(recipe: Recipe) -> tuple[str, int]:
     """The three sizes of one replica as a product in words, and their product."""
     p = recipe.parallel
@@ -207,6 +217,7 @@ CHECKS = (
     Check(("divergence", "beta"), _beta),
     Check(("gkd_topk_tail", "gkd_logits_topk"), _tail),
     Check(("engine", "vllm_server_urls"), _servers_are_named),
+    Check(("engine", "weight_sync", "weight_sync_dir", "steps_ahead"), _server_options),
     Check(LAYOUT, _layout_divides),
     Check(
         ("expert_tensor_parallel_size", "expert_model_parallel_size", "pipeline_model_parallel_size"), _experts_divide

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -93,6 +93,29 @@ class RolloutEngine(Protocol):
 
         Raises:
             ValueError: a prompt is empty or has ids outside the vocabulary, or there is not one seed a prompt.
+        """
+        ...
+
+
+class Generation(Protocol):
+    """Completions on their way."""
+
+    seconds: float
+    """That making them took; known with the result."""
+
+    def result(self) -> list[Completion]:
+        """Wait for them. All ranks call it together, and get them as from `RolloutEngine.generate`."""
+        ...
+
+
+@runtime_checkable
+class BackgroundEngine(RolloutEngine, Protocol):
+    """An engine that can generate while its ranks train."""
+
+    def start(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]) -> Generation:
+        """Begin what `generate` does, and return at once. Until there is a result, no weights may be loaded.
+
+        What goes on in the background communicates with no other rank.
         """
         ...
 

@@ -126,6 +126,7 @@ def _build_engine(recipe: Recipe, mesh: Mesh, student: Student, checkpoint: Chec
         return MegatronEngine(student.model, checkpoint.eos_token_ids)
     options = ServerOptions(
         urls=section.vllm_server_urls,
+        weight_sync=section.weight_sync,
         weight_sync_dir=Path(section.weight_sync_dir or Path(recipe.output.output_dir) / "rollout_weights"),
         max_length=recipe.data.max_length,
         concurrency=section.server_concurrency,
