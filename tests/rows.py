@@ -8,7 +8,10 @@ from megatron_gkd.data.sample import Sample
 
 
 class RandomRows:
-    """`count` rows of 5 to `longest` tokens below `vocab_size`; the first third of each is a prompt without labels."""
+    """`count` rows of 5 to `longest` tokens below `vocab_size`; the first third of each is a prompt without labels.
+
+    Rows have the tags a and b in turn.
+    """
 
     def __init__(self, count: int = 8, longest: int = 24, vocab_size: int = 64, seed: int = 0):
         generator = np.random.default_rng(seed)
@@ -24,4 +27,4 @@ class RandomRows:
         tokens = self.rows[index]
         labels = np.append(tokens[1:], -100)
         labels[: len(tokens) // 3] = -100
-        return Sample(input_ids=tokens, labels=labels, source="dataset", row_id=index)
+        return Sample(input_ids=tokens, labels=labels, source="dataset", row_id=index, tag="ab"[index % 2])

@@ -24,22 +24,28 @@ def recipe_of(changes: dict[str, dict]):
 
 
 def build(student, teacher, changes: dict[str, dict]):
-    """The mesh, the student, the teacher and the loader that a recipe with `changes` gives, over random rows."""
+    """The mesh, the student, the teacher and the loader that a recipe with `changes` gives, over random rows.
+
+    `teacher` may be several, by their places in the recipe.
+    """
     from megatron_gkd.data.loader import StepLoader
     from megatron_gkd.data.order import SampleOrder
     from megatron_gkd.models.checkpoint import Checkpoint
-    from megatron_gkd.models.vocabulary import shared_vocab_size
     from megatron_gkd.runtime.mesh import Layout, initialize_mesh
-    from megatron_gkd.training.build import batching, build_models
+    from megatron_gkd.training.build import batching, build_student
+    from megatron_gkd.training.build_teacher import build_teacher, shared_vocab_size_of_all
 
     recipe = recipe_of(changes)
     mesh = initialize_mesh(Layout.from_section(recipe.parallel), recipe.train.seed)
-    student, teacher = Checkpoint.open(str(student)), teacher and Checkpoint.open(str(teacher))
-    vocab_size = student.vocab_size if teacher is None else shared_vocab_size(student, teacher)
-    models = build_models(recipe, mesh, student, teacher, vocab_size, train_iters=3)
+    checkpoint = Checkpoint.open(str(student))
+    paths = teacher if isinstance(teacher, dict) else {"teacher": teacher} if teacher else {}
+    teachers = {place: Checkpoint.open(str(path)) for place, path in paths.items()}
+    vocab_size = shared_vocab_size_of_all(checkpoint, teachers)
+    student = build_student(recipe, mesh, checkpoint, vocab_size, train_iters=3)
     rows = RandomRows(count=24)
     order = SampleOrder(rows.sizes, [1.0], seed=recipe.train.seed, shuffle=True)
-    return mesh, *models, StepLoader(rows, order, **batching(recipe, mesh, pad_token_id=0), num_steps=3)
+    teacher = build_teacher(recipe, mesh, student, teachers) if teachers else None
+    return mesh, student, teacher, StepLoader(rows, order, **batching(recipe, mesh, pad_token_id=0), num_steps=3)
 
 
 def train_steps(rank, world_size, student, teacher, changes, break_gradient=False):

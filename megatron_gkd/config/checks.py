@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_gkd.config import model_checks
+from megatron_gkd.config import model_checks, teacher_checks
 from megatron_gkd.config.schema import Recipe
 
 LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
@@ -31,11 +31,6 @@ def run(recipe: Recipe, *, world_size: int, require_paths: bool, doubtful: set[s
         if doubtful.isdisjoint(check.leaves) and (require_paths or not check.needs_files)
         for problem in check.find(recipe, world_size)
     ]
-
-
-def _teacher_is_named(recipe: Recipe, _: int) -> Iterator[str]:
-    if recipe.teacher.kind == "local" and recipe.teacher.teacher_model is None:
-        yield "teacher.teacher_model = null: must name a model where teacher.kind = local"
 
 
 def _on_policy(recipe: Recipe, _: int) -> Iterator[str]:
@@ -212,7 +207,8 @@ def _output_is_writable(recipe: Recipe, _: int) -> Iterator[str]:
 
 
 CHECKS = (
-    Check(("kind", "teacher_model"), _teacher_is_named),
+    Check(teacher_checks.LEAVES, teacher_checks.teachers_are_named),
+    Check((*teacher_checks.LEAVES, "teacher_tag_key"), teacher_checks.teachers_share_rows),
     Check(("lmbda", "kind"), _on_policy),
     Check(("divergence", "beta"), _beta),
     Check(("gkd_topk_tail", "gkd_logits_topk"), _tail),
@@ -236,10 +232,10 @@ CHECKS = (
     Check(("external_plugins",), _plugins_exist, needs_files=True),
     Check(("output_dir",), _output_is_writable, needs_files=True),
     Check(("model",), model_checks.student_is_readable, needs_files=True),
-    Check(("kind", "teacher_model"), model_checks.teacher_is_readable, needs_files=True),
+    Check(teacher_checks.LEAVES, model_checks.teachers_are_readable, needs_files=True),
     Check(
         (
-            *("model", "kind", "teacher_model", "max_length", "sequence_parallel", "gkd_logits_topk"),
+            *("model", *teacher_checks.LEAVES, "max_length", "sequence_parallel", "gkd_logits_topk"),
             *("tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"),
             *("expert_model_parallel_size", "expert_tensor_parallel_size"),
         ),

@@ -33,10 +33,18 @@ def student_is_readable(recipe: Recipe, _: int) -> Iterator[str]:
     yield from _unreadable("student.model", recipe.student.model)
 
 
-def teacher_is_readable(recipe: Recipe, _: int) -> Iterator[str]:
-    """The same of the teacher, where the recipe has one."""
-    if recipe.teacher.kind == "local" and recipe.teacher.teacher_model is not None:
-        yield from _unreadable("teacher.teacher_model", recipe.teacher.teacher_model)
+def teachers_are_readable(recipe: Recipe, _: int) -> Iterator[str]:
+    """The same of the local teachers."""
+    for key, model in _local_teachers(recipe).items():
+        yield from _unreadable(key, model)
+
+
+def _local_teachers(recipe: Recipe) -> dict[str, str]:
+    """The models by their keys."""
+    teachers = recipe.teacher.all.items()
+    return {
+        f"{place}.teacher_model": t.teacher_model for place, t in teachers if t.source == "local" and t.teacher_model
+    }
 
 
 def _unreadable(key: str, value: str) -> Iterator[str]:
@@ -48,9 +56,7 @@ def _unreadable(key: str, value: str) -> Iterator[str]:
 
 def models_fit(recipe: Recipe, _: int) -> Iterator[str]:
     """Local checkpoints that the layout or another key does not suit; unreadable ones are reported above."""
-    models = {"student.model": recipe.student.model}
-    if recipe.teacher.kind == "local" and recipe.teacher.teacher_model is not None:
-        models["teacher.teacher_model"] = recipe.teacher.teacher_model
+    models = {"student.model": recipe.student.model} | _local_teachers(recipe)
     shapes: dict[str, ModelShape] = {}
     for key, value in models.items():
         try:

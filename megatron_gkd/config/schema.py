@@ -40,16 +40,57 @@ class StudentSection(Section):
     model: PathText = Field(description="the student: a local Hugging Face directory or a hub id")
 
 
-class TeacherSection(Section):
-    """The model that is learnt from."""
+TeacherKind = Literal["local", "server", "self", "none"]
 
-    kind: Literal["local", "none"] = Field(
-        "local", description="local: a Megatron model beside the student; none: plain cross-entropy, no teacher"
+
+class OneTeacher(Section):
+    """One model that is learnt from."""
+
+    kind: TeacherKind | None = Field(
+        None,
+        description="local: a Megatron model beside the student; server: vLLM servers; self: the student itself, with "
+        "each row's teacher_prompt; none: plain cross-entropy; null: local or server, whichever is named",
     )
     teacher_model: PathText | None = Field(
-        None, description="the teacher: a local Hugging Face directory or a hub id; unused with kind none"
+        None,
+        description="local: a Hugging Face directory or a hub id; self: student.model for the weights that it began "
+        "with, null for those that it has",
+    )
+    teacher_model_server: Annotated[tuple[ServerUrl, ...], BeforeValidator(_as_sequence)] = Field(
+        (), description="server: addresses of vLLM servers of the same teacher (http://host:8000)"
     )
     offload_teacher_model: bool = Field(False, description="keep the teacher in host memory between scorings")
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="self: judge with a moving average of the weights; its decay for each step"
+    )
+
+    @property
+    def source(self) -> TeacherKind | None:
+        """`kind`, or what follows from the other keys; None where nothing does."""
+        named = "server" if self.teacher_model_server else "local" if self.teacher_model else None
+        return self.kind or named
+
+
+class TaggedTeacher(OneTeacher):
+    """A teacher of the rows that have one of its tags."""
+
+    tags: Annotated[tuple[str, ...], BeforeValidator(_as_sequence)] = Field(min_length=1)
+
+
+class TeacherSection(OneTeacher):
+    """What is learnt from: one model, or several that share the rows."""
+
+    teachers: tuple[TaggedTeacher, ...] = Field(
+        (), description="several teachers, each with the keys above and its tags, in place of one"
+    )
+    teacher_tag_key: str | None = Field(None, description="teachers: the rows' key that holds a teacher's tag")
+
+    @property
+    def all(self) -> dict[str, OneTeacher]:
+        """Every teacher under its place in the recipe."""
+        if not self.teachers:
+            return {"teacher": self}
+        return {f"teacher.teachers[{index}]": teacher for index, teacher in enumerate(self.teachers)}
 
 
 DivergenceName = Literal["jsd", "total_variation", "skewed_forward_kl", "skewed_reverse_kl", "alpha"]

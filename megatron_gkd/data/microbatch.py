@@ -27,6 +27,8 @@ class Microbatch:
             context-parallel split.
         max_seqlen: longest padded sequence of the whole microbatch.
         num_rows: number of sequences, S.
+        samples: the rows behind the sequences, in order and whole on every context-parallel rank; sequences of padding
+            alone, at the end, have none.
     """
 
     input_ids: Tensor
@@ -37,6 +39,7 @@ class Microbatch:
     cu_seqlens: Tensor
     max_seqlen: int
     num_rows: int
+    samples: tuple[Sample, ...]
 
     @property
     def num_tokens(self) -> int:
@@ -83,6 +86,7 @@ def collate(samples: Sequence[Sample], *, pad_multiple: int, pad_token_id: int) 
         cu_seqlens=torch.from_numpy(starts.astype(np.int32)),
         max_seqlen=max(padded),
         num_rows=len(samples),
+        samples=tuple(samples),
     )
 
 
@@ -110,7 +114,7 @@ def lengthen(microbatch: Microbatch, total_length: int, pad_token_id: int) -> Mi
 def shard_context_parallel(microbatch: Microbatch, rank: int, size: int) -> Microbatch:
     """The part of a whole microbatch that a context-parallel rank holds; see `context_parallel_indices`.
 
-    `cu_seqlens`, `max_seqlen` and `num_rows` stay those of the whole.
+    `cu_seqlens`, `max_seqlen`, `num_rows` and `samples` stay those of the whole.
     """
     if size == 1:
         return microbatch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -18,8 +19,10 @@ def prompt_of(sample: Sample) -> np.ndarray:
     return sample.input_ids[: trained[gaps[-1] + 1] if len(gaps) else trained[0]]
 
 
-def answered(prompt: np.ndarray, answer: Sequence[int], row_id: int, *, trained: bool = True) -> Sample:
-    """The prompt with the student's answer; without labels where it is not `trained` on."""
+def answered(row: Sample, answer: Sequence[int], *, trained: bool = True) -> Sample:
+    """The row's prompt with the student's answer; without labels where it is not `trained` on."""
+    prompt = prompt_of(row)
     input_ids = np.concatenate([prompt, np.asarray(answer, dtype=np.int64)])
     is_answer = np.arange(len(input_ids)) >= len(prompt)
-    return Sample(input_ids, shift_labels(input_ids, is_answer & trained), FROM_STUDENT, row_id)
+    labels = shift_labels(input_ids, is_answer & trained)
+    return replace(row, input_ids=input_ids, labels=labels, source=FROM_STUDENT)

@@ -21,12 +21,17 @@ class Sample:
             on (prompt, last token).
         source: who wrote the response: "dataset", or "student" for a row that the student generated.
         row_id: index of the row in its dataset.
+        teacher_prompt: int64 [P], what the teacher reads in place of the prompt (all before the last response); None
+            where it reads the same.
+        tag: which teacher judges the row, where there are several.
     """
 
     input_ids: np.ndarray
     labels: np.ndarray
     source: str
     row_id: int
+    teacher_prompt: np.ndarray | None = None
+    tag: str | None = None
 
 
 def shift_labels(input_ids: np.ndarray, trained: np.ndarray) -> np.ndarray:

@@ -96,6 +96,7 @@ class Lane:
             cu_seqlens=torch.tensor([0, length * cp_size], dtype=torch.int32),
             max_seqlen=max_position,
             num_rows=len(self.rows),
+            samples=(),
             lane=self.number,
             decoding=torch.tensor(decoding, dtype=torch.int64),
             longest=max(decoding, default=-1) + 1,

@@ -7,22 +7,47 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
+from torch import Tensor
 
 from megatron_gkd.data.microbatch import Microbatch
+from megatron_gkd.errors import UserError
+from megatron_gkd.ops.topk import TopK
+
+
+class TeacherFailed(UserError):
+    """No signals are to be had. All ranks raise it together, and the student is as it was before."""
 
 
 @dataclass(frozen=True)
 class Hidden:
     """A teacher's last hidden states for one microbatch, from which the loss makes logits chunk by chunk."""
 
-    states: torch.Tensor
+    states: Tensor
     """[N, H_T] after the final norm, one row for every label of the microbatch (in order)."""
-    head_weight: torch.Tensor
+    head_weight: Tensor
     """[ceil(V/TP), H_T]: the teacher's LM head over the same ids as the student's shard; shared by all microbatches."""
 
 
-TeacherSignal = Hidden
+@dataclass(frozen=True)
+class Part:
+    """What one teacher says to some labels of a microbatch."""
+
+    rows: Tensor
+    """int64 [n], rising: which of the microbatch's N labels on this rank."""
+    signal: Hidden | TopK
+    """Of n labels."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Several teachers' signals for one microbatch, at least one. Every label is in exactly one; one may have none."""
+
+    parts: tuple[Part, ...]
+
+
+TeacherSignal = Hidden | TopK | Parts
+"""A `TopK` has [N, k] entries, one row for every label, the same on all tensor-parallel ranks. A row whose entries are
+all missing or of probability zero says nothing: its label does not count."""
 
 
 class TeacherSource(Protocol):
@@ -33,5 +58,9 @@ class TeacherSource(Protocol):
         ...
 
     def score(self, microbatches: Sequence[Microbatch]) -> list[TeacherSignal | None]:
-        """One signal a microbatch on the last pipeline stage, None elsewhere. Model-parallel ranks call it together."""
+        """One signal a microbatch on the last pipeline stage, None elsewhere. All ranks call it together.
+
+        Raises:
+            TeacherFailed: in all ranks together.
+        """
         ...

@@ -1,4 +1,4 @@
-"""The parts of a run that a recipe and a mesh determine: how batches are cut, and both models."""
+"""The parts of a run that a recipe and a mesh determine: how batches are cut, the student, and what samples from it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ from megatron_gkd.rollout.base import RolloutEngine, Sampling
 from megatron_gkd.rollout.megatron import MegatronEngine
 from megatron_gkd.rollout.vllm_server import ServerOptions, VllmServerEngine
 from megatron_gkd.runtime.mesh import Mesh
-from megatron_gkd.teachers.local import LocalTeacher
 from megatron_gkd.training.loss import Objective
 from megatron_gkd.training.on_policy import Rollouts
 from megatron_gkd.training.student import Student
 
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def batching(recipe: Recipe, mesh: Mesh, pad_token_id: int) -> dict[str, Any]:
@@ -44,22 +43,14 @@ def batching(recipe: Recipe, mesh: Mesh, pad_token_id: int) -> dict[str, Any]:
     }
 
 
-def build_models(
-    recipe: Recipe,
-    mesh: Mesh,
-    student_checkpoint: Checkpoint,
-    teacher_checkpoint: Checkpoint | None,
-    vocab_size: int,
-    train_iters: int,
-) -> tuple[Student, LocalTeacher | None]:
-    """The student with its optimizer, and the teacher laid out like it."""
+def build_student(recipe: Recipe, mesh: Mesh, checkpoint: Checkpoint, vocab_size: int, train_iters: int) -> Student:
+    """The model with its optimizer and its loss, over the ids below `vocab_size`."""
     parallel, distill, section = recipe.parallel, recipe.distill, recipe.train
-    dtype = _DTYPES[section.dtype]
     model = MegatronModel.load(
-        student_checkpoint,
+        checkpoint,
         mesh,
         BuildOptions(
-            dtype=dtype,
+            dtype=DTYPES[section.dtype],
             attn=section.attn,
             virtual_pipeline=parallel.virtual_pipeline_model_parallel_size,
             recompute_granularity=parallel.recompute_granularity,
@@ -68,11 +59,6 @@ def build_models(
             moe_aux_loss_coeff=section.moe_aux_loss_coeff,
         ),
     )
-    teacher = None
-    if teacher_checkpoint is not None:
-        frozen = MegatronModel.load(teacher_checkpoint, mesh, BuildOptions(dtype=dtype, attn=section.attn))
-        head_rows = -(-student_checkpoint.vocab_size // mesh.tp.size())
-        teacher = LocalTeacher(frozen, head_rows=head_rows, offload=recipe.teacher.offload_teacher_model)
     objective = Objective(
         mesh,
         vocab_size,
@@ -85,7 +71,7 @@ def build_models(
         chunk_tokens=distill.loss_chunk_tokens,
         upstream=1.0,  # there is no loss scaling in bf16 and fp32
     )
-    return Student(model, objective, parallel, section, train_iters), teacher
+    return Student(model, objective, parallel, section, train_iters)
 
 
 def build_rollouts(

@@ -7,15 +7,19 @@ contributes its plain sum; Megatron divides the reduced gradient by the reduced 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from megatron_gkd.data.microbatch import Microbatch
 from megatron_gkd.models.label_rows import has_label, label_rows
+from megatron_gkd.ops.chunk_loss import PerToken
 from megatron_gkd.ops.fused_linear import fused_linear_divergence
+from megatron_gkd.ops.topk import MISSING, TopK
 from megatron_gkd.runtime.mesh import Mesh
-from megatron_gkd.teachers.base import TeacherSignal
+from megatron_gkd.teachers.base import Hidden, Parts, TeacherSignal
 
 SUMS = (
     "loss",
@@ -29,9 +33,19 @@ SUMS = (
     "top1_agreement",
     "tokens",
     "dataset_tokens",
+    "dropped_tokens",
 )
 """What `Objective` adds up over tokens, in order; `cross_entropy` only over rows that the student did not generate, and
-`student_cross_entropy` only over those that it did."""
+`student_cross_entropy` only over those that it did. Dropped tokens, of which the teacher says nothing, count nowhere
+else."""
+
+
+class Judged(NamedTuple):
+    """The loss of N labels and what was measured at each."""
+
+    total: Tensor  # scalar, with a gradient
+    token: PerToken
+    counted: Tensor  # fp32 [N]: 1, or 0 where the teacher says nothing
 
 
 @dataclass(frozen=True)
@@ -51,49 +65,77 @@ class Objective:
     """The gradient that the loss will get in backward, where it is known: see ``fused_linear_divergence``."""
 
     def __call__(
-        self,
-        hidden: torch.Tensor,
-        head_weight: torch.Tensor,
-        microbatch: Microbatch,
-        signal: TeacherSignal | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self, hidden: Tensor, head_weight: Tensor, microbatch: Microbatch, signal: TeacherSignal | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """hidden [1, T(/TP), H_S] -> (sum of losses, number of tokens, sums of `SUMS` as fp64)."""
         chosen = has_label(microbatch)
         student = label_rows(hidden, chosen, self.mesh)
+        labels = microbatch.labels.squeeze(0)[chosen]
         from_dataset = microbatch.from_dataset.squeeze(0)[chosen].float()
+        total, token, counted = self.judge(student, head_weight, labels, from_dataset, signal)
+        by_dataset = from_dataset * counted
+        measured = (
+            (token.divergence, counted),
+            (token.cross_entropy, by_dataset),
+            (token.cross_entropy, counted - by_dataset),
+            (token.teacher_entropy, counted),
+            (token.student_entropy, counted),
+            (token.forward_kl, counted),
+            (token.reverse_kl, counted),
+            (token.top1_agreement, counted),
+        )
+        sums = [total.detach(), *((values * weights).sum(dtype=torch.float64) for values, weights in measured)]
+        sums += [x.sum(dtype=torch.float64) for x in (counted, by_dataset, 1 - counted)]
+        return total, counted.sum().int(), torch.stack([x.double() for x in sums])
+
+    def judge(
+        self, student: Tensor, head_weight: Tensor, labels: Tensor, from_dataset: Tensor, signal: TeacherSignal | None
+    ) -> Judged:
+        """student [N, H_S]; labels int64 and from_dataset fp32 [N]; `signal` is of the same N labels."""
+        if not isinstance(signal, Parts):
+            return self._judge(student, head_weight, labels, from_dataset, signal)
+        found = [
+            self._judge(student[part.rows], head_weight, labels[part.rows], from_dataset[part.rows], part.signal)
+            for part in signal.parts
+        ]
+        order = torch.cat([part.rows for part in signal.parts]).argsort()
+        token = PerToken(*(torch.cat(values)[order] for values in zip(*(one.token for one in found), strict=True)))
+        return Judged(sum(one.total for one in found), token, torch.cat([one.counted for one in found])[order])
+
+    def _judge(
+        self,
+        student: Tensor,
+        head_weight: Tensor,
+        labels: Tensor,
+        from_dataset: Tensor,
+        signal: Hidden | TopK | None,
+    ) -> Judged:
+        teacher = signal if isinstance(signal, Hidden) else None
+        counted = torch.ones_like(from_dataset)
+        if isinstance(signal, TopK):
+            says = (signal.ids >= 0) & (signal.ids < self.vocab_size) & (signal.values > -torch.inf)
+            counted = says.any(-1).float()
+            # Without an entry all mass of both models is in the tail. Improbable entries alone would give no number.
+            silent = counted == 0
+            tail = None if signal.tail is None else signal.tail.masked_fill(silent, 0)
+            signal = replace(signal, ids=signal.ids.masked_fill(silent[:, None], MISSING), tail=tail)
         sft_alpha = 1.0 if signal is None else self.sft_alpha
         total, token = fused_linear_divergence(
             student,
             head_weight,
-            None if signal is None else signal.states,
-            None if signal is None else signal.head_weight,
+            None if teacher is None else teacher.states,
+            None if teacher is None else teacher.head_weight,
             divergence=self.divergence,
             beta=self.beta,
             temperature=self.temperature,
-            token_weights=torch.ones_like(from_dataset),
+            token_weights=counted,
             group=self.mesh.tp,
             vocab_size=self.vocab_size,
-            labels=microbatch.labels.squeeze(0)[chosen],
-            sft_weights=sft_alpha * from_dataset if sft_alpha else None,
-            topk=None if signal is None else self.topk,
+            labels=labels,
+            sft_weights=sft_alpha * from_dataset * counted if sft_alpha else None,
+            topk=signal if isinstance(signal, TopK) else self.topk if teacher is not None else None,
             tail=self.tail,
             chunk_tokens=self.chunk_tokens,
             upstream=self.upstream,
         )
-        sums = torch.stack(
-            [
-                total.detach().double(),
-                token.divergence.double().sum(),
-                (token.cross_entropy.double() * from_dataset).sum(),
-                (token.cross_entropy.double() * (1 - from_dataset)).sum(),
-                token.teacher_entropy.double().sum(),
-                token.student_entropy.double().sum(),
-                token.forward_kl.double().sum(),
-                token.reverse_kl.double().sum(),
-                token.top1_agreement.double().sum(),
-                torch.tensor(float(len(chosen)), dtype=torch.float64, device=total.device),
-                from_dataset.double().sum(),
-            ]
-        )
-        num_tokens = torch.tensor(len(chosen), dtype=torch.int, device=total.device)
-        return total, num_tokens, sums
+        return Judged(total, token, counted)

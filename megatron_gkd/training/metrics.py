@@ -20,6 +20,7 @@ def summarize(totals: dict[str, float], *, has_teacher: bool) -> dict[str, float
         "divergence": totals["divergence"] / tokens if has_teacher else None,
         "sft_loss": totals["cross_entropy"] / dataset_tokens if dataset_tokens else None,
         "num_tokens": int(totals["tokens"]),
+        "dropped_tokens": int(totals["dropped_tokens"]),
         "teacher_entropy": totals["teacher_entropy"] / tokens if has_teacher else None,
         "student_entropy": totals["student_entropy"] / tokens,
         "forward_kl": totals["forward_kl"] / tokens if has_teacher else None,
@@ -35,7 +36,8 @@ def describe_rollouts(report: RolloutReport, totals: dict[str, float]) -> dict[s
     ln p_engine - ln p_trainer over the sampled tokens, both at temperature 1. It is near 0 where both compute the same.
     """
     tokens = totals["tokens"] - totals["dataset_tokens"]
-    mismatch = (report.log_prob + totals["student_cross_entropy"]) / tokens if tokens else None
+    known = tokens and not totals["dropped_tokens"]  # the engine's sum is over all of them
+    mismatch = (report.log_prob + totals["student_cross_entropy"]) / tokens if known else None
     return {**report.record(), "mismatch_kl": mismatch}
 
 

@@ -95,8 +95,8 @@ class Rollouts:
         completions = self._complete(step, rows, [int(i) for i in np.flatnonzero(mine)])
         seconds = time.perf_counter() - start
         log_prob = 0.0
-        for position, (prompt, completion) in completions.items():
-            sample, trained = self._sample(rows[position], prompt, completion)
+        for position, completion in completions.items():
+            sample, trained = self._sample(rows[position], completion)
             samples[position] = sample
             log_prob += sum(completion.log_probs) if trained else 0.0
         require_responses(self.dataset, [rows[position] for position in np.flatnonzero(~mine)], step)
@@ -104,7 +104,7 @@ class Rollouts:
             len(samples[i].input_ids) if i in samples else int(self.dataset.lengths[row]) for i, row in enumerate(rows)
         ]
         cut = self.cutting.microbatches(lengths, lambda i: samples[i] if i in samples else self.dataset[rows[i]])
-        found = [completion for _, completion in completions.values()]
+        found = list(completions.values())
         return cut, RolloutReport(
             student_rows=len(found),
             dataset_rows=len(rows) - len(found),
@@ -114,20 +114,20 @@ class Rollouts:
             log_prob=log_prob,
         )
 
-    def _complete(self, step: int, rows: list[int], positions: list[int]) -> dict[int, tuple[np.ndarray, Completion]]:
-        """Prompt and completion of every position, whichever data-parallel rank sampled it."""
+    def _complete(self, step: int, rows: list[int], positions: list[int]) -> dict[int, Completion]:
+        """The completion of every position, whichever data-parallel rank sampled it."""
         mine = positions[self.dp.rank() :: self.dp.size()]
         prompts = [self._prompt(rows[position]) for position in mine]
         seeds = [self._seed(step, position) for position in mine]
         with self.engine.resident():
             completions = self.engine.generate([prompt.tolist() for prompt in prompts], self.sampling, seeds)
         found = [
-            (position, prompt, self._within_length(prompt, completion))
+            (position, self._within_length(prompt, completion))
             for position, prompt, completion in zip(mine, prompts, completions, strict=True)
         ]
         everything: list[list] = [[] for _ in range(self.dp.size())]
         dist.all_gather_object(everything, found, group=self.dp)
-        return {position: (prompt, completion) for part in everything for position, prompt, completion in part}
+        return {position: completion for part in everything for position, completion in part}
 
     def _prompt(self, row: int) -> np.ndarray:
         prompt = prompt_of(self.dataset[row])
@@ -148,9 +148,9 @@ class Rollouts:
         """Of one row of one step: whatever rank samples it, and in whatever company."""
         return int(np.random.SeedSequence([self.policy.seed, step, position]).generate_state(1, np.uint64)[0] >> 1)
 
-    def _sample(self, row: int, prompt: np.ndarray, completion: Completion) -> tuple[Sample, bool]:
+    def _sample(self, row: int, completion: Completion) -> tuple[Sample, bool]:
         """The sample, and whether it is trained on."""
         trained = completion.finish_reason == "stop" or self.truncated == "keep"
         if not trained and self.truncated == "drop":
             return filler(self.cutting.pad_token_id), False
-        return answered(prompt, completion.token_ids, row, trained=trained), trained
+        return answered(self.dataset[row], completion.token_ids, trained=trained), trained

@@ -18,10 +18,10 @@ from megatron_gkd.data.loader import StepLoader, validation_batches
 from megatron_gkd.data.order import SampleOrder
 from megatron_gkd.data.policy import OnPolicy
 from megatron_gkd.models.checkpoint import Checkpoint
-from megatron_gkd.models.vocabulary import shared_vocab_size
 from megatron_gkd.runtime import portability
 from megatron_gkd.runtime.mesh import Layout, Mesh, destroy_mesh, initialize_mesh
-from megatron_gkd.training.build import batching, build_models, build_rollouts
+from megatron_gkd.training.build import batching, build_rollouts, build_student
+from megatron_gkd.training.build_teacher import build_teacher, open_teachers, shared_vocab_size_of_all
 from megatron_gkd.training.exports import Exports
 from megatron_gkd.training.metrics import Reporter
 from megatron_gkd.training.trainer import Trainer
@@ -48,11 +48,8 @@ def _train(recipe: Recipe, mesh: Mesh) -> None:
         (output_dir / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     shared = {"main_process": mesh.is_main, "barrier": dist.barrier}
     student_checkpoint = Checkpoint.open(recipe.student.model, **shared)
-    has_teacher = recipe.teacher.kind != "none"
-    teacher_checkpoint = Checkpoint.open(recipe.teacher.teacher_model, **shared) if has_teacher else None
-    vocab_size = student_checkpoint.vocab_size
-    if teacher_checkpoint is not None:
-        vocab_size = shared_vocab_size(student_checkpoint, teacher_checkpoint)
+    teacher_checkpoints = open_teachers(recipe.teacher, **shared)
+    vocab_size = shared_vocab_size_of_all(student_checkpoint, teacher_checkpoints)
 
     tokenizer = student_checkpoint.tokenizer()
     prompts = recipe.distill.lmbda > 0
@@ -79,7 +76,8 @@ def _train(recipe: Recipe, mesh: Mesh) -> None:
         held_out, _ = build_dataset(recipe.data, "validation", tokenizer, **shared)
         validation = validation_batches(held_out, **cut, num_steps=recipe.train.eval_iters)
 
-    student, teacher = build_models(recipe, mesh, student_checkpoint, teacher_checkpoint, vocab_size, train_iters)
+    student = build_student(recipe, mesh, student_checkpoint, vocab_size, train_iters)
+    teacher = build_teacher(recipe, mesh, student, teacher_checkpoints)
     rollouts = None
     if recipe.distill.lmbda > 0:
         rollouts = build_rollouts(recipe, mesh, student, student_checkpoint, policy, dataset, order, cut)

@@ -65,7 +65,10 @@ def flags(text: str) -> list[str]:
         (2, "--gkd_topk_tail other --gkd_logits_topk 4",
          "distill.gkd_topk_tail = other: must be one of renormalize, bucket"),
         (2, "--gkd_logits_topk 0", "distill.gkd_logits_topk = 0: must be an integer >= 1, or null"),
-        (2, "--teacher_model null", "teacher.teacher_model = null: must name a model where teacher.kind = local"),
+        (2, "--teacher_model null --kind local",
+         "teacher.teacher_model = null: must name a model where teacher.kind = local"),
+        (2, "--teacher_model null",
+         "teacher.kind = null: must be local, server, self or none, or follow from teacher_model or _server"),
     ],
 )  # fmt: skip
 def test_refused(workspace, world_size, arguments, problem):

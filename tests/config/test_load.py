@@ -7,7 +7,7 @@ from megatron_gkd.errors import UserError
 def test_the_documented_recipe_loads_as_it_stands(workspace):
     recipe = workspace.load()
     assert recipe.student.model == "student"
-    assert recipe.teacher.kind == "local" and recipe.teacher.offload_teacher_model is True
+    assert recipe.teacher.source == "local" and recipe.teacher.offload_teacher_model is True
     assert recipe.parallel.sequence_parallel is True
     assert [(entry.path, entry.weight) for entry in recipe.data.dataset] == [("train.jsonl", 1.0)]
     assert recipe.train.train_iters == 20 and recipe.train.lr == 1e-4

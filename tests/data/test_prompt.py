@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -24,9 +26,11 @@ def test_the_prompt_ends_where_the_last_answer_begins(trained, length):
 
 
 def test_an_answered_prompt():
-    found = answered(np.array([5, 6, 7]), [1, 2], row_id=9)
-    assert found.input_ids.tolist() == [5, 6, 7, 1, 2] and found.input_ids.dtype == np.int64
+    row = replace(sample([0, 0, 0, 1, 1]), row_id=9, teacher_prompt=np.array([5, 6]), tag="math")
+    found = answered(row, [1, 2])
+    assert found.input_ids.tolist() == [10, 11, 12, 1, 2] and found.input_ids.dtype == np.int64
     assert found.labels.tolist() == [-100, -100, 1, 2, -100]
-    assert (found.source, found.row_id) == ("student", 9)
-    assert prompt_of(found).tolist() == [5, 6, 7]
-    assert (answered(np.array([5]), [1], row_id=9, trained=False).labels == -100).all()
+    assert (found.source, found.row_id, found.tag) == ("student", 9, "math")
+    assert found.teacher_prompt.tolist() == [5, 6]
+    assert prompt_of(found).tolist() == [10, 11, 12]
+    assert (answered(row, [1], trained=False).labels == -100).all()

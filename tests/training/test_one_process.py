@@ -21,8 +21,11 @@ def teacher_of(vocab_size: int = 99):
     return tiny_checkpoint("qwen3", seed=1, num_hidden_layers=2, hidden_size=48, vocab_size=vocab_size)
 
 
-def oracle(student_path, teacher_path, beta, temperature, sft_alpha, divergence="jsd"):
-    """Loss and gradients of the first step, from unsharded models in fp64 and torch's autograd."""
+def oracle(student_path, teacher_path, beta, temperature, sft_alpha, divergence="jsd", of=lambda sample: True):
+    """Loss, gradients and tokens of the first step, from unsharded models in fp64 and torch's autograd.
+
+    `of` leaves rows out.
+    """
 
     def open_model(path):
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, attn_implementation="eager")
@@ -35,7 +38,7 @@ def oracle(student_path, teacher_path, beta, temperature, sft_alpha, divergence=
         0, RECIPE["train"]["global_batch_size"]
     )
     total, tokens = 0.0, 0
-    for sample in (rows[row] for row in order):
+    for sample in filter(of, (rows[row] for row in order)):
         inputs, labels = torch.from_numpy(sample.input_ids)[None], torch.from_numpy(sample.labels)
         counts = labels != -100
         logits = student(inputs).logits[0][counts]
@@ -57,10 +60,11 @@ def oracle(student_path, teacher_path, beta, temperature, sft_alpha, divergence=
         tokens += int(counts.sum())
     loss = total / tokens
     loss.backward()
-    return loss.item(), {name: parameter.grad for name, parameter in student.named_parameters()}
+    return loss.item(), {name: parameter.grad for name, parameter in student.named_parameters()}, tokens
 
 
-def assert_equals_oracle(record, loss, gradients):
+def assert_equals_oracle(record, loss, gradients, tokens):
+    assert record["totals"]["tokens"] == tokens
     assert record["totals"]["loss"] / record["totals"]["tokens"] == pytest.approx(loss, rel=1e-5)
     assert record["gradient"].keys() == gradients.keys()
     for name, expected in gradients.items():
