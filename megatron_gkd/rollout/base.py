@@ -119,6 +119,10 @@ class BackgroundEngine(RolloutEngine, Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Stop whatever else goes on in the background."""
+        ...
+
 
 def check_prompts(prompts: Sequence[Sequence[int]], seeds: Sequence[int], vocab_size: int) -> None:
     """Raises the ValueError that `RolloutEngine.generate` promises."""

@@ -6,7 +6,6 @@ Needs torch alone, so that a server can import it.
 from __future__ import annotations
 
 import datetime
-import ipaddress
 import os
 import socket
 
@@ -19,10 +18,6 @@ def address_towards(host: str, port: int) -> str:
     with socket.socket(family, kind, protocol) as probe:
         probe.connect(target)  # sends nothing
         return probe.getsockname()[0]
-
-
-def is_loopback(address: str) -> bool:
-    return ipaddress.ip_address(address).is_loopback
 
 
 def open_store(timeout: float) -> dist.TCPStore:

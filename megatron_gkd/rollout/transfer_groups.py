@@ -1,4 +1,4 @@
-"""The group that weights travel through: rank 0 is the trainer's first rank, the others are the servers' workers.
+"""The group that weights travel through: rank 0 is the trainer's first rank, the others are a server's workers.
 
 One broadcast takes one buffer of bytes. What differs between the backends is all here; see `weight_transfer.py`.
 """
@@ -6,7 +6,6 @@ One broadcast takes one buffer of bytes. What differs between the backends is al
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
@@ -24,8 +23,8 @@ _NO_LIMIT = 2**62
 class TransferGroup(Protocol):
     """Made first; then the workers are sent the `invitation`, and all of them and this rank `join`."""
 
-    def invitation(self, rank_offset: int) -> dict[str, Any]:
-        """To a server whose first worker has rank `rank_offset`: what its weight-transfer engine wants to know."""
+    def invitation(self) -> dict[str, Any]:
+        """What the server's weight-transfer engine wants to know."""
         ...
 
     def join(self) -> None:
@@ -40,19 +39,20 @@ class TransferGroup(Protocol):
 
 
 class GlooGroup:
-    """For servers with `vllm_worker.py`. `urls` of the servers; `timeout` in seconds."""
+    """For servers with `vllm_worker.py`; `timeout` in seconds. OSError if there is no way to `url`."""
 
-    def __init__(self, size: int, urls: Sequence[str], timeout: float):
+    def __init__(self, size: int, url: str, timeout: float):
         self.size, self.timeout = size, timeout
         self._store = gloo.open_store(timeout)
-        self._address = _address_towards_all(urls)
+        parts = urlsplit(url)
+        self._address = gloo.address_towards(parts.hostname, parts.port or 80)
         self._group: dist.ProcessGroupGloo | None = None
 
-    def invitation(self, rank_offset: int) -> dict[str, Any]:
+    def invitation(self) -> dict[str, Any]:
         return {
             "master_address": self._address,
             "master_port": self._store.port,
-            "rank_offset": rank_offset,
+            "rank_offset": 1,
             "world_size": self.size,
             "timeout": self.timeout,
         }
@@ -85,10 +85,10 @@ class NcclGroup:
         # Its own: sending again must not wait for what a training step has queued, nor the step for the sending.
         self._stream = torch.cuda.Stream()
 
-    def invitation(self, rank_offset: int) -> dict[str, Any]:
+    def invitation(self) -> dict[str, Any]:
         return {
             "nccl_unique_id_b64": base64.b64encode(self._id).decode(),
-            "rank_offset": rank_offset,
+            "rank_offset": 1,
             "world_size": self.size,
             "packed": True,
             "packed_buffer_size_bytes": _NO_LIMIT,  # all tensors of one update in one buffer
@@ -112,10 +112,3 @@ class NcclGroup:
 
     def close(self) -> None:
         self._comm = None
-
-
-def _address_towards_all(urls: Sequence[str]) -> str:
-    """Of this machine, for servers here and elsewhere."""
-    parts = [urlsplit(url) for url in urls]
-    found = [gloo.address_towards(part.hostname, part.port or 80) for part in parts]
-    return next((address for address in found if not gloo.is_loopback(address)), found[0])

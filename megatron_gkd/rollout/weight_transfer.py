@@ -1,20 +1,20 @@
 """The student's weights to vLLM servers through vLLM's weight-transfer protocol: over nccl or gloo, without files.
 
-The world's first rank gathers them into buffers of bytes. Servers are told over HTTP what is in the next buffer, and it
-is broadcast to the workers of all of them at once. The same buffers stay in host memory, until the next version: a
-server that has been restarted gets them from there, in a group of its own. Exporting again would take all ranks, which
-may be in the middle of a training step, or waiting for the very answers that the server owes.
+The world's first rank gathers them into buffers of bytes. A server is told over HTTP what is in the next buffer, which
+is broadcast to its workers; all servers are sent to at the same time, each in a group of its own, so that one that dies
+in the middle holds up nobody else. The same buffers stay in host memory until the next version: a server that has been
+restarted gets them from there. Exporting again would take all ranks, which may be in the middle of a training step, or
+waiting for the very answers that the server owes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -67,6 +67,66 @@ def _buffer(part: list[tuple[str, Tensor]]) -> Buffer:
     return Buffer(list(names), [list(tensor.shape) for tensor in tensors], tensors[0].dtype, data)
 
 
+class Link:
+    """To the workers of one server. `timeout`: seconds that one exchange with them may take."""
+
+    def __init__(self, server: StudentServer, backend: Backend, timeout: float):
+        self.server, self.backend, self.timeout = server, backend, timeout
+        self._group: TransferGroup | None = None
+
+    def begin(self) -> None:
+        """Pause the server, meet its workers, and make them ready for weights. Like the next two, raises ServerDown."""
+        self.server.pause()
+        label = self.server.reported_label()
+        if label == _UNFINISHED:  # what has arrived of that update would count as part of the next
+            with contextlib.suppress(ServerDown):  # it waits for the rest, and has not to be started
+                self._post("/start_weight_update")
+            self._post("/finish_weight_update")
+        if self._group is None or label != self.server.label:  # not as this run has left it
+            self._meet()
+        self.server.set_label(_UNFINISHED)
+        self._post("/start_weight_update")
+
+    def send(self, buffer: Buffer) -> None:
+        group = self._group
+        self._together(lambda: group.broadcast(buffer.data), "/update_weights", {"update_info": buffer.update_info()})
+
+    def finish(self) -> None:
+        self._post("/finish_weight_update")
+
+    def close(self) -> None:
+        if self._group is not None:
+            self._group.close()
+        self._group = None
+
+    def _meet(self) -> None:
+        self.close()
+        size = 1 + self.server.exchange("GET", "/get_world_size")["world_size"]
+        if self.backend == "gloo":
+            try:
+                group: TransferGroup = GlooGroup(size, self.server.url, self.timeout)
+            except OSError as error:
+                raise ServerDown(f"{self.server.url}: there is no way to it: {error}") from error
+        else:
+            group = NcclGroup(size)
+        self._post("/shutdown_weight_transfer_engine")
+        self._together(group.join, "/init_weight_transfer_engine", {"init_info": group.invitation()})
+        self._group = group
+
+    def _post(self, path: str) -> None:
+        self.server.exchange("POST", path)
+
+    def _together(self, own: Callable[[], None], path: str, body: dict[str, Any]) -> None:
+        """What this rank does while the server does its part. ServerDown as soon as one of them fails."""
+        theirs = in_background(lambda: self.server.exchange("POST", path, json=body))
+        try:
+            together([theirs, in_background(own)], self.timeout)
+        except TimeoutError as error:
+            raise ServerDown(f"{self.server.url}{path}: {error} (rollout.server_timeout_s)") from error
+        except RuntimeError as error:  # torch's, of every kind of broken connection
+            raise ServerDown(f"{self.server.url}{path}: broke off: {error}") from error
+
+
 class WeightTransfer:
     """On the world's first rank.
 
@@ -80,9 +140,7 @@ class WeightTransfer:
         self.backend, self.expected, self.optional, self.timeout = backend, expected, optional, timeout
         self.run = secrets.token_hex(4)
         self._kept: list[Buffer] = []
-        self._lock = threading.Lock()  # of the group: servers are sent to together, or one after another
-        self._group: TransferGroup | None = None
-        self._members: Sequence[StudentServer] = ()
+        self._links: dict[str, Link] = {}  # by the server's URL; each is used under its server's lock
 
     def load(
         self, named_tensors: Iterable[tuple[str, Tensor]], version: int, servers: Sequence[StudentServer]
@@ -94,20 +152,16 @@ class WeightTransfer:
         weights = Weights(version, f"{self.run}-{version}")
         named_tensors = iter(named_tensors)
         try:
-            with ExitStack() as locks:
+            with contextlib.ExitStack() as locks:
                 for server in servers:
                     locks.enter_context(server.lock)
                     server.wanted = weights
                 self._kept = []
-                new = self._keeping(named_tensors)
-                try:
-                    self._send(new, servers)
-                    for server, label in zip(servers, each(StudentServer.serve_wanted, servers), strict=True):
-                        server.label = label
-                except ServerDown:
-                    for _ in new:
-                        pass
-            each(StudentServer.current_label, servers)  # and whoever has not got them yet gets what was kept
+                links = _survivors(Link.begin, [self._link(server) for server in servers])
+                for buffer in self._keeping(named_tensors):
+                    links = _survivors(lambda link, buffer=buffer: link.send(buffer), links)
+                _survivors(_finish, links)
+            each(StudentServer.current_label, servers)  # who has not got them yet gets what was kept
         finally:
             for _ in named_tensors:
                 pass
@@ -115,9 +169,14 @@ class WeightTransfer:
 
     def hand_over(self, server: StudentServer) -> None:
         """`StudentServer`'s, on this rank."""
+        link = self._link(server)
         try:
-            self._send(self._kept, [server])
+            link.begin()
+            for buffer in self._kept:
+                link.send(buffer)
+            link.finish()
         except ServerDown as error:
+            link.close()
             if not server.is_up():
                 raise
             raise UserError(
@@ -126,8 +185,11 @@ class WeightTransfer:
             ) from error
 
     def close(self) -> None:
-        with self._lock:
-            self._leave()
+        for link in self._links.values():
+            link.close()
+
+    def _link(self, server: StudentServer) -> Link:
+        return self._links.setdefault(server.url, Link(server, self.backend, self.timeout))
 
     def _keeping(self, named_tensors: Iterator[tuple[str, Tensor]]) -> Iterator[Buffer]:
         shapes: Shapes = {}
@@ -139,86 +201,24 @@ class WeightTransfer:
             yield buffer
         check_shapes(shapes, self.expected, self.optional)
 
-    def _send(self, new: Iterable[Buffer], servers: Sequence[StudentServer]) -> None:
-        with self._lock:
-            try:
-                intact = all(each(_prepare, servers))
-                if not intact or self._group is None or list(self._members) != list(servers):
-                    self._leave()
-                    self._meet(servers)
-                each(_start, servers)
-                for buffer in new:
-                    body = {"update_info": buffer.update_info()}
-                    self._together(
-                        partial(self._group.broadcast, buffer.data), "/update_weights", [body] * len(servers)
-                    )
-                each(_finish, servers)
-            except BaseException:
-                self._leave()
-                raise
 
-    def _meet(self, servers: Sequence[StudentServer]) -> None:
-        """Open a group with all workers of `servers`."""
-        sizes = each(lambda server: server.exchange("GET", "/get_world_size")["world_size"], servers)
-        size = 1 + sum(sizes)
-        if self.backend == "gloo":
-            try:
-                group: TransferGroup = GlooGroup(size, [server.url for server in servers], self.timeout)
-            except OSError as error:
-                raise ServerDown(
-                    f"there is no way to {', '.join(server.url for server in servers)}: {error}"
-                ) from error
-        else:
-            group = NcclGroup(size)
-        each(lambda server: server.exchange("POST", "/shutdown_weight_transfer_engine"), servers)
-        self._group, self._members = group, servers
-        offsets = accumulate(sizes[:-1], initial=1)
-        bodies = [{"init_info": group.invitation(offset)} for offset in offsets]
-        self._together(group.join, "/init_weight_transfer_engine", bodies)
+def _survivors(work: Callable[[Link], None], links: Sequence[Link]) -> list[Link]:
+    """Those for which it works. The others are closed."""
 
-    def _leave(self) -> None:
-        if self._group is not None:
-            self._group.close()
-        self._group, self._members = None, ()
-
-    def _together(self, own: Callable[[], None], path: str, bodies: Sequence[dict[str, Any]]) -> None:
-        """What this rank does while each server does its part. ServerDown as soon as one of them fails."""
-
-        def ours() -> None:
-            try:
-                own()
-            except RuntimeError as error:  # torch's, of every kind of broken connection
-                where = ", ".join(server.url for server in self._members)
-                raise ServerDown(f"{where}: {path} broke off: {error}") from error
-
-        calls = [partial(s.exchange, "POST", path, json=body) for s, body in zip(self._members, bodies, strict=True)]
+    def attempt(link: Link) -> bool:
         try:
-            together([in_background(part) for part in (*calls, ours)], self.timeout)
-        except TimeoutError as error:
-            where = ", ".join(server.url for server in self._members)
-            raise ServerDown(f"{where}: {path}: {error} (rollout.server_timeout_s)") from error
-
-
-def _prepare(server: StudentServer) -> bool:
-    """Pause it, and clear away an update that broke off. Whether it still is as this run has left it."""
-    server.pause()
-    label = server.reported_label()
-    if label == _UNFINISHED:  # what has arrived would count as part of the next update
-        try:
-            _start(server)
+            work(link)
         except ServerDown:
-            pass  # it still waits for the rest
-        _finish(server)
-    return label == server.label
+            link.close()
+            return False
+        return True
+
+    return [link for link, works in zip(links, each(attempt, links), strict=True) if works]
 
 
-def _start(server: StudentServer) -> None:
-    server.set_label(_UNFINISHED)
-    server.exchange("POST", "/start_weight_update")
-
-
-def _finish(server: StudentServer) -> None:
-    server.exchange("POST", "/finish_weight_update")
+def _finish(link: Link) -> None:
+    link.finish()
+    link.server.label = link.server.serve_wanted()
 
 
 def wait_for_first_rank(server: StudentServer) -> None:

@@ -83,6 +83,7 @@ def build_rollouts(
     dataset: SampleDataset,
     order: StepOrder,
     cut: dict[str, Any],
+    train_iters: int,
 ) -> Rollouts:
     """What samples the steps that `policy` gives to the student. `cut` is what ``batching`` returns."""
     section = recipe.rollout
@@ -103,6 +104,8 @@ def build_rollouts(
         global_batch_size=recipe.train.global_batch_size,
         truncated=section.truncated,
         dp=mesh.dp,
+        steps_ahead=section.steps_ahead,
+        num_steps=train_iters,
     )
 
 

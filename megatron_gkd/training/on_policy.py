@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch.distributed as dist
@@ -16,18 +16,24 @@ from megatron_gkd.data.policy import OnPolicy
 from megatron_gkd.data.prompt import answered, prompt_of
 from megatron_gkd.data.sample import FROM_DATASET, FROM_STUDENT, Sample
 from megatron_gkd.errors import UserError
-from megatron_gkd.rollout.base import Completion, RolloutEngine, Sampling
+from megatron_gkd.rollout.base import BackgroundEngine, Completion, Generation, RolloutEngine, RolloutFailed, Sampling
+
+if TYPE_CHECKING:
+    from megatron_gkd.training.student import Student
 
 Truncated = Literal["keep", "mask", "drop"]
 
 
 @dataclass(frozen=True)
 class RolloutReport:
-    """What sampling was like in one step, over all data-parallel ranks."""
+    """What sampling was like in one step, over all data-parallel ranks. `seconds` is how long the step waited for it,
+    `generation_seconds` how long it took, and `staleness` how many updates old the weights were, on average."""
 
     student_rows: int
     dataset_rows: int
     seconds: float
+    generation_seconds: float
+    staleness: float
     tokens: int
     truncated: int
     log_prob: float  # sum over the student's tokens that are trained on, in nats, as the engine has it
@@ -42,9 +48,10 @@ class RolloutReport:
             "student_rows": self.student_rows,
             "dataset_rows": self.dataset_rows,
             "rollout_time_s": self.seconds,
-            "rollout_tokens_per_second": self.tokens / self.seconds if self.seconds else 0.0,
+            "rollout_tokens_per_second": self.tokens / max(self.generation_seconds, 1e-9),
             "mean_completion_length": self.tokens / max(self.student_rows, 1),
             "truncated_share": self.truncated / max(self.student_rows, 1),
+            "staleness": self.staleness,
         }
 
 
@@ -59,6 +66,8 @@ class Rollouts:
         sampling: `max_completion_length` is cut to what a sequence of `cutting.max_length` tokens leaves.
         truncated: completions without an end are trained on ("keep"), kept without labels ("mask"), or left out.
         dp: the data-parallel group.
+        steps_ahead: 1 has a `BackgroundEngine` sample a step while the one before it trains.
+        num_steps: of the whole run; steps behind it are not begun.
     """
 
     def __init__(
@@ -73,26 +82,55 @@ class Rollouts:
         global_batch_size: int,
         truncated: Truncated,
         dp: dist.ProcessGroup,
+        steps_ahead: int = 0,
+        num_steps: int | None = None,
     ):
         self.engine, self.policy, self.dataset, self.order = engine, policy, dataset, order
         self.cutting, self.sampling, self.global_batch_size = cutting, sampling, global_batch_size
         self.truncated, self.dp = truncated, dp
+        self.steps_ahead, self.num_steps = steps_ahead, num_steps
+        self._begun: dict[int, Generation] = {}
+        self._version: int | None = None
 
     def due(self, step: int) -> bool:
         """Whether the student answers any row of `step`, counted from 0. The same on every rank."""
         return self.policy.any(step, self.global_batch_size)
+
+    def load_weights(self, student: Student, version: int) -> None:
+        """Sample from the student as it is, after `version` updates. Nothing to do the second time."""
+        if version != self._version:
+            student.gather_parameters()
+            self.engine.load_weights(student.model.named_tensors(), version)
+            self._version = version
+
+    def is_early(self, step: int) -> bool:
+        """Whether `step` is to begin while the step before it trains. The same on every rank."""
+        return self.steps_ahead > 0 and (self.num_steps is None or step < self.num_steps) and self.due(step)
+
+    def has_begun(self, step: int) -> bool:
+        return step in self._begun
+
+    def begin(self, step: int) -> None:
+        """Sample `step` in the background, from the weights that are loaded; ``microbatches`` waits for the end."""
+        _, prompts, seeds = self._questions(step)
+        self._begun[step] = self.engine.start([prompt.tolist() for prompt in prompts], self.sampling, seeds)
+
+    def close(self) -> None:
+        if isinstance(self.engine, BackgroundEngine):
+            self.engine.close()
 
     def microbatches(self, step: int) -> tuple[list[Microbatch], RolloutReport]:
         """Sample, exchange between the data-parallel ranks, and cut. All ranks must call it together.
 
         Raises:
             UserError: a prompt leaves no room for an answer, or a row that the student does not answer has no response.
+            RolloutFailed: there are no samples, or of other weights than it should be.
         """
         rows = self.order.rows_of_step(step, self.global_batch_size)
         mine = self.policy.rows(step, len(rows))
         samples: dict[int, Sample] = {}
         start = time.perf_counter()
-        completions = self._complete(step, rows, [int(i) for i in np.flatnonzero(mine)])
+        completions, generation_seconds = self._complete(step)
         seconds = time.perf_counter() - start
         log_prob = 0.0
         for position, completion in completions.items():
@@ -109,25 +147,45 @@ class Rollouts:
             student_rows=len(found),
             dataset_rows=len(rows) - len(found),
             seconds=seconds,
+            generation_seconds=generation_seconds,
+            staleness=sum(step - completion.version for completion in found) / max(len(found), 1),
             tokens=sum(len(completion.token_ids) for completion in found),
             truncated=sum(completion.finish_reason == "length" for completion in found),
             log_prob=log_prob,
         )
 
-    def _complete(self, step: int, rows: list[int], positions: list[int]) -> dict[int, Completion]:
-        """The completion of every position, whichever data-parallel rank sampled it."""
-        mine = positions[self.dp.rank() :: self.dp.size()]
-        prompts = [self._prompt(rows[position]) for position in mine]
-        seeds = [self._seed(step, position) for position in mine]
-        with self.engine.resident():
-            completions = self.engine.generate([prompt.tolist() for prompt in prompts], self.sampling, seeds)
+    def _complete(self, step: int) -> tuple[dict[int, tuple[np.ndarray, Completion]], float]:
+        """Prompt and completion of every position, whichever data-parallel rank sampled it; and the time it took."""
+        mine, prompts, seeds = self._questions(step)
+        start = time.perf_counter()
+        if step in self._begun:
+            generation = self._begun.pop(step)
+            completions, seconds = generation.result(), generation.seconds
+        else:
+            with self.engine.resident():
+                completions = self.engine.generate([prompt.tolist() for prompt in prompts], self.sampling, seeds)
+            seconds = time.perf_counter() - start
         found = [
-            (position, self._within_length(prompt, completion))
+            (position, prompt, self._within_length(prompt, completion))
             for position, prompt, completion in zip(mine, prompts, completions, strict=True)
         ]
         everything: list[list] = [[] for _ in range(self.dp.size())]
         dist.all_gather_object(everything, found, group=self.dp)
-        return {position: completion for part in everything for position, completion in part}
+        together = {position: (prompt, completion) for part in everything for position, prompt, completion in part}
+        for _, completion in together.values():
+            if not step - self.steps_ahead <= completion.version <= step:
+                raise RolloutFailed(
+                    f"step {step + 1}: a sample is of the student after {completion.version} updates; allowed are "
+                    f"{step - self.steps_ahead} to {step}"
+                )
+        return together, seconds
+
+    def _questions(self, step: int) -> tuple[list[int], list[np.ndarray], list[int]]:
+        """Positions in the global batch that this data-parallel rank samples, and their prompts and seeds."""
+        rows = self.order.rows_of_step(step, self.global_batch_size)
+        positions = [int(position) for position in np.flatnonzero(self.policy.rows(step, len(rows)))]
+        mine = positions[self.dp.rank() :: self.dp.size()]
+        return mine, [self._prompt(rows[position]) for position in mine], [self._seed(step, i) for i in mine]
 
     def _prompt(self, row: int) -> np.ndarray:
         prompt = prompt_of(self.dataset[row])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import math
 import os
@@ -80,15 +81,19 @@ def _train(recipe: Recipe, mesh: Mesh) -> None:
     teacher = build_teacher(recipe, mesh, student, teacher_checkpoints)
     rollouts = None
     if recipe.distill.lmbda > 0:
-        rollouts = build_rollouts(recipe, mesh, student, student_checkpoint, policy, dataset, order, cut)
+        rollouts = build_rollouts(recipe, mesh, student, student_checkpoint, policy, dataset, order, cut, train_iters)
     output = recipe.output
-    with Reporter(
-        output_dir,
-        train_iters=train_iters,
-        log_interval=output.log_interval,
-        tensorboard=output.tensorboard,
-        is_main=mesh.is_main,
-    ) as reporter:
+    closing = contextlib.nullcontext() if rollouts is None else contextlib.closing(rollouts)
+    with (
+        closing,
+        Reporter(
+            output_dir,
+            train_iters=train_iters,
+            log_interval=output.log_interval,
+            tensorboard=output.tensorboard,
+            is_main=mesh.is_main,
+        ) as reporter,
+    ):
         reporter.message(data_report.summary())
         exported = Trainer(
             student,

@@ -61,9 +61,12 @@ class Trainer:
         start = time.perf_counter()
         sampled = None
         if microbatches is None:
-            self.student.gather_parameters()
-            self.rollouts.engine.load_weights(self.student.model.named_tensors(), version=step - 1)
+            if not self.rollouts.has_begun(step - 1):
+                self.rollouts.load_weights(self.student, step - 1)
             microbatches, sampled = self.rollouts.microbatches(step - 1)
+        if self.rollouts is not None and self.rollouts.is_early(step):  # the next one: `rollouts` counts from 0
+            self.rollouts.load_weights(self.student, step - 1)
+            self.rollouts.begin(step)
         rolled_out = time.perf_counter()
         microbatches = [microbatch.to(portability.device()) for microbatch in microbatches]
         signals = self.score(microbatches)

@@ -109,7 +109,7 @@ class Parrot:
     """An engine that repeats the prompt's last token; odd seeds don't find an end."""
 
     def __init__(self):
-        self.calls = []
+        self.calls, self.version = [], 0
 
     def resident(self):
         import contextlib
@@ -119,7 +119,10 @@ class Parrot:
     def generate(self, prompts, sampling, seeds):
         self.calls.append((prompts, seeds))
         reasons = ["length" if seed % 2 else "stop" for seed in seeds]
-        return [Completion([p[-1]] * 4, [-1.0] * 4, reason, 0) for p, reason in zip(prompts, reasons, strict=True)]
+        return [
+            Completion([p[-1]] * 4, [-1.0] * 4, reason, self.version)
+            for p, reason in zip(prompts, reasons, strict=True)
+        ]
 
 
 class Alone:
@@ -161,6 +164,7 @@ def test_samples_carry_the_answers_and_seeds_differ(monkeypatch):
     microbatches, report = rollouts.microbatches(0)
     assert (report.student_rows, report.dataset_rows, report.tokens) == (8, 0, 32)
     assert len(set(rollouts.engine.calls[0][1])) == 8
+    rollouts.engine.version = 1
     rollouts.microbatches(1)
     assert set(rollouts.engine.calls[0][1]).isdisjoint(rollouts.engine.calls[1][1])
     assert not any(microbatch.from_dataset.any() for microbatch in microbatches)
