@@ -154,8 +154,8 @@ class Rollouts:
             log_prob=log_prob,
         )
 
-    def _complete(self, step: int) -> tuple[dict[int, tuple[np.ndarray, Completion]], float]:
-        """Prompt and completion of every position, whichever data-parallel rank sampled it; and the time it took."""
+    def _complete(self, step: int) -> tuple[dict[int, Completion], float]:
+        """The completion of every position, whichever data-parallel rank sampled it; and the seconds it took."""
         mine, prompts, seeds = self._questions(step)
         start = time.perf_counter()
         if step in self._begun:
@@ -166,13 +166,13 @@ class Rollouts:
                 completions = self.engine.generate([prompt.tolist() for prompt in prompts], self.sampling, seeds)
             seconds = time.perf_counter() - start
         found = [
-            (position, prompt, self._within_length(prompt, completion))
+            (position, self._within_length(prompt, completion))
             for position, prompt, completion in zip(mine, prompts, completions, strict=True)
         ]
         everything: list[list] = [[] for _ in range(self.dp.size())]
         dist.all_gather_object(everything, found, group=self.dp)
-        together = {position: (prompt, completion) for part in everything for position, prompt, completion in part}
-        for _, completion in together.values():
+        together = {position: completion for part in everything for position, completion in part}
+        for completion in together.values():
             if not step - self.steps_ahead <= completion.version <= step:
                 raise RolloutFailed(
                     f"step {step + 1}: a sample is of the student after {completion.version} updates; allowed are "
