@@ -67,13 +67,13 @@ def answers_of(rank, world_size, url, folder, weight_sync):
         return answer(engine, weights_of(CHECKPOINT()))
 
 
-WEIGHT_SYNCS = pytest.mark.parametrize("weight_sync", ["folder", "gloo"])
+WEIGHT_SYNCS = ["folder", vllm_server.TRANSFER_BACKEND]
 
 
 class TestVllmServerEngine(RolloutEngineContract):
     """The server's own weights are others: every answer is by those that the engine has sent."""
 
-    @pytest.fixture(scope="class", params=["folder", "gloo"])
+    @pytest.fixture(scope="class", params=WEIGHT_SYNCS)
     @classmethod
     def answers(cls, request, vllm_process, gloo_world, tmp_path_factory):
         vllm_process.ensure_running()
@@ -107,7 +107,7 @@ def error_of(completion, checkpoint):
     return max(abs(a - b) for a, b in zip(completion.log_probs, expected, strict=True))
 
 
-@WEIGHT_SYNCS
+@pytest.mark.parametrize("weight_sync", WEIGHT_SYNCS)
 def test_new_weights_and_the_old_ones_again(weight_sync, student_server, gloo_world, tmp_path):
     a, b = CHECKPOINT(), tiny_checkpoint("qwen3", seed=8, head_dim=32)
     arguments = (student_server.url, tmp_path, [a, b, a], weight_sync)
@@ -254,10 +254,9 @@ def kill_while_it_answers(server, gloo_world, folder, patience, *, restart, weig
         return *result, time.monotonic() - killed
 
 
-@WEIGHT_SYNCS
-def test_a_server_that_is_killed_and_restarted_loses_nothing(weight_sync, student_server, gloo_world, tmp_path):
+def test_a_server_that_is_killed_and_restarted_loses_nothing(student_server, gloo_world, tmp_path):
     """It comes back with the weights that it was started with, and is given the student's again."""
-    options = {"restart": True, "weight_sync": weight_sync}
+    options = {"restart": True, "weight_sync": vllm_server.TRANSFER_BACKEND}
     before, after, _ = kill_while_it_answers(student_server, gloo_world, tmp_path, 240.0, **options)
     assert tokens_of(after) == tokens_of(before)
     assert {completion.version for completion in after} == {2}

@@ -14,7 +14,7 @@ from training_layouts import build, named_gradients, recipe_of
 from megatron_gkd.data.cutting import Cutting
 from megatron_gkd.data.policy import OnPolicy
 from megatron_gkd.errors import UserError
-from megatron_gkd.rollout.base import Completion, Sampling
+from megatron_gkd.rollout.base import Completion, RolloutFailed, Sampling
 from megatron_gkd.training.on_policy import Rollouts
 
 STEPS = 3
@@ -194,6 +194,22 @@ def test_a_completion_is_cut_to_the_longest_sequence(monkeypatch):
     rows = RandomRows(count=8, longest=20)
     microbatches, report = rollouts_of(monkeypatch, rows, cutting=cutting).microbatches(0)
     assert max(microbatch.total_length for microbatch in microbatches) <= 10
+
+
+def test_samples_of_older_weights_than_allowed_are_refused(monkeypatch):
+    rollouts = rollouts_of(monkeypatch)
+    with pytest.raises(RolloutFailed, match="step 3: a sample is of the student after 0 updates; allowed are 2 to 2"):
+        rollouts.microbatches(2)
+    rollouts.steps_ahead, rollouts.engine.version = 1, 1
+    assert rollouts.microbatches(2)[1].record()["staleness"] == 1
+
+
+def test_only_steps_that_come_and_that_the_student_answers_are_early(monkeypatch):
+    rollouts = rollouts_of(monkeypatch, lmbda=0.5)
+    assert not any(rollouts.is_early(step) for step in range(20))
+    rollouts.steps_ahead, rollouts.num_steps = 1, 20
+    assert [rollouts.is_early(step) for step in range(20)] == [rollouts.due(step) for step in range(20)]
+    assert any(rollouts.due(step) for step in range(20, 40)) and not any(map(rollouts.is_early, range(20, 40)))
 
 
 def test_a_prompt_that_leaves_no_room_is_an_error(monkeypatch):
