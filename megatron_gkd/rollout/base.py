@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
@@ -97,6 +97,10 @@ class RolloutEngine(Protocol):
         ...
 
 
+OnCompletion = Callable[[int, Completion], None]
+"""Takes the prompt's place in the request, and its completion."""
+
+
 class Generation(Protocol):
     """Completions on their way."""
 
@@ -112,10 +116,17 @@ class Generation(Protocol):
 class BackgroundEngine(RolloutEngine, Protocol):
     """An engine that can generate while its ranks train."""
 
-    def start(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]) -> Generation:
+    def start(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        on_completion: OnCompletion | None = None,
+    ) -> Generation:
         """Begin what `generate` does, and return at once. Until there is a result, no weights may be loaded.
 
-        What goes on in the background communicates with no other rank.
+        What goes on in the background communicates with no other rank. One rank of each replica, on the last pipeline
+        stage, calls `on_completion` for each prompt as soon as it is answered, from some thread.
         """
         ...
 

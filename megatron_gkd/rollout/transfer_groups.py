@@ -16,6 +16,7 @@ from torch.cuda import nccl
 
 from megatron_gkd.errors import UserError
 from megatron_gkd.rollout import gloo
+from megatron_gkd.rollout.background import in_background
 
 _NO_LIMIT = 2**62
 
@@ -65,7 +66,7 @@ class GlooGroup:
 
     def close(self) -> None:
         if self._group is not None:
-            self._group.abort()  # workers that wait for a broadcast stop waiting
+            in_background(self._group.abort)  # workers that wait for a broadcast stop waiting; this may take its time
         self._group = self._store = None
 
 

@@ -150,6 +150,15 @@ class StudentServer:
         """Of the newest weights, which the server has afterwards if it had not."""
         return self._be_current(Patience(self.patience))
 
+    def still_has(self, label: str) -> bool:
+        """Whether what was asked under `label` was answered by those weights. Afterwards it has the newest ones."""
+        try:
+            if self.reported_label() == label:
+                return True
+        except ServerDown:
+            pass
+        return self.current_label() == label
+
     def look_after(self) -> None:
         """Give it the newest weights again if it lost them. Not a word if that fails: whoever asks it will hear."""
         with suppress(UserError):

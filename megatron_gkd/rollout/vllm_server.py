@@ -24,13 +24,13 @@ from megatron_gkd.errors import UserError
 from megatron_gkd.models.checkpoint import Checkpoint
 from megatron_gkd.rollout import vllm_weights
 from megatron_gkd.rollout.background import each, in_background
-from megatron_gkd.rollout.base import Completion, RolloutFailed, Sampling, check_prompts
+from megatron_gkd.rollout.base import Completion, OnCompletion, RolloutFailed, Sampling, check_prompts
 from megatron_gkd.rollout.vllm_client import ServedModel, StudentServer, Weights
 from megatron_gkd.rollout.vllm_weights import WeightFolder, tensor_shapes
 from megatron_gkd.rollout.weight_transfer import Keeper, WeightTransfer, wait_for_first_rank
 from megatron_gkd.runtime.mesh import Mesh
 
-_MOST_ROUNDS = 5  # in which prompts are asked that a server answered with other weights than the student's
+_MOST_ROUNDS = 5  # in which a prompt is asked that a server answered with other weights than the student's
 
 T = TypeVar("T")
 
@@ -67,12 +67,13 @@ class VllmServerEngine:
     def __init__(self, mesh: Mesh, checkpoint: Checkpoint, options: ServerOptions):
         self.mesh, self.checkpoint, self.options = mesh, checkpoint, options
         self.weights: Weights | None = None
-        self.is_speaker = mesh.tp.rank() == mesh.pp.rank() == mesh.cp.rank() == 0
+        # On the last stage, where a teacher behind servers is asked: it can begin with what is finished.
+        self.is_speaker = mesh.pp.rank() == mesh.pp.size() - 1 and mesh.tp.rank() == mesh.cp.rank() == 0
         self.http: httpx.Client | None = None
         self.servers: list[StudentServer] = []
         self.sync: WeightFolder | WeightTransfer | None = self._build_sync() if mesh.is_main else None
         self._keeper: Keeper | None = None
-        if self.is_speaker:
+        if self.is_speaker or mesh.is_main:
             limits = httpx.Limits(max_connections=None, max_keepalive_connections=options.concurrency)
             # Servers are named by address: no proxy of the environment is asked.
             self.http = httpx.Client(
@@ -114,10 +115,16 @@ class VllmServerEngine:
         """As `RolloutEngine.generate`. `RolloutFailed` if a server is gone for too long, or refuses a request."""
         return self.start(prompts, sampling, seeds).result()
 
-    def start(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]) -> ServerGeneration:
+    def start(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        on_completion: OnCompletion | None = None,
+    ) -> ServerGeneration:
         """As `BackgroundEngine.start`."""
         check_prompts(prompts, seeds, self.checkpoint.vocab_size)
-        work = functools.partial(self._complete, prompts, sampling, seeds, self.weights.version)
+        work = functools.partial(self._complete, prompts, sampling, seeds, self.weights.version, on_completion)
         return ServerGeneration(self, in_background(work) if self.is_speaker else None)
 
     def close(self) -> None:
@@ -128,29 +135,36 @@ class VllmServerEngine:
             self.sync.close()
 
     def _complete(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int], version: int
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        version: int,
+        on_completion: OnCompletion | None,
     ) -> tuple[list[Completion], float]:
         """The completions, and how many seconds they took."""
-        start = time.perf_counter()
         first = self.mesh.dp.rank()  # replicas with few prompts do not all ask the same servers
-        targets = [(first + index) % len(self.servers) for index in range(len(prompts))]
-        requests = [
-            self._request(self.models[target], prompt, sampling, seed)
-            for target, prompt, seed in zip(targets, prompts, seeds, strict=True)
-        ]
-        found: dict[int, Completion] = {}
+
+        def complete(index: int) -> Completion:
+            turn = (first + index) % len(self.servers)
+            request = self._request(self.models[turn], prompts[index], sampling, seeds[index])
+            completion = self._ask(self.servers[turn], request, version)
+            if on_completion is not None:
+                on_completion(index, completion)
+            return completion
+
+        start = time.perf_counter()
+        completions = each(complete, range(len(prompts)), self.options.concurrency)
+        return completions, time.perf_counter() - start
+
+    def _ask(self, server: StudentServer, request: dict[str, Any], version: int) -> Completion:
         for _ in range(_MOST_ROUNDS):
-            waiting = [index for index in range(len(prompts)) if index not in found]
-            if not waiting:
-                return [found[index] for index in range(len(prompts))], time.perf_counter() - start
-            answers = each(lambda i: self.servers[targets[i]].complete(requests[i]), waiting, self.options.concurrency)
-            current = each(StudentServer.current_label, self.servers)
-            for index, (label, choice) in zip(waiting, answers, strict=True):
-                if label == current[targets[index]]:
-                    found[index] = self._completion(choice, requests[index], version)
+            label, choice = server.complete(request)
+            if server.still_has(label):
+                return self._completion(choice, request, version)
         raise UserError(
-            f"rollout servers lost the student's weights {_MOST_ROUNDS} times while they answered the same prompts; "
-            "look into their logs, and whether another run uses them"
+            f"{server.url}: lost the student's weights {_MOST_ROUNDS} times while it answered the same prompt; look "
+            "into its log, and whether another run uses it"
         )
 
     def _request(self, model: ServedModel, prompt: Sequence[int], sampling: Sampling, seed: int) -> dict[str, Any]:
@@ -200,14 +214,15 @@ class VllmServerEngine:
         """The speaker's answer on all ranks of its replica."""
         told = [answer]
         mesh = self.mesh
+        last = mesh.pp.size() - 1
         # Each round has those ranks as senders that the rounds before have told.
-        for group, take_part in (
-            (mesh.cp, mesh.tp.rank() == mesh.pp.rank() == 0),
-            (mesh.pp, mesh.tp.rank() == 0),
-            (mesh.tp, True),
+        for group, sender, take_part in (
+            (mesh.cp, 0, mesh.tp.rank() == 0 and mesh.pp.rank() == last),
+            (mesh.pp, last, mesh.tp.rank() == 0),
+            (mesh.tp, 0, True),
         ):
             if take_part and group.size() > 1:
-                dist.broadcast_object_list(told, src=dist.get_global_rank(group, 0), group=group)
+                dist.broadcast_object_list(told, src=dist.get_global_rank(group, sender), group=group)
         return told[0]
 
 

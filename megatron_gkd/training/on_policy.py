@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -16,7 +17,15 @@ from megatron_gkd.data.policy import OnPolicy
 from megatron_gkd.data.prompt import answered, prompt_of
 from megatron_gkd.data.sample import FROM_DATASET, FROM_STUDENT, Sample
 from megatron_gkd.errors import UserError
-from megatron_gkd.rollout.base import BackgroundEngine, Completion, Generation, RolloutEngine, RolloutFailed, Sampling
+from megatron_gkd.rollout.base import (
+    BackgroundEngine,
+    Completion,
+    Generation,
+    OnCompletion,
+    RolloutEngine,
+    RolloutFailed,
+    Sampling,
+)
 
 if TYPE_CHECKING:
     from megatron_gkd.training.student import Student
@@ -89,6 +98,9 @@ class Rollouts:
         self.cutting, self.sampling, self.global_batch_size = cutting, sampling, global_batch_size
         self.truncated, self.dp = truncated, dp
         self.steps_ahead, self.num_steps = steps_ahead, num_steps
+        self.on_sample: Callable[[Sample], None] | None = None
+        """Called by a `BackgroundEngine`'s threads for each sample that is ready while others are not, where one rank
+        of each replica asks for them: a teacher may begin with it."""
         self._begun: dict[int, Generation] = {}
         self._version: int | None = None
 
@@ -112,8 +124,21 @@ class Rollouts:
 
     def begin(self, step: int) -> None:
         """Sample `step` in the background, from the weights that are loaded; ``microbatches`` waits for the end."""
-        _, prompts, seeds = self._questions(step)
-        self._begun[step] = self.engine.start([prompt.tolist() for prompt in prompts], self.sampling, seeds)
+        mine, prompts, seeds = self._questions(step)
+        on_completion = None if self.on_sample is None else self._announcing(step, mine, prompts)
+        prompts = [prompt.tolist() for prompt in prompts]
+        self._begun[step] = self.engine.start(prompts, self.sampling, seeds, on_completion)
+
+    def _announcing(self, step: int, positions: list[int], prompts: list[np.ndarray]) -> OnCompletion:
+        rows = self.order.rows_of_step(step, self.global_batch_size)
+        sources = [self.dataset[rows[position]] for position in positions]  # threads should not read the dataset
+
+        def announce(index: int, completion: Completion) -> None:
+            sample, trained = self._sample(sources[index], self._within_length(prompts[index], completion))
+            if trained:
+                self.on_sample(sample)
+
+        return announce
 
     def close(self) -> None:
         if isinstance(self.engine, BackgroundEngine):
@@ -134,7 +159,7 @@ class Rollouts:
         seconds = time.perf_counter() - start
         log_prob = 0.0
         for position, completion in completions.items():
-            sample, trained = self._sample(rows[position], completion)
+            sample, trained = self._sample(self.dataset[rows[position]], completion)
             samples[position] = sample
             log_prob += sum(completion.log_probs) if trained else 0.0
         require_responses(self.dataset, [rows[position] for position in np.flatnonzero(~mine)], step)
@@ -158,6 +183,8 @@ class Rollouts:
         """The completion of every position, whichever data-parallel rank sampled it; and the seconds it took."""
         mine, prompts, seeds = self._questions(step)
         start = time.perf_counter()
+        if step not in self._begun and isinstance(self.engine, BackgroundEngine):
+            self.begin(step)
         if step in self._begun:
             generation = self._begun.pop(step)
             completions, seconds = generation.result(), generation.seconds
@@ -206,9 +233,9 @@ class Rollouts:
         """Of one row of one step: whatever rank samples it, and in whatever company."""
         return int(np.random.SeedSequence([self.policy.seed, step, position]).generate_state(1, np.uint64)[0] >> 1)
 
-    def _sample(self, row: int, completion: Completion) -> tuple[Sample, bool]:
+    def _sample(self, source: Sample, completion: Completion) -> tuple[Sample, bool]:
         """The sample, and whether it is trained on."""
         trained = completion.finish_reason == "stop" or self.truncated == "keep"
         if not trained and self.truncated == "drop":
             return filler(self.cutting.pad_token_id), False
-        return answered(self.dataset[row], completion.token_ids, trained=trained), trained
+        return answered(source, completion.token_ids, trained=trained), trained

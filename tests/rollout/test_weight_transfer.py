@@ -43,7 +43,7 @@ def http(fakes):
 
 @pytest.fixture
 def transfer():
-    transfer = WeightTransfer("gloo", SHAPES, ("lm_head.weight",), timeout=20)
+    transfer = WeightTransfer("gloo", SHAPES, ("lm_head.weight",), timeout=10)
     yield transfer
     transfer.close()
 
@@ -121,7 +121,7 @@ def test_a_server_that_goes_down_meanwhile_delays_only_itself(path, servers, fak
 
 def test_what_a_broken_update_has_left_is_cleared_away(servers, fakes, http, transfer):
     """A trainer dies between two tensors; the next one must not have its first tensor taken for its last."""
-    dead = WeightTransfer("gloo", SHAPES, ("lm_head.weight",), timeout=20)
+    dead = WeightTransfer("gloo", SHAPES, ("lm_head.weight",), timeout=10)
 
     def half():
         yield "a", torch.zeros(3, 5)

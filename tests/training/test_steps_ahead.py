@@ -14,6 +14,8 @@ from layouts import PP2, TP2
 from rows import RandomRows
 from training_layouts import build, recipe_of
 
+from megatron_gkd.data.sample import FROM_STUDENT
+
 STEPS = 4
 SEED = 29  # with lambda 0.6 the student answers in steps 0, 2 and 3
 
@@ -52,7 +54,10 @@ real_client = httpx.Client
 
 
 def train_ahead(rank, world_size, student, teacher, changes, folder):
-    """The steps' records. No server answers prompts that were sent ahead before the step in between trains."""
+    """The steps' records; the samples that were announced, and on one rank of each replica those that it trained on.
+
+    No server answers prompts that were sent ahead before the step in between trains.
+    """
     from megatron_gkd.runtime.mesh import destroy_mesh
     from megatron_gkd.training.trainer import Trainer
 
@@ -65,15 +70,19 @@ def train_ahead(rank, world_size, student, teacher, changes, folder):
     begin, compute_gradients = rollouts.begin, student.compute_gradients
 
     def begin_behind_gate(step):
-        gate.clear()
+        if step > 0:
+            gate.clear()
         begin(step)
 
-    def open_gate(*arguments):
+    def open_gate(microbatches, signals):
         gate.set()
-        return compute_gradients(*arguments)
+        samples = [sample for microbatch in microbatches for sample in microbatch.samples]
+        trained.extend(sample.input_ids.tolist() for sample in samples if sample.source == FROM_STUDENT)
+        return compute_gradients(microbatches, signals)
 
     rollouts.begin, student.compute_gradients = begin_behind_gate, open_gate
-    records = []
+    records, announced, trained = [], [], []
+    rollouts.on_sample = lambda sample: announced.append(sample.input_ids.tolist())
     reporter = SimpleNamespace(step=records.append, message=lambda text: None)
     trainer = Trainer(
         student,
@@ -89,8 +98,9 @@ def train_ahead(rank, world_size, student, teacher, changes, folder):
     for step in range(STEPS):
         trainer.train_step(step + 1, None if rollouts.due(step) else batches.step(step))
     rollouts.close()
+    is_speaker = rollouts.engine.is_speaker
     destroy_mesh()
-    return records
+    return records, announced, trained if is_speaker else []
 
 
 def train_by_hand(rank, world_size, student, teacher, changes, folder):
@@ -127,7 +137,11 @@ def test_one_step_ahead_is_what_it_would_be_by_hand(gloo_world, tmp_path):
     changes = {"parallel": TP2 | PP2, "train": {"lr_decay_style": "constant"}}
     ranks = gloo_world(8).run(train_ahead, student, teacher, changes, tmp_path / "ahead")
     by_hand = gloo_world(8).run(train_by_hand, student, teacher, changes, tmp_path / "by hand")[0]
-    for records in ranks:
+    assert sorted(sum((announced for _, announced, _ in ranks), [])) == sorted(
+        sum((trained for *_, trained in ranks), [])
+    )
+    assert [bool(announced) for _, announced, _ in ranks] == [bool(trained) for *_, trained in ranks]
+    for records, *_ in ranks:
         assert [record["source"] for record in records] == ["student", "dataset", "student", "student"]
         assert [record.get("staleness") for record in records] == [0, None, 1, 1]
         for record, expected in zip(records, by_hand, strict=True):
