@@ -16,7 +16,6 @@ from torch.cuda import nccl
 
 from megatron_gkd.errors import UserError
 from megatron_gkd.rollout import gloo
-from megatron_gkd.rollout.background import in_background
 
 _NO_LIMIT = 2**62
 
@@ -65,8 +64,7 @@ class GlooGroup:
         self._group.broadcast(data.cpu(), 0).wait()
 
     def close(self) -> None:
-        if self._group is not None:
-            in_background(self._group.abort)  # workers that wait for a broadcast stop waiting; this may take its time
+        # Not aborted: that would wait for a broadcast that nobody takes.
         self._group = self._store = None
 
 
