@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from megatron_gkd import __version__
-from megatron_gkd.errors import UserError
+from megatron_gkd.errors import ServiceFailed, UserError
 
 if TYPE_CHECKING:
     from megatron_gkd.config import Recipe
@@ -37,9 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     rank = int(os.environ.get("RANK", "0"))
     try:
         return _dispatch(arguments)
-    except _RecipeRefused as refused:  # every rank finds the same, so one tells
+    except (_RecipeRefused, ServiceFailed) as error:  # every rank finds the same, so one tells
         if rank == 0:
-            print(refused, file=sys.stderr)
+            print(error, file=sys.stderr)
     except UserError as error:  # a rank may be the only one to meet it
         print(f"rank {rank}: {error}" if rank else error, file=sys.stderr)
     return 2

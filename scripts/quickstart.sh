@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Sets up .venv, then distils a small model that solves arithmetic word problems: bash scripts/quickstart.sh [--fresh] [--seeds N]
+# The whole experiment, with the students that sample themselves, as it is in the README: bash scripts/quickstart.sh --seeds 3 --on-policy --record
 #
 # Two gloo processes with tensor parallelism 2, on CPUs; everything it writes is under runs/quickstart. What is done already is skipped.
 set -euo pipefail

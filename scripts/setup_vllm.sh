@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Makes .venv-vllm, the environment of vLLM servers on CPUs: bash scripts/setup_vllm.sh
+# Makes .venv-vllm, in which vLLM runs on CPUs, as a server or in the training processes: bash scripts/setup_vllm.sh
 #
-# An environment of its own: vLLM pins other releases than the trainer. About 2.5 GB and 3 minutes; nothing to do the second time.
-# On GPUs install vLLM's own release instead (pip install vllm), and name its python to the tests by MEGATRON_GKD_VLLM_PYTHON.
+# An environment of its own: vLLM pins releases that the trainer doesn't need. About 4 GB and 4 minutes; nothing to do the second
+# time. The project itself is not installed there: run from its folder, with the kernels that setup_env.sh has built in it.
+# On GPUs install vLLM's own release instead (pip install -e .[vllm]), and name its python to the tests by MEGATRON_GKD_VLLM_PYTHON.
 #
 #   PYTHON   interpreter of the new environment, 3.11 or later (python3)
 set -euo pipefail

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
+import vllm_server
+from checkpoints import tiny_checkpoint
 from world import World
 
 
@@ -19,3 +21,21 @@ def gloo_world() -> Iterator[Callable[[int], World]]:
     yield of_size
     for world in worlds.values():
         world.close()
+
+
+@pytest.fixture(scope="session")
+def vllm_process(tmp_path_factory) -> Iterator[vllm_server.VllmServer]:
+    """The session's one vLLM server, of a model with weights of its own that no test trains; not started yet."""
+    if not vllm_server.is_installed():
+        pytest.skip(vllm_server.WHY_ABSENT)
+    model = tiny_checkpoint("qwen3", seed=6, head_dim=32)
+    server = vllm_server.VllmServer(model, tmp_path_factory.mktemp("vllm") / "server.log")
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def student_server(vllm_process) -> vllm_server.VllmServer:
+    """It runs."""
+    vllm_process.ensure_running()
+    return vllm_process

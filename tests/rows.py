@@ -10,15 +10,21 @@ from megatron_gkd.data.sample import Sample
 class RandomRows:
     """`count` rows of 5 to `longest` tokens below `vocab_size`; the first third of each is a prompt without labels.
 
-    Rows have the tags a and b in turn.
+    Rows have the tags a and b in turn. Of `privileged` ones, two of three have a prompt of their own for the teacher.
     """
 
-    def __init__(self, count: int = 8, longest: int = 24, vocab_size: int = 64, seed: int = 0):
+    def __init__(
+        self, count: int = 8, longest: int = 24, vocab_size: int = 64, seed: int = 0, *, privileged: bool = False
+    ):
         generator = np.random.default_rng(seed)
         self.lengths = generator.integers(5, longest + 1, count)
         self.rows = [generator.integers(4, vocab_size, length).astype(np.int64) for length in self.lengths]
         self.num_labels = self.lengths - 1 - self.lengths // 3
         self.sizes = [count]
+        self.teacher_prompts: list[np.ndarray | None] = [None] * count
+        if privileged:
+            lengths = [0 if index % 3 == 1 else generator.integers(1, longest + 1) for index in range(count)]
+            self.teacher_prompts = [generator.integers(4, vocab_size, n) if n else None for n in lengths]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -27,4 +33,11 @@ class RandomRows:
         tokens = self.rows[index]
         labels = np.append(tokens[1:], -100)
         labels[: len(tokens) // 3] = -100
-        return Sample(input_ids=tokens, labels=labels, source="dataset", row_id=index, tag="ab"[index % 2])
+        return Sample(
+            input_ids=tokens,
+            labels=labels,
+            source="dataset",
+            row_id=index,
+            teacher_prompt=self.teacher_prompts[index],
+            tag="ab"[index % 2],
+        )

@@ -1,9 +1,15 @@
 """The recipes that come with the project are valid as they stand, and train when they are given small models."""
 
+import importlib.util
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
+import yaml
 from checkpoints import tiny_checkpoint
+from teachers.fake_server import FakeServer
 from test_train import train
 from world import REPOSITORY
 
@@ -11,35 +17,88 @@ from megatron_gkd.config import load
 
 RECIPES = sorted((REPOSITORY / "scripts" / "recipes").glob("*.yaml"))
 SMALL = ["--max_length", "256", "--max_completion_length", "12", "--global_batch_size", "4", "--dtype", "fp32"]
+THREE_STEPS = "--train_iters 3 --num_train_epochs null --lr_warmup_iters 0 --save_interval null".split()
+NO_VLLM = "no vLLM in this environment: bash scripts/test.sh runs this in .venv-vllm"
+
+
+def loaded(path):
+    return load(path, world_size=8, require_paths=False)
+
+
+def engine_of(path):
+    """None where nothing is sampled."""
+    recipe = loaded(path)
+    return recipe.rollout.engine if recipe.distill.lmbda > 0 else None
+
+
+def case(path):
+    marks = [pytest.mark.vllm] if engine_of(path) in ("vllm", "vllm_server") else []
+    if engine_of(path) == "vllm":
+        marks.append(pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason=NO_VLLM))
+    return pytest.param(path, marks=marks, id=path.stem)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_valid_on_8_processes(path):
-    assert load(path, world_size=8, require_paths=False).output.output_dir == f"runs/{path.stem}"
+    assert loaded(path).output.output_dir == f"runs/{path.stem}"
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_trains_the_embedded_models(path, tmp_path):
+def test_there_is_one_for_every_engine():
+    for engine, suffix in {"megatron": "", "vllm": "_vllm", "vllm_server": "_vllm_server"}.items():
+        assert {"on_policy" + suffix, "mixed" + suffix} <= {path.stem for path in RECIPES if engine_of(path) == engine}
+
+
+@contextmanager
+def small_teacher(path: Path) -> Iterator[list[str]]:
+    """The arguments that put small models in the place of the recipe's teachers."""
+    section, checkpoint = loaded(path).teacher, tiny_checkpoint("qwen3", seed=1)
+    if section.teachers:
+        yield [
+            "--teachers",
+            yaml.safe_dump([{"tags": one.tags[0], "teacher_model": str(checkpoint)} for one in section.teachers]),
+        ]
+    elif section.source == "server":
+        with FakeServer(checkpoint) as server:
+            yield ["--teacher_model_server", server.url]
+    elif section.source == "local":
+        yield ["--teacher_model", str(checkpoint)]
+    elif section.teacher_model is not None:
+        yield ["--teacher_model", str(tiny_checkpoint("qwen3_tied", seed=2))]  # `small_student`
+    else:
+        yield []
+
+
+def small_student(path: Path, request) -> list[str]:
+    """A student that the recipe's rollout engine can serve, and what the engine is told besides."""
+    match engine_of(path):
+        case "vllm":
+            return ["--model", str(tiny_checkpoint("qwen3_tied", seed=2, head_dim=32)), "--vllm_kv_cache_gib", "0.03"]
+        case "vllm_server":
+            url = request.getfixturevalue("student_server").url
+            return ["--model", str(tiny_checkpoint("qwen3", seed=2, head_dim=32)), "--vllm_server_urls", url]
+    return ["--model", str(tiny_checkpoint("qwen3_tied", seed=2))]
+
+
+@pytest.mark.parametrize("path", [case(path) for path in RECIPES])
+def test_trains_the_embedded_models(path, tmp_path, request):
     (tmp_path / "recipe.yaml").write_text(path.read_text())
     turns = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3 w4"}]
-    (tmp_path / "rows.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 12)
-    models = [
-        "--model",
-        str(tiny_checkpoint("qwen3_tied", seed=2)),
-        "--teacher_model",
-        str(tiny_checkpoint("qwen3", seed=1)),
-    ]
-    iterations = [
-        "--train_iters",
-        "3",
-        "--num_train_epochs",
-        "null",
-        "--lr_warmup_iters",
-        "0",
-        "--save_interval",
-        "null",
-    ]
-    finished = train(tmp_path, *models, "--dataset", "rows.jsonl", *SMALL, *iterations)
+    rows = [{"messages": turns, "subject": subject} for subject in ("math", "code")] * 6
+    if loaded(path).data.preprocessor is not None:
+        rows = [{"problem": "w1 w2", "solution": "w3 w4"}] * 12
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with small_teacher(path) as teacher:
+        models = [*small_student(path, request), *teacher]
+        plugins = [str(REPOSITORY / plugin) for plugin in loaded(path).data.external_plugins]
+        data = ["--dataset", "rows.jsonl", "--external_plugins", json.dumps(plugins), "--teacher_max_length", "null"]
+        finished = train(tmp_path, *models, *data, *SMALL, *THREE_STEPS)
     assert finished.returncode == 0, finished.stderr
     records = (tmp_path / "runs" / path.stem / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(record)["step"] for record in records] == [1, 2, 3]
+    steps = [json.loads(record) for record in records]
+    assert [step["step"] for step in steps] == [1, 2, 3]
+    sampled = [step for step in steps if step["source"] == "student"]
+    assert bool(sampled) == (engine_of(path) is not None)
+    for step in sampled:
+        assert step["rollout_tokens_per_second"] > 0
+        if step["num_tokens"]:  # the engine's weights are those of this very step
+            assert abs(step["mismatch_kl"]) < 1e-4

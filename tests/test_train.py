@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -46,9 +47,11 @@ def workspace(tmp_path) -> Path:
     return tmp_path
 
 
-def train(folder: Path, *overrides: str, processes: int = 2) -> subprocess.CompletedProcess:
+def train(
+    folder: Path, *overrides: str, processes: int = 2, program: tuple[str, ...] = ("-m", "megatron_gkd")
+) -> subprocess.CompletedProcess:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [*torchrun, "-m", "megatron_gkd", "train", "recipe.yaml", *overrides]
+    command = [*torchrun, *program, "train", "recipe.yaml", *overrides]
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(Path(__file__).parents[1]),
@@ -94,7 +97,8 @@ def test_the_student_answers_where_lambda_has_it_so(workspace, granularity):
         file.write("".join(json.dumps({"prompt": f"w{i}"}) + "\n" for i in range(8 if granularity == "step" else 0)))
     lmbda = "1" if granularity == "step" else "0.5"
     options = ("--lmbda", lmbda, "--lmbda_granularity", granularity, "--max_completion_length", "12", "--beta", "1")
-    finished = train(workspace, *options, "--dtype", "fp32", "--truncated", "mask")
+    logged = ("--log_completions", "--log_completions_interval", "2", "--mismatch_kl_threshold", "1e-12")
+    finished = train(workspace, *options, *logged, "--dtype", "fp32", "--truncated", "mask")
     assert finished.returncode == 0, finished.stderr
     records = [json.loads(line) for line in (workspace / "runs/x/metrics.jsonl").read_text().splitlines()]
     steps = [record for record in records if "split" not in record]
@@ -103,7 +107,55 @@ def test_the_student_answers_where_lambda_has_it_so(workspace, granularity):
         assert record["student_rows"] + record["dataset_rows"] == 8 and record["student_rows"] > 0
         assert 1 <= record["mean_completion_length"] <= 12 and 0 <= record["truncated_share"] <= 1
         assert record["rollout_tokens_per_second"] > 0 and record["rollout_time_s"] < record["step_time_s"]
+        assert 0 <= record["sync_time_s"] < record["step_time_s"]
         assert record["mismatch_kl"] is None or abs(record["mismatch_kl"]) < 1e-4
+    completions = [json.loads(line) for line in (workspace / "runs/x/completions.jsonl").read_text().splitlines()]
+    for step in (1, 3):
+        told = [completion for completion in completions if completion["step"] == step]
+        assert len(told) == steps[step - 1]["student_rows"]
+        lengths = [completion["completion_length"] for completion in told]
+        assert np.mean(lengths) == pytest.approx(steps[step - 1]["mean_completion_length"])
+        for completion in told:
+            assert completion["prompt"] and completion["version"] == step - 1
+            is_masked = completion["finish_reason"] == "length"
+            assert (completion["token_divergence"] is None) == (completion["divergence"] is None) == is_masked
+    assert {completion["step"] for completion in completions} == {1, 3}
+    assert "step 1: completions" in finished.stdout
+    assert ("rollout.mismatch_kl_threshold = 1e-12" in finished.stdout) == any(step["mismatch_kl"] for step in steps)
+
+
+FAILING = """
+import sys
+
+import megatron_gkd.runtime.preload
+from megatron_gkd import cli
+from megatron_gkd.rollout.base import RolloutFailed
+from megatron_gkd.rollout.megatron import MegatronEngine
+
+def generate(self, *arguments, generate=MegatronEngine.generate):
+    if self.version == 2:
+        raise RolloutFailed("http://server:8000: refused for 300 s")
+    return generate(self, *arguments)
+
+MegatronEngine.generate = generate
+sys.exit(cli.main())
+"""
+"""The command line with an engine that fails in step 3."""
+
+
+def test_rollouts_that_fail_for_good_end_the_run_with_what_was_learnt(workspace):
+    (workspace / "failing.py").write_text(FAILING)
+    options = ("--lmbda", "1", "--max_completion_length", "12", "--save_interval", "null", "--dtype", "fp32")
+    finished = train(workspace, *options, program=("failing.py",))
+    assert finished.returncode != 0
+    assert finished.stderr.count("stopped after step 2 of 4: http://server:8000: refused for 300 s") == 1
+    assert "start again with --model runs/x/hf-step-000002" in finished.stderr
+    assert "in _train" not in finished.stderr, "a traceback of ours"
+    run = workspace / "runs/x"
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 2]
+    assert (run / "curves.png").exists() and not (run / "hf").exists()
+    assert AutoModelForCausalLM.from_pretrained(run / "hf-step-000002").num_parameters() > 0
 
 
 def test_a_bad_row_ends_the_run_with_its_file_and_line(workspace):

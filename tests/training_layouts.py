@@ -23,10 +23,10 @@ def recipe_of(changes: dict[str, dict]):
     return Recipe.model_validate({section: RECIPE[section] | changes.get(section, {}) for section in RECIPE})
 
 
-def build(student, teacher, changes: dict[str, dict]):
+def build(student, teacher, changes: dict[str, dict], rows: RandomRows | None = None):
     """The mesh, the student, the teacher and the loader that a recipe with `changes` gives, over random rows.
 
-    `teacher` may be several, by their places in the recipe.
+    `teacher` may be several, by their places in the recipe; None where there is no model beside the student.
     """
     from megatron_gkd.data.loader import StepLoader
     from megatron_gkd.data.order import SampleOrder
@@ -42,17 +42,18 @@ def build(student, teacher, changes: dict[str, dict]):
     teachers = {place: Checkpoint.open(str(path)) for place, path in paths.items()}
     vocab_size = shared_vocab_size_of_all(checkpoint, teachers)
     student = build_student(recipe, mesh, checkpoint, vocab_size, train_iters=3)
-    rows = RandomRows(count=24)
+    rows = rows or RandomRows(count=24)
     order = SampleOrder(rows.sizes, [1.0], seed=recipe.train.seed, shuffle=True)
-    teacher = build_teacher(recipe, mesh, student, teachers) if teachers else None
+    teacher = build_teacher(recipe, mesh, student, teachers)
     return mesh, student, teacher, StepLoader(rows, order, **batching(recipe, mesh, pad_token_id=0), num_steps=3)
 
 
-def train_steps(rank, world_size, student, teacher, changes, break_gradient=False):
+def train_steps(rank, world_size, student, teacher, changes, break_gradient=False, rows=None):
     """Per step: loss, other totals, gradient norm, and on rank 0 the whole gradient by Hugging Face name."""
     from megatron_gkd.runtime.mesh import destroy_mesh
+    from megatron_gkd.teachers.base import FollowsStudent
 
-    mesh, student, teacher, batches = build(student, teacher, changes)
+    mesh, student, teacher, batches = build(student, teacher, changes, rows)
     if break_gradient:
         _drop_sequence_parallel_reduction(student)
     records = []
@@ -65,6 +66,8 @@ def train_steps(rank, world_size, student, teacher, changes, break_gradient=Fals
         gradient = named_gradients(student)
         record = {"totals": totals, "gradient": gradient if rank == 0 else None}
         records.append(record | {"grad_norm": student.update()})
+        if isinstance(teacher, FollowsStudent):
+            teacher.after_update()
     destroy_mesh()
     return records
 

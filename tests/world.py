@@ -35,7 +35,7 @@ if sys.platform == "linux":
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # A missing one is passed over.
-PRELOAD = ["torch", "torch.distributed", "pytest", "hypothesis", "megatron_gkd.runtime.preload"]
+PRELOAD = ["torch", "torch.distributed", "pytest", "hypothesis", "megatron_gkd.runtime.preload", "vllm.entrypoints.llm"]
 DEFAULT_TIMEOUT = 300.0
 MOST_THREADS = 150
 STACK_DUMP_SECONDS = 0.5

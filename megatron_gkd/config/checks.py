@@ -3,6 +3,7 @@
 Each check names the leaves that it reads, and is left out when one of them is wrong in itself: one mistake, one line.
 """
 
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -69,6 +70,23 @@ def _server_options(recipe: Recipe, _: int) -> Iterator[str]:
                 yield f"rollout.{leaf} = {getattr(section, leaf)}: only with rollout.engine = vllm_server"
     elif section.weight_sync != "folder" and section.weight_sync_dir is not None:
         yield f"rollout.weight_sync_dir = {section.weight_sync_dir}: only with rollout.weight_sync = folder"
+
+
+def _vllm_is_installed(recipe: Recipe, _: int) -> Iterator[str]:
+    if recipe.rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        yield "rollout.engine = vllm: needs vLLM beside the trainer, which is not installed here (pip install vllm)"
+
+
+def _vllm_ranks(recipe: Recipe, world_size: int) -> Iterator[str]:
+    size = recipe.rollout.vllm_tensor_parallel_size
+    if recipe.rollout.engine == "vllm" and world_size % size:
+        yield f"rollout.vllm_tensor_parallel_size = {size}: must divide the number of processes ({world_size})"
+
+
+def _vllm_length(recipe: Recipe, _: int) -> Iterator[str]:
+    length = recipe.rollout.vllm_max_model_len
+    if length is not None and length > recipe.data.max_length:
+        yield f"rollout.vllm_max_model_len = {length}: must be <= data.max_length ({recipe.data.max_length})"
 
 
 def _model_ranks(recipe: Recipe) -> tuple[str, int]:
@@ -208,12 +226,19 @@ def _output_is_writable(recipe: Recipe, _: int) -> Iterator[str]:
 
 CHECKS = (
     Check(teacher_checks.LEAVES, teacher_checks.teachers_are_named),
+    Check(
+        (*teacher_checks.LEAVES, "gkd_logits_topk", "gkd_topk_tail", "temperature"), teacher_checks.servers_tell_enough
+    ),
     Check((*teacher_checks.LEAVES, "teacher_tag_key"), teacher_checks.teachers_share_rows),
+    Check(teacher_checks.SELF_LEAVES, teacher_checks.self_is_the_student),
     Check(("lmbda", "kind"), _on_policy),
     Check(("divergence", "beta"), _beta),
     Check(("gkd_topk_tail", "gkd_logits_topk"), _tail),
     Check(("engine", "vllm_server_urls"), _servers_are_named),
     Check(("engine", "weight_sync", "weight_sync_dir", "steps_ahead"), _server_options),
+    Check(("engine", "vllm_tensor_parallel_size"), _vllm_ranks),
+    Check(("vllm_max_model_len", "max_length"), _vllm_length),
+    Check(("engine",), _vllm_is_installed, needs_files=True),
     Check(LAYOUT, _layout_divides),
     Check(
         ("expert_tensor_parallel_size", "expert_model_parallel_size", "pipeline_model_parallel_size"), _experts_divide
@@ -235,9 +260,10 @@ CHECKS = (
     Check(teacher_checks.LEAVES, model_checks.teachers_are_readable, needs_files=True),
     Check(
         (
-            *("model", *teacher_checks.LEAVES, "max_length", "sequence_parallel", "gkd_logits_topk"),
+            *("model", *teacher_checks.LEAVES, "max_length", "teacher_max_length", "sequence_parallel"),
+            "gkd_logits_topk",
             *("tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"),
-            *("expert_model_parallel_size", "expert_tensor_parallel_size"),
+            *("expert_model_parallel_size", "expert_tensor_parallel_size", "engine", "vllm_tensor_parallel_size"),
         ),
         model_checks.models_fit,
         needs_files=True,

@@ -7,13 +7,19 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
-from megatron_gkd.config.schema import Datasets, Recipe
+from megatron_gkd.config.schema import Datasets, PathText, Recipe, ServerUrl, StopText, TokenId
 
 SECTIONS: dict[str, dict[str, FieldInfo]] = {
     name: dict(field.annotation.model_fields) for name, field in Recipe.model_fields.items()
 }
 SECTION_OF: dict[str, str] = {leaf: section for section, leaves in SECTIONS.items() for leaf in leaves}
-_DATASET_ENTRIES = get_args(Datasets)[0]
+_ENTRIES = {  # of lists, in words
+    get_args(get_args(Datasets)[0])[0]: "paths or {path, weight} with weight > 0",
+    PathText: "paths",
+    ServerUrl: "addresses (http://host:port)",
+    TokenId: "token ids",
+    StopText: "texts",
+}
 
 
 def field_of(leaf: str) -> FieldInfo:
@@ -83,8 +89,7 @@ def allowed(field: FieldInfo) -> str:
         choices = next(member for member in _alternatives(field.annotation) if get_origin(member) is Literal)
         text = "one of " + ", ".join(get_args(choices))
     elif kind is tuple:
-        entries = field.annotation == _DATASET_ENTRIES
-        text = "a list of paths or {path, weight} with weight > 0" if entries else "a list of paths"
+        text = f"a list of {_ENTRIES.get(get_args(field.annotation)[0], 'mappings')}"
     else:
         names = {bool: "true or false", int: "an integer", float: "a number", str: "a text", dict: "a mapping"}
         text = names[kind] + _bounds(field)

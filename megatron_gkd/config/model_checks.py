@@ -139,14 +139,26 @@ def _fits(key: str, value: str, shape: ModelShape, recipe: Recipe) -> Iterator[s
             )
     else:
         yield from divided("feed-forward rows", shape.feed_forward_size, "tensor_model_parallel_size", tp)
+    engines = recipe.rollout.vllm_tensor_parallel_size
+    if is_student and recipe.rollout.engine == "vllm" and shape.num_attention_heads % engines:
+        yield (
+            f"rollout.vllm_tensor_parallel_size = {engines}: must divide the {shape.num_attention_heads} attention "
+            f"heads of {key} ({value})"
+        )
     virtual = p.virtual_pipeline_model_parallel_size if is_student else None
     stages = p.pipeline_model_parallel_size * (virtual or 1)
     if shape.num_layers % stages:
         named = "pipeline_model_parallel_size" + (" x virtual_pipeline_model_parallel_size" if virtual else "")
         yield f"parallel.{named} = {stages}: must divide the {shape.num_layers} layers of {key} ({value})"
-    if recipe.data.max_length > shape.max_positions:
-        length = recipe.data.max_length
-        yield f"data.max_length = {length}: must be <= the {shape.max_positions} positions of {key} ({value})"
+    for leaf in ("max_length", "teacher_max_length"):
+        length = getattr(recipe.data, leaf) or 0
+        if length > shape.max_positions and (leaf == "max_length" or _reads_teacher_prompts(key, recipe)):
+            yield f"data.{leaf} = {length}: must be <= the {shape.max_positions} positions of {key} ({value})"
     topk = recipe.distill.gkd_logits_topk
     if topk is not None and topk > shape.vocab_size:
         yield f"distill.gkd_logits_topk = {topk}: must be <= the {shape.vocab_size} tokens that {key} ({value}) knows"
+
+
+def _reads_teacher_prompts(key: str, recipe: Recipe) -> bool:
+    """A teacher does, and the student where it is one."""
+    return key != "student.model" or any(teacher.source == "self" for teacher in recipe.teacher.all.values())

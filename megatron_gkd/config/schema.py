@@ -14,10 +14,13 @@ from megatron_gkd.config import yaml_text
 PathText = Annotated[str, StringConstraints(min_length=1), AfterValidator(os.path.expanduser)]
 ServerUrl = Annotated[str, StringConstraints(pattern=r"^https?://[^/\s]+/?$")]
 
+TokenId = Annotated[int, Field(ge=0)]
+StopText = Annotated[str, StringConstraints(min_length=1)]
+
 
 def _as_sequence(value: Any) -> Any:
     """One entry may stand without the brackets: `dataset: train.jsonl`."""
-    return [value] if isinstance(value, str | dict) else value
+    return [value] if isinstance(value, str | dict | int) else value
 
 
 class Section(BaseModel):
@@ -57,7 +60,14 @@ class OneTeacher(Section):
         "with, null for those that it has",
     )
     teacher_model_server: Annotated[tuple[ServerUrl, ...], BeforeValidator(_as_sequence)] = Field(
-        (), description="server: addresses of vLLM servers of the same teacher (http://host:8000)"
+        (), description="server: addresses of vLLM servers of one teacher (http://host:8000), which rows are dealt to"
+    )
+    teacher_server_concurrency: int = Field(
+        64, ge=1, description="server: requests in flight, over all servers, of one data-parallel rank"
+    )
+    teacher_server_timeout_s: float = Field(600.0, gt=0, description="server: longest time of one answer, in seconds")
+    teacher_server_patience_s: float = Field(
+        300.0, ge=0, description="server: how long servers may be gone before the run stops, in seconds"
     )
     offload_teacher_model: bool = Field(False, description="keep the teacher in host memory between scorings")
     ema: float | None = Field(
@@ -129,16 +139,42 @@ class DistillSection(Section):
 class RolloutSection(Section):
     """How the student samples where lmbda has it so."""
 
-    engine: Literal["megatron", "vllm_server"] = Field(
-        "megatron", description="megatron: the sharded student itself; vllm_server: vLLM servers that run already"
+    engine: Literal["megatron", "vllm", "vllm_server"] = Field(
+        "megatron",
+        description="megatron: the sharded student itself; vllm: vLLM in the training processes; "
+        "vllm_server: vLLM servers that run already",
     )
     max_completion_length: int = Field(512, ge=1, description="most tokens of a completion, within data.max_length")
     rollout_temperature: float = Field(1.0, gt=0, description="divides the logits that tokens are drawn from")
     top_k: int | None = Field(None, ge=1, description="draw from that many most likely tokens only; null: from all")
     top_p: float = Field(1.0, gt=0, le=1, description="draw from the most likely tokens of this mass only")
+    stop_token_ids: Annotated[tuple[TokenId, ...], BeforeValidator(_as_sequence)] = Field(
+        (), description="tokens that end a completion, beside the student's EOS"
+    )
+    stop: Annotated[tuple[StopText, ...], BeforeValidator(_as_sequence)] = Field(
+        (), description="texts that end a completion, which keeps them"
+    )
     truncated: Literal["keep", "mask", "drop"] = Field(
         "keep", description="completions that end at max_completion_length: train on, leave without loss, or leave out"
     )
+    vllm_tensor_parallel_size: int = Field(1, ge=1, description="vllm: neighbouring ranks that share one vLLM engine")
+    vllm_gpu_memory_utilization: float = Field(
+        0.3, gt=0, le=1, description="vllm: share of each device's memory for vLLM's weights and cache"
+    )
+    vllm_kv_cache_gib: float | None = Field(
+        None, gt=0, description="vllm: its cache in GiB a rank; null: what vllm_gpu_memory_utilization leaves"
+    )
+    vllm_max_model_len: int | None = Field(
+        None, ge=2, description="vllm: longest prompt with its completion, in tokens; null: data.max_length"
+    )
+    sleep_level: int = Field(
+        2,
+        ge=0,
+        le=2,
+        description="vllm: GPU memory that it gives up between rollouts: 0 none; 1 its cache, with the weights "
+        "in host memory; 2 cache and weights",
+    )
+    enforce_eager: bool = Field(False, description="vllm: without CUDA graphs and compilation; always so on CPUs")
     vllm_server_urls: Annotated[tuple[ServerUrl, ...], BeforeValidator(_as_sequence)] = Field(
         (), description="vllm_server: addresses of the servers, which prompts are dealt to (http://host:8000)"
     )
@@ -153,6 +189,9 @@ class RolloutSection(Section):
     )
     steps_ahead: int = Field(
         0, ge=0, le=1, description="vllm_server: 1 samples a step while the one before it trains, with older weights"
+    )
+    mismatch_kl_threshold: float | None = Field(
+        0.1, gt=0, description="warn where the engine's log-probabilities are so far from the trainer's (nats a token)"
     )
     server_concurrency: int = Field(
         64, ge=1, description="vllm_server: requests in flight, over all servers, of one data-parallel rank"
@@ -218,6 +257,12 @@ class DataSection(Section):
     )
     val_dataset: Datasets = Field((), description="validation rows")
     max_length: int = Field(2048, ge=2, description="longest sequence, in tokens")
+    teacher_max_length: int | None = Field(
+        None,
+        ge=2,
+        description="longest sequence, in tokens, that a row's teacher_prompt and its response may make; "
+        "null: max_length",
+    )
     packing: bool = Field(False, description="fill microbatches of max_length tokens with whole rows")
     truncation_strategy: Literal["delete", "left", "right"] = Field(
         "delete", description="rows longer than max_length: leave out, cut the prompt's start, or cut the end"
@@ -235,6 +280,11 @@ class DataSection(Section):
     dataset_cache_dir: PathText | None = Field(
         None, description="folder of the tokenised rows; null: ~/.cache/megatron_gkd/datasets"
     )
+
+    @property
+    def longest_for_teacher(self) -> int:
+        """Tokens of the longest sequence that the teacher reads."""
+        return max(self.max_length, self.teacher_max_length or 0)
 
 
 class TrainSection(Section):
@@ -278,6 +328,13 @@ class OutputSection(Section):
     log_interval: int = Field(1, ge=1, description="steps between two lines of progress where there is no terminal")
     tensorboard: bool = Field(True, description="write TensorBoard events beside metrics.jsonl")
     save_total_limit: int | None = Field(None, ge=1, description="newest step exports to keep; null: all")
+    log_completions: bool = Field(
+        False, description="write what the student says, with the divergence of each token, to completions.jsonl"
+    )
+    log_completions_interval: int = Field(10, ge=1, description="that of one step in so many in which it samples")
+    completions_to_print: int = Field(
+        2, ge=0, description="how many completions of such a step the console and TensorBoard show"
+    )
 
 
 class Recipe(Section):

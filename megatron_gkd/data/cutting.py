@@ -44,6 +44,10 @@ class Cutting:
         Raises:
             ValueError: the rows can't be divided over the ranks; see ``packing.plan_microbatches``.
         """
+        return self.cut(self.bins(lengths), sample_at)
+
+    def bins(self, lengths: Sequence[int]) -> list[list[int]]:
+        """The positions that each microbatch of this rank holds, in order. Raises as `microbatches` does."""
         plan = plan_microbatches(
             [padded_length(length, self.pad_multiple) for length in lengths],
             micro_batch_size=self.micro_batch_size,
@@ -52,8 +56,12 @@ class Cutting:
             dp_size=self.dp_size,
             multiple_of=self.microbatch_multiple,
         )
+        return plan[self.dp_rank]
+
+    def cut(self, bins: Sequence[Sequence[int]], sample_at: Callable[[int], Sample]) -> list[Microbatch]:
+        """The microbatches that hold these positions."""
         padding = {"pad_multiple": self.pad_multiple, "pad_token_id": self.pad_token_id}
-        whole = [collate([sample_at(position) for position in bin_], **padding) for bin_ in plan[self.dp_rank]]
+        whole = [collate([sample_at(position) for position in bin_], **padding) for bin_ in bins]
         if self.equal_lengths:
             longest = max(microbatch.total_length for microbatch in whole)
             whole = [lengthen(microbatch, longest, self.pad_token_id) for microbatch in whole]

@@ -37,6 +37,7 @@ class DataSection(Protocol):
     dataset: Sequence[DataFile]
     val_dataset: Sequence[DataFile]
     max_length: int
+    teacher_max_length: int | None
     truncation_strategy: Literal["delete", "left", "right"]
     loss_on: Literal["last", "all"]
     data_errors: Literal["raise", "skip"]
@@ -54,6 +55,9 @@ class TokenizedDataset:
         sizes: number of samples of each source.
         lengths: int64 [rows], tokens of each sample.
         num_labels: int64 [rows], labels of each sample that are not -100.
+        teacher_lengths: int64 [rows], tokens of each sample as the teacher reads it, where that has a prompt of its
+            own; else 0.
+        tags: the tags that rows have.
     """
 
     def __init__(self, parts: Sequence[datasets.Dataset]) -> None:
@@ -61,14 +65,21 @@ class TokenizedDataset:
         self.sizes = [len(part) for part in parts]
         self.lengths = _column(self._rows, "length")
         self.num_labels = _column(self._rows, "num_labels")
+        self.teacher_lengths = _column(self._rows, "teacher_length")
+        self.tags = frozenset(tag for tag in self._rows.unique("tag") if tag)
 
     def __len__(self) -> int:
         return len(self._rows)
 
+    def first_row_with_tag(self, tag: str) -> int:
+        """ValueError if none has it."""
+        return list(self._rows["tag"]).index(tag)
+
     def __getitem__(self, index: int) -> Sample:
         row = self._rows[int(index)]
         input_ids, labels = row["input_ids"].astype(np.int64), row["labels"].astype(np.int64)
-        return Sample(input_ids, labels, FROM_DATASET, int(index))
+        teacher_prompt = row["teacher_prompt"].astype(np.int64) if self.teacher_lengths[index] else None
+        return Sample(input_ids, labels, FROM_DATASET, int(index), teacher_prompt, str(row["tag"]) or None)
 
 
 def build_dataset(
@@ -77,6 +88,7 @@ def build_dataset(
     tokenizer: PreTrainedTokenizerBase,
     *,
     prompts: bool = False,
+    tag_key: str | None = None,
     main_process: bool,
     barrier: Callable[[], None],
 ) -> tuple[TokenizedDataset, DataReport]:
@@ -90,6 +102,7 @@ def build_dataset(
         split: "train" reads `section.dataset`, "validation" `section.val_dataset`.
         tokenizer: the student's, a fast one.
         prompts: a row may be a prompt alone, for the student to answer.
+        tag_key: the rows' key whose value is `Sample.tag`; every row must have it.
         main_process: true in exactly one of the processes that share the cache folder.
         barrier: returns when every process has called it.
 
@@ -102,14 +115,15 @@ def build_dataset(
     root = Path(section.dataset_cache_dir).expanduser() if section.dataset_cache_dir else default_cache_dir()
     tokenizer_hash = hash_tokenizer(tokenizer)
     plugins = list(section.external_plugins)
-    keys = [fingerprint(file.path, tokenizer_hash, _options(section, prompts), plugins) for file in files]
+    options = _options(section) | {"prompts": prompts, "tag_key": tag_key}
+    keys = [fingerprint(file.path, tokenizer_hash, options, plugins) for file in files]
     caches = [CacheFolder(root / key) for key in keys]
 
     failure = None
     if main_process:
         try:
             for file, cache in zip(files, caches, strict=True):
-                cache.build(lambda folder, path=file.path: _write(path, section, tokenizer, prompts, folder))
+                cache.build(lambda folder, path=file.path: _write(path, section, tokenizer, options, folder))
         except Exception as error:  # the others must be let out of the barrier whatever went wrong
             failure = error
     barrier()
@@ -120,13 +134,15 @@ def build_dataset(
     return dataset, DataReport.merge(DataReport(**json.loads((folder / _REPORT).read_text())) for folder in folders)
 
 
-def _options(section: DataSection, prompts: bool) -> dict[str, Any]:
+def _options(section: DataSection) -> dict[str, Any]:
     """What decides, beside the file, the tokenizer and the plugins, which samples a source yields."""
-    names = ("max_length", "truncation_strategy", "loss_on", "data_errors", "preprocessor", "chat_template_kwargs")
-    return {name: getattr(section, name) for name in names} | {"prompts": prompts}
+    names = ("max_length", "teacher_max_length", "truncation_strategy", "loss_on", "data_errors", "preprocessor")
+    return {name: getattr(section, name) for name in (*names, "chat_template_kwargs")}
 
 
-def _write(path: str, section: DataSection, tokenizer: PreTrainedTokenizerBase, prompts: bool, folder: Path) -> None:
+def _write(
+    path: str, section: DataSection, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any], folder: Path
+) -> None:
     """Writes the samples of the source at `path`, and its report, into `folder`."""
     load_plugins(section.external_plugins)
     if section.preprocessor:
@@ -135,16 +151,16 @@ def _write(path: str, section: DataSection, tokenizer: PreTrainedTokenizerBase, 
         source = open_source(path, scratch)
         if len(source.table) == 0:
             raise UserError(f"{path}: yields nothing to train on: it has no rows")
-        rows = _tokenize(source, section, tokenizer, prompts, Path(scratch))
+        rows = _tokenize(source, section, tokenizer, options, Path(scratch))
         dropped = np.array(rows["dropped"], dtype=object)
         report = _report(source, rows, dropped, section.data_errors)
         used = rows.select(np.flatnonzero(dropped == ""))
-        used.select_columns(["input_ids", "labels", "length", "num_labels"]).save_to_disk(str(folder / _ROWS))
+        used.remove_columns(["dropped", "error"]).save_to_disk(str(folder / _ROWS))
     (folder / _REPORT).write_text(json.dumps(asdict(report)), encoding="utf-8")
 
 
 def _tokenize(
-    source: Source, section: DataSection, tokenizer: PreTrainedTokenizerBase, prompts: bool, scratch: Path
+    source: Source, section: DataSection, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any], scratch: Path
 ) -> datasets.Dataset:
     tokenize = RowTokenizer(
         tokenizer=tokenizer,
@@ -155,7 +171,9 @@ def _tokenize(
         preprocessor=section.preprocessor,
         external_plugins=list(section.external_plugins),
         template_kwargs=dict(section.chat_template_kwargs),
-        prompts=prompts,
+        prompts=options["prompts"],
+        teacher_max_length=section.teacher_max_length,
+        tag_key=options["tag_key"],
     )
     workers = min(section.preprocessing_num_workers, len(source.table))
     return source.table.map(

@@ -12,11 +12,16 @@ from megatron_gkd.data.sample import FROM_STUDENT, IGNORE, Sample, shift_labels
 
 def prompt_of(sample: Sample) -> np.ndarray:
     """int64 [P]: the tokens before the last stretch that is trained on; all of them where none is."""
-    trained = np.flatnonzero(sample.labels != IGNORE) + 1  # positions of the tokens themselves
+    return sample.input_ids[: prompt_length(sample.labels)]
+
+
+def prompt_length(labels: np.ndarray) -> int:
+    """P of `prompt_of`, from shifted labels [L]; L where none is trained on."""
+    trained = np.flatnonzero(labels != IGNORE) + 1  # positions of the tokens themselves
     if len(trained) == 0:
-        return sample.input_ids
+        return len(labels)
     gaps = np.flatnonzero(np.diff(trained) > 1)
-    return sample.input_ids[: trained[gaps[-1] + 1] if len(gaps) else trained[0]]
+    return int(trained[gaps[-1] + 1] if len(gaps) else trained[0])
 
 
 def answered(row: Sample, answer: Sequence[int], *, trained: bool = True) -> Sample:

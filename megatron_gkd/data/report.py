@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 TOO_LONG = "longer than max_length"
+TOO_LONG_FOR_TEACHER = "longer than teacher_max_length with its teacher_prompt"
 NOTHING_TO_LEARN = "no response token left"
 PREPROCESSOR = "dropped by the preprocessor"
 

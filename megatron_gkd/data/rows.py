@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -24,6 +24,16 @@ class Conversation:
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
+    teacher_prompt: str | None = None
+
+    def for_teacher(self) -> Conversation:
+        """With `teacher_prompt` as the content of the last user message. BadRow ("no user message")."""
+        users = [index for index, message in enumerate(self.messages) if message["role"] == "user"]
+        if not users:
+            raise BadRow("no user message", "teacher_prompt has none to stand in for")
+        messages = list(self.messages)
+        messages[users[-1]] = {**messages[users[-1]], "content": self.teacher_prompt}
+        return replace(self, messages=messages, teacher_prompt=None)
 
 
 @dataclass(frozen=True)
@@ -32,6 +42,11 @@ class Completion:
 
     prompt: str
     response: str | None
+    teacher_prompt: str | None = None
+
+    def for_teacher(self) -> Completion:
+        """With `teacher_prompt` as the prompt."""
+        return replace(self, prompt=self.teacher_prompt, teacher_prompt=None)
 
 
 def parse_row(row: Any, *, prompts: bool = False) -> Conversation | Completion:
@@ -40,7 +55,8 @@ def parse_row(row: Any, *, prompts: bool = False) -> Conversation | Completion:
     `prompts`: a row may be a prompt alone: messages without an assistant's turn, or no response.
 
     Raises:
-        BadRow: with reason "wrong type", "no messages", "no assistant turn" or "empty response".
+        BadRow: with reason "wrong type", "no messages", "no assistant turn", "empty response" or "empty
+            teacher_prompt".
     """
     _require(row, dict, "the row")
     row = {key: value for key, value in row.items() if value is not None}
@@ -54,28 +70,47 @@ def parse_row(row: Any, *, prompts: bool = False) -> Conversation | Completion:
         if not prompts:
             raise BadRow("no assistant turn", "the row has a prompt but no response")
         if isinstance(prompt, str):
-            return Completion(prompt, None)
-        messages = _messages(prompt, "prompt")
-        return Conversation(messages, _tools(row.get("tools")), _template_kwargs(row))
+            return Completion(prompt, None, _teacher_prompt(row))
+        return _of_messages(row, _messages(prompt, "prompt"))
     response = _require(row["response"], str, "response")
     if not response.strip():
         raise BadRow("empty response", "response is empty")
     if isinstance(prompt, str):
-        return Completion(prompt, response)
+        return Completion(prompt, response, _teacher_prompt(row))
     return _conversation(row, [*_messages(prompt, "prompt"), {"role": "assistant", "content": response}], prompts)
 
 
 def _conversation(row: dict[str, Any], messages: list[dict[str, Any]], prompts: bool) -> Conversation:
     assistant_turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if prompts and messages and not assistant_turns:
-        return Conversation(messages, _tools(row.get("tools")), _template_kwargs(row))
+        return _of_messages(row, messages)
     if not assistant_turns:
         roles = ", ".join(message["role"] for message in messages) or "no message at all"
         raise BadRow("no assistant turn", f"the roles are: {roles}")
     last = assistant_turns[-1]
     if not (messages[last]["content"].strip() or messages[last].get("tool_calls")):
         raise BadRow("empty response", f"messages[{last}] (assistant) has neither content nor tool_calls")
-    return Conversation(messages[: last + 1], _tools(row.get("tools")), _template_kwargs(row))
+    return _of_messages(row, messages[: last + 1])
+
+
+def _of_messages(row: dict[str, Any], messages: list[dict[str, Any]]) -> Conversation:
+    return Conversation(messages, _tools(row.get("tools")), _template_kwargs(row), _teacher_prompt(row))
+
+
+def tag_of(row: Any, key: str) -> str:
+    """The value of a checked row's `key`, which says what teacher the row has. BadRow ("no tag", "wrong type")."""
+    if row.get(key) in (None, ""):
+        raise BadRow("no tag", f"a row needs {key}, which says what teacher it has")
+    return _require(row[key], str, key)
+
+
+def _teacher_prompt(row: dict[str, Any]) -> str | None:
+    if "teacher_prompt" not in row:
+        return None
+    text = _require(row["teacher_prompt"], str, "teacher_prompt")
+    if not text.strip():
+        raise BadRow("empty teacher_prompt", "teacher_prompt is empty; null, or no such key, if the teacher has none")
+    return text
 
 
 def _template_kwargs(row: dict[str, Any]) -> dict[str, Any]:

@@ -12,14 +12,17 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from megatron_gkd.data.plugins import Preprocessor, find_preprocessor, load_plugins
-from megatron_gkd.data.report import NOTHING_TO_LEARN, PREPROCESSOR, TOO_LONG
-from megatron_gkd.data.rows import BadRow, parse_row
+from megatron_gkd.data.prompt import prompt_length
+from megatron_gkd.data.report import NOTHING_TO_LEARN, PREPROCESSOR, TOO_LONG, TOO_LONG_FOR_TEACHER
+from megatron_gkd.data.rows import BadRow, parse_row, tag_of
 from megatron_gkd.data.sample import IGNORE
 from megatron_gkd.data.sources import TEXT, decode_json, drop_nulls
+from megatron_gkd.data.teacher_view import cut_like, prompt_for_teacher
 from megatron_gkd.data.template import RowRenderer
 from megatron_gkd.data.truncation import TruncationStrategy, truncate
 
 BLANK = "blank line"
+_EMPTY = np.zeros(0, dtype=np.int64)
 
 FEATURES = datasets.Features(
     {
@@ -27,6 +30,9 @@ FEATURES = datasets.Features(
         "labels": datasets.List(datasets.Value("int32")),
         "length": datasets.Value("int32"),
         "num_labels": datasets.Value("int32"),  # labels that are not -100
+        "teacher_prompt": datasets.List(datasets.Value("int32")),  # empty where the row has none
+        "teacher_length": datasets.Value("int32"),  # of the whole sequence behind it; 0 where the row has none
+        "tag": datasets.Value("string"),  # empty where no key is configured
         "dropped": datasets.Value("string"),  # why the row is not used; empty for one that is
         "error": datasets.Value("string"),  # what is wrong with the row; empty unless it is a bad row
     }
@@ -46,6 +52,8 @@ class RowTokenizer:
     external_plugins: Sequence[str] = ()
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     prompts: bool = False  # a row may be a prompt alone
+    teacher_max_length: int | None = None  # None: max_length
+    tag_key: str | None = None
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         """Columns of `FEATURES` for the columns of a source, one row for each."""
@@ -60,7 +68,12 @@ class RowTokenizer:
             row = self._preprocess(decode_json(raw[TEXT]) if self.is_json else drop_nulls(raw))
             if row is None:
                 return _record(dropped=PREPROCESSOR)
-            input_ids, labels = self._render(parse_row(row, prompts=self.prompts))
+            parsed = parse_row(row, prompts=self.prompts)
+            tag = tag_of(row, self.tag_key) if self.tag_key else ""
+            input_ids, labels = self._render(parsed)
+            teacher_prompt = None
+            if parsed.teacher_prompt is not None:
+                teacher_prompt = prompt_for_teacher((input_ids, labels), self._render(parsed.for_teacher()))
         except BadRow as bad:
             return _record(dropped=bad.reason, error=str(bad))
         cut = truncate(input_ids, labels, self.max_length, self.truncation_strategy)
@@ -68,7 +81,12 @@ class RowTokenizer:
             return _record(dropped=TOO_LONG)
         if (cut[1] == IGNORE).all() and (labels != IGNORE).any():
             return _record(dropped=NOTHING_TO_LEARN)
-        return _record(*cut)
+        if teacher_prompt is not None:
+            teacher_prompt = cut_like(teacher_prompt, labels, cut[1], self.truncation_strategy)
+        record = _record(*cut, teacher_prompt=teacher_prompt, tag=tag)
+        if record["teacher_length"] > (self.teacher_max_length or self.max_length):
+            return _record(dropped=TOO_LONG_FOR_TEACHER)
+        return record
 
     def _preprocess(self, row: Any) -> Any:
         if self._preprocessor is None:
@@ -94,16 +112,22 @@ class RowTokenizer:
 
 
 def _record(
-    input_ids: np.ndarray | None = None, labels: np.ndarray | None = None, dropped: str = "", error: str = ""
+    input_ids: np.ndarray = _EMPTY,
+    labels: np.ndarray = _EMPTY,
+    dropped: str = "",
+    error: str = "",
+    teacher_prompt: np.ndarray | None = None,
+    tag: str = "",
 ) -> dict[str, Any]:
-    empty = np.zeros(0, dtype=np.int64)
-    input_ids = empty if input_ids is None else input_ids
-    labels = empty if labels is None else labels
+    response = len(input_ids) - prompt_length(labels)
     return {
         "input_ids": input_ids,
         "labels": labels,
         "length": len(input_ids),
         "num_labels": int((labels != IGNORE).sum()),
+        "teacher_prompt": _EMPTY if teacher_prompt is None else teacher_prompt,
+        "teacher_length": 0 if teacher_prompt is None else len(teacher_prompt) + response,
+        "tag": tag,
         "dropped": dropped,
         "error": error,
     }

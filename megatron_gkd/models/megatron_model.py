@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -106,6 +106,19 @@ def hidden_states(chunk: nn.Module, microbatch: Microbatch) -> torch.Tensor:
     return chunk(
         microbatch.input_ids, microbatch.position_ids, None, packed_seq_params=packed, extra_block_kwargs=extra
     )
+
+
+@contextlib.contextmanager
+def in_eval_mode(chunks: Sequence[nn.Module]) -> Iterator[None]:
+    """No dropout inside; every module has its own mode again afterwards."""
+    training = [(module, module.training) for chunk in chunks for module in chunk.modules()]
+    for chunk in chunks:
+        chunk.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training:
+            module.training = mode
 
 
 def _mark_shards(chunk: nn.Module) -> None:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_gkd.errors import UserError
 from megatron_gkd.models.checkpoint import Checkpoint
 
-_PROBES = ("The 12 quick brown foxes jump over 345 lazy dogs.", 'x = f(y) != "naïve"\n\t# 中文, émigré, 🙂')
+PROBES = ("The 12 quick brown foxes jump over 345 lazy dogs.", 'x = f(y) != "naïve"\n\t# 中文, émigré, 🙂')
 
 
 def shared_vocab_size(student: Checkpoint, teacher: Checkpoint) -> int:
@@ -34,7 +34,7 @@ def require_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrained
                 f"student and teacher have different tokenizers: id {index} is {student_tokens[index]!r} for the "
                 f"student and {teacher_tokens[index]!r} for the teacher; their distributions cannot be compared"
             )
-    for text in _PROBES:
+    for text in PROBES:
         if student.encode(text, add_special_tokens=False) != teacher.encode(text, add_special_tokens=False):
             raise UserError(
                 f"student and teacher have different tokenizers: {text!r} gives different ids; "

@@ -19,10 +19,10 @@ class MetricsLog:
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
-        _rotate(self.path)
+        rotate(self.path)
         self._file = self.path.open("x", encoding="utf-8")
         self._writer = None
-        _rotate(folder / "tensorboard")
+        rotate(folder / "tensorboard")
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -44,6 +44,12 @@ class MetricsLog:
             if name != "step" and isinstance(value, int | float):
                 self._writer.add_scalar(f"{split}/{name}", value, plain["step"])
         self._writer.flush()
+
+    def write_text(self, tag: str, markdown: str, step: int) -> None:
+        """To TensorBoard only."""
+        if self._writer is not None:
+            self._writer.add_text(tag, markdown, step)
+            self._writer.flush()
 
     def close(self) -> None:
         """Close both; further records are an error."""
@@ -67,7 +73,7 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _rotate(path: Path) -> None:
+def rotate(path: Path) -> None:
     """Move `path` out of the way, to the first number that is free."""
     if not path.exists():
         return

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from rich.table import Table
 
 _FORMATS = {
     "loss": "loss {:.4f}",
@@ -20,6 +21,7 @@ _FORMATS = {
     "tokens_per_second": "{:.0f} tok/s",
 }
 _ON_THE_BAR = ("loss", "tokens_per_second")
+_LINE = 120  # characters of a table where there is no terminal
 
 
 class Progress:
@@ -78,6 +80,13 @@ class Progress:
             self._bar.console.print(text, markup=False, highlight=False)
         elif self._enabled:
             print(text, flush=True)
+
+    def show(self, table: Table) -> None:
+        """As `message`, of a table."""
+        if self._bar is not None:
+            self._bar.console.print(table)
+        elif self._enabled:
+            Console(file=sys.stdout, width=_LINE).print(table)
 
     def _eta(self, step: int) -> str:
         """Time left as mm:ss or h:mm:ss, at the mean pace so far."""

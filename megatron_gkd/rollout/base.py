@@ -10,10 +10,10 @@ from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from megatron_gkd.errors import UserError
+from megatron_gkd.errors import ServiceFailed
 
 
-class RolloutFailed(UserError):
+class RolloutFailed(ServiceFailed):
     """No samples are to be had. All ranks raise it together, and the student is as it was before."""
 
 
@@ -27,7 +27,8 @@ class Sampling:
         top_k: only that many most likely tokens may be drawn; 0 or None: all.
         top_p: only the smallest set of most likely tokens with at least that mass may be drawn; 1: all.
         stop_token_ids: tokens that end a completion, beside the model's EOS.
-        ignore_eos: the model's EOS does not end a completion; `stop_token_ids` still do.
+        ignore_eos: the model's EOS does not end a completion; `stop_token_ids` and `stop` still do.
+        stop: texts that end a completion with the token that completes one of them; it stays in the completion.
 
     Raises:
         ValueError: a value is not allowed; the message names it and what is.
@@ -39,6 +40,7 @@ class Sampling:
     top_p: float = 1.0
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self):
         if self.max_completion_length < 1:
@@ -51,6 +53,8 @@ class Sampling:
             raise ValueError(f"top_p is {self.top_p}; it must be more than 0 and at most 1")
         if any(token < 0 for token in self.stop_token_ids):
             raise ValueError(f"stop_token_ids are {self.stop_token_ids}; token ids are not negative")
+        if "" in self.stop:
+            raise ValueError(f"stop is {self.stop}; a text that ends completions is not empty")
 
 
 @dataclass(frozen=True)
@@ -58,10 +62,10 @@ class Completion:
     """What was generated for one prompt.
 
     Attributes:
-        token_ids: without the prompt; with the EOS or stop token, where one ended it.
+        token_ids: without the prompt; with the EOS, stop token or end of a stop string, where one ended it.
         log_probs: one for each of `token_ids`, in nats: log-softmax of the model's logits as they are, over the whole
             vocabulary: at temperature 1 and without top-k and top-p, whatever the token was drawn with.
-        finish_reason: "stop" if an EOS or stop token ended it, "length" if `max_completion_length` did.
+        finish_reason: "stop" if an EOS, stop token or stop string ended it, "length" if `max_completion_length` did.
         version: of the weights that generated it, as given to `load_weights`.
     """
 

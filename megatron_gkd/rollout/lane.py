@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_gkd.data.microbatch import Microbatch
 from megatron_gkd.data.sample import IGNORE
+from megatron_gkd.rollout.stop_strings import StopStringWatch
 
 
 @dataclass
@@ -24,8 +25,16 @@ class Row:
     index: int
     prompt: list[int]
     seed: int
+    watch: StopStringWatch | None = None
+    has_stop_string: bool = False
     token_ids: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
+
+    def append(self, token_id: int, log_prob: float) -> None:
+        self.token_ids.append(token_id)
+        self.log_probs.append(log_prob)
+        if self.watch is not None:
+            self.has_stop_string = self.watch.found(token_id)
 
     @property
     def num_cached(self) -> int:

@@ -9,21 +9,23 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from megatron_gkd.data.microbatch import padded_length
-from megatron_gkd.models.megatron_model import MegatronModel, hidden_states
+from megatron_gkd.models.megatron_model import MegatronModel, hidden_states, in_eval_mode
 from megatron_gkd.models.pipeline import forward_only
 from megatron_gkd.rollout.base import Completion, Sampling, check_prompts
 from megatron_gkd.rollout.kv_cache import KeyValueCache
 from megatron_gkd.rollout.lane import Lane, Row, StepBatch
 from megatron_gkd.rollout.sampling import as_int64, sample
+from megatron_gkd.rollout.stop_strings import StopStringWatch, decoder_of
 from megatron_gkd.runtime import portability
 
 
@@ -46,6 +48,7 @@ class MegatronEngine:
         self.model, self.mesh, self.eos_token_ids = model, model.mesh, frozenset(eos_token_ids)
         self.max_batch_tokens, self.max_prompt_tokens = max_batch_tokens, max_prompt_tokens
         self.version = 0
+        self._decoder: Tokenizer | None = None  # for stop strings alone
         config = model.config
         # Experts are asked in every forward pass, of ranks that have rows and of ranks that have none left.
         self.shares_experts = config.num_moe_experts is not None and (
@@ -77,8 +80,11 @@ class MegatronEngine:
             )
         cp = self.mesh.cp
         # Context-parallel ranks hold the whole model each: they deal the prompts out.
-        rows = [Row(i, list(prompts[i]), as_int64(seeds[i])) for i in range(cp.rank(), len(prompts), cp.size())]
-        with _in_eval_mode(self.model.chunks):
+        rows = [
+            Row(i, list(prompts[i]), as_int64(seeds[i]), self._watch(prompts[i], sampling))
+            for i in range(cp.rank(), len(prompts), cp.size())
+        ]
+        with in_eval_mode(self.model.chunks):
             finished = self._run(rows, sampling, capacity)
         completions = {row.index: self._completion(row, sampling) for row in finished}
         if cp.size() > 1:
@@ -86,6 +92,12 @@ class MegatronEngine:
             dist.all_gather_object(parts, completions, group=cp)
             completions = {index: completion for part in parts for index, completion in part.items()}
         return [completions[index] for index in range(len(prompts))]
+
+    def _watch(self, prompt: Sequence[int], sampling: Sampling) -> StopStringWatch | None:
+        if not sampling.stop:
+            return None
+        self._decoder = self._decoder or decoder_of(self.model.checkpoint.tokenizer())
+        return StopStringWatch(self._decoder, prompt, sampling.stop)
 
     def _run(self, rows: list[Row], sampling: Sampling, capacity: int) -> list[Row]:
         """Complete all rows."""
@@ -154,8 +166,7 @@ class MegatronEngine:
         if pp.size() > 1:
             dist.broadcast(drawn, src=dist.get_global_rank(pp, pp.size() - 1), group=pp)
         for row, token, log_prob in zip(rows, *drawn.tolist(), strict=True):
-            row.token_ids.append(int(token))
-            row.log_probs.append(log_prob)
+            row.append(int(token), log_prob)
 
     def _gather_logits(self, hidden: Tensor) -> Tensor | None:
         """[rows, H] -> [rows, V] on the first tensor-parallel rank, None on the others."""
@@ -169,7 +180,11 @@ class MegatronEngine:
 
     def _finish_reason(self, row: Row, sampling: Sampling) -> str | None:
         newest = row.token_ids[-1]
-        if newest in sampling.stop_token_ids or (newest in self.eos_token_ids and not sampling.ignore_eos):
+        if (
+            row.has_stop_string
+            or newest in sampling.stop_token_ids
+            or (newest in self.eos_token_ids and not sampling.ignore_eos)
+        ):
             return "stop"
         return "length" if len(row.token_ids) == sampling.max_completion_length else None
 
@@ -184,16 +199,3 @@ def _admit(waiting: deque[Row], lanes: list[Lane]) -> None:
         if not open_lanes:
             return
         min(open_lanes, key=lambda lane: len(lane.rows)).rows.append(waiting.popleft())
-
-
-@contextlib.contextmanager
-def _in_eval_mode(chunks: Sequence[nn.Module]) -> Iterator[None]:
-    """No dropout inside; every module has its own mode again afterwards."""
-    training = [(module, module.training) for chunk in chunks for module in chunk.modules()]
-    for chunk in chunks:
-        chunk.eval()
-    try:
-        yield
-    finally:
-        for module, mode in training:
-            module.training = mode

@@ -7,10 +7,9 @@ that it had when the completion was asked for (`StudentServer.complete`, `Studen
 
 from __future__ import annotations
 
-import random
+import json
 import secrets
 import threading
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,13 +18,12 @@ from typing import Any
 import httpx
 
 from megatron_gkd.errors import UserError
+from megatron_gkd.runtime import servers
+from megatron_gkd.runtime.servers import ServerDown, exchange
 
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
-_SHOWN = 500  # characters of a server's error message
 
-
-class ServerDown(Exception):
-    """An exchange with a server failed in a way that may pass: no connection, no answer in time, or a status of 5xx."""
+class Patience(servers.Patience):
+    key = "rollout.server_patience_s"
 
 
 @dataclass(frozen=True)
@@ -35,26 +33,6 @@ class Weights:
 
     version: int
     label: str
-
-
-class Patience:
-    """The pauses between the attempts at one task; they grow, and end `seconds` after its first failure."""
-
-    def __init__(self, seconds: float):
-        self.seconds, self._deadline, self._pause = seconds, None, _FIRST_PAUSE
-
-    def wait(self, error: ServerDown) -> None:
-        """Until the next attempt. UserError if there is to be none."""
-        now = time.monotonic()
-        if self._deadline is None:
-            self._deadline = now + self.seconds
-        if now + self._pause > self._deadline:
-            raise UserError(
-                f"{error}; that was so for {self.seconds:g} s (rollout.server_patience_s). Look into the server's log, "
-                "start it again, and then the run"
-            ) from error
-        time.sleep(self._pause * random.uniform(0.5, 1))  # not all at the same time
-        self._pause = min(2 * self._pause, _LONGEST_PAUSE)
 
 
 @dataclass(frozen=True)
@@ -205,14 +183,5 @@ class StudentServer:
 
     def exchange(self, method: str, path: str, *, hint: str = "", **options: Any) -> Any:
         """One request and its answer, decoded. `hint` is what to do if the server does not know `path`."""
-        try:
-            response = self._http.request(method, self.url + path, **options)
-        except httpx.TransportError as error:
-            raise ServerDown(f"{self.url}{path}: {type(error).__name__}: {error}") from error
-        text = response.text[:_SHOWN]
-        if response.status_code >= 500:
-            raise ServerDown(f"{self.url}{path}: {response.status_code}: {text}")
-        if response.is_error:
-            hint = f"; {hint}" if hint and response.status_code == 404 else ""
-            raise UserError(f"{self.url}{path}: {response.status_code}: {text}{hint}")
-        return response.json() if response.content else None
+        content = exchange(self._http, method, self.url + path, hint=hint, **options)
+        return json.loads(content) if content else None

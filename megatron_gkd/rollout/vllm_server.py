@@ -29,6 +29,7 @@ from megatron_gkd.rollout.vllm_client import ServedModel, StudentServer, Weights
 from megatron_gkd.rollout.vllm_weights import WeightFolder, tensor_shapes
 from megatron_gkd.rollout.weight_transfer import Keeper, WeightTransfer, wait_for_first_rank
 from megatron_gkd.runtime.mesh import Mesh
+from megatron_gkd.runtime.servers import open_client
 
 _MOST_ROUNDS = 5  # in which a prompt is asked that a server answered with other weights than the student's
 
@@ -74,11 +75,7 @@ class VllmServerEngine:
         self.sync: WeightFolder | WeightTransfer | None = self._build_sync() if mesh.is_main else None
         self._keeper: Keeper | None = None
         if self.is_speaker or mesh.is_main:
-            limits = httpx.Limits(max_connections=None, max_keepalive_connections=options.concurrency)
-            # Servers are named by address: no proxy of the environment is asked.
-            self.http = httpx.Client(
-                timeout=httpx.Timeout(options.timeout, connect=10.0), limits=limits, trust_env=False
-            )
+            self.http = open_client(options.timeout, options.concurrency)
             self.servers = [StudentServer(url, self.http, options.patience, self._hand_over()) for url in options.urls]
         backend = None if options.weight_sync == "folder" else options.weight_sync
         self.models: list[ServedModel] = self._by_first_rank(
@@ -184,6 +181,9 @@ class VllmServerEngine:
             "seed": seed % 2**63,  # vLLM takes -1 for none
             "ignore_eos": True,  # which tokens are EOS is for the student's checkpoint to say, not for the server
             "stop_token_ids": sorted({*sampling.stop_token_ids, *eos}),
+            "stop": list(sampling.stop),
+            "include_stop_str_in_output": True,
+            "skip_special_tokens": False,  # a stop string may be of such tokens
             "logprobs": 0,  # of the sampled token alone
             "return_token_ids": True,
         }

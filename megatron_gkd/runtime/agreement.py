@@ -1,4 +1,4 @@
-"""Ranks that fail together: whatever goes wrong in one of them is raised in all."""
+"""Ranks that agree: whatever goes wrong in one of them is raised in all."""
 
 from __future__ import annotations
 
@@ -14,3 +14,10 @@ def raise_together(problem: str | None, kind: type[UserError] = UserError) -> No
     for found in problems:
         if found is not None:
             raise kind(found)
+
+
+def holds_everywhere(condition: bool) -> bool:
+    """Whether it holds in every rank of the world. All must call it."""
+    conditions = [False] * dist.get_world_size()
+    dist.all_gather_object(conditions, condition)
+    return all(conditions)

@@ -56,6 +56,12 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def empty_cache() -> None:
+    """Give memory that torch holds but does not use back to the device."""
+    if _has_cuda():
+        torch.cuda.empty_cache()
+
+
 def peak_memory_bytes() -> int:
     """Highest memory use so far in bytes: of the allocator on a GPU, of the whole process (resident set) on a CPU."""
     if _has_cuda():

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 from megatron_gkd.data.microbatch import Microbatch
-from megatron_gkd.errors import UserError
+from megatron_gkd.data.sample import Sample
+from megatron_gkd.errors import ServiceFailed
 from megatron_gkd.ops.topk import TopK
 
 
-class TeacherFailed(UserError):
+class TeacherFailed(ServiceFailed):
     """No signals are to be had. All ranks raise it together, and the student is as it was before."""
 
 
@@ -63,4 +64,22 @@ class TeacherSource(Protocol):
         Raises:
             TeacherFailed: in all ranks together.
         """
+        ...
+
+
+@runtime_checkable
+class FollowsStudent(Protocol):
+    """A teacher that changes with the student."""
+
+    def after_update(self) -> None:
+        """The student's weights have just changed: once after every optimizer step. All ranks call it together."""
+        ...
+
+
+@runtime_checkable
+class ScoresAhead(Protocol):
+    """A teacher that works elsewhere, while the student trains or samples."""
+
+    def begin(self, samples: Iterable[Sample]) -> None:
+        """These will be in a microbatch to score soon. Returns at once; each rank calls it when it likes, or not."""
         ...

@@ -5,15 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 
-import torch
-
 from megatron_gkd.data.microbatch import Microbatch
-from megatron_gkd.models.label_rows import has_label, label_rows
-from megatron_gkd.models.megatron_model import MegatronModel, hidden_states
+from megatron_gkd.models.megatron_model import MegatronModel
 from megatron_gkd.models.offload import OffloadedWeights
-from megatron_gkd.models.pipeline import forward_only
 from megatron_gkd.models.vocabulary import lay_out_head
 from megatron_gkd.teachers.base import Hidden
+from megatron_gkd.teachers.reading import states_at_labels
 
 
 class LocalTeacher:
@@ -39,12 +36,7 @@ class LocalTeacher:
     def resident(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self._weights is None else self._weights.resident()
 
-    @torch.no_grad()
     def score(self, microbatches: Sequence[Microbatch]) -> list[Hidden | None]:
-        """Megatron's forward-only pipeline over all microbatches; keeps [N, H_T] rows, those that have a label."""
-
-        def rows(output: torch.Tensor, microbatch: Microbatch) -> Hidden:
-            states = label_rows(output, has_label(microbatch), self.model.mesh)
-            return Hidden(states, self.head_weight)
-
-        return forward_only(self.model.chunks, microbatches, hidden_states, rows, self.model.mesh)
+        """Reads each row's `teacher_prompt` where it has one."""
+        collected = states_at_labels(self.model.chunks, microbatches, self.model.mesh)
+        return [None if states is None else Hidden(states, self.head_weight) for states in collected]

@@ -15,6 +15,8 @@ from megatron_gkd.models.checkpoint import Checkpoint
 from megatron_gkd.models.megatron_model import BuildOptions, MegatronModel
 from megatron_gkd.rollout.base import RolloutEngine, Sampling
 from megatron_gkd.rollout.megatron import MegatronEngine
+from megatron_gkd.rollout.vllm_colocated import VllmColocatedEngine
+from megatron_gkd.rollout.vllm_process import ColocatedOptions
 from megatron_gkd.rollout.vllm_server import ServerOptions, VllmServerEngine
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.training.loss import Objective
@@ -93,6 +95,8 @@ def build_rollouts(
         temperature=section.rollout_temperature,
         top_k=section.top_k,
         top_p=section.top_p,
+        stop_token_ids=section.stop_token_ids,
+        stop=section.stop,
     )
     return Rollouts(
         _build_engine(recipe, mesh, student, checkpoint),
@@ -106,6 +110,7 @@ def build_rollouts(
         dp=mesh.dp,
         steps_ahead=section.steps_ahead,
         num_steps=train_iters,
+        teacher_max_length=recipe.data.teacher_max_length,
     )
 
 
@@ -113,6 +118,21 @@ def _build_engine(recipe: Recipe, mesh: Mesh, student: Student, checkpoint: Chec
     section = recipe.rollout
     if section.engine == "megatron":
         return MegatronEngine(student.model, checkpoint.eos_token_ids)
+    if section.engine == "vllm":
+        cache = section.vllm_kv_cache_gib
+        return VllmColocatedEngine.start(
+            mesh,
+            checkpoint,
+            ColocatedOptions(
+                dtype=DTYPES[recipe.train.dtype],
+                max_model_len=section.vllm_max_model_len or recipe.data.max_length,
+                tensor_parallel_size=section.vllm_tensor_parallel_size,
+                gpu_memory_utilization=section.vllm_gpu_memory_utilization,
+                kv_cache_memory_bytes=None if cache is None else int(cache * 2**30),
+                sleep_level=section.sleep_level,
+                enforce_eager=section.enforce_eager,
+            ),
+        )
     options = ServerOptions(
         urls=section.vllm_server_urls,
         weight_sync=section.weight_sync,

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from megatron_gkd.config.schema import OneTeacher, Recipe, TeacherSection
+from megatron_gkd.data.dataset import TokenizedDataset
 from megatron_gkd.models.checkpoint import Checkpoint
 from megatron_gkd.models.megatron_model import BuildOptions, MegatronModel
 from megatron_gkd.models.vocabulary import shared_vocab_size
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.teachers.base import TeacherSource
 from megatron_gkd.teachers.local import LocalTeacher
-from megatron_gkd.teachers.several import SeveralTeachers
+from megatron_gkd.teachers.self_teacher import SelfTeacher, require_teacher_prompts
+from megatron_gkd.teachers.self_weights import AverageWeights, CurrentWeights, InitialWeights
+from megatron_gkd.teachers.server import ServerOptions, ServerTeacher
+from megatron_gkd.teachers.several import SeveralTeachers, require_teachers
 from megatron_gkd.training.build import DTYPES
 from megatron_gkd.training.student import Student
 
@@ -28,6 +32,26 @@ def open_teachers(section: TeacherSection, *, main_process: bool, barrier: Calla
 def shared_vocab_size_of_all(student: Checkpoint, teachers: Mapping[str, Checkpoint]) -> int:
     """Number of ids that all models have logits for. UserError if a tokenizer differs from the student's."""
     return min([student.vocab_size, *(shared_vocab_size(student, teacher) for teacher in teachers.values())])
+
+
+def check_rows(section: TeacherSection, dataset: TokenizedDataset) -> None:
+    """UserError where the training rows lack what a teacher needs."""
+    for place, teacher in section.all.items():
+        if teacher.source == "self" and teacher.teacher_model is None and teacher.ema is None:
+            require_teacher_prompts(dataset, place)
+    if section.teachers:
+        require_teachers(
+            dataset, (tag for teacher in section.teachers for tag in teacher.tags), section.teacher_tag_key
+        )
+
+
+def begins_as_student(section: TeacherSection, student: Checkpoint, teachers: Mapping[str, Checkpoint]) -> bool:
+    """Whether every teacher has the weights that the student begins with. `teachers`: of ``open_teachers``."""
+
+    def is_same(place: str) -> bool:
+        return place in teachers and teachers[place].path.resolve() == student.path.resolve()
+
+    return all(teacher.source == "self" or is_same(place) for place, teacher in section.all.items())
 
 
 def build_teacher(
@@ -47,6 +71,10 @@ def _one(
     match teacher.source:
         case "local":
             return _local(recipe, mesh, student, teacher, checkpoint)
+        case "self":
+            return _self(student, teacher)
+        case "server":
+            return _server(recipe, mesh, student, teacher)
         case "none":
             return None
     raise NotImplementedError(teacher.source)
@@ -57,3 +85,25 @@ def _local(recipe: Recipe, mesh: Mesh, student: Student, teacher: OneTeacher, ch
     model = MegatronModel.load(checkpoint, mesh, options)
     head_rows = -(-student.model.checkpoint.vocab_size // mesh.tp.size())
     return LocalTeacher(model, head_rows=head_rows, offload=teacher.offload_teacher_model)
+
+
+def _self(student: Student, teacher: OneTeacher) -> SelfTeacher:
+    """Before the student's first step: the weights that it begins with are the checkpoint's."""
+    model, complete = student.model, student.gather_parameters
+    if teacher.ema is not None:
+        weights = AverageWeights(model, teacher.ema, complete)
+    else:
+        weights = CurrentWeights(model) if teacher.teacher_model is None else InitialWeights(model)
+    return SelfTeacher(model, weights, complete)
+
+
+def _server(recipe: Recipe, mesh: Mesh, student: Student, teacher: OneTeacher) -> ServerTeacher:
+    options = ServerOptions(
+        urls=teacher.teacher_model_server,
+        k=recipe.distill.gkd_logits_topk,
+        max_length=recipe.data.longest_for_teacher,
+        concurrency=teacher.teacher_server_concurrency,
+        timeout=teacher.teacher_server_timeout_s,
+        patience=teacher.teacher_server_patience_s,
+    )
+    return ServerTeacher(mesh, student.model.checkpoint.tokenizer(), student.objective.vocab_size, options)

@@ -48,6 +48,13 @@ class Judged(NamedTuple):
     counted: Tensor  # fp32 [N]: 1, or 0 where the teacher says nothing
 
 
+class Measured(NamedTuple):
+    """What is kept of one microbatch."""
+
+    sums: Tensor  # fp64, `SUMS` in order
+    divergence: Tensor  # [N], of every label in order; NaN where the teacher says nothing
+
+
 @dataclass(frozen=True)
 class Objective:
     """Σ over tokens of divergence + sft_alpha · cross-entropy; plain cross-entropy where there is no teacher."""
@@ -66,8 +73,8 @@ class Objective:
 
     def __call__(
         self, hidden: Tensor, head_weight: Tensor, microbatch: Microbatch, signal: TeacherSignal | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """hidden [1, T(/TP), H_S] -> (sum of losses, number of tokens, sums of `SUMS` as fp64)."""
+    ) -> tuple[Tensor, Tensor, Measured]:
+        """hidden [1, T(/TP), H_S] -> (sum of losses, number of tokens, what was measured)."""
         chosen = has_label(microbatch)
         student = label_rows(hidden, chosen, self.mesh)
         labels = microbatch.labels.squeeze(0)[chosen]
@@ -86,7 +93,8 @@ class Objective:
         )
         sums = [total.detach(), *((values * weights).sum(dtype=torch.float64) for values, weights in measured)]
         sums += [x.sum(dtype=torch.float64) for x in (counted, by_dataset, 1 - counted)]
-        return total, counted.sum().int(), torch.stack([x.double() for x in sums])
+        divergence = token.divergence.masked_fill(counted == 0, torch.nan)
+        return total, counted.sum().int(), Measured(torch.stack([x.double() for x in sums]), divergence)
 
     def judge(
         self, student: Tensor, head_weight: Tensor, labels: Tensor, from_dataset: Tensor, signal: TeacherSignal | None

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_gkd.config.schema import OutputSection
+from megatron_gkd.reporting.completions_log import CompletionsLog, console_table, markdown_table
 from megatron_gkd.reporting.curves import plot_curves
 from megatron_gkd.reporting.metrics_log import MetricsLog
 from megatron_gkd.reporting.progress import Progress
@@ -29,8 +32,10 @@ def summarize(totals: dict[str, float], *, has_teacher: bool) -> dict[str, float
     }
 
 
-def describe_rollouts(report: RolloutReport, totals: dict[str, float]) -> dict[str, float | int | str | None]:
-    """What a step with sampled rows adds to its record.
+def describe_rollouts(
+    report: RolloutReport, totals: dict[str, float], sync_seconds: float
+) -> dict[str, float | int | str | None]:
+    """What a step with sampled rows adds to its record. `sync_seconds`: that the engine took to get the weights.
 
     `mismatch_kl` estimates, in nats a token, how far the engine's distribution is from the trainer's: the mean of
     ln p_engine - ln p_trainer over the sampled tokens, both at temperature 1. It is near 0 where both compute the same.
@@ -38,16 +43,40 @@ def describe_rollouts(report: RolloutReport, totals: dict[str, float]) -> dict[s
     tokens = totals["tokens"] - totals["dataset_tokens"]
     known = tokens and not totals["dropped_tokens"]  # the engine's sum is over all of them
     mismatch = (report.log_prob + totals["student_cross_entropy"]) / tokens if known else None
-    return {**report.record(), "mismatch_kl": mismatch}
+    return {**report.record(), "sync_time_s": sync_seconds, "mismatch_kl": mismatch}
+
+
+class MismatchWarning:
+    """Says so where the engine does not sample from the student: the first time, the second, the fourth, and so on.
+
+    `threshold`: of the size of `mismatch_kl`, in nats a token; None never warns.
+    """
+
+    def __init__(self, threshold: float | None):
+        self.threshold, self.count = threshold, 0
+
+    def of_step(self, step: int, mismatch_kl: float | None) -> str | None:
+        if self.threshold is None or mismatch_kl is None or abs(mismatch_kl) <= self.threshold:
+            return None
+        self.count += 1
+        if self.count & (self.count - 1):
+            return None
+        return (
+            f"warning: step {step}: mismatch_kl = {mismatch_kl:.4g} nats a token, beyond rollout.mismatch_kl_threshold "
+            f"= {self.threshold:g} (steps so far: {self.count}): the rollout engine samples from another distribution "
+            "than the student's. Look for other weights, another dtype, or another attention there; with one of "
+            "those wanted, raise the threshold"
+        )
 
 
 class Reporter:
     """Writes metrics.jsonl and TensorBoard and shows progress, on the main rank; silent on the others."""
 
-    def __init__(self, output_dir: Path, *, train_iters: int, log_interval: int, tensorboard: bool, is_main: bool):
-        self.output_dir, self.is_main = output_dir, is_main
-        self.log = MetricsLog(output_dir, tensorboard=tensorboard) if is_main else None
-        self.progress = Progress(train_iters, enabled=is_main, log_interval=log_interval)
+    def __init__(self, output_dir: Path, train_iters: int, output: OutputSection, *, is_main: bool):
+        self.output_dir, self.output, self.is_main = output_dir, output, is_main
+        self.log = MetricsLog(output_dir, tensorboard=output.tensorboard) if is_main else None
+        self.completions_log = CompletionsLog(output_dir) if is_main and output.log_completions else None
+        self.progress = Progress(train_iters, enabled=is_main, log_interval=output.log_interval)
 
     def __enter__(self) -> Reporter:
         self.progress.__enter__()
@@ -57,6 +86,8 @@ class Reporter:
         self.progress.__exit__(*exception)
         if self.log is not None:
             self.log.close()
+        if self.completions_log is not None:
+            self.completions_log.close()
 
     def step(self, record: dict) -> None:
         record = {
@@ -73,6 +104,16 @@ class Reporter:
             self.log.write({"split": "validation", **record})
         shown = ", ".join(f"{name} {record[name]:.4f}" for name in ("loss", "divergence") if record[name] is not None)
         self.message(f"step {record['step']}: validation {shown}")
+
+    def completions(self, records: Sequence[dict]) -> None:
+        """Of one step: all into completions.jsonl, and some into tables."""
+        if self.completions_log is None or not records:
+            return
+        self.completions_log.write(records)
+        shown = records[: self.output.completions_to_print]
+        if shown:
+            self.log.write_text("completions", markdown_table(shown), shown[0]["step"])
+            self.progress.show(console_table(shown))
 
     def message(self, text: str) -> None:
         self.progress.message(text)

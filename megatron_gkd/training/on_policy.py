@@ -34,9 +34,28 @@ Truncated = Literal["keep", "mask", "drop"]
 
 
 @dataclass(frozen=True)
+class Answer:
+    """What the student said to the prompt (int64 [P]) of one row of the dataset.
+
+    `is_trained_on` is false for a truncated one that is masked or dropped.
+    """
+
+    row: int
+    prompt: np.ndarray
+    completion: Completion
+    is_trained_on: bool
+
+
+@dataclass(frozen=True)
 class RolloutReport:
-    """What sampling was like in one step, over all data-parallel ranks. `seconds` is how long the step waited for it,
-    `generation_seconds` how long it took, and `staleness` how many updates old the weights were, on average."""
+    """What sampling was like in one step, over all data-parallel ranks.
+
+    Attributes:
+        answers: by position in the global batch.
+        bins: the positions in each microbatch of this data-parallel rank.
+        seconds: that the step waited for it; generation_seconds: that it took.
+        staleness: how many updates old the weights were, on average.
+    """
 
     student_rows: int
     dataset_rows: int
@@ -46,6 +65,8 @@ class RolloutReport:
     tokens: int
     truncated: int
     log_prob: float  # sum over the student's tokens that are trained on, in nats, as the engine has it
+    answers: dict[int, Answer]
+    bins: list[list[int]]
 
     def record(self) -> dict[str, float | int | str]:
         """As a step's record shows it."""
@@ -73,6 +94,7 @@ class Rollouts:
         dataset, order: where prompts and the other rows come from.
         cutting: how the global batch becomes this rank's microbatches.
         sampling: `max_completion_length` is cut to what a sequence of `cutting.max_length` tokens leaves.
+        teacher_max_length: the same of a row's `teacher_prompt` with the answer behind it; None: `cutting.max_length`.
         truncated: completions without an end are trained on ("keep"), kept without labels ("mask"), or left out.
         dp: the data-parallel group.
         steps_ahead: 1 has a `BackgroundEngine` sample a step while the one before it trains.
@@ -93,6 +115,7 @@ class Rollouts:
         dp: dist.ProcessGroup,
         steps_ahead: int = 0,
         num_steps: int | None = None,
+        teacher_max_length: int | None = None,
     ):
         self.engine, self.policy, self.dataset, self.order = engine, policy, dataset, order
         self.cutting, self.sampling, self.global_batch_size = cutting, sampling, global_batch_size
@@ -103,17 +126,23 @@ class Rollouts:
         of each replica asks for them: a teacher may begin with it."""
         self._begun: dict[int, Generation] = {}
         self._version: int | None = None
+        self.teacher_max_length = teacher_max_length or cutting.max_length
 
     def due(self, step: int) -> bool:
         """Whether the student answers any row of `step`, counted from 0. The same on every rank."""
         return self.policy.any(step, self.global_batch_size)
 
-    def load_weights(self, student: Student, version: int) -> None:
-        """Sample from the student as it is, after `version` updates. Nothing to do the second time."""
+    def load_weights(self, student: Student, version: int) -> float:
+        """Sample from the student as it is, after `version` updates. Nothing to do the second time.
+
+        Returns the seconds it took.
+        """
+        start = time.perf_counter()
         if version != self._version:
             student.gather_parameters()
             self.engine.load_weights(student.model.named_tensors(), version)
             self._version = version
+        return time.perf_counter() - start
 
     def is_early(self, step: int) -> bool:
         """Whether `step` is to begin while the step before it trains. The same on every rank."""
@@ -125,16 +154,16 @@ class Rollouts:
     def begin(self, step: int) -> None:
         """Sample `step` in the background, from the weights that are loaded; ``microbatches`` waits for the end."""
         mine, prompts, seeds = self._questions(step)
-        on_completion = None if self.on_sample is None else self._announcing(step, mine, prompts)
+        on_completion = None if self.on_sample is None else self._announcing(step, mine)
         prompts = [prompt.tolist() for prompt in prompts]
         self._begun[step] = self.engine.start(prompts, self.sampling, seeds, on_completion)
 
-    def _announcing(self, step: int, positions: list[int], prompts: list[np.ndarray]) -> OnCompletion:
+    def _announcing(self, step: int, positions: list[int]) -> OnCompletion:
         rows = self.order.rows_of_step(step, self.global_batch_size)
         sources = [self.dataset[rows[position]] for position in positions]  # threads should not read the dataset
 
         def announce(index: int, completion: Completion) -> None:
-            sample, trained = self._sample(sources[index], self._within_length(prompts[index], completion))
+            sample, trained = self._sample(sources[index], self._within_length(sources[index], completion))
             if trained:
                 self.on_sample(sample)
 
@@ -157,16 +186,18 @@ class Rollouts:
         start = time.perf_counter()
         completions, generation_seconds = self._complete(step)
         seconds = time.perf_counter() - start
-        log_prob = 0.0
+        log_prob, answers = 0.0, {}
         for position, completion in completions.items():
             sample, trained = self._sample(self.dataset[rows[position]], completion)
             samples[position] = sample
             log_prob += sum(completion.log_probs) if trained else 0.0
+            answers[position] = Answer(rows[position], self._prompt(rows[position]), completion, trained)
         require_responses(self.dataset, [rows[position] for position in np.flatnonzero(~mine)], step)
         lengths = [
             len(samples[i].input_ids) if i in samples else int(self.dataset.lengths[row]) for i, row in enumerate(rows)
         ]
-        cut = self.cutting.microbatches(lengths, lambda i: samples[i] if i in samples else self.dataset[rows[i]])
+        bins = self.cutting.bins(lengths)
+        cut = self.cutting.cut(bins, lambda i: samples[i] if i in samples else self.dataset[rows[i]])
         found = list(completions.values())
         return cut, RolloutReport(
             student_rows=len(found),
@@ -177,10 +208,13 @@ class Rollouts:
             tokens=sum(len(completion.token_ids) for completion in found),
             truncated=sum(completion.finish_reason == "length" for completion in found),
             log_prob=log_prob,
+            answers=answers,
+            bins=bins,
         )
 
     def _complete(self, step: int) -> tuple[dict[int, Completion], float]:
         """The completion of every position, whichever data-parallel rank sampled it; and the seconds it took."""
+        rows = self.order.rows_of_step(step, self.global_batch_size)
         mine, prompts, seeds = self._questions(step)
         start = time.perf_counter()
         if step not in self._begun and isinstance(self.engine, BackgroundEngine):
@@ -193,8 +227,8 @@ class Rollouts:
                 completions = self.engine.generate([prompt.tolist() for prompt in prompts], self.sampling, seeds)
             seconds = time.perf_counter() - start
         found = [
-            (position, self._within_length(prompt, completion))
-            for position, prompt, completion in zip(mine, prompts, completions, strict=True)
+            (position, self._within_length(self.dataset[rows[position]], completion))
+            for position, completion in zip(mine, completions, strict=True)
         ]
         everything: list[list] = [[] for _ in range(self.dp.size())]
         dist.all_gather_object(everything, found, group=self.dp)
@@ -215,16 +249,25 @@ class Rollouts:
         return mine, [self._prompt(rows[position]) for position in mine], [self._seed(step, i) for i in mine]
 
     def _prompt(self, row: int) -> np.ndarray:
-        prompt = prompt_of(self.dataset[row])
-        if len(prompt) >= self.cutting.max_length:
-            raise UserError(
-                f"row {row} of the dataset: its prompt of {len(prompt)} tokens leaves no room for an answer in "
-                f"data.max_length = {self.cutting.max_length}"
-            )
-        return prompt
+        sample = self.dataset[row]
+        self._room(sample)
+        return prompt_of(sample)
 
-    def _within_length(self, prompt: np.ndarray, completion: Completion) -> Completion:
-        room = self.cutting.max_length - len(prompt)
+    def _room(self, sample: Sample) -> int:
+        """Tokens of an answer that the student's and the teacher's sequences leave room for."""
+        limits = [("prompt", prompt_of(sample), "data.max_length", self.cutting.max_length)]
+        if sample.teacher_prompt is not None:
+            limits += [("teacher_prompt", sample.teacher_prompt, "data.teacher_max_length", self.teacher_max_length)]
+        for name, tokens, key, limit in limits:
+            if len(tokens) >= limit:
+                raise UserError(
+                    f"row {sample.row_id} of the dataset: its {name} of {len(tokens)} tokens leaves no room for an "
+                    f"answer in {key} = {limit}"
+                )
+        return min(limit - len(tokens) for _, tokens, _, limit in limits)
+
+    def _within_length(self, source: Sample, completion: Completion) -> Completion:
+        room = self._room(source)
         if len(completion.token_ids) <= room:
             return completion
         return Completion(completion.token_ids[:room], completion.log_probs[:room], "length", completion.version)

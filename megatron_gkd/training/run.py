@@ -21,8 +21,16 @@ from megatron_gkd.data.policy import OnPolicy
 from megatron_gkd.models.checkpoint import Checkpoint
 from megatron_gkd.runtime import portability
 from megatron_gkd.runtime.mesh import Layout, Mesh, destroy_mesh, initialize_mesh
+from megatron_gkd.teachers.base import ScoresAhead
 from megatron_gkd.training.build import batching, build_rollouts, build_student
-from megatron_gkd.training.build_teacher import build_teacher, open_teachers, shared_vocab_size_of_all
+from megatron_gkd.training.build_teacher import (
+    begins_as_student,
+    build_teacher,
+    check_rows,
+    open_teachers,
+    shared_vocab_size_of_all,
+)
+from megatron_gkd.training.completions import Completions
 from megatron_gkd.training.exports import Exports
 from megatron_gkd.training.metrics import Reporter
 from megatron_gkd.training.trainer import Trainer
@@ -30,9 +38,10 @@ from megatron_gkd.training.trainer import Trainer
 
 def train(recipe: Recipe) -> None:
     """Run `recipe` in the world that torchrun describes (one process without it)."""
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in alone.items():
         os.environ.setdefault(name, value)
-    portability.select_device(int(os.environ.get("LOCAL_RANK", "0")))
+    portability.select_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(portability.backend(), timeout=datetime.timedelta(minutes=30))
     try:
         mesh = initialize_mesh(Layout.from_section(recipe.parallel), recipe.train.seed)
@@ -54,7 +63,9 @@ def _train(recipe: Recipe, mesh: Mesh) -> None:
 
     tokenizer = student_checkpoint.tokenizer()
     prompts = recipe.distill.lmbda > 0
+    shared |= {"tag_key": recipe.teacher.teacher_tag_key}
     dataset, data_report = build_dataset(recipe.data, "train", tokenizer, prompts=prompts, **shared)
+    check_rows(recipe.teacher, dataset)
     order = SampleOrder(
         dataset.sizes, [entry.weight for entry in recipe.data.dataset], recipe.train.seed, recipe.data.shuffle
     )
@@ -83,17 +94,13 @@ def _train(recipe: Recipe, mesh: Mesh) -> None:
     if recipe.distill.lmbda > 0:
         rollouts = build_rollouts(recipe, mesh, student, student_checkpoint, policy, dataset, order, cut, train_iters)
     output = recipe.output
+    if rollouts is not None and isinstance(teacher, ScoresAhead):
+        rollouts.on_sample = lambda sample: teacher.begin([sample])
+    completions = None
+    if rollouts is not None and output.log_completions:
+        completions = Completions(mesh, tokenizer, output.log_completions_interval)
     closing = contextlib.nullcontext() if rollouts is None else contextlib.closing(rollouts)
-    with (
-        closing,
-        Reporter(
-            output_dir,
-            train_iters=train_iters,
-            log_interval=output.log_interval,
-            tensorboard=output.tensorboard,
-            is_main=mesh.is_main,
-        ) as reporter,
-    ):
+    with closing, Reporter(output_dir, train_iters, output, is_main=mesh.is_main) as reporter:
         reporter.message(data_report.summary())
         exported = Trainer(
             student,
@@ -102,6 +109,9 @@ def _train(recipe: Recipe, mesh: Mesh) -> None:
             validation,
             reporter,
             rollouts=rollouts,
+            completions=completions,
+            mismatch_kl_threshold=recipe.rollout.mismatch_kl_threshold,
+            teacher_is_student=begins_as_student(recipe.teacher, student_checkpoint, teacher_checkpoints),
             train_iters=train_iters,
             eval_interval=recipe.train.eval_interval,
             exports=Exports(output_dir, output.save_interval, output.save_total_limit),

@@ -35,6 +35,8 @@ class Student:
         self.optimizer = build_optimizer(self.chunks, train, dtype=dtype, distributed=parallel.distributed_optimizer)
         self.scheduler = build_scheduler(self.optimizer, train, train_iters)
         self._connect_schedule(parallel)
+        self.token_divergence: list[torch.Tensor] = []
+        """Of the newest global batch, on the last pipeline stage: [N] a microbatch, one for each of its labels here."""
 
     def _connect_schedule(self, parallel) -> None:
         """What Megatron's schedules read from the model's configuration."""
@@ -94,6 +96,7 @@ class Student:
         records = forward_backward(self.chunks, microbatches, hidden_states, loss, self.mesh, **options)
         sums = torch.zeros(len(SUMS), dtype=torch.float64, device=microbatches[0].labels.device)
         for record in records:
-            sums += record
+            sums += record.sums
+        self.token_divergence = [record.divergence for record in records]
         sums = self.mesh.sum_from_last_stage(sums)
         return dict(zip(SUMS, sums.tolist(), strict=True))

@@ -1,23 +1,27 @@
-"""The quickstart's experiment: bash scripts/quickstart.sh [--fresh] [--seeds N]
+"""The quickstart's experiment: bash scripts/quickstart.sh [--fresh] [--seeds N] [--on-policy] [--self] [--record]
 
 A teacher learns arithmetic word problems from many correct solutions. A smaller student has few, with slips in them;
 it learns from them alone (cross-entropy), or from the teacher's distributions on the same rows (GKD), from the same
-initial weights and for the same number of steps. All three are trained by `megatron_gkd train`.
+initial weights and for the same number of steps. With --on-policy, the student of cross-entropy goes on in several ways
+(`rows.ON_POLICY`); with --self, a student is its own teacher (`rows.SELF`). All are trained by `megatron_gkd train`.
 """
 
 import argparse
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
 from quickstart import prepare
+from quickstart.rows import FROM_SCRATCH, ON_POLICY, SELF, Row
 from quickstart.stages import Runner, Stage
 
 HERE = Path(__file__).parent
@@ -25,13 +29,18 @@ ROOT = HERE.parents[1]
 OUT = Path("runs/quickstart")
 DATA, UNTRAINED = OUT / "data", OUT / "untrained"
 TEACHER = OUT / "teacher"
-STUDENTS = {"cross-entropy": "student_ce", "GKD": "student_gkd"}
+RECORDED = HERE / "results"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="scripts/quickstart.sh", description=__doc__.split("\n\n")[1])
     parser.add_argument("--fresh", action="store_true", help="do everything again")
     parser.add_argument("--seeds", type=int, default=1, help="train the students from this many seeds (default 1)")
+    parser.add_argument("--on-policy", action="store_true", help="let students go on: offline, mixed and on-policy")
+    parser.add_argument("--self", action="store_true", help="let a student be its own teacher, with hints")
+    parser.add_argument(
+        "--record", action="store_true", help=f"write the table to {RECORDED.relative_to(ROOT)} as well"
+    )
     arguments = parser.parse_args()
     if arguments.seeds < 1:
         parser.error(f"--seeds {arguments.seeds}: must be at least 1")
@@ -39,25 +48,28 @@ def main() -> None:
     console = Console()
     runner = Runner(OUT / "stages", console, arguments.fresh)
     try:
-        _run(runner, console, range(1, arguments.seeds + 1))
+        rows = FROM_SCRATCH + (ON_POLICY if arguments.on_policy else ()) + (SELF if arguments.self else ())
+        _run(runner, console, rows, range(1, arguments.seeds + 1), arguments.record)
     except subprocess.CalledProcessError as error:
         sys.exit(f"quickstart: training ended with exit code {error.returncode}")
 
 
-def _run(runner: Runner, console: Console, seeds: range) -> None:
+def _run(runner: Runner, console: Console, rows: Sequence[Row], seeds: range, record: bool) -> None:
     _prepare(runner, seeds)
     runner.run(_training("Training the teacher", "teacher", TEACHER, UNTRAINED / "teacher", "teacher_train"))
+    by_name = {row.name: row for row in rows}
     for seed in seeds:
-        for name, recipe in STUDENTS.items():
-            start = UNTRAINED / f"student_seed{seed}"
-            title = f"Training a student with {name}" + (f", seed {seed}" if len(seeds) > 1 else "")
-            teacher = [TEACHER / "hf"] if name == "GKD" else []
-            runner.run(_training(title, recipe, _student(name, seed), start, "student_train", seed, teacher))
-    checkpoints = {"teacher": [TEACHER]} | {name: [_student(name, seed) for seed in seeds] for name in STUDENTS}
-    runs = [run for group in checkpoints.values() for run in group]
-    inputs = [*_code("evaluate.py", "problems.py"), DATA / "test.jsonl", *(run / "hf" for run in runs)]
-    runner.run(Stage("Evaluating on the test split", inputs, OUT / "scores.json", lambda: _evaluate(console, runs)))
-    _report(console, checkpoints, seeds)
+        for row in rows:
+            start = UNTRAINED / f"student_seed{seed}" if row.start is None else _run_of(by_name[row.start], seed) / "hf"
+            title = f"Training a student: {row.name}" + (f", seed {seed}" if len(seeds) > 1 else "")
+            teacher = [TEACHER / "hf"] if row.has_teacher else []
+            runner.run(_training(title, row.recipe, _run_of(row, seed), start, row.data, seed, teacher))
+    runs = {"teacher": [TEACHER]} | {row.name: [_run_of(row, seed) for seed in seeds] for row in rows}
+    for run in itertools.chain(*runs.values()):
+        inputs = [*_code("evaluate.py", "problems.py"), DATA / "test.jsonl", TEACHER / "hf", run / "hf"]
+        work = partial(_evaluate, run)
+        runner.run(Stage(f"Evaluating {run.name} on the test split", inputs, run / "scores.json", work))
+    _report(console, rows, runs, record)
 
 
 def _prepare(runner: Runner, seeds: range) -> None:
@@ -82,8 +94,8 @@ def _untrained(directory: Path, tokenizer: Path, shape: dict[str, int], seed: in
     return lambda: prepare.write_untrained(directory, tokenizer, shape, seed)
 
 
-def _student(name: str, seed: int) -> Path:
-    return OUT / f"{STUDENTS[name]}_seed{seed}"
+def _run_of(row: Row, seed: int) -> Path:
+    return OUT / f"{row.recipe}_seed{seed}"
 
 
 def _code(*names: str) -> list[Path]:
@@ -108,7 +120,7 @@ def _training(
     return Stage(title, inputs, output / "hf", work)
 
 
-def _evaluate(console: Console, runs: list[Path]) -> None:
+def _evaluate(run: Path) -> None:
     import torch
     from transformers.utils import logging
 
@@ -116,29 +128,33 @@ def _evaluate(console: Console, runs: list[Path]) -> None:
 
     torch.set_num_threads(os.cpu_count() or 1)
     logging.disable_progress_bar()
-    problems = list(prepare.read_problems(DATA / "test.jsonl"))
-    scores = {}
-    for run in runs:
-        with console.status(f"{run.name}: solving {len(problems)} problems"):
-            scores[run.name] = asdict(evaluate(run / "hf", TEACHER / "hf", problems))
-    (OUT / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
+    scores = evaluate(run / "hf", TEACHER / "hf", list(prepare.read_problems(DATA / "test.jsonl")))
+    (run / "scores.json").write_text(json.dumps(asdict(scores), indent=2) + "\n")
 
 
-def _report(console: Console, checkpoints: dict[str, list[Path]], seeds: range) -> None:
+def _report(console: Console, rows: Sequence[Row], runs: dict[str, list[Path]], record: bool) -> None:
     from quickstart.evaluate import Scores
     from quickstart.report import draw, markdown_table, results_table
 
-    scores = json.loads((OUT / "scores.json").read_text())
-    results = {name: [Scores(**scores[run.name]) for run in runs] for name, runs in checkpoints.items()}
-    table, curves = OUT / f"results_seeds{len(seeds)}.md", OUT / "curves.png"
-    draw({name: runs[0] for name, runs in checkpoints.items()}, results, curves)
+    results = {
+        name: [Scores(**json.loads((run / "scores.json").read_text())) for run in group] for name, group in runs.items()
+    }
+    groups = [name for name, group in (("on_policy", ON_POLICY), ("self", SELF)) if group[0] in rows]
+    stem = f"{'_'.join(groups) or 'results'}_seeds{len(runs[rows[0].name])}"
+    table, curves = OUT / f"{stem}.md", OUT / "curves.png"
+    draw({name: group[0] for name, group in runs.items()}, results, {row.name: row.color for row in rows}, curves)
     table.write_text(markdown_table(results), encoding="utf-8")
     console.print()
     console.print(results_table(results, prepare.TEST_ROWS))
     console.print(f"curves        {curves}\ntable         {table}\ndata          {DATA}")
-    for runs in checkpoints.values():
-        for run in runs:
-            console.print(f"{'checkpoint':<14}{run / 'hf'}")
+    for run in itertools.chain(*runs.values()):
+        console.print(f"{'checkpoint':<14}{run / 'hf'}")
+    if record:
+        RECORDED.mkdir(exist_ok=True)
+        shutil.copy(table, RECORDED)
+        scores = {name: [asdict(score) for score in group] for name, group in results.items()}
+        (RECORDED / f"{stem}.json").write_text(json.dumps(scores, indent=2) + "\n")
+        console.print(f"recorded      {RECORDED.relative_to(ROOT) / table.name}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 from quickstart.problems import Problem, make_problems
 
 SEED = 2024
-TEACHER_ROWS, STUDENT_ROWS, VALIDATION_ROWS, TEST_ROWS = 16000, 1000, 200, 400
+TEACHER_ROWS, STUDENT_ROWS, VALIDATION_ROWS, TEST_ROWS, SELF_ROWS = 16000, 1000, 200, 400, 1000
 SLIPS = 0.2  # of the calculations in the student's file
 
 TEACHER = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 6}
@@ -25,12 +25,29 @@ def make_splits(seed: int = SEED) -> dict[str, list[Problem]]:
     }
     known = {problem.question for problems in splits.values() for problem in problems}
     new = (problem for problem in make_problems(seed + 1, SLIPS) if problem.question not in known)
-    return splits | {"student_train": list(islice(new, STUDENT_ROWS))}
+    splits["student_train"] = list(islice(new, STUDENT_ROWS))
+    known |= {problem.question for problem in splits["student_train"]}
+    return splits | {"self_train": list(islice((p for p in clean if p.question not in known), SELF_ROWS))}
 
 
 def write_problems(path: Path, problems: Iterable[Problem]) -> None:
     """One chat row a line, with the answer beside it."""
     rows = ({"messages": problem.messages(), "answer": problem.answer} for problem in problems)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def write_with_hints(path: Path, problems: Iterable[Problem]) -> None:
+    """Every problem twice: as it is, and with a hint in the question."""
+    rows = []
+    for problem in problems:
+        question, solution = problem.messages()
+        rows += [[question, solution], [{**question, "content": problem.question_with_hint()}, solution]]
+    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows), encoding="utf-8")
+
+
+def write_for_self(path: Path, problems: Iterable[Problem]) -> None:
+    """Questions without solutions; the student as its own teacher has the hint."""
+    rows = ({"messages": p.messages()[:1], "teacher_prompt": p.question_with_hint()} for p in problems)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
@@ -43,7 +60,10 @@ def read_problems(path: Path) -> Iterator[Problem]:
 
 def write_data(directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    for name, problems in make_splits().items():
+    splits = make_splits()
+    write_for_self(directory / "self_train.jsonl", splits.pop("self_train"))
+    write_with_hints(directory / "reader_train.jsonl", splits["student_train"])
+    for name, problems in splits.items():
         write_problems(directory / f"{name}.jsonl", problems)
 
 

@@ -42,6 +42,9 @@ STEPS = (
 )
 ANSWER = "The answer is {answer}."
 
+HINT = "{question} Hint: {calculations}."
+
+_CALCULATION = re.compile(r"\d+[-+*]\d+=\d+")
 _ANSWER = re.compile(r"The answer is (-?\d+)\.")
 
 
@@ -53,6 +56,10 @@ class Problem:
 
     def messages(self) -> list[dict[str, str]]:
         return [{"role": "user", "content": self.question}, {"role": "assistant", "content": self.solution}]
+
+    def question_with_hint(self) -> str:
+        """The question, and the solution's calculations without its words."""
+        return HINT.format(question=self.question, calculations=", ".join(_CALCULATION.findall(self.solution)))
 
 
 def extract_answer(text: str) -> int | None:

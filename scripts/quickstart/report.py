@@ -10,7 +10,7 @@ from rich.table import Table
 from megatron_gkd.reporting.curves import read_metrics
 from quickstart.evaluate import Scores
 
-COLORS = {"teacher": "#555555", "cross-entropy": "#d1701f", "GKD": "#4878a8"}
+TEACHER_COLOR = "#555555"
 
 
 def results_table(results: Mapping[str, Sequence[Scores]], problems: int) -> Table:
@@ -42,10 +42,13 @@ def _mean_and_spread(values: Sequence[float], form: str) -> str:
     return form.format(mean(values)) + spread
 
 
-def draw(runs: Mapping[str, Path], results: Mapping[str, Sequence[Scores]], path: Path) -> None:
+def draw(
+    runs: Mapping[str, Path], results: Mapping[str, Sequence[Scores]], colors: Mapping[str, str], path: Path
+) -> None:
     """Cross-entropy in training and validation over the steps of each run, and the results on the test split as bars.
 
-    All runs are drawn in cross-entropy, which each of them logs, whatever it minimises.
+    All runs are drawn in cross-entropy, which each of them logs, whatever it minimises (in the steps that have rows of
+    the dataset). `colors` has every model but the teacher.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -53,24 +56,35 @@ def draw(runs: Mapping[str, Path], results: Mapping[str, Sequence[Scores]], path
     figure = Figure(figsize=(11, 6.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     training, validation, accuracy, divergence = figure.subplots(2, 2).flat
+    colors = {"teacher": TEACHER_COLOR, **colors}
     for name, run in runs.items():
         for axes, records in zip((training, validation), read_metrics(run / "metrics.jsonl"), strict=True):
-            points = [(record["step"], record["sft_loss"]) for record in records]
-            axes.plot(*zip(*points, strict=True), label=name, color=COLORS[name], linewidth=1)
+            points = [(record["step"], record["sft_loss"]) for record in records if record["sft_loss"] is not None]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=name, color=colors[name], linewidth=1)
     for axes, split in ((training, "Training"), (validation, "Validation")):
         axes.set(title=f"{split} cross-entropy", xlabel="step", ylabel="nats a response token", ylim=(0, 1.2))
         axes.legend(frameon=False)
-    _bars(accuracy, "Right answers, test split (%)", {k: [100 * s.accuracy for s in v] for k, v in results.items()})
+    _bars(
+        accuracy,
+        "Right answers, test split (%)",
+        {k: [100 * s.accuracy for s in v] for k, v in results.items()},
+        colors,
+    )
     distances = {k: [s.divergence for s in v] for k, v in results.items()}
-    _bars(divergence, "Divergence to the teacher, test split (nats a response token)", distances, "%.4f")
+    _bars(divergence, "Divergence to the teacher, test split (nats a response token)", distances, colors, "%.4f")
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25, axis="y")
     figure.savefig(path)
 
 
-def _bars(axes: Any, title: str, values: Mapping[str, Sequence[float]], form: str = "%.1f") -> None:
-    bars = axes.bar(list(values), [mean(v) for v in values.values()], color=[COLORS[name] for name in values])
+def _bars(
+    axes: Any, title: str, values: Mapping[str, Sequence[float]], colors: Mapping[str, str], form: str = "%.1f"
+) -> None:
+    bars = axes.bar(list(values), [mean(v) for v in values.values()], color=[colors[name] for name in values])
     axes.bar_label(bars, fmt=form, padding=2)
     axes.margins(y=0.12)
     axes.set(title=title)
+    if len(values) > 3:
+        axes.set_xticks(range(len(values)), list(values), rotation=25, ha="right")

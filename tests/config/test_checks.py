@@ -1,5 +1,6 @@
 """Each cross-check: a recipe that it refuses, with the line it says, and one beside it that it lets pass."""
 
+import importlib.util
 import os
 
 import pytest
@@ -65,6 +66,8 @@ def flags(text: str) -> list[str]:
         (2, "--gkd_topk_tail other --gkd_logits_topk 4",
          "distill.gkd_topk_tail = other: must be one of renormalize, bucket"),
         (2, "--gkd_logits_topk 0", "distill.gkd_logits_topk = 0: must be an integer >= 1, or null"),
+        (2, "--vllm_max_model_len 513", "rollout.vllm_max_model_len = 513: must be <= data.max_length (512)"),
+        (2, "--sleep_level 3", "rollout.sleep_level = 3: must be an integer in [0, 2]"),
         (2, "--teacher_model null --kind local",
          "teacher.teacher_model = null: must name a model where teacher.kind = local"),
         (2, "--teacher_model null",
@@ -114,6 +117,17 @@ def test_the_expert_layout_must_divide_the_processes(workspace):
         f"{EXPERTS} = 1 x 4 x 2 = 8: must divide the number of processes (12)"
     ]
     assert workspace.problems(*arguments, "--global_batch_size", "8", world_size=16) == []
+
+
+def test_vllm_in_the_training_processes(workspace, monkeypatch):
+    arguments = flags("--engine vllm --vllm_tensor_parallel_size 4")
+    divides = "rollout.vllm_tensor_parallel_size = 4: must divide the number of processes (2)"
+    absent = "rollout.engine = vllm: needs vLLM beside the trainer, which is not installed here (pip install vllm)"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert workspace.problems(*arguments) == [divides, absent]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    assert workspace.problems(*arguments) == [divides]
+    assert workspace.problems(*flags("--engine vllm --vllm_tensor_parallel_size 2 --vllm_max_model_len 512")) == []
 
 
 def test_missing_files(workspace):

@@ -43,6 +43,16 @@ def test_topk_up_to_the_whole_vocabulary(workspace):
     assert workspace.problems("--gkd_logits_topk", "999", "--model", "org/name") == [], "a hub id is not known"
 
 
+def test_vllm_ranks_divide_the_students_heads_only(workspace):
+    workspace.model("student", {**DENSE, "num_attention_heads": 6})
+    arguments = ("--engine", "vllm", "--vllm_tensor_parallel_size", "4")
+    (problem,) = [line for line in workspace.problems(*arguments, world_size=4) if "not installed" not in line]
+    assert problem == (
+        "rollout.vllm_tensor_parallel_size = 4: must divide the 6 attention heads of student.model (student)"
+    )
+    assert workspace.problems(*arguments[2:], world_size=4) == [], "no engine of vLLM"
+
+
 def test_few_key_value_heads_are_shared_by_ranks(workspace):
     workspace.model("student", {**DENSE, "num_key_value_heads": 1})
     assert workspace.problems() == []

@@ -31,6 +31,17 @@ def test_lists_as_yaml_or_as_several_values(workspace, arguments):
     assert [entry.path for entry in workspace.load(*arguments).data.dataset] == ["val.jsonl", "train.jsonl"]
 
 
+def test_lists_of_other_things(workspace):
+    rollout = workspace.load("--stop_token_ids", "5", "--stop", '"\\n\\n"', "</s>").rollout
+    assert rollout.stop_token_ids == (5,) and rollout.stop == ("\n\n", "</s>")
+    wrong = workspace.problems("--stop_token_ids", "[5, -1]", "--stop", "[a, '']", "--vllm_server_urls", "host:1")
+    assert [problem.split(": ")[-1] for problem in wrong] == [
+        "must be a list of token ids",
+        "must be a list of texts",
+        "must be a list of addresses (http://host:port)",
+    ]
+
+
 def test_a_list_of_weighted_values(workspace):
     dataset = workspace.load("--dataset", "{path: val.jsonl, weight: 2}", "train.jsonl").data.dataset
     assert [(entry.path, entry.weight) for entry in dataset] == [("val.jsonl", 2.0), ("train.jsonl", 1.0)]

@@ -1,7 +1,9 @@
 """Which keys of a teacher go together, one line a mistake."""
 
 import pytest
+from recipe_workspace import DENSE
 
+SERVER = ["--teacher_model", "null", "--teacher_model_server", "[http://host:8000]"]
 TWO = "[{tags: [a], teacher_model: teacher}, {tags: [b, c], teacher_model: teacher}]"
 KEY = ["--teacher_tag_key", "subject"]
 
@@ -17,6 +19,41 @@ KEY = ["--teacher_tag_key", "subject"]
         (
             ["--teacher_model", "null", "--teacher_model_server", "host:8000"],
             "teacher.teacher_model_server = host:8000: must be",
+        ),
+        (
+            [*SERVER, "--teacher_model", "teacher"],
+            "teacher.teacher_model = teacher: not with teacher.teacher_model_server",
+        ),
+        (
+            [*SERVER, "--teacher_model_server", "[http://a:1, http://b:1, http://a:1]"],
+            "teacher.teacher_model_server = ['http://a:1', 'http://b:1', 'http://a:1']: must name every server once",
+        ),
+        (SERVER, "distill.gkd_logits_topk = null: must be set with teacher.teacher_model_server"),
+        (
+            [*SERVER, "--gkd_logits_topk", "8", "--gkd_topk_tail", "bucket"],
+            "distill.temperature = 0.9: must be 1 with gkd_topk_tail = bucket and teacher.teacher_model_server",
+        ),
+        ([*SERVER, "--teacher_server_concurrency", "0"], "teacher.teacher_server_concurrency = 0: must be"),
+        (
+            ["--kind", "self"],
+            "teacher.teacher_model = teacher: must be student.model (student), for the weights",
+        ),
+        (
+            ["--kind", "self", "--teacher_model", "student", "--ema", "0.9"],
+            "teacher.ema = 0.9: only without teacher.teacher_model",
+        ),
+        (["--ema", "0.9"], "teacher.ema = 0.9: only with teacher.kind = self"),
+        (
+            ["--kind", "self", "--teacher_model", "null", "--offload_teacher_model", "true"],
+            "teacher.offload_teacher_model = true: must be false where teacher.kind = self",
+        ),
+        (
+            ["--teacher_max_length", "5000"],
+            "data.teacher_max_length = 5000: must be <= the 4096 positions of teacher.teacher_model (teacher)",
+        ),
+        (
+            ["--kind", "self", "--teacher_model", "null", "--teacher_max_length", "5000"],
+            "data.teacher_max_length = 5000: must be <= the 4096 positions of student.model (student)",
         ),
         (KEY, "teacher.teacher_tag_key = subject: only with teachers"),
         (
@@ -49,3 +86,19 @@ def test_refused(workspace, arguments, problem):
 def test_several_teachers_pass(workspace):
     arguments = ["--offload_teacher_model", "false", "--teacher_model", "null", "--teachers", TWO, *KEY]
     assert workspace.problems(*arguments, world_size=2) == []
+
+
+@pytest.mark.parametrize("tail", [["renormalize", "--temperature", "0.9"], ["bucket", "--temperature", "1"]])
+def test_a_server_passes_with_what_it_can_tell(workspace, tail):
+    assert workspace.problems(*SERVER, "--gkd_logits_topk", "8", "--gkd_topk_tail", *tail) == []
+
+
+@pytest.mark.parametrize("keys", [["null"], ["./student"], ["null", "--ema", "0.99"]])
+def test_the_student_itself_passes(workspace, keys):
+    arguments = ["--kind", "self", "--offload_teacher_model", "false", "--teacher_model", *keys]
+    assert workspace.problems(*arguments, world_size=2) == []
+
+
+def test_what_only_the_teacher_reads_may_be_longer_than_the_student_can(workspace):
+    workspace.model("student", {**DENSE, "max_position_embeddings": 512})
+    assert workspace.problems("--teacher_max_length", "4096") == []

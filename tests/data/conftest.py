@@ -122,6 +122,7 @@ class Section:
     dataset: list[File] = field(default_factory=list)
     val_dataset: list[File] = field(default_factory=list)
     max_length: int = 256
+    teacher_max_length: int | None = None
     packing: bool = False
     truncation_strategy: str = "delete"
     loss_on: str = "last"

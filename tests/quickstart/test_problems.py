@@ -1,10 +1,11 @@
 """The generated problems: reproducible, disjoint, and right, by a reading of the story that is not the generator's."""
 
+import json
 import re
 from itertools import islice
 
 import pytest
-from quickstart.prepare import SLIPS, make_splits, read_problems, write_problems
+from quickstart.prepare import SLIPS, make_splits, read_problems, write_for_self, write_problems, write_with_hints
 from quickstart.problems import extract_answer, make_problems
 
 GAINS, LOSSES = r"gives \w+ (\d+) more|buys (\d+) more|finds another (\d+)", r"gives (\d+) of|loses (\d+)|sells (\d+)"
@@ -46,7 +47,7 @@ def test_no_question_is_in_two_splits(splits):
     assert len(questions) == len(set(questions))
 
 
-@pytest.mark.parametrize("split", ["test", "validation", "teacher_train"])
+@pytest.mark.parametrize("split", ["test", "validation", "teacher_train", "self_train"])
 def test_answers_and_every_calculation_are_right(splits, split):
     for problem in splits[split]:
         assert problem.answer == quantity_in_the_end(problem.question), problem
@@ -89,3 +90,18 @@ def test_extract_answer(text, answer):
 def test_problems_survive_their_file(tmp_path, splits):
     write_problems(tmp_path / "rows.jsonl", splits["validation"])
     assert list(read_problems(tmp_path / "rows.jsonl")) == splits["validation"]
+
+
+def test_a_hint_has_the_calculations_and_none_of_the_words(tmp_path, splits):
+    problems = splits["student_train"][:20]
+    write_with_hints(tmp_path / "hints.jsonl", problems)
+    write_for_self(tmp_path / "self.jsonl", problems)
+    rows = [json.loads(line) for line in (tmp_path / "hints.jsonl").read_text().splitlines()]
+    for_self = [json.loads(line) for line in (tmp_path / "self.jsonl").read_text().splitlines()]
+    for problem, plain, hinted, alone in zip(problems, rows[::2], rows[1::2], for_self, strict=True):
+        assert plain["messages"] == problem.messages() and alone["messages"] == problem.messages()[:1]
+        question, solution = hinted["messages"]
+        assert question["content"] == alone["teacher_prompt"] and solution == plain["messages"][1]
+        hint = question["content"].removeprefix(problem.question)
+        assert calculations(hint) == calculations(problem.solution) != []
+        assert re.findall("[A-Za-z]+", hint) == ["Hint"]

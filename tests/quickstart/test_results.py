@@ -9,6 +9,7 @@ from quickstart.evaluate import Scores, evaluate
 from quickstart.prepare import write_problems, write_tokenizer, write_untrained
 from quickstart.problems import Problem, make_problem
 from quickstart.report import draw, markdown_table
+from quickstart.rows import FROM_SCRATCH, ON_POLICY
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -67,11 +68,13 @@ def test_the_table_has_mean_and_spread_over_seeds():
 
 
 def test_the_picture_is_drawn_from_the_runs_metrics(tmp_path):
-    runs = {name: tmp_path / name for name in ("teacher", "cross-entropy", "GKD")}
-    for run in runs.values():
+    """A run that never sees the dataset's responses has no cross-entropy in training."""
+    colors = {row.name: row.color for row in FROM_SCRATCH + ON_POLICY}
+    runs = {name: tmp_path / name for name in ("teacher", *colors)}
+    for name, run in runs.items():
         run.mkdir()
-        training = [{"step": step, "sft_loss": 1 / step} for step in (1, 2)]
-        lines = training + [{"split": "validation", **line} for line in training]
-        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    draw(runs, {name: [Scores(0.5, 0.1, 0.2)] for name in runs}, tmp_path / "curves.png")
+        training = [{"step": step, "sft_loss": None if name == "on-policy" else 1 / step} for step in (1, 2)]
+        validation = [{"split": "validation", "step": step, "sft_loss": 1 / step} for step in (1, 2)]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in training + validation))
+    draw(runs, {name: [Scores(0.5, 0.1, 0.2)] for name in runs}, colors, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

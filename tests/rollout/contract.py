@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from checkpoints import tiny_checkpoint
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_gkd.rollout.base import Completion, RolloutEngine, Sampling
 
@@ -54,6 +54,7 @@ REQUESTS = {
     "drawn in another batch": Request.of(ALIKE[:7], DRAWN),
     "EOS ignored": Request.of(ALIKE, replace(DRAWN, ignore_eos=True)),
     "stop tokens": Request.of(ALIKE, replace(DRAWN, stop_token_ids=(17, 40, 41, 42, 43), ignore_eos=True)),
+    "stop strings": Request.of(ALIKE, replace(DRAWN, stop=("1 w", "w3", "<|"), ignore_eos=True)),
     "filtered": Request.of(ALIKE, replace(DRAWN, temperature=0.7, top_k=5, top_p=0.8)),
 }
 WRONG = {
@@ -156,6 +157,20 @@ class RolloutEngineContract:
         for completion in answers["stop tokens"]:
             assert not stops & set(completion.token_ids[:-1])
             assert (completion.token_ids[-1] in stops) == (completion.finish_reason == "stop")
+
+    def test_stop_strings_end_a_completion_with_the_token_that_completes_them(self, answers):
+        """Also within a token, over two of them, and in a special token; what came before is what comes without."""
+        stops = REQUESTS["stop strings"].sampling.stop
+        tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT())
+        ends = set()
+        for going_on, ended in zip(answers["EOS ignored"], answers["stop strings"], strict=True):
+            texts = [tokenizer.decode(going_on.token_ids[: i + 1]) for i in range(len(going_on.token_ids))]
+            found = [[stop for stop in stops if stop in text] for text in texts]
+            length = next((i + 1 for i, hits in enumerate(found) if hits), len(texts))
+            assert ended.token_ids == going_on.token_ids[:length]
+            assert ended.finish_reason == ("stop" if found[length - 1] else "length")
+            ends.update(found[length - 1])
+        assert ends == set(stops)
 
     def test_filters_leave_only_likely_tokens(self, answers):
         """No token is drawn that has 5 likelier ones."""

@@ -18,6 +18,7 @@ from megatron_gkd.rollout.base import Sampling
         ({"top_p": 0.0}, "top_p is 0.0; it must be more than 0 and at most 1"),
         ({"top_p": 1.5}, "top_p is 1.5"),
         ({"stop_token_ids": (3, -1)}, r"stop_token_ids are \(3, -1\)"),
+        ({"stop": ("a", "")}, "a text that ends completions is not empty"),
     ],
 )
 def test_a_value_that_is_not_allowed_is_named(changes, message):

@@ -47,7 +47,7 @@ class Scripted:
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch):
-    monkeypatch.setattr("megatron_gkd.rollout.vllm_client._FIRST_PAUSE", 1e-3)
+    monkeypatch.setattr("megatron_gkd.runtime.servers._FIRST_PAUSE", 1e-3)
 
 
 @pytest.fixture

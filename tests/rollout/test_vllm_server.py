@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import vllm_server
@@ -180,36 +175,6 @@ def test_one_rank_of_a_replica_asks_and_all_have_the_answers(layout, student_ser
         assert asked == (rank in asking)
         assert tokens_of(completions) == transformers_greedy(CHECKPOINT(), request.prompts, 16)
         assert {completion.version for completion in completions} == {3}
-
-
-RECIPE = """
-student:  {{model: {student}}}
-teacher:  {{teacher_model: {teacher}}}
-distill:  {{beta: 1, lmbda: 1}}
-rollout:  {{engine: vllm_server, vllm_server_urls: {url}, max_completion_length: 12}}
-parallel: {{tensor_model_parallel_size: 2, sequence_parallel: true}}
-data:     {{dataset: [train.jsonl], max_length: 128}}
-train:    {{global_batch_size: 8, train_iters: 3, lr: 1.0e-3, dtype: fp32}}
-output:   {{output_dir: runs/x}}
-"""
-
-
-def test_a_run_whose_student_answers_by_a_server(student_server, tmp_path):
-    teacher = tiny_checkpoint("qwen3", seed=1, num_hidden_layers=2)
-    rows = [{"prompt": " ".join(f"w{(3 * row + i) % 60}" for i in range(5))} for row in range(24)]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "recipe.yaml").write_text(RECIPE.format(student=CHECKPOINT(), teacher=teacher, url=student_server.url))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "HF_DATASETS_CACHE": str(tmp_path / "c")}
-    finished = subprocess.run(
-        [*torchrun, "-m", "megatron_gkd", "train", "recipe.yaml"],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert finished.returncode == 0, finished.stderr
-    steps = [json.loads(line) for line in (tmp_path / "runs/x/metrics.jsonl").read_text().splitlines()]
-    assert [step["source"] for step in steps] == ["student"] * 3
-    for step in steps:  # the server's weights are those of this very step
-        assert abs(step["mismatch_kl"]) < 1e-4 and step["rollout_tokens_per_second"] > 0
 
 
 def fail_to_reach(rank, world_size, url, folder):

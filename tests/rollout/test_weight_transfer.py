@@ -28,7 +28,7 @@ def small_buffers_and_pauses(monkeypatch):
     """Every tensor comes in a buffer of its own."""
     monkeypatch.setattr(weight_transfer, "_BUFFER_BYTES", 1)
     monkeypatch.setattr(buffers, "__defaults__", (1,))
-    monkeypatch.setattr("megatron_gkd.rollout.vllm_client._FIRST_PAUSE", 1e-3)
+    monkeypatch.setattr("megatron_gkd.runtime.servers._FIRST_PAUSE", 1e-3)
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import functools
 
 import numpy as np
 import pytest
-from checkpoints import tiny_checkpoint
-from layouts import DENSE, MOE
+from checkpoints import tiny_checkpoint, tiny_tokenizer
+from layouts import DENSE, MOE, PP2, SP, TP2
 from rows import RandomRows
 from training_layouts import build, named_gradients, recipe_of
 
@@ -25,16 +25,20 @@ def models(kind):
     return student, tiny_checkpoint("qwen3", seed=1, num_hidden_layers=2, hidden_size=48)
 
 
-def train_on_policy(rank, world_size, student, teacher, changes, lmbda, granularity):
-    """Per step: totals, the rollouts' record, gradient norm, and on rank 0 the gradient by Hugging Face name."""
+def train_on_policy(rank, world_size, student, teacher, changes, lmbda, granularity, rows=None):
+    """Per step: totals, the rollouts' record, gradient norm; on rank 0 the gradient by Hugging Face name, and the
+    completions with their divergence.
+    """
     from megatron_gkd.data.order import SampleOrder
     from megatron_gkd.rollout.megatron import MegatronEngine
     from megatron_gkd.runtime.mesh import destroy_mesh
+    from megatron_gkd.teachers.base import FollowsStudent
     from megatron_gkd.training.build import batching
+    from megatron_gkd.training.completions import Completions
 
-    mesh, student, teacher, batches = build(student, teacher, changes)
+    rows = rows or RandomRows(count=24)
+    mesh, student, teacher, batches = build(student, teacher, changes, rows)
     cut = batching(recipe_of(changes), mesh, pad_token_id=0)
-    rows = RandomRows(count=24)
     rollouts = Rollouts(
         MegatronEngine(student.model, [3]),
         OnPolicy(lmbda, granularity, seed=7),
@@ -46,9 +50,10 @@ def train_on_policy(rank, world_size, student, teacher, changes, lmbda, granular
         truncated="keep",
         dp=mesh.dp,
     )
+    completions = Completions(mesh, tiny_tokenizer(), interval=1)
     records = []
     for step, offline in enumerate(batches):
-        microbatches, record = offline, {}
+        microbatches, report, record = offline, None, {}
         if rollouts.due(step):
             rollouts.engine.load_weights(student.model.named_tensors(), version=step)
             microbatches, report = rollouts.microbatches(step)
@@ -57,7 +62,11 @@ def train_on_policy(rank, world_size, student, teacher, changes, lmbda, granular
             signals = teacher.score(microbatches)
         totals = student.compute_gradients(microbatches, signals, force_all_reduce=True)
         gradient = named_gradients(student)
+        if report is not None:
+            record["completions"] = completions.of_step(step + 1, report, microbatches, student.token_divergence)
         record |= {"totals": totals, "gradient": gradient if rank == 0 else None, "grad_norm": student.update()}
+        if isinstance(teacher, FollowsStudent):
+            teacher.after_update()
         records.append(record)
     destroy_mesh()
     return records
@@ -72,16 +81,20 @@ def one_process(gloo_world):
     return of
 
 
+ALWAYS, BY_STEP, BY_ROW = (1.0, "step"), (0.5, "step"), (0.5, "row")
 LAYOUTS = [
     *(("dense", name) for name in ("TP2+SP", "PP2", "CP2", "DP2", "TP2xPP2", "CP2xDP2, packed")),
     *(("mixture", name) for name in ("EP2", "TP2+SPxEP2")),
 ]
+CASES = [(*layout, *policy) for layout in LAYOUTS for policy in (ALWAYS, BY_STEP, BY_ROW)]
+REPLICAS = {"TP2+SPxPP2xDP2": (8, {"parallel": TP2 | SP | PP2})}
+"""Tensor-parallel ranks, stages and replicas at once: none may wait for one that took the other branch."""
+LARGE = [("dense", name, *policy) for name in REPLICAS for policy in (BY_STEP, BY_ROW)]
 
 
-@pytest.mark.parametrize(("lmbda", "granularity"), [(1.0, "step"), (0.5, "step"), (0.5, "row")])
-@pytest.mark.parametrize(("kind", "layout"), LAYOUTS)
+@pytest.mark.parametrize(("kind", "layout", "lmbda", "granularity"), CASES + LARGE)
 def test_every_layout_equals_one_process(kind, layout, lmbda, granularity, gloo_world, one_process):
-    world_size, changes = (DENSE if kind == "dense" else MOE)[layout]
+    world_size, changes = (DENSE | MOE | REPLICAS)[layout]
     ranks = gloo_world(world_size).run(train_on_policy, *models(kind), changes, lmbda, granularity)
     expected = one_process(kind, lmbda, granularity)
     assert {bool(record.get("student_rows")) for record in expected} == ({True} if lmbda == 1 else {True, False}) or (
@@ -94,9 +107,34 @@ def test_every_layout_equals_one_process(kind, layout, lmbda, granularity, gloo_
             for name, value in b["totals"].items():
                 assert a["totals"][name] == pytest.approx(value, rel=1e-5), name
             assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
+            assert rank is ranks[0] or not a.get("completions")
     for a, b in zip(ranks[0], expected, strict=True):
         for name, gradient in b["gradient"].items():
             assert (a["gradient"][name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+        for mine, theirs in zip(a.get("completions", []), b.get("completions", []), strict=True):
+            for key in ("divergence", "token_divergence"):
+                assert mine.pop(key) == pytest.approx(theirs[key], rel=1e-4, abs=2e-6), key
+            assert mine.items() <= theirs.items()
+
+
+def test_there_are_steps_of_every_kind(one_process):
+    """Of the dataset alone, of the student alone, and with so few rows of the student's that a replica has none."""
+    rows = {policy: [r.get("student_rows", 0) for r in one_process("dense", *policy)] for policy in (BY_STEP, BY_ROW)}
+    assert set(rows[BY_STEP]) == {0, 4} and 1 in rows[BY_ROW] and 3 in rows[BY_ROW]
+
+
+def test_completions_have_the_divergence_of_each_token(one_process):
+    for record in one_process("dense", *ALWAYS):
+        completions = record["completions"]
+        assert len(completions) == 4
+        told = [value for completion in completions for value in completion["token_divergence"]]
+        assert len(told) == record["tokens"] and sum(told) == pytest.approx(record["totals"]["divergence"], rel=1e-4)
+        for completion in completions:
+            assert (
+                len(completion["token_divergence"]) == completion["completion_length"] == len(completion["token_ids"])
+            )
+            assert completion["completion"].split() == tiny_tokenizer().decode(completion["token_ids"]).split()
+            assert completion["divergence"] == pytest.approx(np.mean(completion["token_divergence"]), abs=1e-5)
 
 
 def test_the_engine_and_the_trainer_agree_about_the_samples(one_process):
@@ -210,6 +248,20 @@ def test_only_steps_that_come_and_that_the_student_answers_are_early(monkeypatch
     rollouts.steps_ahead, rollouts.num_steps = 1, 20
     assert [rollouts.is_early(step) for step in range(20)] == [rollouts.due(step) for step in range(20)]
     assert any(rollouts.due(step) for step in range(20, 40)) and not any(map(rollouts.is_early, range(20, 40)))
+
+
+def test_a_completion_leaves_room_for_what_the_teacher_reads(monkeypatch):
+    cutting = Cutting(**{**vars(CUTTING), "max_length": 24})
+    rows = RandomRows(count=8, longest=15)
+    rows.teacher_prompts = [np.arange(4, 4 + 17)] * 4 + [None] * 4
+    rollouts = rollouts_of(monkeypatch, rows, cutting=cutting)
+    rollouts.teacher_max_length = 20
+    samples = [sample for microbatch in rollouts.microbatches(0)[0] for sample in microbatch.samples]
+    answers = {sample.row_id: int((sample.labels != -100).sum()) for sample in samples}
+    assert answers == {row: 3 if row < 4 else 4 for row in range(8)}
+    rollouts.teacher_max_length = 17
+    with pytest.raises(UserError, match="its teacher_prompt of 17 tokens leaves no room for an answer in data.teach"):
+        rollouts.microbatches(1)
 
 
 def test_a_prompt_that_leaves_no_room_is_an_error(monkeypatch):

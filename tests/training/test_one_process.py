@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import numpy as np
 import pytest
 import torch
 from checkpoints import tiny_checkpoint
@@ -21,10 +22,12 @@ def teacher_of(vocab_size: int = 99):
     return tiny_checkpoint("qwen3", seed=1, num_hidden_layers=2, hidden_size=48, vocab_size=vocab_size)
 
 
-def oracle(student_path, teacher_path, beta, temperature, sft_alpha, divergence="jsd", of=lambda sample: True):
+def oracle(
+    student_path, teacher_path, beta, temperature, sft_alpha, divergence="jsd", of=lambda sample: True, rows=None
+):
     """Loss, gradients and tokens of the first step, from unsharded models in fp64 and torch's autograd.
 
-    `of` leaves rows out.
+    `of` leaves rows out. The teacher reads a row's `teacher_prompt` where there is one.
     """
 
     def open_model(path):
@@ -33,7 +36,7 @@ def oracle(student_path, teacher_path, beta, temperature, sft_alpha, divergence=
 
     student = open_model(student_path)
     teacher = None if teacher_path is None else open_model(teacher_path)
-    rows = RandomRows(count=24)
+    rows = rows or RandomRows(count=24)
     order = SampleOrder(rows.sizes, [1.0], seed=1234, shuffle=True).rows_of_step(
         0, RECIPE["train"]["global_batch_size"]
     )
@@ -47,7 +50,10 @@ def oracle(student_path, teacher_path, beta, temperature, sft_alpha, divergence=
             total = total + cross_entropy
         else:
             with torch.no_grad():
-                teacher_logits = teacher(inputs).logits[0][counts]
+                response = sample.input_ids[-int(counts.sum()) :]
+                prompt = sample.input_ids[: -len(response)] if sample.teacher_prompt is None else sample.teacher_prompt
+                read = torch.from_numpy(np.concatenate([prompt, response]))[None]
+                teacher_logits = teacher(read).logits[0, -len(response) - 1 : -1]
             shared = min(logits.shape[-1], teacher_logits.shape[-1])
             distances = reference.divergence(
                 logits[:, :shared],

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from checkpoints import tiny_checkpoint
+from safetensors.torch import load_file
 from training_layouts import build
 
 from megatron_gkd.training.exports import Exports
@@ -29,6 +31,61 @@ def train_on_an_infinite_teacher(rank, world_size, model, directory):
 def test_a_loss_that_is_not_finite_ends_the_run_on_every_rank_before_the_update(gloo_world, tmp_path):
     model = tiny_checkpoint("qwen3", seed=2)
     assert gloo_world(2).run(train_on_an_infinite_teacher, model, tmp_path) == [True, True]
+
+
+def train_until_the_teacher_is_gone(rank, world_size, model, directory, scorings):
+    """What each rank is told; the student as it was then, from the main rank."""
+    from megatron_gkd.config.schema import OutputSection
+    from megatron_gkd.errors import UserError
+    from megatron_gkd.runtime.mesh import destroy_mesh
+    from megatron_gkd.teachers.base import TeacherFailed
+    from megatron_gkd.training.metrics import Reporter
+    from megatron_gkd.training.trainer import Trainer
+
+    mesh, student, teacher, batches = build(model, model, {"parallel": {"pipeline_model_parallel_size": world_size}})
+    score, left = teacher.score, iter(range(scorings))
+
+    def score_until(microbatches):
+        if next(left, None) is None:
+            raise TeacherFailed("http://teacher:8000: no answer for 300 s")
+        return score(microbatches)
+
+    teacher.score = score_until
+    output = OutputSection(output_dir=str(directory), tensorboard=False)
+    with Reporter(directory, 3, output, is_main=mesh.is_main) as reporter:
+        exports = Exports(directory)
+        trainer = Trainer(student, teacher, batches, None, reporter, train_iters=3, eval_interval=None, exports=exports)
+        with pytest.raises(UserError) as error:
+            trainer.run()
+    weights = {name: tensor.clone() for name, tensor in student.model.named_tensors()}
+    destroy_mesh()
+    return str(error.value), weights
+
+
+def test_a_teacher_that_is_gone_ends_the_run_on_every_rank_with_what_was_learnt(gloo_world, tmp_path):
+    model = tiny_checkpoint("qwen3", seed=2)
+    (told, weights), (also_told, _) = gloo_world(2).run(train_until_the_teacher_is_gone, model, tmp_path, 2)
+    export = tmp_path / "hf-step-000002"
+    assert (
+        told
+        == also_told
+        == (
+            "stopped after step 2 of 3: http://teacher:8000: no answer for 300 s\n"
+            f"The student of step 2 is in {export}. To go on from it, put the cause right and start again with --model "
+            f"{export} and another --output_dir"
+        )
+    )
+    exported = load_file(export / "model.safetensors")
+    assert exported.keys() == weights.keys() and all(torch.equal(exported[name], weights[name]) for name in weights)
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2 and (tmp_path / "curves.png").exists()
+
+
+def test_before_the_first_step_there_is_nothing_to_export(gloo_world, tmp_path):
+    (told, _), _ = gloo_world(2).run(
+        train_until_the_teacher_is_gone, tiny_checkpoint("qwen3", seed=2), tmp_path, scorings=0
+    )
+    assert told.startswith("stopped after step 0 of 3: ") and told.endswith("so nothing is exported")
+    assert not list(tmp_path.glob("hf*"))
 
 
 def test_exports_are_due_at_their_interval():

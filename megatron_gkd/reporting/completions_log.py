@@ -1,0 +1,62 @@
+"""completions.jsonl, and tables of a few completions."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from megatron_gkd.reporting.metrics_log import rotate
+
+_COLUMNS = ("prompt", "completion", "completion_length", "finish_reason", "version", "divergence")
+_LONGEST = 400  # characters of a prompt's end and of a completion's start in a table
+
+
+class CompletionsLog:
+    """Appends records to `output_dir/completions.jsonl`; a former run's file is kept, as that of `MetricsLog`."""
+
+    def __init__(self, output_dir: str | Path):
+        folder = Path(output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "completions.jsonl"
+        rotate(self.path)
+        self._file = self.path.open("x", encoding="utf-8")
+
+    def write(self, records: Sequence[Mapping[str, Any]]) -> None:
+        self._file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def console_table(records: Sequence[Mapping[str, Any]]) -> Table:
+    """For a terminal. `records` are of one step, at least one."""
+    table = Table(title=f"step {records[0]['step']}: completions", show_lines=True)
+    for name in _COLUMNS:
+        table.add_column(name.replace("completion_length", "tokens").replace("_", " "), overflow="fold")
+    for record in records:
+        table.add_row(*(Text(cell) for cell in _cells(record)))  # Text: brackets in it are no markup
+    return table
+
+
+def markdown_table(records: Sequence[Mapping[str, Any]]) -> str:
+    """For TensorBoard."""
+    lines = [f"| {' | '.join(_COLUMNS)} |", "|---" * len(_COLUMNS) + "|"]
+    lines += [f"| {' | '.join(map(_as_markdown, _cells(record)))} |" for record in records]
+    return "\n".join(lines)
+
+
+def _cells(record: Mapping[str, Any]) -> list[str]:
+    shown = {**record, "prompt": record["prompt"][-_LONGEST:], "completion": record["completion"][:_LONGEST]}
+    if record["divergence"] is not None:
+        shown["divergence"] = f"{record['divergence']:.4f}"
+    return ["-" if shown[name] is None else str(shown[name]) for name in _COLUMNS]
+
+
+def _as_markdown(cell: str) -> str:
+    for sign, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "&#124;"), ("*", "&#42;"), ("_", "&#95;")):
+        cell = cell.replace(sign, entity)
+    return cell.replace("\n", "<br>")

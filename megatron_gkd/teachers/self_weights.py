@@ -1,0 +1,139 @@
+"""Which weights the student's modules compute with while the student is its own teacher."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from megatron_gkd.models.megatron_model import MegatronModel
+from megatron_gkd.runtime import portability
+
+
+class WeightsOf(Protocol):
+    """The student's modules as the teacher's."""
+
+    @property
+    def head_weight(self) -> Tensor | None:
+        """[ceil(V/TP), H], without gradient: as it is in `active()`, and until the next; None before the last stage."""
+        ...
+
+    def active(self) -> contextlib.AbstractContextManager[None]:
+        """The modules compute with these weights inside, and with the student's own again afterwards, bit by bit."""
+        ...
+
+    def after_update(self) -> None:
+        """The student has taken an optimizer step."""
+        ...
+
+
+class CurrentWeights:
+    """Those that the student has."""
+
+    def __init__(self, model: MegatronModel):
+        self._model = model
+
+    @property
+    def head_weight(self) -> Tensor | None:
+        head = self._model.head_weight
+        return None if head is None else head.detach()
+
+    def active(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def after_update(self) -> None:
+        """Nothing to do."""
+
+
+class InitialWeights:
+    """Those that the student had when this was made.
+
+    They lie in page-locked host memory, of `dtype` (None: the parameters' own), and change places with the student's,
+    so that the device holds one model at a time. The head's shard is there twice, since the loss needs both.
+    """
+
+    def __init__(self, model: MegatronModel, dtype: torch.dtype | None = None):
+        self._parameters = {
+            f"{index}.{name}": parameter
+            for index, chunk in enumerate(model.chunks)
+            for name, parameter in chunk.named_parameters()
+        }
+        self._held = _host_memory(self._parameters, dtype)
+        self._outside = _host_memory(self._parameters)
+        self._head = model.head_weight
+        self.head_weight = None if self._head is None else self._head.detach().clone()
+        self._store(self._held)
+        portability.synchronize()
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        # All copies are in the order of the device's one stream; the host reads none of them.
+        self._store(self._outside)
+        try:
+            self._load(self._held)
+            if self._head is not None:
+                self.head_weight.copy_(self._head.data)
+            yield
+        finally:
+            self._load(self._outside)
+
+    def after_update(self) -> None:
+        """Nothing to do."""
+
+    def _store(self, memory: Mapping[str, Tensor]) -> None:
+        for name, parameter in self._parameters.items():
+            memory[name].copy_(parameter.data, non_blocking=True)
+
+    def _load(self, memory: Mapping[str, Tensor]) -> None:
+        for name, parameter in self._parameters.items():
+            parameter.data.copy_(memory[name].to(parameter.device, non_blocking=True))
+
+
+class AverageWeights(InitialWeights):
+    """Their exponential moving average, in fp32: after every step, decay · average + (1 - decay) · weights.
+
+    `complete`: finishes a parameter gather that is under way (``Student.gather_parameters``).
+    """
+
+    def __init__(self, model: MegatronModel, decay: float, complete: Callable[[], None]):
+        super().__init__(model, torch.float32)
+        self.decay, self._complete = decay, complete
+
+    @torch.no_grad()
+    def after_update(self) -> None:
+        self._complete()
+        for name, parameter in self._parameters.items():
+            average = self._held[name].to(parameter.device, non_blocking=True)
+            average.lerp_(parameter.data.float(), 1 - self.decay)
+            self._held[name].copy_(average, non_blocking=True)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """This rank's share of the average, fp32 on the host, by the parameters' names; a copy."""
+        portability.synchronize()
+        return {name: value.clone() for name, value in self._held.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over what `state_dict` gave under the same layout. ValueError for other names or shapes."""
+        shapes = {name: value.shape for name, value in state.items()}
+        if shapes != {name: value.shape for name, value in self._held.items()}:
+            raise ValueError("the state is of another model or another layout")
+        portability.synchronize()
+        for name, value in state.items():
+            self._held[name].copy_(value)
+
+
+def _host_memory(parameters: Mapping[str, nn.Parameter], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Room for every parameter; those of one type share one page-locked buffer."""
+    by_dtype: dict[torch.dtype, list[str]] = {}
+    for name, parameter in parameters.items():
+        by_dtype.setdefault(dtype or parameter.dtype, []).append(name)
+    memory: dict[str, Tensor] = {}
+    for kind, names in by_dtype.items():
+        sizes = [parameters[name].numel() for name in names]
+        flat = portability.pinned_empty_like(torch.empty(sum(sizes), dtype=kind, device="meta"))
+        for name, part in zip(names, flat.split(sizes), strict=True):
+            memory[name] = part.view(parameters[name].shape)
+    return memory

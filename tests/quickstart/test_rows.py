@@ -1,0 +1,41 @@
+"""The rows of the experiment's table, and their recipes."""
+
+import pytest
+from quickstart.rows import FROM_SCRATCH, ON_POLICY, SELF
+from world import REPOSITORY
+
+from megatron_gkd.config import load
+
+ROWS = FROM_SCRATCH + ON_POLICY + SELF
+
+
+def recipe_of(row):
+    return load(REPOSITORY / f"scripts/quickstart/recipes/{row.recipe}.yaml", world_size=2, require_paths=False)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_recipe_and_row_say_the_same(row):
+    recipe = recipe_of(row)
+    start = {other.name: f"{other.recipe}_seed1/hf" for other in ROWS}.get(row.start, "untrained/student_seed1")
+    assert recipe.student.model == f"runs/quickstart/{start}"
+    assert recipe.output.output_dir == f"runs/quickstart/{row.recipe}_seed1"
+    assert (recipe.teacher.source == "local") == row.has_teacher
+    assert [entry.path for entry in recipe.data.dataset] == [f"runs/quickstart/data/{row.data}.jsonl"]
+
+
+@pytest.mark.parametrize("rows", [FROM_SCRATCH, ON_POLICY], ids=["from scratch", "on-policy"])
+def test_rows_that_are_compared_have_the_same_steps(rows):
+    recipes = [recipe_of(row) for row in rows]
+    for section in ("parallel", "data", "train", "student"):
+        assert len({repr(getattr(recipe, section)) for recipe in recipes}) == 1, section
+
+
+def test_a_row_goes_on_from_an_earlier_one():
+    names = [row.name for row in ROWS]
+    assert len(set(names)) == len(names)
+    assert all(row.start is None or row.start in names[: names.index(row.name)] for row in ROWS)
+
+
+def test_self_distillation_has_the_steps_of_the_student_that_goes_on_without_it():
+    train = [repr(recipe_of(row).train) for row in SELF[1:]]
+    assert train[0].replace("eval_interval=50", "eval_interval=None") == train[1]

@@ -1,0 +1,248 @@
+"""What every teacher must do. Its tests derive from `TeacherContract` and add a fixture of answers.
+
+    def answers_of(rank, world_size, layout):
+        with mesh_of(layout) as mesh:
+            return answer(MyTeacher(...), mesh)                 # of CHECKPOINT()'s weights
+
+    class TestMyTeacher(TeacherContract):
+        @pytest.fixture(scope="class", params=LAYOUTS)
+        @classmethod
+        def answers(cls, request, gloo_world):
+            return in_every_rank(gloo_world, request.param, answers_of)
+
+The teacher is `CHECKPOINT()` (qwen3, vocabulary 99), in fp32; so is the student, where there is one. A teacher that
+reads something else than the samples' own tokens has its own `log_probs`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from checkpoints import tiny_checkpoint
+from layouts import DENSE
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from megatron_gkd.data.sample import IGNORE, Sample, shift_labels
+
+CHECKPOINT = functools.partial(tiny_checkpoint, "qwen3", seed=5, head_dim=32)  # the smallest that vLLM has on a CPU
+LAYOUTS = ["micro batch 2", "TP2+SPxCP2", "TP2xPP2"]
+"""Of `layouts.DENSE`: one process, and the least that has every kind of rank."""
+TOLERANCE = 1e-4  # of log-probabilities
+
+
+def sample(length: int, *trained: slice, seed: int) -> Sample:
+    """Random tokens, of which `trained` are learnt."""
+    counts = np.zeros(length, dtype=bool)
+    for piece in trained:
+        counts[piece] = True
+    ids = np.random.default_rng(seed).integers(3, 99, length)
+    return Sample(input_ids=ids, labels=shift_labels(ids, counts), source="dataset", row_id=seed)
+
+
+SHORT = sample(7, slice(5, None), seed=5)
+MICROBATCHES = {
+    "one row": [sample(9, slice(4, None), seed=1)],
+    "rows of unequal length": [sample(length, slice(length // 2, None), seed=length) for length in (12, 5, 17)],
+    "labels with gaps": [sample(20, slice(3, 7), slice(10, 11), slice(15, 20), seed=2)],
+    "a row without labels among others": [
+        sample(8, slice(2, None), seed=3),
+        sample(6, seed=4),
+        SHORT,
+    ],
+    "no labels at all": [sample(4, seed=6)],
+    "everything but the first token": [sample(11, slice(1, None), seed=7)],
+    "the same row again": [SHORT, SHORT],
+}
+
+
+class Told(NamedTuple):
+    """What a signal says of some labels, as logits up to a constant for each row."""
+
+    numbers: Tensor  # int64 [n], of the whole microbatch's labels
+    ids: Tensor  # int64 [n, k], -1 where missing
+    values: Tensor  # fp32 [n, k]
+    tail: Tensor | None  # fp32 [n]; see `ops.topk.TopK`
+    temperature: float | None
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Of one rank: for each microbatch None, or what its signal tells."""
+
+    coordinates: tuple[int, int, int]  # rank in tp, pp, cp
+    sizes: tuple[int, int, int]
+    first: list[list[Told] | None]
+    again: list[list[Told] | None]
+    alone: list[list[Told] | None]  # each microbatch in a call of its own
+
+
+@contextmanager
+def mesh_of(layout: dict):
+    from training_layouts import recipe_of
+
+    from megatron_gkd.runtime.mesh import Layout, destroy_mesh, initialize_mesh
+
+    try:
+        yield initialize_mesh(Layout.from_section(recipe_of(layout).parallel), seed=1)
+    finally:
+        destroy_mesh()
+
+
+def in_every_rank(gloo_world, name: str, answers_of: Callable, *args) -> list[Answers]:
+    """What `answers_of(rank, world_size, layout, *args)` returns in every rank of the layout of this name."""
+    world_size, layout = DENSE[name]
+    return gloo_world(world_size).run(answers_of, layout, *args)
+
+
+def microbatches_of(mesh) -> list:
+    """`MICROBATCHES` as the loader cuts them for this rank; the first has a sequence of padding at its end."""
+    from megatron_gkd.data.microbatch import collate, lengthen, shard_context_parallel
+
+    multiple = mesh.layout.pad_multiple
+    whole = [collate(samples, pad_multiple=multiple, pad_token_id=0) for samples in MICROBATCHES.values()]
+    whole[0] = lengthen(whole[0], whole[0].total_length + 4 * multiple, pad_token_id=0)
+    return [shard_context_parallel(one, mesh.cp.rank(), mesh.cp.size()) for one in whole]
+
+
+def answer(teacher, mesh) -> Answers:
+    """The teacher's answers in this rank. All ranks call it together."""
+    microbatches = microbatches_of(mesh)
+
+    def score(some):
+        with teacher.resident():
+            return [tell(signal, one, mesh) for signal, one in zip(teacher.score(some), some, strict=True)]
+
+    groups = mesh.tp, mesh.pp, mesh.cp
+    return Answers(
+        coordinates=tuple(group.rank() for group in groups),
+        sizes=tuple(group.size() for group in groups),
+        first=score(microbatches),
+        again=score(microbatches),
+        alone=[told for one in microbatches for told in score([one])],
+    )
+
+
+def tell(signal, microbatch, mesh) -> list[Told] | None:
+    """The signal in one form, whatever it is: one entry for each part that says something."""
+    from megatron_gkd.data.label_numbers import label_numbers
+    from megatron_gkd.teachers.base import Hidden, Parts
+
+    if signal is None:
+        return None
+    numbers = label_numbers(microbatch, mesh.cp.rank(), mesh.cp.size())
+    parts = [(part.rows, part.signal) for part in signal.parts] if isinstance(signal, Parts) else [(..., signal)]
+    told = []
+    for rows, part in parts:
+        if isinstance(part, Hidden):
+            shards = [torch.empty(len(part.states), len(part.head_weight)) for _ in range(mesh.tp.size())]
+            dist.all_gather(shards, (part.states @ part.head_weight.T).contiguous(), group=mesh.tp)
+            values = torch.cat(shards, 1)[:, :99]
+            told.append(Told(numbers[rows], torch.arange(99).expand_as(values), values, None, None))
+        else:
+            told.append(Told(numbers[rows], part.ids, part.values, part.tail, part.temperature))
+    return told
+
+
+@functools.cache
+def transformers_model(path):
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+@torch.no_grad()
+def transformers_log_probs(path, input_ids, positions) -> Tensor:
+    """fp64 [n, V], after the tokens up to each of the `positions`."""
+    logits = transformers_model(path)(torch.as_tensor(input_ids)[None]).logits[0, torch.as_tensor(positions)]
+    return logits.double().log_softmax(-1)
+
+
+class TeacherContract:
+    @pytest.fixture(scope="class", params=LAYOUTS)
+    @classmethod
+    def answers(cls, request, gloo_world) -> list[Answers]:
+        """Of every rank."""
+        raise NotImplementedError("a teacher's tests give their own")
+
+    @classmethod
+    def log_probs(cls, sample: Sample) -> Tensor:
+        """fp64 [n, V]: what the teacher should say of the sample's n labels."""
+        return transformers_log_probs(CHECKPOINT(), sample.input_ids, np.flatnonzero(sample.labels != IGNORE))
+
+    def test_there_is_a_signal_for_every_microbatch_on_the_last_stage_and_nowhere_else(self, answers):
+        for rank in answers:
+            _, stage, _ = rank.coordinates
+            last = stage == rank.sizes[1] - 1
+            for scored in (rank.first, rank.again, rank.alone):
+                assert [told is not None for told in scored] == [last] * len(MICROBATCHES)
+
+    @pytest.mark.parametrize("name", MICROBATCHES)
+    def test_every_label_has_one_row_on_one_context_parallel_rank(self, answers, name):
+        """And on all tensor-parallel ranks of it."""
+        count = sum(int((one.labels != IGNORE).sum()) for one in MICROBATCHES[name])
+        for tensor_rank in range(answers[0].sizes[0]):
+            numbers = [
+                told.numbers for rank, parts in last_stages(answers, name) if rank[0] == tensor_rank for told in parts
+            ]
+            assert torch.cat(numbers).sort().values.tolist() == list(range(count))
+
+    @pytest.mark.parametrize("name", MICROBATCHES)
+    def test_distributions_are_those_of_transformers(self, answers, name):
+        expected = torch.cat([self.log_probs(one) for one in MICROBATCHES[name]])
+        for _, parts in last_stages(answers, name):
+            for told in parts:
+                assert_close(told, expected[told.numbers])
+
+    def test_the_same_microbatches_have_the_same_signals(self, answers):
+        for rank in answers:
+            assert_identical(rank.first, rank.again)
+
+    def test_a_signal_does_not_depend_on_the_other_microbatches(self, answers):
+        for rank in answers:
+            for first, alone in zip(rank.first, rank.alone, strict=True):
+                for a, b in zip(first or [], alone or [], strict=True):
+                    assert (a.numbers == b.numbers).all() and (a.ids == b.ids).all()
+                    torch.testing.assert_close(a.values, b.values, atol=1e-5, rtol=0)
+
+    def test_tensor_parallel_ranks_have_the_same(self, answers):
+        by_place: dict[tuple[int, int], list] = {}
+        for rank in answers:
+            first = by_place.setdefault(rank.coordinates[1:], rank.first)
+            assert_identical(first, rank.first)
+
+
+def last_stages(answers: list[Answers], name: str) -> Iterator[tuple[tuple[int, int, int], list[Told]]]:
+    """What the ranks of the last stage have, in one data-parallel replica."""
+    index = list(MICROBATCHES).index(name)
+    for rank in answers:
+        if rank.first[index] is not None:
+            yield rank.coordinates, rank.first[index]
+
+
+def assert_identical(a: list[list[Told] | None], b: list[list[Told] | None]) -> None:
+    torch.testing.assert_close(a, b, atol=0, rtol=0)
+
+
+def assert_close(told: Told, expected: Tensor) -> None:
+    """`expected` is fp64 [n, V], log-probabilities. Its most likely tokens are told, with their ratios."""
+    if len(told.numbers) == 0:
+        return
+    assert told.ids.shape == told.values.shape and (told.ids >= 0).all() and (told.ids < expected.shape[1]).all()
+    assert (told.ids.sort(-1).values.diff(dim=-1) > 0).all(), "no id twice"
+    values, k = told.values.double(), told.ids.shape[1]
+    found = expected.gather(1, told.ids)
+    best = expected.topk(k).values  # of equals either may be told, and of what is almost equal
+    torch.testing.assert_close(found.sort(-1, descending=True).values, best, atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(values.log_softmax(-1), found.log_softmax(-1), atol=TOLERANCE, rtol=0)
+    if told.tail is not None and k < expected.shape[1]:
+        tempered = (expected / told.temperature).scatter(1, told.ids, -torch.inf).logsumexp(-1)
+        shift = (values.logsumexp(-1) - found.logsumexp(-1)) / told.temperature  # the row's constant
+        rest = told.tail.double() - shift
+        torch.testing.assert_close(rest, tempered, atol=TOLERANCE, rtol=0)

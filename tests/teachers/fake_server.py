@@ -1,0 +1,160 @@
+"""A server that answers like a teacher's vLLM, in a thread of the test process, and fails on demand."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import torch
+from teachers.contract import transformers_model
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+
+class FakeServer:
+    """Of a checkpoint, in fp32 by transformers. Usable in a `with` statement, which it runs in.
+
+    Attributes:
+        max_model_len, max_logprobs: as vLLM's options.
+        delays: seconds that the next completions take beside the time they need.
+        spoil: changes the answer to a completion (a dict) in place, or returns what is sent instead.
+        asked: the paths of all requests that were answered, in order.
+    """
+
+    def __init__(self, checkpoint: Path, tokenizer: PreTrainedTokenizerBase | None = None):
+        self.checkpoint = checkpoint
+        self.tokenizer = tokenizer or AutoTokenizer.from_pretrained(checkpoint)
+        self.max_model_len, self.max_logprobs = 257, 64
+        self.delays: list[float] = []
+        self.spoil: Callable[[dict], bytes | None] | None = None
+        self.asked: list[str] = []
+        self._port = 0
+        self._lock = threading.Lock()
+        self._http: _Server | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._port}"
+
+    @property
+    def completions(self) -> int:
+        return self.asked.count("/v1/completions")
+
+    def __enter__(self) -> FakeServer:
+        self.start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """At the address that it had before, if it ran."""
+        self._http = _Server(("127.0.0.1", self._port), self)
+        self._port = self._http.server_address[1]
+        threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+
+    def stop(self) -> None:
+        """It refuses connections, and those that there are end without an answer."""
+        if self._http is not None:
+            self._http.shutdown()
+            self._http.server_close()
+            self._http.cut()
+            self._http = None
+
+    def answer(self, path: str, body: dict) -> tuple[int, dict | bytes]:
+        with self._lock:
+            delay = self.delays.pop(0) if path == "/v1/completions" and self.delays else 0
+        time.sleep(delay)
+        with self._lock:
+            self.asked.append(path)
+            match path:
+                case "/v1/models":
+                    return 200, {"data": [{"id": "teacher", "max_model_len": self.max_model_len}]}
+                case "/tokenize":
+                    ids = self.tokenizer.encode(body["prompt"], add_special_tokens=body["add_special_tokens"])
+                    return 200, {"tokens": ids, "token_strs": self.tokenizer.convert_ids_to_tokens(ids)}
+                case "/v1/completions":
+                    return self._complete(body)
+        return 404, {"detail": "Not Found"}
+
+    def _complete(self, body: dict) -> tuple[int, dict | bytes]:
+        k, ids = body["prompt_logprobs"], body["prompt"]
+        assert body["model"] == "teacher" and body["max_tokens"] == 1
+        if k > self.max_logprobs:
+            told = f"Requested prompt logprobs of {k}, which is greater than max allowed: {self.max_logprobs}"
+            return 400, {"error": {"message": told}}
+        if len(ids) + 1 > self.max_model_len:
+            return 400, {"error": {"message": f"maximum context length is {self.max_model_len} tokens"}}
+        choice = {"index": 0, "text": "", "prompt_token_ids": ids, "prompt_logprobs": self._log_probs(ids, k)}
+        answer = {"object": "text_completion", "choices": [choice]}
+        spoilt = self.spoil(answer) if self.spoil else None
+        return 200, answer if spoilt is None else spoilt
+
+    @torch.no_grad()
+    def _log_probs(self, ids: list[int], k: int) -> list[dict | None]:
+        """As vLLM: the actual token first, wherever it ranks, then the k most likely ones."""
+        log_probs = transformers_model(self.checkpoint)(torch.tensor([ids])).logits[0].log_softmax(-1)
+        entries: list[dict | None] = [None]
+        for row, token in zip(log_probs[:-1], ids[1:], strict=True):
+            best = row.topk(k)
+            found = {token: (row[token].item(), int((row >= row[token]).sum()))}
+            found |= {i: (v, n) for n, (i, v) in enumerate(zip(*map(torch.Tensor.tolist, best[::-1]), strict=True), 1)}
+            entries.append(
+                {
+                    str(i): {"logprob": max(v, -9999.0), "rank": n, "decoded_token": f"w{i}"}
+                    for i, (v, n) in found.items()
+                }
+            )
+        return entries
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, address: tuple[str, int], fake: FakeServer):
+        super().__init__(address, _Handler)
+        self.fake, self.connections = fake, set()
+
+    def process_request(self, request, client_address) -> None:
+        self.connections.add(request)
+        super().process_request(request, client_address)
+
+    def cut(self) -> None:
+        for connection in list(self.connections):
+            try:
+                connection.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass  # it has ended by itself
+
+    def handle_error(self, request, client_address) -> None:
+        pass  # connections that were cut
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def setup(self) -> None:
+        super().setup()
+        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def do_GET(self) -> None:
+        self.respond({})
+
+    def do_POST(self) -> None:
+        self.respond(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+    def respond(self, body: dict) -> None:
+        status, answer = self.server.fake.answer(self.path, body)
+        content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *arguments) -> None:
+        pass

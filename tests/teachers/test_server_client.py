@@ -1,0 +1,154 @@
+"""What a server is refused for before the first step, and what it is waited for."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from checkpoints import tiny_checkpoint, tiny_tokenizer
+from teachers.contract import CHECKPOINT, transformers_log_probs
+from teachers.fake_server import FakeServer
+
+from megatron_gkd.errors import UserError
+from megatron_gkd.runtime.servers import ServerDown, open_client
+from megatron_gkd.teachers.server_answer import Question
+from megatron_gkd.teachers.server_client import TeacherServer
+from megatron_gkd.teachers.server_tokenizer import tokenizer_probes
+
+PROBES = tokenizer_probes(tiny_tokenizer())
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeServer]:
+    with FakeServer(CHECKPOINT()) as server:
+        yield server
+
+
+def client_of(fake: FakeServer, k: int = 4, timeout: float = 10.0) -> TeacherServer:
+    return TeacherServer(fake.url + "/", open_client(timeout, 4), k)
+
+
+def test_hello_finds_the_model_and_a_known_prompt(fake):
+    server = client_of(fake)
+    scores = server.hello(256, PROBES, patience=5.0)
+    assert server.model == "teacher"
+    ids = [i for probe in PROBES for i in probe.ids][:32]
+    expected = transformers_log_probs(CHECKPOINT(), ids, range(31)).topk(4).values
+    np.testing.assert_allclose(np.sort(scores.log_probs)[:, ::-1], expected, atol=1e-5)
+
+
+def test_the_probes_see_the_whole_vocabulary():
+    """A small one: every token of it."""
+    assert {i for probe in PROBES for i in probe.ids} == set(tiny_tokenizer().get_vocab().values())
+
+
+def swapped():
+    """w3 and w4 in each other's place."""
+    tokenizer = tiny_tokenizer()
+    text = tokenizer.backend_tokenizer.to_str().replace('"w3"', '"?"').replace('"w4"', '"w3"').replace('"?"', '"w4"')
+    return type(tokenizer)(
+        tokenizer_object=type(tokenizer.backend_tokenizer).from_str(text),
+        unk_token="<|unk|>",
+        pad_token="<|endoftext|>",
+    )
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (swapped(), r"not the student's: .* has from its token \d+ the ids \[.*\] there and \[.*\] here"),
+        (tiny_tokenizer(prefix="v"), "not the student's: .* start it with a teacher of the student's family"),
+        (tiny_tokenizer(num_words=59), "not the student's"),
+    ],
+)
+def test_another_tokenizer_is_refused(other, message, fake):
+    fake.tokenizer = other
+    with pytest.raises(UserError, match=f"{fake.url}: its tokenizer is {message}"):
+        client_of(fake).hello(256, PROBES, patience=5.0)
+
+
+def test_the_same_ids_of_other_tokens_are_refused(fake):
+    names = fake.tokenizer.convert_ids_to_tokens
+    fake.tokenizer.convert_ids_to_tokens = lambda ids: ["W9" if name == "w9" else name for name in names(ids)]
+    with pytest.raises(UserError, match="the id 13 is 'W9' there and 'w9' here"):
+        client_of(fake).hello(256, PROBES, patience=5.0)
+
+
+def test_more_log_probabilities_than_it_gives_are_refused(fake):
+    message = (
+        r"65, which is greater than max allowed: 64.* for distill.gkd_logits_topk = 65 start it with --max-logprobs 65"
+    )
+    with pytest.raises(UserError, match=message):
+        client_of(fake, k=65).hello(256, PROBES, patience=5.0)
+
+
+def test_shorter_sequences_than_the_longest_are_refused(fake):
+    fake.max_model_len = 256
+    with pytest.raises(UserError, match=r"up to 256 tokens.* data.max_length = 256: start it with --max-model-len 257"):
+        client_of(fake).hello(256, PROBES, patience=5.0)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ((404, {"detail": "Not Found"}), "404: .*Not Found.*; is it a vLLM server"),
+        ((200, b"<html>"), ".*<html>.*is it a vLLM server"),
+        ((200, {"data": []}), ".*is it a vLLM server"),
+        ((200, {"data": [{"id": "gpt"}]}), ".*max_model_len.*is it a vLLM server"),
+    ],
+)
+def test_something_else_than_vllm_is_refused(answer, message, fake):
+    fake.answer = lambda path, body: answer
+    with pytest.raises(UserError, match=f"{fake.url}/v1/models: {message}"):
+        client_of(fake).hello(256, PROBES, patience=5.0)
+
+
+def test_a_server_that_is_not_there_is_a_clear_error(fake):
+    fake.stop()
+    with pytest.raises(
+        UserError, match=rf"{fake.url}/v1/models: ConnectError.* 0.2 s \(teacher.teacher_server_patience_s"
+    ):
+        client_of(fake).hello(256, PROBES, patience=0.2)
+
+
+def test_a_server_that_is_still_starting_is_waited_for(fake):
+    fake.stop()
+    threading.Timer(0.5, fake.start).start()
+    client_of(fake).hello(256, PROBES, patience=20.0)
+
+
+def test_a_slow_answer_is_given_up_and_may_come_the_next_time(fake):
+    server = client_of(fake, timeout=0.3)
+    server.model = "teacher"
+    question = Question(np.array([5, 6, 7]), np.array([0, 1]))
+    fake.delays = [1.5]
+    with pytest.raises(ServerDown, match="ReadTimeout"):
+        server.score(question)
+    assert server.down_since is not None and server.down_since <= time.monotonic()
+    assert server.score(question).ids.shape == (2, 4) and server.down_since is None
+
+
+def test_a_request_that_is_refused_is_an_error_at_once(fake):
+    server = client_of(fake)
+    server.model = "teacher"
+    with pytest.raises(UserError, match="400: .*maximum context length is 257"):
+        server.score(Question(np.full(257, 5), np.array([0])))
+
+
+def test_garbage_names_the_server(fake):
+    fake.spoil = lambda answer: b"no JSON"
+    with pytest.raises(UserError, match=f"{fake.url}/v1/completions: its answer is none of vLLM's"):
+        client_of(fake).hello(256, PROBES, patience=5.0)
+
+
+def test_servers_of_different_models_are_refused(fake):
+    from megatron_gkd.teachers.server import ServerOptions, _greet
+
+    with FakeServer(tiny_checkpoint("qwen3", seed=1)) as other:
+        options = ServerOptions((fake.url, other.url), k=4, max_length=64)
+        with pytest.raises(UserError, match=f"{other.url} and {fake.url}: serve different models; .* differ by"):
+            _greet([client_of(fake), client_of(other)], tiny_tokenizer(), options)
+        assert _greet([client_of(fake), client_of(fake)], tiny_tokenizer(), options) == ["teacher", "teacher"]

@@ -1,0 +1,125 @@
+"""The teacher behind a real vLLM server: the contract, the local teacher's loss, and a server that dies in a run."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import vllm_server
+from checkpoints import tiny_checkpoint, tiny_tokenizer
+from layouts import DENSE
+from teachers.contract import CHECKPOINT, TeacherContract, in_every_rank
+from teachers.test_server import answers_of, fail_to_make
+from test_train import train
+from training.test_layouts import assert_equal_runs
+from training.test_server_teacher import TAILS
+from training_layouts import train_steps
+
+from megatron_gkd.errors import UserError
+from megatron_gkd.runtime.servers import open_client
+from megatron_gkd.teachers.server_client import TeacherServer
+from megatron_gkd.teachers.server_tokenizer import tokenizer_probes
+
+pytestmark = pytest.mark.vllm
+
+
+@pytest.fixture(scope="module")
+def teacher_server(tmp_path_factory) -> Iterator[vllm_server.VllmServer]:
+    """It runs."""
+    if not vllm_server.is_installed():
+        pytest.skip(vllm_server.WHY_ABSENT)
+    server = vllm_server.VllmServer(CHECKPOINT(), tmp_path_factory.mktemp("teacher") / "server.log", max_model_len=256)
+    try:
+        server.ensure_running()
+        yield server
+    finally:
+        server.kill()
+
+
+class TestTeacherOfVllm(TeacherContract):
+    @pytest.fixture(scope="class", params=["TP2xCP2"])
+    @classmethod
+    def answers(cls, request, gloo_world, teacher_server):
+        return in_every_rank(gloo_world, request.param, answers_of, [teacher_server.url])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"k": 65}, "greater than max allowed: 64.*start it with --max-logprobs 65"),
+        ({"max_length": 256}, "start it with --max-model-len 257"),
+    ],
+)
+def test_what_it_can_not_do_is_refused_at_the_start(options, message, gloo_world, teacher_server):
+    (found, _) = gloo_world(2).run(fail_to_make, [teacher_server.url], options)
+    assert re.search(message, found), found
+
+
+def test_its_tokenizer_is_compared(teacher_server):
+    server = TeacherServer(teacher_server.url, open_client(60.0, 4), k=4)
+    server.hello(255, tokenizer_probes(tiny_tokenizer()), patience=5.0)
+    with pytest.raises(UserError, match="its tokenizer is not the student's"):
+        server.hello(255, tokenizer_probes(tiny_tokenizer(prefix="v")), patience=5.0)
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_the_loss_is_that_of_the_local_teachers_top_k(tail, gloo_world, teacher_server):
+    student, distill = tiny_checkpoint("qwen3_tied", seed=2), {"distill": TAILS[tail]}
+    local = gloo_world(1).run(train_steps, student, CHECKPOINT(), distill)[0]
+    world_size, changes = DENSE["CP2xDP2, packed"]
+    server = {"teacher": {"teacher_model": None, "teacher_model_server": teacher_server.url}}
+    found = gloo_world(world_size).run(train_steps, student, None, changes | server | distill)[0]
+    assert_equal_runs(found, local, tolerance=1e-4)
+
+
+RECIPE = """
+student:  {{model: {student}}}
+teacher:  {{}}
+distill:  {{beta: 0.5, temperature: 1, gkd_logits_topk: 16, gkd_topk_tail: bucket}}
+parallel: {{tensor_model_parallel_size: 2, sequence_parallel: true}}
+data:     {{dataset: [train.jsonl], max_length: 128, packing: true}}
+train:    {{global_batch_size: 8, train_iters: 60, lr: 1.0e-3, adam_eps: 1.0e-3, dtype: fp32}}
+output:   {{output_dir: runs/x}}
+"""
+
+
+def steps_of(folder) -> list[dict]:
+    path = folder / "runs/x/metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def test_a_run_outlives_a_server_that_is_killed_and_started_again(teacher_server, tmp_path):
+    """Which takes longer than 20 seconds, and leaves no trace in what is learnt."""
+    rows = [
+        {"prompt": " ".join(f"w{(3 * row + i) % 60}" for i in range(5)), "response": f"w{row % 60} w{row % 7} w1 w2"}
+        for row in range(100)
+    ]
+    folders = {
+        "local": ["--teacher_model", str(CHECKPOINT())],
+        "server": ["--teacher_model_server", teacher_server.url],
+    }
+    for name in folders:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (tmp_path / name / "recipe.yaml").write_text(RECIPE.format(student=tiny_checkpoint("qwen3_tied", seed=2)))
+    with ThreadPoolExecutor(1) as pool:
+        run = pool.submit(train, tmp_path / "server", *folders["server"])
+        while len(steps_of(tmp_path / "server")) < 3:
+            assert not run.done(), run.result().stderr
+            time.sleep(0.02)
+        teacher_server.kill()
+        killed_at = len(steps_of(tmp_path / "server"))
+        teacher_server.start()
+        finished = run.result()
+    assert finished.returncode == 0, finished.stderr
+    finished = train(tmp_path / "local", *folders["local"])
+    assert finished.returncode == 0, finished.stderr
+    found, expected = steps_of(tmp_path / "server"), steps_of(tmp_path / "local")
+    assert killed_at < len(found) == 60
+    for a, b in zip(found, expected, strict=True):
+        assert a["num_tokens"] == b["num_tokens"] and a["dropped_tokens"] == 0
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
