@@ -7,6 +7,7 @@
 #
 #   PYTHON                  the interpreter, with torch, setuptools, pytest, hypothesis, rich and matplotlib (python3)
 #   TORCH_CUDA_ARCH_LIST    what to compile for (the GPU's own architecture)
+#   MEGATRON_GKD_VLLM_PYTHON  a python with vLLM: the student's weights are also sent to a server, over nccl if there are two GPUs
 #   PYTHONPATH              may name a folder with Liger Kernel, TRL and ms-swift, for the benchmarks
 set -uo pipefail
 
@@ -82,9 +83,13 @@ rm -f "$out"/{summary.txt,build.log,tests.log,sanitizer.log,benchmarks.log}
 
 step build 200 build.log "$python" setup.py build_ext --inplace
 step tests 120 tests.log "$python" -m pytest -q -m gpu tests/ops
+step transfer 60 tests.log "$python" -m pytest -q -m gpu tests/rollout/test_transfer_groups.py
 step benchmarks 200 benchmarks.log "$python" scripts/benchmarks/loss.py --device cuda --output "$out"
 sanitize memcheck
 sanitize racecheck
+if [ -n "${MEGATRON_GKD_VLLM_PYTHON:-}" ]; then
+    step vllm 240 tests.log "$python" -m pytest -q -m vllm tests/rollout/test_vllm_server.py -k "Engine or again"
+fi
 for run in "$out"/loss_*.json; do
     [ ! -e "$run" ] || "$python" scripts/benchmarks/targets.py "$run" | tee -a "$summary"
 done

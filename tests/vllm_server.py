@@ -6,6 +6,7 @@ names.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -14,11 +15,14 @@ import time
 from pathlib import Path
 
 import httpx
+import torch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PYTHON = Path(os.environ.get("MEGATRON_GKD_VLLM_PYTHON", REPOSITORY / ".venv-vllm/bin/python"))
 WHY_ABSENT = f"no vLLM: {PYTHON} does not exist; `bash scripts/setup_vllm.sh` makes .venv-vllm"
 READY_SECONDS = 300.0
+TRANSFER_BACKEND = "nccl" if torch.cuda.device_count() > 1 else "gloo"
+"""Of weights between this process and the server, which on GPUs has the second to itself."""
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
@@ -52,7 +56,10 @@ class VllmServer:
             "--max-num-seqs": max_num_seqs,
             "--max-logprobs": 64,
             "--kv-cache-memory-bytes": 32 << 20,
+            "--weight-transfer-config": json.dumps({"backend": TRANSFER_BACKEND}),
         }
+        if TRANSFER_BACKEND == "gloo":
+            self.arguments["--worker-extension-cls"] = "megatron_gkd.rollout.vllm_worker.WorkerExtension"
         self.process: subprocess.Popen | None = None
 
     @property
@@ -63,11 +70,14 @@ class VllmServer:
         """Returns at once; see `wait_until_ready`."""
         module = ["-m", "vllm.entrypoints.openai.api_server"]  # the vllm command looks for a package named vllm
         arguments = [str(part) for pair in self.arguments.items() for part in pair]
-        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        # This package without its requirements.
+        environment = os.environ | ENVIRONMENT | {"PYTHONPATH": str(REPOSITORY), "VLLM_SERVER_DEV_MODE": "1"}
+        if TRANSFER_BACKEND == "nccl":
+            environment["CUDA_VISIBLE_DEVICES"] = "1"
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
                 [str(PYTHON), *module, *arguments, "--enforce-eager"],
-                env=environment | ENVIRONMENT | {"VLLM_SERVER_DEV_MODE": "1"},
+                env=environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

@@ -79,6 +79,16 @@ def _servers_are_named(recipe: Recipe, _: int) -> Iterator[str]:
         yield f"rollout.vllm_server_urls = {list(urls)}: must name every server once"
 
 
+def _server_options(recipe: Recipe, _: int) -> Iterator[str]:
+    section = recipe.rollout
+    if section.engine != "vllm_server":
+        for leaf, default in (("weight_sync", "folder"), ("weight_sync_dir", None), ("steps_ahead", 0)):
+            if getattr(section, leaf) != default:
+                yield f"rollout.{leaf} = {getattr(section, leaf)}: only with rollout.engine = vllm_server"
+    elif section.weight_sync != "folder" and section.weight_sync_dir is not None:
+        yield f"rollout.weight_sync_dir = {section.weight_sync_dir}: only with rollout.weight_sync = folder"
+
+
 def _vllm_is_installed(recipe: Recipe, _: int) -> Iterator[str]:
     if recipe.rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         yield "rollout.engine = vllm: needs vLLM beside the trainer, which is not installed here (pip install vllm)"
@@ -244,6 +254,7 @@ CHECKS = (
     Check(("divergence", "beta"), _beta),
     Check(("gkd_topk_tail", "gkd_logits_topk"), _tail),
     Check(("engine", "vllm_server_urls"), _servers_are_named),
+    Check(("engine", "weight_sync", "weight_sync_dir", "steps_ahead"), _server_options),
     Check(("engine", "vllm_tensor_parallel_size"), _vllm_ranks),
     Check(("vllm_max_model_len", "max_length"), _vllm_length),
     Check(("engine",), _vllm_is_installed, needs_files=True),

@@ -185,10 +185,17 @@ class RolloutSection(Section):
     vllm_server_urls: Annotated[tuple[ServerUrl, ...], BeforeValidator(_as_sequence)] = Field(
         (), description="vllm_server: addresses of the servers, which prompts are dealt to (http://host:8000)"
     )
+    weight_sync: Literal["folder", "nccl", "gloo"] = Field(
+        "folder",
+        description="vllm_server: new weights go through a shared folder, or vLLM's weight transfer on GPUs or on CPUs",
+    )
     weight_sync_dir: PathText | None = Field(
         None,
-        description="vllm_server: folder of the student's weights, under one path here and there; "
+        description="weight_sync folder: where it is, under one path here and on the servers; "
         "null: rollout_weights in output_dir",
+    )
+    steps_ahead: int = Field(
+        0, ge=0, le=1, description="vllm_server: 1 samples a step while the one before it trains, with older weights"
     )
     mismatch_kl_threshold: float | None = Field(
         0.1, gt=0, description="warn where the engine's log-probabilities are so far from the trainer's (nats a token)"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -104,6 +104,44 @@ class RolloutEngine(Protocol):
         Raises:
             ValueError: a prompt is empty or has ids outside the vocabulary, or there is not one seed a prompt.
         """
+        ...
+
+
+OnCompletion = Callable[[int, Completion], None]
+"""Takes the prompt's place in the request, and its completion."""
+
+
+class Generation(Protocol):
+    """Completions on their way."""
+
+    seconds: float
+    """That making them took; known with the result."""
+
+    def result(self) -> list[Completion]:
+        """Wait for them. All ranks call it together, and get them as from `RolloutEngine.generate`."""
+        ...
+
+
+@runtime_checkable
+class BackgroundEngine(RolloutEngine, Protocol):
+    """An engine that can generate while its ranks train."""
+
+    def start(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        on_completion: OnCompletion | None = None,
+    ) -> Generation:
+        """Begin what `generate` does, and return at once. Until there is a result, no weights may be loaded.
+
+        What goes on in the background communicates with no other rank. One rank of each replica, on the last pipeline
+        stage, calls `on_completion` for each prompt as soon as it is answered, from some thread.
+        """
+        ...
+
+    def close(self) -> None:
+        """Stop whatever else goes on in the background."""
         ...
 
 

@@ -15,11 +15,14 @@ _LABEL = "as it was started"
 class ServerAsStarted(StudentServer):
     """One of them."""
 
-    def _hello(self, max_length: int) -> ServedModel:
+    def _hello(self, max_length: int, transfer_backend: str | None) -> ServedModel:
         return self._served_model(max_length)
 
     def _be_current(self, patience: Patience) -> str:
-        self._label = _LABEL
+        self.label = _LABEL
+        return _LABEL
+
+    def reported_label(self) -> str:
         return _LABEL
 
 
@@ -27,6 +30,9 @@ class OwnWeightsEngine(VllmServerEngine):
     """A rollout engine whose weights never change. `checkpoint` names the ids and the EOS that are used with it."""
 
     server_kind = ServerAsStarted
+
+    def _build_sync(self) -> None:
+        return None
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Leaves `named_tensors` alone, on every rank."""

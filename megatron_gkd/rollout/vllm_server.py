@@ -1,17 +1,20 @@
-"""Sampling by vLLM servers of their own: token ids over HTTP, weights through a folder that both sides see.
+"""Sampling by vLLM servers of their own: token ids over HTTP, weights through a folder or a group of processes.
 
 One rank of each model replica talks to the servers and tells the others of its replica; the world's first rank gives
-all servers new weights. Whatever goes wrong in one rank is raised in all of them together.
+all servers new weights. Whatever goes wrong in one rank is raised in all of them together. Threads talk to servers, and
+never to other ranks: only `load_weights` and the end of a generation are collectives, in the calling thread.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import httpx
 import torch.distributed as dist
@@ -19,13 +22,16 @@ from torch import Tensor
 
 from megatron_gkd.errors import UserError
 from megatron_gkd.models.checkpoint import Checkpoint
-from megatron_gkd.rollout.base import Completion, RolloutFailed, Sampling, check_prompts
-from megatron_gkd.rollout.vllm_client import ServedModel, StudentServer
-from megatron_gkd.rollout.vllm_weights import SharedWeights, WeightFolder, tensor_shapes
+from megatron_gkd.rollout import vllm_weights
+from megatron_gkd.rollout.background import each, in_background
+from megatron_gkd.rollout.base import Completion, OnCompletion, RolloutFailed, Sampling, check_prompts
+from megatron_gkd.rollout.vllm_client import ServedModel, StudentServer, Weights
+from megatron_gkd.rollout.vllm_weights import WeightFolder, tensor_shapes
+from megatron_gkd.rollout.weight_transfer import Keeper, WeightTransfer, wait_for_first_rank
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.runtime.servers import open_client
 
-_MOST_ROUNDS = 5  # in which prompts are asked that a server answered with other weights than the student's
+_MOST_ROUNDS = 5  # in which a prompt is asked that a server answered with other weights than the student's
 
 T = TypeVar("T")
 
@@ -36,7 +42,8 @@ class ServerOptions:
 
     Attributes:
         urls: of the servers' roots; prompts are dealt to them in turn.
-        weight_sync_dir: where weights are written for them; they see it under the same path.
+        weight_sync: how they get weights: through a folder, or sent over nccl or gloo.
+        weight_sync_dir: the folder; they see it under the same path.
         max_length: tokens of a prompt and its completion together.
         concurrency: requests of one replica at the same time, over all servers.
         timeout: seconds that one answer may take.
@@ -44,6 +51,7 @@ class ServerOptions:
     """
 
     urls: tuple[str, ...]
+    weight_sync: Literal["folder", "nccl", "gloo"]
     weight_sync_dir: Path
     max_length: int
     concurrency: int = 64
@@ -61,73 +69,104 @@ class VllmServerEngine:
 
     def __init__(self, mesh: Mesh, checkpoint: Checkpoint, options: ServerOptions):
         self.mesh, self.checkpoint, self.options = mesh, checkpoint, options
-        self.weights: SharedWeights | None = None
-        self.is_speaker = mesh.tp.rank() == mesh.pp.rank() == mesh.cp.rank() == 0
+        self.weights: Weights | None = None
+        # On the last stage, where a teacher behind servers is asked: it can begin with what is finished.
+        self.is_speaker = mesh.pp.rank() == mesh.pp.size() - 1 and mesh.tp.rank() == mesh.cp.rank() == 0
         self.http: httpx.Client | None = None
         self.servers: list[StudentServer] = []
-        self.folder: WeightFolder | None = None
-        if self.is_speaker:
+        self.sync: WeightFolder | WeightTransfer | None = self._build_sync() if mesh.is_main else None
+        self._keeper: Keeper | None = None
+        if self.is_speaker or mesh.is_main:
             self.http = open_client(options.timeout, options.concurrency)
-            self.servers = [self.server_kind(url, self.http, options.patience) for url in options.urls]
-        if mesh.is_main:
-            optional = ("lm_head.weight",) if checkpoint.config.tie_word_embeddings else ()
-            self.folder = WeightFolder(options.weight_sync_dir, tensor_shapes(checkpoint.path), optional)
+            self.servers = [
+                self.server_kind(url, self.http, options.patience, self._hand_over()) for url in options.urls
+            ]
+        backend = None if options.weight_sync == "folder" else options.weight_sync
         self.models: list[ServedModel] = self._by_first_rank(
-            lambda: self._everywhere(lambda server: server.hello(options.max_length))
+            lambda: each(lambda server: server.hello(options.max_length, backend), self.servers)
         )
+
+    def _build_sync(self) -> WeightFolder | WeightTransfer:
+        optional = ("lm_head.weight",) if self.checkpoint.config.tie_word_embeddings else ()
+        expected = tensor_shapes(self.checkpoint.path)
+        if self.options.weight_sync == "folder":
+            return WeightFolder(self.options.weight_sync_dir, expected, optional)
+        return WeightTransfer(self.options.weight_sync, expected, optional, self.options.timeout)
+
+    def _hand_over(self) -> Callable[[StudentServer], None]:
+        if self.options.weight_sync == "folder":
+            return vllm_weights.hand_over
+        return self.sync.hand_over if self.mesh.is_main else wait_for_first_rank
 
     def resident(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """As `RolloutEngine.load_weights`. `RolloutFailed` if they can't be written, or a server can't load them."""
+        """As `RolloutEngine.load_weights`. `RolloutFailed` if a server can't load them, or is gone for too long."""
         if not self.mesh.is_main:
             for _ in named_tensors:  # making one takes all ranks
                 pass
-        self.weights = self._by_first_rank(lambda: self._hand_over(named_tensors, version))
+        self.weights = self._by_first_rank(lambda: self.sync.load(named_tensors, version, self.servers))
         for server in self.servers:
-            server.want(self.weights)
-
-    def _hand_over(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> SharedWeights:
-        weights = self.folder.write(named_tensors, version)
-        self._everywhere(lambda server: server.load(weights))
-        self.folder.forget_all_but(weights)
-        return weights
+            server.wanted = self.weights
+        if self.mesh.is_main and self._keeper is None and self.options.weight_sync != "folder":
+            self._keeper = Keeper(self.servers)
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Completion]:
         """As `RolloutEngine.generate`. `RolloutFailed` if a server is gone for too long, or refuses a request."""
-        check_prompts(prompts, seeds, self.checkpoint.vocab_size)
-        completions, problem = None, None
-        if self.is_speaker:
-            try:
-                completions = self._complete(prompts, sampling, seeds)
-            except UserError as error:
-                problem = str(error)
-        problems: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(problems, problem)
-        _raise_first(problems)
-        return self._tell_replica(completions)
+        return self.start(prompts, sampling, seeds).result()
 
-    def _complete(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Completion]:
+    def start(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        on_completion: OnCompletion | None = None,
+    ) -> ServerGeneration:
+        """As `BackgroundEngine.start`."""
+        check_prompts(prompts, seeds, self.checkpoint.vocab_size)
+        version = 0 if self.weights is None else self.weights.version
+        work = functools.partial(self._complete, prompts, sampling, seeds, version, on_completion)
+        return ServerGeneration(self, in_background(work) if self.is_speaker else None)
+
+    def close(self) -> None:
+        """Stop looking after the servers. They keep the weights that they have."""
+        if self._keeper is not None:
+            self._keeper.close()
+        if isinstance(self.sync, WeightTransfer):
+            self.sync.close()
+
+    def _complete(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        version: int,
+        on_completion: OnCompletion | None,
+    ) -> tuple[list[Completion], float]:
+        """The completions, and how many seconds they took."""
         first = self.mesh.dp.rank()  # replicas with few prompts do not all ask the same servers
-        targets = [(first + index) % len(self.servers) for index in range(len(prompts))]
-        requests = [
-            self._request(self.models[target], prompt, sampling, seed)
-            for target, prompt, seed in zip(targets, prompts, seeds, strict=True)
-        ]
-        found: dict[int, Completion] = {}
+
+        def complete(index: int) -> Completion:
+            turn = (first + index) % len(self.servers)
+            request = self._request(self.models[turn], prompts[index], sampling, seeds[index])
+            completion = self._ask(self.servers[turn], request, version)
+            if on_completion is not None:
+                on_completion(index, completion)
+            return completion
+
+        start = time.perf_counter()
+        completions = each(complete, range(len(prompts)), self.options.concurrency)
+        return completions, time.perf_counter() - start
+
+    def _ask(self, server: StudentServer, request: dict[str, Any], version: int) -> Completion:
         for _ in range(_MOST_ROUNDS):
-            waiting = [index for index in range(len(prompts)) if index not in found]
-            if not waiting:
-                return [found[index] for index in range(len(prompts))]
-            answers = self._in_parallel(lambda i: self.servers[targets[i]].complete(requests[i]), waiting)
-            current = self._everywhere(lambda server: server.current_label())
-            for index, (label, choice) in zip(waiting, answers, strict=True):
-                if label == current[targets[index]]:
-                    found[index] = self._completion(choice, requests[index])
+            label, choice = server.complete(request)
+            if server.still_has(label):
+                return self._completion(choice, request, version)
         raise UserError(
-            f"rollout servers lost the student's weights {_MOST_ROUNDS} times while they answered the same prompts; "
-            "look into their logs, and whether another run uses them"
+            f"{server.url}: lost the student's weights {_MOST_ROUNDS} times while it answered the same prompt; look "
+            "into its log, and whether another run uses it"
         )
 
     def _request(self, model: ServedModel, prompt: Sequence[int], sampling: Sampling, seed: int) -> dict[str, Any]:
@@ -154,7 +193,7 @@ class VllmServerEngine:
             "return_token_ids": True,
         }
 
-    def _completion(self, choice: dict[str, Any], request: dict[str, Any]) -> Completion:
+    def _completion(self, choice: dict[str, Any], request: dict[str, Any], version: int) -> Completion:
         token_ids = choice["token_ids"]
         if choice["finish_reason"] == "length" and len(token_ids) < request["max_tokens"]:
             raise UserError(
@@ -162,20 +201,7 @@ class VllmServerEngine:
                 "asked for: its generation_config.json has max_new_tokens; start it with --generation-config vllm"
             )
         log_probs = choice["logprobs"]["token_logprobs"]
-        return Completion(token_ids, log_probs, choice["finish_reason"], self.weights.version if self.weights else 0)
-
-    def _in_parallel(self, work: Callable[[Any], T], items: Iterable[Any]) -> list[T]:
-        """`work` of every item, in order. The first error ends it, once what runs already is done."""
-        with ThreadPoolExecutor(self.options.concurrency) as pool:
-            futures = [pool.submit(work, item) for item in items]
-            try:
-                return [future.result() for future in futures]
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-
-    def _everywhere(self, work: Callable[[StudentServer], T]) -> list[T]:
-        return self._in_parallel(work, self.servers)
+        return Completion(token_ids, log_probs, choice["finish_reason"], version)
 
     def _by_first_rank(self, work: Callable[[], T]) -> T:
         """What `work` returns on the world's first rank, on all ranks; or RolloutFailed on all, with its UserError."""
@@ -189,19 +215,42 @@ class VllmServerEngine:
         _raise_first(outcome[1:])
         return outcome[0]
 
-    def _tell_replica(self, completions: list[Completion] | None) -> list[Completion]:
-        """The speaker's completions on all ranks of its replica."""
-        told = [completions]
+    def tell_replica(self, answer: T | None) -> T:
+        """The speaker's answer on all ranks of its replica."""
+        told = [answer]
         mesh = self.mesh
+        last = mesh.pp.size() - 1
         # Each round has those ranks as senders that the rounds before have told.
-        for group, take_part in (
-            (mesh.cp, mesh.tp.rank() == mesh.pp.rank() == 0),
-            (mesh.pp, mesh.tp.rank() == 0),
-            (mesh.tp, True),
+        for group, sender, take_part in (
+            (mesh.cp, 0, mesh.tp.rank() == 0 and mesh.pp.rank() == last),
+            (mesh.pp, last, mesh.tp.rank() == 0),
+            (mesh.tp, 0, True),
         ):
             if take_part and group.size() > 1:
-                dist.broadcast_object_list(told, src=dist.get_global_rank(group, 0), group=group)
+                dist.broadcast_object_list(told, src=dist.get_global_rank(group, sender), group=group)
         return told[0]
+
+
+class ServerGeneration:
+    """Completions that servers are at work on. `answer` is the speaker's; it has them with the seconds they took."""
+
+    def __init__(self, engine: VllmServerEngine, answer: Future[tuple[list[Completion], float]] | None):
+        self.seconds = 0.0
+        self._engine, self._answer = engine, answer
+
+    def result(self) -> list[Completion]:
+        """As `Generation.result`. `RolloutFailed` on all ranks if any replica's can't be had."""
+        answer, problem = None, None
+        if self._answer is not None:
+            try:
+                answer = self._answer.result()
+            except UserError as error:
+                problem = str(error)
+        problems: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, problem)
+        _raise_first(problems)
+        completions, self.seconds = self._engine.tell_replica(answer)
+        return completions
 
 
 def _raise_first(problems: Iterable[str | None]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_gkd.errors import UserError
+from megatron_gkd.rollout.background import each
+from megatron_gkd.rollout.vllm_client import ServerDown, StudentServer, Weights
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -21,19 +23,15 @@ _MOST_BYTES = 5 * 10**9  # of a file, which is in host memory before it is writt
 
 
 @dataclass(frozen=True)
-class SharedWeights:
+class SharedWeights(Weights):
     """One version of the student's weights on disk.
 
     Attributes:
         directory: absolute, with safetensors files alone; its name was never used before.
-        version: as given to `RolloutEngine.load_weights`.
-        label: names run and version to a server.
         shapes: of the tensors in `directory`, by their Hugging Face names.
     """
 
     directory: Path
-    version: int
-    label: str
     shapes: Shapes
 
     def validate(self) -> None:
@@ -78,8 +76,17 @@ class WeightFolder:
         finally:
             for _ in named_tensors:
                 pass
-        weights = SharedWeights(directory, version, label, shapes)
+        weights = SharedWeights(version, label, directory, shapes)
         weights.validate()
+        return weights
+
+    def load(
+        self, named_tensors: Iterable[tuple[str, Tensor]], version: int, servers: Sequence[StudentServer]
+    ) -> SharedWeights:
+        """Write them and have all servers load them. `named_tensors` is exhausted, come what may."""
+        weights = self.write(named_tensors, version)
+        each(lambda server: server.load(weights), servers)
+        self.forget_all_but(weights)
         return weights
 
     def forget_all_but(self, weights: SharedWeights) -> None:
@@ -87,6 +94,23 @@ class WeightFolder:
         for path in self.root.glob("weights-*"):
             if path != weights.directory:
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def hand_over(server: StudentServer) -> None:
+    """The `hand_over` of servers that see the folder: any rank may do it."""
+    weights: SharedWeights = server.wanted
+    weights.validate()
+    server.pause()
+    call = {"method": "reload_weights", "kwargs": {"weights_path": str(weights.directory)}}
+    try:
+        server.exchange("POST", "/collective_rpc", json=call)
+    except ServerDown as error:
+        if not server.is_up():  # it went down, for this reason or another; its successor gets its chance
+            raise
+        raise UserError(
+            f"{server.url}: can't load {weights.directory} and needs a restart. Does it see this folder under this "
+            f"path (rollout.weight_sync_dir), and does it serve the student's architecture? It says: {error}"
+        ) from error
 
 
 def check_shapes(shapes: Shapes, expected: Shapes, optional: Collection[str] = ()) -> None:

@@ -86,6 +86,7 @@ def build_rollouts(
     dataset: SampleDataset,
     order: StepOrder,
     cut: dict[str, Any],
+    train_iters: int,
 ) -> Rollouts:
     """What samples the steps that `policy` gives to the student. `cut` is what ``batching`` returns."""
     section = recipe.rollout
@@ -100,6 +101,8 @@ def build_rollouts(
         global_batch_size=recipe.train.global_batch_size,
         truncated=section.truncated,
         dp=mesh.dp,
+        steps_ahead=section.steps_ahead,
+        num_steps=train_iters,
         teacher_max_length=recipe.data.teacher_max_length,
     )
 
@@ -144,6 +147,7 @@ def server_options(recipe: Recipe, urls: Sequence[str]) -> ServerOptions:
     section = recipe.rollout
     return ServerOptions(
         urls=tuple(urls),
+        weight_sync=section.weight_sync,
         weight_sync_dir=Path(section.weight_sync_dir or Path(recipe.output.output_dir) / "rollout_weights"),
         max_length=recipe.data.max_length,
         concurrency=section.server_concurrency,

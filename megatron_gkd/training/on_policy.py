@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch.distributed as dist
@@ -15,7 +16,18 @@ from megatron_gkd.data.microbatch import Microbatch
 from megatron_gkd.data.policy import OnPolicy
 from megatron_gkd.data.prompt import answered, prompt_of, room_for_answer
 from megatron_gkd.data.sample import FROM_DATASET, FROM_STUDENT, Sample
-from megatron_gkd.rollout.base import Completion, RolloutEngine, Sampling
+from megatron_gkd.rollout.base import (
+    BackgroundEngine,
+    Completion,
+    Generation,
+    OnCompletion,
+    RolloutEngine,
+    RolloutFailed,
+    Sampling,
+)
+
+if TYPE_CHECKING:
+    from megatron_gkd.training.student import Student
 
 Truncated = Literal["keep", "mask", "drop"]
 
@@ -40,11 +52,15 @@ class RolloutReport:
     Attributes:
         answers: by position in the global batch.
         bins: the positions in each microbatch of this data-parallel rank.
+        seconds: that the step waited for it; generation_seconds: that it took.
+        staleness: how many updates old the weights were, on average.
     """
 
     student_rows: int
     dataset_rows: int
     seconds: float
+    generation_seconds: float
+    staleness: float
     tokens: int
     truncated: int
     log_prob: float  # sum over the student's tokens that are trained on, in nats, as the engine has it
@@ -61,9 +77,10 @@ class RolloutReport:
             "student_rows": self.student_rows,
             "dataset_rows": self.dataset_rows,
             "rollout_time_s": self.seconds,
-            "rollout_tokens_per_second": self.tokens / self.seconds if self.seconds else 0.0,
+            "rollout_tokens_per_second": self.tokens / max(self.generation_seconds, 1e-9),
             "mean_completion_length": self.tokens / max(self.student_rows, 1),
             "truncated_share": self.truncated / max(self.student_rows, 1),
+            "staleness": self.staleness,
         }
 
 
@@ -79,6 +96,8 @@ class Rollouts:
         teacher_max_length: the same of a row's `teacher_prompt` with the answer behind it; None: `cutting.max_length`.
         truncated: completions without an end are trained on ("keep"), kept without labels ("mask"), or left out.
         dp: the data-parallel group.
+        steps_ahead: 1 has a `BackgroundEngine` sample a step while the one before it trains.
+        num_steps: of the whole run; steps behind it are not begun.
     """
 
     def __init__(
@@ -93,32 +112,82 @@ class Rollouts:
         global_batch_size: int,
         truncated: Truncated,
         dp: dist.ProcessGroup,
+        steps_ahead: int = 0,
+        num_steps: int | None = None,
         teacher_max_length: int | None = None,
     ):
         self.engine, self.policy, self.dataset, self.order = engine, policy, dataset, order
         self.cutting, self.sampling, self.global_batch_size = cutting, sampling, global_batch_size
         self.truncated, self.dp = truncated, dp
+        self.steps_ahead, self.num_steps = steps_ahead, num_steps
+        self.on_sample: Callable[[Sample], None] | None = None
+        """Called by a `BackgroundEngine`'s threads for each sample that is ready while others are not, where one rank
+        of each replica asks for them: a teacher may begin with it."""
+        self._begun: dict[int, Generation] = {}
+        self._version: int | None = None
         self.teacher_max_length = teacher_max_length or cutting.max_length
 
     def due(self, step: int) -> bool:
         """Whether the student answers any row of `step`, counted from 0. The same on every rank."""
         return self.policy.any(step, self.global_batch_size)
 
+    def load_weights(self, student: Student, version: int) -> float:
+        """Sample from the student as it is, after `version` updates. Nothing to do the second time.
+
+        Returns the seconds it took.
+        """
+        start = time.perf_counter()
+        if version != self._version:
+            student.gather_parameters()
+            self.engine.load_weights(student.model.named_tensors(), version)
+            self._version = version
+        return time.perf_counter() - start
+
+    def is_early(self, step: int) -> bool:
+        """Whether `step` is to begin while the step before it trains. The same on every rank."""
+        return self.steps_ahead > 0 and (self.num_steps is None or step < self.num_steps) and self.due(step)
+
+    def has_begun(self, step: int) -> bool:
+        return step in self._begun
+
+    def begin(self, step: int) -> None:
+        """Sample `step` in the background, from the weights that are loaded; ``microbatches`` waits for the end."""
+        mine, prompts, seeds = self._questions(step)
+        on_completion = None if self.on_sample is None else self._announcing(step, mine)
+        prompts = [prompt.tolist() for prompt in prompts]
+        self._begun[step] = self.engine.start(prompts, self.sampling, seeds, on_completion)
+
+    def _announcing(self, step: int, positions: list[int]) -> OnCompletion:
+        rows = self.order.rows_of_step(step, self.global_batch_size)
+        sources = [self.dataset[rows[position]] for position in positions]  # threads should not read the dataset
+
+        def announce(index: int, completion: Completion) -> None:
+            sample, trained = self._sample(sources[index], completion.within(self._room(sources[index])))
+            if trained:
+                self.on_sample(sample)
+
+        return announce
+
+    def close(self) -> None:
+        if isinstance(self.engine, BackgroundEngine):
+            self.engine.close()
+
     def microbatches(self, step: int) -> tuple[list[Microbatch], RolloutReport]:
         """Sample, exchange between the data-parallel ranks, and cut. All ranks must call it together.
 
         Raises:
             UserError: a prompt leaves no room for an answer, or a row that the student does not answer has no response.
+            RolloutFailed: there are no samples, or of other weights than it should be.
         """
         rows = self.order.rows_of_step(step, self.global_batch_size)
         mine = self.policy.rows(step, len(rows))
         samples: dict[int, Sample] = {}
         start = time.perf_counter()
-        completions = self._complete(step, rows, [int(i) for i in np.flatnonzero(mine)])
+        completions, generation_seconds = self._complete(step)
         seconds = time.perf_counter() - start
         log_prob, answers = 0.0, {}
         for position, completion in completions.items():
-            sample, trained = self._sample(rows[position], completion)
+            sample, trained = self._sample(self.dataset[rows[position]], completion)
             samples[position] = sample
             log_prob += sum(completion.log_probs) if trained else 0.0
             answers[position] = Answer(rows[position], self._prompt(rows[position]), completion, trained)
@@ -133,6 +202,8 @@ class Rollouts:
             student_rows=len(found),
             dataset_rows=len(rows) - len(found),
             seconds=seconds,
+            generation_seconds=generation_seconds,
+            staleness=sum(step - completion.version for completion in found) / max(len(found), 1),
             tokens=sum(len(completion.token_ids) for completion in found),
             truncated=sum(completion.finish_reason == "length" for completion in found),
             log_prob=log_prob,
@@ -140,20 +211,41 @@ class Rollouts:
             bins=bins,
         )
 
-    def _complete(self, step: int, rows: list[int], positions: list[int]) -> dict[int, Completion]:
-        """The completion of every position, whichever data-parallel rank sampled it."""
-        mine = positions[self.dp.rank() :: self.dp.size()]
-        prompts = [self._prompt(rows[position]) for position in mine]
-        seeds = [self._seed(step, position) for position in mine]
-        with self.engine.resident():
-            completions = self.engine.generate([prompt.tolist() for prompt in prompts], self.sampling, seeds)
+    def _complete(self, step: int) -> tuple[dict[int, Completion], float]:
+        """The completion of every position, whichever data-parallel rank sampled it; and the seconds it took."""
+        rows = self.order.rows_of_step(step, self.global_batch_size)
+        mine, prompts, seeds = self._questions(step)
+        start = time.perf_counter()
+        if step not in self._begun and isinstance(self.engine, BackgroundEngine):
+            self.begin(step)
+        if step in self._begun:
+            generation = self._begun.pop(step)
+            completions, seconds = generation.result(), generation.seconds
+        else:
+            with self.engine.resident():
+                completions = self.engine.generate([prompt.tolist() for prompt in prompts], self.sampling, seeds)
+            seconds = time.perf_counter() - start
         found = [
             (position, completion.within(self._room(self.dataset[rows[position]])))
             for position, completion in zip(mine, completions, strict=True)
         ]
         everything: list[list] = [[] for _ in range(self.dp.size())]
         dist.all_gather_object(everything, found, group=self.dp)
-        return {position: completion for part in everything for position, completion in part}
+        together = {position: completion for part in everything for position, completion in part}
+        for completion in together.values():
+            if not step - self.steps_ahead <= completion.version <= step:
+                raise RolloutFailed(
+                    f"step {step + 1}: a sample is of the student after {completion.version} updates; allowed are "
+                    f"{step - self.steps_ahead} to {step}"
+                )
+        return together, seconds
+
+    def _questions(self, step: int) -> tuple[list[int], list[np.ndarray], list[int]]:
+        """Positions in the global batch that this data-parallel rank samples, and their prompts and seeds."""
+        rows = self.order.rows_of_step(step, self.global_batch_size)
+        positions = [int(position) for position in np.flatnonzero(self.policy.rows(step, len(rows)))]
+        mine = positions[self.dp.rank() :: self.dp.size()]
+        return mine, [self._prompt(rows[position]) for position in mine], [self._seed(step, i) for i in mine]
 
     def _prompt(self, row: int) -> np.ndarray:
         sample = self.dataset[row]
@@ -167,9 +259,9 @@ class Rollouts:
         """Of one row of one step: whatever rank samples it, and in whatever company."""
         return int(np.random.SeedSequence([self.policy.seed, step, position]).generate_state(1, np.uint64)[0] >> 1)
 
-    def _sample(self, row: int, completion: Completion) -> tuple[Sample, bool]:
+    def _sample(self, source: Sample, completion: Completion) -> tuple[Sample, bool]:
         """The sample, and whether it is trained on."""
         trained = completion.finish_reason == "stop" or self.truncated == "keep"
         if not trained and self.truncated == "drop":
             return filler(self.cutting.pad_token_id), False
-        return answered(self.dataset[row], completion.token_ids, trained=trained), trained
+        return answered(source, completion.token_ids, trained=trained), trained

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from megatron_gkd.data.loader import StepLoader, validation_batches
 from megatron_gkd.data.order import SampleOrder
 from megatron_gkd.data.policy import OnPolicy
 from megatron_gkd.runtime.mesh import Mesh
+from megatron_gkd.teachers.base import ScoresAhead
 from megatron_gkd.training.build import batching, build_rollouts, build_student
 from megatron_gkd.training.build_teacher import (
     begins_as_student,
@@ -72,12 +74,15 @@ def _train(recipe: Recipe, mesh: Mesh) -> None:
     teacher = build_teacher(recipe, mesh, student, models.teachers)
     rollouts = None
     if recipe.distill.lmbda > 0:
-        rollouts = build_rollouts(recipe, mesh, student, models.student, policy, dataset, order, cut)
+        rollouts = build_rollouts(recipe, mesh, student, models.student, policy, dataset, order, cut, train_iters)
     output = recipe.output
+    if rollouts is not None and isinstance(teacher, ScoresAhead):
+        rollouts.on_sample = lambda sample: teacher.begin([sample])
     completions = None
     if rollouts is not None and output.log_completions:
         completions = Completions(mesh, models.tokenizer, output.log_completions_interval)
-    with Reporter(output_dir, train_iters, output, is_main=mesh.is_main) as reporter:
+    closing = contextlib.nullcontext() if rollouts is None else contextlib.closing(rollouts)
+    with closing, Reporter(output_dir, train_iters, output, is_main=mesh.is_main) as reporter:
         reporter.message(data_report.summary())
         exported = Trainer(
             student,

@@ -82,12 +82,14 @@ class Trainer:
     def train_step(self, step: int, microbatches: list[Microbatch] | None) -> None:
         """One step, counted from 1. Without microbatches the student samples them."""
         start = time.perf_counter()
-        sampled, synced = None, start
+        sampled, sync_time = None, 0.0
         if microbatches is None:
-            self.student.gather_parameters()
-            self.rollouts.engine.load_weights(self.student.model.named_tensors(), version=step - 1)
-            synced = time.perf_counter()
+            if not self.rollouts.has_begun(step - 1):
+                sync_time += self.rollouts.load_weights(self.student, step - 1)
             microbatches, sampled = self.rollouts.microbatches(step - 1)
+        if self.rollouts is not None and self.rollouts.is_early(step):  # the next one: `rollouts` counts from 0
+            sync_time += self.rollouts.load_weights(self.student, step - 1)
+            self.rollouts.begin(step)
         rolled_out = time.perf_counter()
         microbatches = [microbatch.to(portability.device()) for microbatch in microbatches]
         signals = self.score(microbatches)
@@ -105,7 +107,7 @@ class Trainer:
             **summarize(totals, has_teacher=self.teacher is not None),
             "grad_norm": grad_norm,
             "lr": learning_rate,
-            **({"source": FROM_DATASET} if sampled is None else describe_rollouts(sampled, totals, synced - start)),
+            **({"source": FROM_DATASET} if sampled is None else describe_rollouts(sampled, totals, sync_time)),
             "teacher_time_s": scored - rolled_out,
             "step_time_s": time.perf_counter() - start,
         }

@@ -73,6 +73,12 @@ def flags(text: str) -> list[str]:
         (2, "--teacher_model null",
          "teacher.kind = null: must be local, server, self, cache or none, or follow from teacher_model, "
          "teacher_model_server or cache"),
+        (2, "--steps_ahead 1", "rollout.steps_ahead = 1: only with rollout.engine = vllm_server"),
+        (2, "--weight_sync nccl", "rollout.weight_sync = nccl: only with rollout.engine = vllm_server"),
+        (2, "--weight_sync_dir w", "rollout.weight_sync_dir = w: only with rollout.engine = vllm_server"),
+        (2, "--engine vllm_server --vllm_server_urls http://a:1 --weight_sync gloo --weight_sync_dir w",
+         "rollout.weight_sync_dir = w: only with rollout.weight_sync = folder"),
+        (2, "--steps_ahead 2", "rollout.steps_ahead = 2: must be an integer in [0, 1]"),
     ],
 )  # fmt: skip
 def test_refused(workspace, world_size, arguments, problem):

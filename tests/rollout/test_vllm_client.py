@@ -10,7 +10,7 @@ import torch
 
 from megatron_gkd.errors import UserError
 from megatron_gkd.rollout.vllm_client import StudentServer
-from megatron_gkd.rollout.vllm_weights import WeightFolder
+from megatron_gkd.rollout.vllm_weights import WeightFolder, hand_over
 
 ANSWER = {"finish_reason": "stop", "token_ids": [5], "logprobs": {"token_logprobs": [-1.0]}}
 
@@ -57,7 +57,8 @@ def scripted():
 
 @pytest.fixture
 def server(scripted):
-    return StudentServer("http://server:8000/", httpx.Client(transport=httpx.MockTransport(scripted)), patience=0.05)
+    http = httpx.Client(transport=httpx.MockTransport(scripted))
+    return StudentServer("http://server:8000/", http, 0.05, hand_over)
 
 
 @pytest.fixture

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -34,16 +34,17 @@ MANY = Request.of([20] * 48, replace(DRAWN, max_completion_length=200, ignore_eo
 """Seconds of work."""
 
 
-@contextmanager
-def engine_of(urls, folder, layout=None, **options):
+@contextlib.contextmanager
+def engine_of(urls, folder, layout=None, weight_sync="folder", **options):
     from megatron_gkd.models.checkpoint import Checkpoint
     from megatron_gkd.rollout.vllm_server import ServerOptions, VllmServerEngine
     from megatron_gkd.runtime.mesh import Layout, destroy_mesh, initialize_mesh
 
     mesh = initialize_mesh(Layout(**(layout or {})), seed=1)
     try:
-        options = ServerOptions(tuple(urls), folder, max_length=256, **{"patience": 120} | options)
-        yield VllmServerEngine(mesh, Checkpoint.open(str(CHECKPOINT())), options)
+        options = ServerOptions(tuple(urls), weight_sync, folder, max_length=256, **{"patience": 120} | options)
+        with contextlib.closing(VllmServerEngine(mesh, Checkpoint.open(str(CHECKPOINT())), options)) as engine:
+            yield engine
     finally:
         destroy_mesh()
 
@@ -56,38 +57,42 @@ def generate(engine, request):
     return engine.generate(request.prompts, request.sampling, request.seeds)
 
 
-def answers_of(rank, world_size, url, folder):
-    with engine_of([url], folder) as engine:
+def answers_of(rank, world_size, url, folder, weight_sync):
+    with engine_of([url], folder, weight_sync=weight_sync) as engine:
         return answer(engine, weights_of(CHECKPOINT()))
+
+
+WEIGHT_SYNCS = ["folder", vllm_server.TRANSFER_BACKEND]
 
 
 class TestVllmServerEngine(RolloutEngineContract):
     """The server's own weights are others: every answer is by those that the engine has sent."""
 
-    @pytest.fixture(scope="class")
+    @pytest.fixture(scope="class", params=WEIGHT_SYNCS)
     @classmethod
-    def answers(cls, vllm_process, gloo_world, tmp_path_factory):
+    def answers(cls, request, vllm_process, gloo_world, tmp_path_factory):
         vllm_process.ensure_running()
-        return gloo_world(1).run(answers_of, vllm_process.url, tmp_path_factory.mktemp("sync"))[0]
+        folder = tmp_path_factory.mktemp("sync")
+        return gloo_world(1).run(answers_of, vllm_process.url, folder, request.param)[0]
 
 
-def load_one_after_another(rank, world_size, url, folder, checkpoints, reset):
+def load_one_after_another(rank, world_size, url, folder, checkpoints, weight_sync="folder", reset=True):
     from megatron_gkd.rollout.vllm_client import StudentServer
 
-    exchange = StudentServer._exchange
+    exchange = StudentServer.exchange
     if not reset:  # pausing would do it, too
-        StudentServer._exchange = lambda self, method, path, **options: (
+        StudentServer.exchange = lambda self, method, path, **options: (
             {"success": True} if path in ("/pause", "/reset_prefix_cache") else exchange(self, method, path, **options)
         )
     found = []
     try:
-        with engine_of([url], folder) as engine:
+        with engine_of([url], folder, weight_sync=weight_sync) as engine:
             for version, checkpoint in enumerate(checkpoints):
                 engine.load_weights(weights_of(checkpoint), version)
                 found.append([generate(engine, request) for request in (REQUESTS["drawn"], LONG)])
-                assert len(list(folder.iterdir())) == 1, "old versions are gone"
+                assert len(list(folder.iterdir())) == (weight_sync == "folder"), "old versions are gone"
     finally:
-        StudentServer._exchange = exchange
+        StudentServer.exchange = exchange
     return found
 
 
@@ -97,9 +102,11 @@ def error_of(completion, checkpoint):
     return max(abs(a - b) for a, b in zip(completion.log_probs, expected, strict=True))
 
 
-def test_new_weights_and_the_old_ones_again(student_server, gloo_world, tmp_path):
+@pytest.mark.parametrize("weight_sync", WEIGHT_SYNCS)
+def test_new_weights_and_the_old_ones_again(weight_sync, student_server, gloo_world, tmp_path):
     a, b = CHECKPOINT(), tiny_checkpoint("qwen3", seed=8, head_dim=32)
-    first, second, third = gloo_world(1).run(load_one_after_another, student_server.url, tmp_path, [a, b, a], True)[0]
+    arguments = (student_server.url, tmp_path, [a, b, a], weight_sync)
+    first, second, third = gloo_world(1).run(load_one_after_another, *arguments)[0]
     for checkpoint, (_, long) in ((a, first), (b, second), (a, third)):
         assert tokens_of(long) == transformers_greedy(checkpoint, LONG.prompts, 8)
         assert error_of(long[0], checkpoint) < 1e-4
@@ -114,7 +121,7 @@ def test_new_weights_and_the_old_ones_again(student_server, gloo_world, tmp_path
 def test_without_a_reset_the_prefix_cache_would_be_stale(student_server, gloo_world, tmp_path):
     """That is, the test above would notice."""
     a, b = CHECKPOINT(), tiny_checkpoint("qwen3", seed=8, head_dim=32)
-    _, second = gloo_world(1).run(load_one_after_another, student_server.url, tmp_path, [a, b], False)[0]
+    _, second = gloo_world(1).run(load_one_after_another, student_server.url, tmp_path, [a, b], reset=False)[0]
     assert error_of(second[1][0], b) > 1e-3
 
 
@@ -123,12 +130,11 @@ def send_a_bad_path(rank, world_size, url, folder):
         engine.load_weights(weights_of(CHECKPOINT()), version=1)
         (server,), weights = engine.servers, engine.weights
         (weights.directory / "model-00001.safetensors").rename(folder / "elsewhere")
-        server._label = None  # so that it asks again for its weights
-        server.want(replace(weights, label="other"))
+        server.label = None  # so that it asks again for its weights
         with pytest.raises(UserError, match="no .*safetensors file there"):
             server.load(replace(weights, label="other"))
         (folder / "elsewhere").rename(weights.directory / "model-00001.safetensors")
-        server.want(weights)
+        server.wanted = weights
         return generate(engine, REQUESTS["greedy"])
 
 
@@ -144,7 +150,7 @@ def sample_a_sharded_student(rank, world_size, urls, folder, layout, requests):
     with engine_of(urls, folder, layout) as engine:
         model = MegatronModel.load(engine.checkpoint, engine.mesh, BuildOptions())
         engine.load_weights(model.named_tensors(), version=3)
-        return bool(engine.servers), generate(engine, requests[engine.mesh.dp.rank()])
+        return engine.is_speaker, generate(engine, requests[engine.mesh.dp.rank()])
 
 
 LAYOUTS = {
@@ -163,9 +169,10 @@ def test_one_rank_of_a_replica_asks_and_all_have_the_answers(layout, student_ser
     world_size = 4 if layout == "TP2xPP2" else 2
     requests = [REQUESTS["greedy"], Request.of([3], GREEDY) if layout == "DP2" else None]
     ranks = gloo_world(world_size).run(sample_a_sharded_student, urls, tmp_path, LAYOUTS[layout], requests)
+    asking = {"DP2": {0, 1}, "PP2": {1}, "TP2xPP2": {2}}.get(layout, {0})
     for rank, (asked, completions) in enumerate(ranks):
         request = requests[rank if layout == "DP2" else 0]
-        assert asked == (rank == 0 or layout == "DP2")
+        assert asked == (rank in asking)
         assert tokens_of(completions) == transformers_greedy(CHECKPOINT(), request.prompts, 16)
         assert {completion.version for completion in completions} == {3}
 
@@ -185,9 +192,9 @@ def test_all_ranks_hear_that_there_is_no_server(gloo_world, tmp_path):
     assert f"{url}/v1/models: ConnectError" in messages[0] and "for 1 s (rollout.server_patience_s)" in messages[0]
 
 
-def generate_while_it_dies(rank, world_size, url, folder, patience):
+def generate_while_it_dies(rank, world_size, url, folder, patience, weight_sync):
     """Completions before; and those during which the server dies, or the error."""
-    with engine_of([url], folder, patience=patience) as engine:
+    with engine_of([url], folder, patience=patience, weight_sync=weight_sync) as engine:
         engine.load_weights(weights_of(CHECKPOINT()), version=2)
         before = generate(engine, MANY)
         (folder / "second time").touch()
@@ -197,10 +204,10 @@ def generate_while_it_dies(rank, world_size, url, folder, patience):
             return before, str(error)
 
 
-def kill_while_it_answers(server, gloo_world, folder, patience, *, restart):
+def kill_while_it_answers(server, gloo_world, folder, patience, *, restart, weight_sync="folder"):
     """Returns also how long it took from the kill until there was an answer or an error, in seconds."""
     with ThreadPoolExecutor(1) as pool:
-        call = pool.submit(gloo_world(1).run, generate_while_it_dies, server.url, folder, patience)
+        call = pool.submit(gloo_world(1).run, generate_while_it_dies, server.url, folder, patience, weight_sync)
         while not (folder / "second time").exists():
             assert not call.done(), call.result()
             time.sleep(0.05)
@@ -215,7 +222,8 @@ def kill_while_it_answers(server, gloo_world, folder, patience, *, restart):
 
 def test_a_server_that_is_killed_and_restarted_loses_nothing(student_server, gloo_world, tmp_path):
     """It comes back with the weights that it was started with, and is given the student's again."""
-    before, after, _ = kill_while_it_answers(student_server, gloo_world, tmp_path, 240.0, restart=True)
+    options = {"restart": True, "weight_sync": vllm_server.TRANSFER_BACKEND}
+    before, after, _ = kill_while_it_answers(student_server, gloo_world, tmp_path, 240.0, **options)
     assert tokens_of(after) == tokens_of(before)
     assert {completion.version for completion in after} == {2}
 

@@ -14,7 +14,7 @@ from training_layouts import build, named_gradients, recipe_of
 from megatron_gkd.data.cutting import Cutting
 from megatron_gkd.data.policy import OnPolicy
 from megatron_gkd.errors import UserError
-from megatron_gkd.rollout.base import Completion, Sampling
+from megatron_gkd.rollout.base import Completion, RolloutFailed, Sampling
 from megatron_gkd.training.on_policy import Rollouts
 
 STEPS = 3
@@ -147,7 +147,7 @@ class Parrot:
     """An engine that repeats the prompt's last token; odd seeds don't find an end."""
 
     def __init__(self):
-        self.calls = []
+        self.calls, self.version = [], 0
 
     def resident(self):
         import contextlib
@@ -157,7 +157,10 @@ class Parrot:
     def generate(self, prompts, sampling, seeds):
         self.calls.append((prompts, seeds))
         reasons = ["length" if seed % 2 else "stop" for seed in seeds]
-        return [Completion([p[-1]] * 4, [-1.0] * 4, reason, 0) for p, reason in zip(prompts, reasons, strict=True)]
+        return [
+            Completion([p[-1]] * 4, [-1.0] * 4, reason, self.version)
+            for p, reason in zip(prompts, reasons, strict=True)
+        ]
 
 
 class Alone:
@@ -199,6 +202,7 @@ def test_samples_carry_the_answers_and_seeds_differ(monkeypatch):
     microbatches, report = rollouts.microbatches(0)
     assert (report.student_rows, report.dataset_rows, report.tokens) == (8, 0, 32)
     assert len(set(rollouts.engine.calls[0][1])) == 8
+    rollouts.engine.version = 1
     rollouts.microbatches(1)
     assert set(rollouts.engine.calls[0][1]).isdisjoint(rollouts.engine.calls[1][1])
     assert not any(microbatch.from_dataset.any() for microbatch in microbatches)
@@ -228,6 +232,22 @@ def test_a_completion_is_cut_to_the_longest_sequence(monkeypatch):
     rows = RandomRows(count=8, longest=20)
     microbatches, report = rollouts_of(monkeypatch, rows, cutting=cutting).microbatches(0)
     assert max(microbatch.total_length for microbatch in microbatches) <= 10
+
+
+def test_samples_of_older_weights_than_allowed_are_refused(monkeypatch):
+    rollouts = rollouts_of(monkeypatch)
+    with pytest.raises(RolloutFailed, match="step 3: a sample is of the student after 0 updates; allowed are 2 to 2"):
+        rollouts.microbatches(2)
+    rollouts.steps_ahead, rollouts.engine.version = 1, 1
+    assert rollouts.microbatches(2)[1].record()["staleness"] == 1
+
+
+def test_only_steps_that_come_and_that_the_student_answers_are_early(monkeypatch):
+    rollouts = rollouts_of(monkeypatch, lmbda=0.5)
+    assert not any(rollouts.is_early(step) for step in range(20))
+    rollouts.steps_ahead, rollouts.num_steps = 1, 20
+    assert [rollouts.is_early(step) for step in range(20)] == [rollouts.due(step) for step in range(20)]
+    assert any(rollouts.due(step) for step in range(20, 40)) and not any(map(rollouts.is_early, range(20, 40)))
 
 
 def test_a_completion_leaves_room_for_what_the_teacher_reads(monkeypatch):

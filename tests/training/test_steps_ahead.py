@@ -1,0 +1,149 @@
+"""Steps that are sampled while the step before them trains, with a server engine whose servers are fakes."""
+
+from __future__ import annotations
+
+import threading
+from types import SimpleNamespace
+from unittest import mock
+
+import httpx
+import pytest
+from checkpoints import tiny_checkpoint
+from fake_vllm import FakeVllm, transport
+from layouts import PP2, TP2
+from rows import RandomRows
+from training_layouts import build, recipe_of
+
+from megatron_gkd.data.sample import FROM_STUDENT
+
+STEPS = 4
+SEED = 29  # with lambda 0.6 the student answers in steps 0, 2 and 3
+
+
+def rollouts_over_fake_servers(mesh, student, changes, folder, before, steps_ahead):
+    from megatron_gkd.data.cutting import Cutting
+    from megatron_gkd.data.order import SampleOrder
+    from megatron_gkd.data.policy import OnPolicy
+    from megatron_gkd.rollout.base import Sampling
+    from megatron_gkd.rollout.vllm_server import ServerOptions, VllmServerEngine
+    from megatron_gkd.training.build import batching
+    from megatron_gkd.training.on_policy import Rollouts
+
+    cut = batching(recipe_of(changes), mesh, pad_token_id=0)
+    rows = RandomRows(count=24)
+    fakes = {"one": FakeVllm(before), "two": FakeVllm(before)}
+    with mock.patch.object(httpx, "Client", lambda **_: real_client(transport=transport(fakes))):
+        options = ServerOptions(("http://one:1", "http://two:1"), "folder", folder, max_length=64)
+        engine = VllmServerEngine(mesh, student.model.checkpoint, options)
+    return Rollouts(
+        engine,
+        OnPolicy(0.6, "step", SEED),
+        rows,
+        SampleOrder(rows.sizes, [1.0], seed=1234, shuffle=True),
+        Cutting(**{name: value for name, value in cut.items() if name != "global_batch_size"}),
+        Sampling(max_completion_length=9),
+        global_batch_size=cut["global_batch_size"],
+        truncated="keep",
+        dp=mesh.dp,
+        steps_ahead=steps_ahead,
+        num_steps=STEPS,
+    )
+
+
+real_client = httpx.Client
+
+
+def train_ahead(rank, world_size, student, teacher, changes, folder):
+    """The steps' records; the samples that were announced, and on one rank of each replica those that it trained on.
+
+    No server answers prompts that were sent ahead before the step in between trains.
+    """
+    from megatron_gkd.runtime.mesh import destroy_mesh
+    from megatron_gkd.training.trainer import Trainer
+
+    mesh, student, teacher, batches = build(student, teacher, changes)
+    gate = threading.Event()
+    gate.set()
+    rollouts = rollouts_over_fake_servers(
+        mesh, student, changes, folder, lambda path: path != "/v1/completions" or gate.wait(60), steps_ahead=1
+    )
+    begin, compute_gradients = rollouts.begin, student.compute_gradients
+
+    def begin_behind_gate(step):
+        if step > 0:
+            gate.clear()
+        begin(step)
+
+    def open_gate(microbatches, signals):
+        gate.set()
+        samples = [sample for microbatch in microbatches for sample in microbatch.samples]
+        trained.extend(sample.input_ids.tolist() for sample in samples if sample.source == FROM_STUDENT)
+        return compute_gradients(microbatches, signals)
+
+    rollouts.begin, student.compute_gradients = begin_behind_gate, open_gate
+    records, announced, trained = [], [], []
+    rollouts.on_sample = lambda sample: announced.append(sample.input_ids.tolist())
+    reporter = SimpleNamespace(step=records.append, message=lambda text: None)
+    trainer = Trainer(
+        student,
+        teacher,
+        batches,
+        None,
+        reporter,
+        rollouts=rollouts,
+        train_iters=STEPS,
+        eval_interval=None,
+        exports=None,
+    )
+    for step in range(STEPS):
+        trainer.train_step(step + 1, None if rollouts.due(step) else batches.step(step))
+    rollouts.close()
+    is_speaker = rollouts.engine.is_speaker
+    destroy_mesh()
+    return records, announced, trained if is_speaker else []
+
+
+def train_by_hand(rank, world_size, student, teacher, changes, folder):
+    """The same one after another: each step's samples are made before the update that precedes it."""
+    from megatron_gkd.runtime.mesh import destroy_mesh
+
+    mesh, student, teacher, batches = build(student, teacher, changes)
+    rollouts = rollouts_over_fake_servers(mesh, student, changes, folder, lambda path: None, steps_ahead=1)
+
+    def sample(step):
+        rollouts.engine.load_weights(student.model.named_tensors(), version=min(updates, step))
+        return rollouts.microbatches(step)[0]
+
+    records, waiting = [], {}
+    for step in range(STEPS):
+        updates = step
+        if step == 0:
+            waiting[0] = sample(0)
+        if step + 1 < STEPS and rollouts.due(step + 1):
+            waiting[step + 1] = sample(step + 1)
+        microbatches = waiting[step] if rollouts.due(step) else batches.step(step)
+        with teacher.resident():
+            signals = teacher.score(microbatches)
+        totals = student.compute_gradients(microbatches, signals)
+        records.append({"loss": totals["loss"] / totals["tokens"], "grad_norm": student.update()})
+    destroy_mesh()
+    return records
+
+
+def test_one_step_ahead_is_what_it_would_be_by_hand(gloo_world, tmp_path):
+    """Under a layout in which every kind of rank waits for every other: nobody waits for ever."""
+    student = tiny_checkpoint("qwen3_tied", seed=2, num_hidden_layers=2)
+    teacher = tiny_checkpoint("qwen3", seed=1, num_hidden_layers=2, hidden_size=48)
+    changes = {"parallel": TP2 | PP2, "train": {"lr_decay_style": "constant"}}
+    ranks = gloo_world(8).run(train_ahead, student, teacher, changes, tmp_path / "ahead")
+    by_hand = gloo_world(8).run(train_by_hand, student, teacher, changes, tmp_path / "by hand")[0]
+    assert sorted(sum((announced for _, announced, _ in ranks), [])) == sorted(
+        sum((trained for *_, trained in ranks), [])
+    )
+    assert [bool(announced) for _, announced, _ in ranks] == [bool(trained) for *_, trained in ranks]
+    for records, *_ in ranks:
+        assert [record["source"] for record in records] == ["student", "dataset", "student", "student"]
+        assert [record.get("staleness") for record in records] == [0, None, 1, 1]
+        for record, expected in zip(records, by_hand, strict=True):
+            for name, value in expected.items():
+                assert record[name] == pytest.approx(value, rel=1e-6), name
