@@ -18,6 +18,7 @@ from transformers import (
     Qwen3Config,
     Qwen3MoeConfig,
 )
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -87,6 +88,8 @@ def family_config(family: str, **changes) -> PretrainedConfig:
 def tiny_checkpoint(family: str, seed: int = 0, **changes) -> Path:
     """A checkpoint directory, made once a session; the same arguments give the same weights."""
     torch.manual_seed(seed)
+    # mcore-bridge registers its own for all models of the process; it can not read configurations of transformers 5.19.
+    ROPE_INIT_FUNCTIONS.pop("default", None)
     model = AutoModelForCausalLM.from_config(family_config(family, **changes), dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():  # neither ones nor zeros: a mix-up must show
@@ -95,6 +98,7 @@ def tiny_checkpoint(family: str, seed: int = 0, **changes) -> Path:
             elif name.endswith("bias"):
                 parameter.normal_(0, 0.1)
     path = Path(tempfile.mkdtemp(prefix=f"tiny-{family}-"))
+    model.should_save_on_this_rank = lambda is_main_process: True  # transformers 5.19 would write in rank 0 only
     model.save_pretrained(path)
     tiny_tokenizer().save_pretrained(path)
     assert AutoConfig.from_pretrained(path).vocab_size == model.config.vocab_size
