@@ -27,7 +27,7 @@ setup_env() {
     source .venv/bin/activate
 
     wanted="$({
-        cat pyproject.toml setup.py
+        cat pyproject.toml setup.py scripts/constraints.txt
         find csrc -type f -print0 | sort -z | xargs -0 cat
         echo "$torch ${MEGATRON_GKD_TORCH_INDEX:-} ${MEGATRON_GKD_CUDA:-} ${TORCH_CUDA_ARCH_LIST:-} $extras $PWD"
     } | sha256sum | cut -d' ' -f1)"
@@ -39,7 +39,7 @@ setup_env() {
     # Not isolated: the kernels are built against the torch that is installed.
     echo "== Building and installing megatron-gkd${extras:+[$extras]}"
     pip install --quiet "setuptools>=77" ninja || return 1
-    pip install --quiet --no-build-isolation --editable ".${extras:+[$extras]}" || return 1
+    pip install --quiet --no-build-isolation --constraint scripts/constraints.txt --editable ".${extras:+[$extras]}" || return 1
     echo "$wanted" >"$stamp"
 }
 

@@ -42,18 +42,18 @@ class ServerOptions:
 
     Attributes:
         urls: of the servers' roots; prompts are dealt to them in turn.
-        weight_sync: how they get weights: through a folder, or sent over nccl or gloo.
-        weight_sync_dir: the folder; they see it under the same path.
+        weight_sync_dir: the folder for weights; they see it under the same path.
         max_length: tokens of a prompt and its completion together.
+        weight_sync: how they get weights: through that folder, or sent over nccl or gloo.
         concurrency: requests of one replica at the same time, over all servers.
         timeout: seconds that one answer may take.
         patience: seconds that a server may be gone before the run stops.
     """
 
     urls: tuple[str, ...]
-    weight_sync: Literal["folder", "nccl", "gloo"]
     weight_sync_dir: Path
     max_length: int
+    weight_sync: Literal["folder", "nccl", "gloo"] = "folder"
     concurrency: int = 64
     timeout: float = 600.0
     patience: float = 300.0

@@ -42,7 +42,8 @@ def engine_of(urls, folder, layout=None, weight_sync="folder", **options):
 
     mesh = initialize_mesh(Layout(**(layout or {})), seed=1)
     try:
-        options = ServerOptions(tuple(urls), weight_sync, folder, max_length=256, **{"patience": 120} | options)
+        options = {"patience": 120} | options
+        options = ServerOptions(tuple(urls), folder, max_length=256, weight_sync=weight_sync, **options)
         with contextlib.closing(VllmServerEngine(mesh, Checkpoint.open(str(CHECKPOINT())), options)) as engine:
             yield engine
     finally:

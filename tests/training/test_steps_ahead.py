@@ -33,7 +33,7 @@ def rollouts_over_fake_servers(mesh, student, changes, folder, before, steps_ahe
     rows = RandomRows(count=24)
     fakes = {"one": FakeVllm(before), "two": FakeVllm(before)}
     with mock.patch.object(httpx, "Client", lambda **_: real_client(transport=transport(fakes))):
-        options = ServerOptions(("http://one:1", "http://two:1"), "folder", folder, max_length=64)
+        options = ServerOptions(("http://one:1", "http://two:1"), folder, max_length=64)
         engine = VllmServerEngine(mesh, student.model.checkpoint, options)
     return Rollouts(
         engine,
