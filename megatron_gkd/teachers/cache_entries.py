@@ -86,7 +86,7 @@ def _log_sum_exp(logits_NV: Tensor, shard: VocabShard) -> Tensor:
 
 def _of_topk(signal: TopK, manifest: Manifest) -> _Entries:
     """A server's: log-probabilities already, at the manifest's temperature."""
-    values, order = signal.values.masked_fill(signal.ids < 0, -torch.inf).sort(-1, descending=True, stable=True)
+    values, order = signal.values.masked_fill(signal.ids < 0, -torch.inf).sort(dim=-1, descending=True, stable=True)
     ids = signal.ids.gather(-1, order)
     missing = manifest.k - ids.shape[1]
     ids = torch.nn.functional.pad(ids, (0, missing), value=-1)

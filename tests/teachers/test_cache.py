@@ -200,6 +200,25 @@ class TestFewerOfTheCachedTokens(TeacherContract):
         return in_every_rank(gloo_world, request.param, answers_of, folder, 4)
 
 
+def topk_of(rank, world_size, layout, folder, rows):
+    from megatron_gkd.data.microbatch import collate
+    from megatron_gkd.teachers.cache import CachedTeacher, open_cache
+
+    with mesh_of(layout) as mesh:
+        (signal,) = CachedTeacher(open_cache(folder), mesh).score([collate(rows, pad_multiple=1, pad_token_id=0)])
+        return signal
+
+
+def test_ids_of_a_large_vocabulary_reach_the_loss(gloo_world, tmp_path):
+    (signal,) = gloo_world(1).run(topk_of, {}, cache_of(tmp_path, ROWS), ROWS[5:2:-1])
+    entries = [entry(row) for row in ROWS[5:2:-1]]
+    assert signal.ids.tolist() == np.concatenate([one.ids for one in entries]).tolist()
+    assert signal.ids.max() > 131072 and signal.ids.dtype == torch.int64
+    assert signal.values.tolist() == np.concatenate([one.log_probs for one in entries]).tolist()
+    assert signal.tail.tolist() == np.concatenate([one.tail for one in entries]).tolist()
+    assert signal.temperature == MANIFEST.temperature
+
+
 def test_a_row_that_is_not_there_is_named_on_all_ranks_together(gloo_world, tmp_path):
     folder = cache_of(tmp_path, ROWS, manifest=replace(MANIFEST, vocab_size=99))
     with pytest.raises(UserError, match="row 1 is not in the teacher cache"):

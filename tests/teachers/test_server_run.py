@@ -18,7 +18,7 @@ teacher:  {{}}
 distill:  {{beta: 0.5, temperature: 1, gkd_logits_topk: 16, gkd_topk_tail: bucket}}
 parallel: {{tensor_model_parallel_size: 2, sequence_parallel: true}}
 data:     {{dataset: [train.jsonl], max_length: 128, packing: true}}
-train:    {{global_batch_size: 8, train_iters: 60, lr: 1.0e-3, adam_eps: 1.0e-3, dtype: fp32}}
+train:    {{global_batch_size: 8, train_iters: 30, lr: 1.0e-3, adam_eps: 1.0e-3, dtype: fp32}}
 output:   {{output_dir: runs/x}}
 """
 
@@ -51,7 +51,8 @@ def test_what_has_been_learnt_is_exported(tmp_path):
         server.stop()
         finished = run.result()
     done = len(steps_of(folder))
-    assert finished.returncode != 0 and 3 <= done < 60
+    assert finished.returncode != 0 and 3 <= done < 30
     assert f"{server.url}/v1/completions: " in finished.stderr
-    assert "for 1 s (teacher.teacher_server_patience_s)" in finished.stderr and "Traceback" not in finished.stderr
+    assert "for 1 s (teacher.teacher_server_patience_s)" in finished.stderr
+    assert f"The student of step {done} is in runs/x/hf-step-{done:06}" in finished.stderr
     assert (folder / f"runs/x/hf-step-{done:06}/model.safetensors").exists()

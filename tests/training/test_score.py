@@ -7,12 +7,16 @@ import threading
 import time
 
 import pytest
-from checkpoints import tiny_checkpoint
+from checkpoints import tiny_checkpoint, tiny_tokenizer
 from layouts import DENSE, MOE
 from rows import RandomRows
+from teachers.fake_server import FakeServer
 from training.test_layouts import OBJECTIVES, assert_equal_runs, models
 from training_layouts import build, recipe_of, train_steps
 from world import World
+
+from megatron_gkd.config.schema import TeacherSection
+from megatron_gkd.errors import UserError
 
 K = 9  # more than the objectives take
 
@@ -43,7 +47,8 @@ def write(rank, world_size, student, teacher, changes, folder, k=K, numbers=rang
 
     recipe = recipe_of(changes)
     mesh = initialize_mesh(Layout.from_section(recipe.parallel), recipe.train.seed)
-    source = build_teacher(recipe, mesh, Checkpoint.open(str(student)), {"teacher": Checkpoint.open(str(teacher))})
+    checkpoints = {"teacher": Checkpoint.open(str(teacher))}
+    source = build_teacher(recipe, mesh, Checkpoint.open(str(student)), checkpoints)
     manifest = Manifest(k, recipe.distill.temperature, "t", str(teacher), vocab_size=99)
     write_cache(folder, Scorer(recipe, mesh, SomeRows(numbers), source, manifest, 0), shard_rows)
     destroy_mesh()
@@ -120,6 +125,28 @@ def test_a_teacher_beside_the_cache_judges_the_rows_that_are_missing(kind, layou
     assert_equal_runs(found, expected)
 
 
+def test_what_servers_tell_is_kept_as_well(gloo_world, live, tmp_path):
+    student, teacher = models("dense")
+    name = "top-k, renormalize"
+    with FakeServer(teacher) as server:
+        served = {"teacher": {"teacher_model": None, "teacher_model_server": [server.url]}, "distill": OBJECTIVES[name]}
+        gloo_world(1).run(write, student, teacher, served, tmp_path, k=7)
+    found = gloo_world(1).run(train_steps, student, None, cached({}, tmp_path, **OBJECTIVES[name]))[0]
+    assert_equal_runs(found, live(name), tolerance=1e-4)
+
+
+def test_a_cache_of_another_tokenizer_is_refused(gloo_world, caches):
+    section = TeacherSection(cache=str(caches("micro batch 2")))
+    with pytest.raises(UserError, match="teacher.cache = .*: its rows are of another tokenizer than the student's"):
+        gloo_world(1).run(manifests_of, section)
+
+
+def manifests_of(rank, world_size, section):
+    from megatron_gkd.training.build_teacher import read_manifests
+
+    return read_manifests(section, tiny_tokenizer())
+
+
 def test_only_the_student_is_loaded(gloo_world, caches):
     changes = cached({}, caches("micro batch 2"), **OBJECTIVES["top-k, bucket"])
     assert gloo_world(1).run(loaded_models, models("dense")[0], changes)[0] == [str(models("dense")[0])]
@@ -173,7 +200,5 @@ def _run_until_killed(world, function, student, teacher, changes, folder, shard_
 
 
 def test_a_folder_with_another_cache_is_refused(gloo_world, caches):
-    from megatron_gkd.errors import UserError
-
     with pytest.raises(UserError, match="has a teacher cache already, with k = 9 instead of 8; name another folder"):
         gloo_world(1).run(write, *models("dense"), {}, caches("micro batch 2"), 8)
