@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_gkd.errors import UserError
 from megatron_gkd.models.checkpoint import Checkpoint
 from megatron_gkd.rollout.base import Sampling
+from megatron_gkd.rollout.tied_head import repack_tied_head
 from megatron_gkd.runtime import portability
 
 # Before vLLM is imported; what the user has set stays.
@@ -111,7 +112,7 @@ class VllmProcess:
         with _guest():
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named_tensors)})
             if self.on_host:
-                self.llm.apply_model(_repack_tied_head)
+                self.llm.apply_model(repack_tied_head)
             # Its blocks hold keys and values of the old weights.
             if not self.llm.reset_prefix_cache():
                 raise RuntimeError("vLLM's prefix cache is in use and can't be reset")
@@ -168,13 +169,6 @@ def _communicate_by_gloo() -> None:
     from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 
     CpuCommunicator._all_group_ranks_share_shm_group_name = lambda self: False
-
-
-def _repack_tied_head(model: nn.Module) -> None:
-    """On CPUs vLLM multiplies by a packed copy of the head, which a new embedding that it is tied to does not reach."""
-    head, embedding = model.lm_head, model.model.embed_tokens
-    if head.weight is embedding.weight:
-        head.quant_method.process_weights_after_loading(head)
 
 
 def _generated(output: Any) -> Generated:

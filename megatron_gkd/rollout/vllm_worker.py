@@ -17,6 +17,7 @@ from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, Weight
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from megatron_gkd.rollout import gloo
+from megatron_gkd.rollout.tied_head import repack_tied_head
 
 
 @dataclass
@@ -70,6 +71,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
+        repack_tied_head(self.model)
 
     def shutdown(self) -> None:
         self._group = None
