@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true", help="do everything again")
     parser.add_argument("--seeds", type=int, default=1, help="train the students from this many seeds (default 1)")
     parser.add_argument("--on-policy", action="store_true", help="let students go on: offline, mixed and on-policy")
-    parser.add_argument("--self", action="store_true", help="let a student be its own teacher, with hints")
+    parser.add_argument("--self", action="store_true", help="only a student that is its own teacher, with hints")
     parser.add_argument(
         "--record", action="store_true", help=f"write the table to {RECORDED.relative_to(ROOT)} as well"
     )
@@ -48,8 +48,8 @@ def main() -> None:
     console = Console()
     runner = Runner(OUT / "stages", console, arguments.fresh)
     try:
-        rows = FROM_SCRATCH + (ON_POLICY if arguments.on_policy else ()) + (SELF if arguments.self else ())
-        _run(runner, console, rows, range(1, arguments.seeds + 1), arguments.record)
+        groups = (FROM_SCRATCH + ON_POLICY if arguments.on_policy else ()) + (SELF if arguments.self else ())
+        _run(runner, console, groups or FROM_SCRATCH, range(1, arguments.seeds + 1), arguments.record)
     except subprocess.CalledProcessError as error:
         sys.exit(f"quickstart: training ended with exit code {error.returncode}")
 
