@@ -6,12 +6,10 @@ import functools
 import importlib.util
 import os
 import random
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from checkpoints import tiny_checkpoint
 from rollout.contract import (
     CHECKPOINT,
     EOS,
@@ -22,17 +20,13 @@ from rollout.contract import (
     answer,
     tokens_of,
     transformers_greedy,
-    transformers_log_probs,
 )
-from safetensors.torch import load_file
+from rollout.new_weights import OTHER, assert_follows, error_of, generate, samples, weights_of
 
 from megatron_gkd.rollout.base import RolloutFailed
 
 NO_VLLM = "no vLLM in this environment: bash scripts/test.sh runs this in .venv-vllm"
 pytestmark = [pytest.mark.vllm, pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason=NO_VLLM)]
-LONG = Request.of([200], replace(GREEDY, max_completion_length=8))
-"""More than one block of vLLM's prefix cache."""
-OTHER = functools.partial(tiny_checkpoint, "qwen3", seed=8, head_dim=32)
 
 
 @functools.cache
@@ -87,14 +81,6 @@ def differences(before, after):
     return [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]
 
 
-def weights_of(checkpoint):
-    return load_file(checkpoint / "model.safetensors").items()
-
-
-def generate(engine, request):
-    return engine.generate(request.prompts, request.sampling, request.seeds)
-
-
 def answers_of(rank, world_size, checkpoint):
     return answer(engine_of_one_rank(checkpoint), weights_of(checkpoint))
 
@@ -115,28 +101,13 @@ def load_one_after_another(rank, world_size, checkpoints, reset):
             patch.setattr(LLM, "reset_prefix_cache", lambda self: True)
         for version, checkpoint in enumerate(checkpoints):
             engine.load_weights(weights_of(checkpoint), version)
-            found.append([generate(engine, request) for request in (REQUESTS["drawn"], LONG)])
+            found.append(samples(engine))
     return found
-
-
-def error_of(completion, checkpoint):
-    """The largest of the log-probabilities' differences from transformers, after LONG's prompt."""
-    expected = transformers_log_probs(checkpoint, LONG.prompts[0], completion.token_ids)
-    return max(abs(a - b) for a, b in zip(completion.log_probs, expected, strict=True))
 
 
 def test_new_weights_and_the_old_ones_again(gloo_world):
     a, b = CHECKPOINT(), OTHER()
-    first, second, third = gloo_world(1).run(load_one_after_another, [a, b, a], True)[0]
-    for checkpoint, (_, long) in ((a, first), (b, second), (a, third)):
-        assert tokens_of(long) == transformers_greedy(checkpoint, LONG.prompts, 8)
-        assert error_of(long[0], checkpoint) < 1e-4
-    for version, (drawn, _) in enumerate((first, second, third)):
-        assert {completion.version for completion in drawn} == {version}
-    assert tokens_of(first[0]) != tokens_of(second[0])
-    assert tokens_of(first[0]) == tokens_of(third[0])
-    for before, after in zip(first[0], third[0], strict=True):
-        assert after.log_probs == pytest.approx(before.log_probs, abs=1e-5)
+    assert_follows(gloo_world(1).run(load_one_after_another, [a, b, a], True)[0])
 
 
 def test_without_a_reset_the_prefix_cache_would_be_stale(gloo_world):

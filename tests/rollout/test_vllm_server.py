@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import pytest
 import vllm_server
-from checkpoints import tiny_checkpoint
 from rollout.contract import (
     CHECKPOINT,
     DRAWN,
@@ -20,16 +19,13 @@ from rollout.contract import (
     answer,
     tokens_of,
     transformers_greedy,
-    transformers_log_probs,
 )
-from safetensors.torch import load_file
+from rollout.new_weights import OTHER, assert_follows, error_of, generate, samples, weights_of
 
 from megatron_gkd.errors import UserError
 from megatron_gkd.rollout.base import RolloutFailed
 
 pytestmark = pytest.mark.vllm
-LONG = Request.of([200], replace(GREEDY, max_completion_length=8))
-"""More than one block of vLLM's prefix cache."""
 MANY = Request.of([20] * 48, replace(DRAWN, max_completion_length=200, ignore_eos=True))
 """Seconds of work."""
 
@@ -48,14 +44,6 @@ def engine_of(urls, folder, layout=None, weight_sync="folder", **options):
             yield engine
     finally:
         destroy_mesh()
-
-
-def weights_of(checkpoint):
-    return load_file(checkpoint / "model.safetensors").items()
-
-
-def generate(engine, request):
-    return engine.generate(request.prompts, request.sampling, request.seeds)
 
 
 def answers_of(rank, world_size, url, folder, weight_sync):
@@ -90,38 +78,23 @@ def load_one_after_another(rank, world_size, url, folder, checkpoints, weight_sy
         with engine_of([url], folder, weight_sync=weight_sync) as engine:
             for version, checkpoint in enumerate(checkpoints):
                 engine.load_weights(weights_of(checkpoint), version)
-                found.append([generate(engine, request) for request in (REQUESTS["drawn"], LONG)])
+                found.append(samples(engine))
                 assert len(list(folder.iterdir())) == (weight_sync == "folder"), "old versions are gone"
     finally:
         StudentServer.exchange = exchange
     return found
 
 
-def error_of(completion, checkpoint):
-    """The largest of the log-probabilities' differences from transformers, after LONG's prompt."""
-    expected = transformers_log_probs(checkpoint, LONG.prompts[0], completion.token_ids)
-    return max(abs(a - b) for a, b in zip(completion.log_probs, expected, strict=True))
-
-
 @pytest.mark.parametrize("weight_sync", WEIGHT_SYNCS)
 def test_new_weights_and_the_old_ones_again(weight_sync, student_server, gloo_world, tmp_path):
-    a, b = CHECKPOINT(), tiny_checkpoint("qwen3", seed=8, head_dim=32)
+    a, b = CHECKPOINT(), OTHER()
     arguments = (student_server.url, tmp_path, [a, b, a], weight_sync)
-    first, second, third = gloo_world(1).run(load_one_after_another, *arguments)[0]
-    for checkpoint, (_, long) in ((a, first), (b, second), (a, third)):
-        assert tokens_of(long) == transformers_greedy(checkpoint, LONG.prompts, 8)
-        assert error_of(long[0], checkpoint) < 1e-4
-    for version, (drawn, _) in enumerate((first, second, third)):
-        assert {completion.version for completion in drawn} == {version}
-    assert tokens_of(first[0]) != tokens_of(second[0])
-    assert tokens_of(first[0]) == tokens_of(third[0])
-    for before, after in zip(first[0], third[0], strict=True):
-        assert after.log_probs == pytest.approx(before.log_probs, abs=1e-5)
+    assert_follows(gloo_world(1).run(load_one_after_another, *arguments)[0])
 
 
 def test_without_a_reset_the_prefix_cache_would_be_stale(student_server, gloo_world, tmp_path):
     """That is, the test above would notice."""
-    a, b = CHECKPOINT(), tiny_checkpoint("qwen3", seed=8, head_dim=32)
+    a, b = CHECKPOINT(), OTHER()
     _, second = gloo_world(1).run(load_one_after_another, student_server.url, tmp_path, [a, b], reset=False)[0]
     assert error_of(second[1][0], b) > 1e-3
 
