@@ -86,7 +86,8 @@ LAYOUTS = [
     *(("dense", name) for name in ("TP2+SP", "PP2", "CP2", "DP2", "TP2xPP2", "CP2xDP2, packed")),
     *(("mixture", name) for name in ("EP2", "TP2+SPxEP2")),
 ]
-CASES = [(*layout, *policy) for layout in LAYOUTS for policy in (ALWAYS, BY_STEP, BY_ROW)]
+CASES = [(*layout, *policy) for layout in LAYOUTS for policy in (ALWAYS, BY_ROW)]
+CASES += [("dense", name, *BY_STEP) for name in ("DP2", "TP2xPP2")]
 REPLICAS = {"TP2+SPxPP2xDP2": (8, {"parallel": TP2 | SP | PP2})}
 """Tensor-parallel ranks, stages and replicas at once: none may wait for one that took the other branch."""
 LARGE = [("dense", name, *policy) for name in REPLICAS for policy in (BY_STEP, BY_ROW)]
