@@ -16,6 +16,7 @@ from torch.cuda import nccl
 
 from megatron_gkd.errors import UserError
 from megatron_gkd.rollout import gloo
+from megatron_gkd.runtime import portability
 
 _NO_LIMIT = 2**62
 
@@ -76,7 +77,7 @@ class NcclGroup:
 
     def __init__(self, size: int):
         self.size = size
-        if not torch.cuda.is_available() or not dist.is_nccl_available():
+        if portability.backend() != "nccl" or not dist.is_nccl_available():
             raise UserError("rollout.weight_sync = nccl: torch finds no CUDA device here; must be gloo or folder")
         self._id = nccl.unique_id()
         self._device = torch.cuda.current_device()

@@ -195,7 +195,7 @@ def test_a_run_that_is_killed_goes_on_to_the_same_files(tmp_path):
 def _run_until_killed(world, function, student, teacher, changes, folder, shard_rows):
     try:
         world.run(function, student, teacher, changes, folder, shard_rows=shard_rows)
-    except (RuntimeError, OSError, EOFError):
+    except (RuntimeError, OSError, EOFError, IndexError):  # whatever the world makes of its sudden end
         pass
 
 
