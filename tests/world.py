@@ -109,6 +109,11 @@ class World:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
 
+    def send_signal(self, number: int) -> None:
+        """To every rank. Another thread may do it while a call is under way: if they die of it, that call fails."""
+        for process in list(self._processes):
+            os.kill(process.pid, number)
+
     def _start(self) -> None:
         context = _forkserver()
         self._folder = Path(tempfile.mkdtemp(prefix="gloo_world_"))
