@@ -28,6 +28,7 @@ from megatron_gkd.rollout.base import Completion, OnCompletion, RolloutFailed, S
 from megatron_gkd.rollout.vllm_client import ServedModel, StudentServer, Weights
 from megatron_gkd.rollout.vllm_weights import WeightFolder, tensor_shapes
 from megatron_gkd.rollout.weight_transfer import Keeper, WeightTransfer, wait_for_first_rank
+from megatron_gkd.runtime.agreement import raise_together
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.runtime.servers import open_client
 
@@ -205,14 +206,14 @@ class VllmServerEngine:
 
     def _by_first_rank(self, work: Callable[[], T]) -> T:
         """What `work` returns on the world's first rank, on all ranks; or RolloutFailed on all, with its UserError."""
-        outcome: list[Any] = [None, None]
+        outcome, problem = [None], None
         if self.mesh.is_main:
             try:
-                outcome[0] = work()
+                outcome = [work()]
             except UserError as error:
-                outcome[1] = str(error)
+                problem = str(error)
+        raise_together(problem, RolloutFailed)
         dist.broadcast_object_list(outcome, src=0)
-        _raise_first(outcome[1:])
         return outcome[0]
 
     def tell_replica(self, answer: T | None) -> T:
@@ -246,14 +247,6 @@ class ServerGeneration:
                 answer = self._answer.result()
             except UserError as error:
                 problem = str(error)
-        problems: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(problems, problem)
-        _raise_first(problems)
+        raise_together(problem, RolloutFailed)
         completions, self.seconds = self._engine.tell_replica(answer)
         return completions
-
-
-def _raise_first(problems: Iterable[str | None]) -> None:
-    for problem in problems:
-        if problem is not None:
-            raise RolloutFailed(problem)

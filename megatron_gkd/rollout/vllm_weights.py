@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -16,6 +15,7 @@ from torch import Tensor
 from megatron_gkd.errors import UserError
 from megatron_gkd.rollout.background import each
 from megatron_gkd.rollout.vllm_client import ServerDown, StudentServer, Weights
+from megatron_gkd.runtime.disk import flush
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -68,9 +68,10 @@ class WeightFolder:
             unfinished.mkdir(parents=True)
             shapes = _save(named_tensors, unfinished)
             check_shapes(shapes, self.expected, self.optional)
-            _flush(unfinished)
+            for path in (*unfinished.iterdir(), unfinished):
+                flush(path)
             unfinished.rename(directory)
-            _flush_directory(self.root)
+            flush(self.root)
         except (OSError, SafetensorError) as error:
             raise UserError(f"the weights for the rollout servers can't be written to {directory}: {error}") from error
         finally:
@@ -163,18 +164,3 @@ def _differences(found: Shapes, expected: Shapes, most: int = 3) -> str:
     names = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
     told = [f"{name} is {found.get(name, 'missing')} and should be {expected.get(name, 'absent')}" for name in names]
     return "; ".join(told[:most]) + (f"; and {len(told) - most} more" if len(told) > most else "")
-
-
-def _flush(directory: Path) -> None:
-    for path in directory.iterdir():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    _flush_directory(directory)
-
-
-def _flush_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from megatron_gkd.data.label_numbers import label_numbers
 from megatron_gkd.data.loader import SampleDataset
@@ -16,8 +15,7 @@ from megatron_gkd.data.microbatch import Microbatch
 from megatron_gkd.data.sample import IGNORE, Sample
 from megatron_gkd.errors import UserError
 from megatron_gkd.ops.topk import TopK
-from megatron_gkd.runtime import portability
-from megatron_gkd.runtime.agreement import raise_together
+from megatron_gkd.runtime.agreement import holds_everywhere, raise_together
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.teachers.base import Part, Parts, ScoresAhead, TeacherFailed, TeacherSignal, TeacherSource
 from megatron_gkd.teachers.cache_keys import KEY, dataset_keys, keys_of
@@ -113,7 +111,7 @@ class CachedTeacher:
         except UserError as error:
             problem = str(error)
         raise_together(problem, TeacherFailed)
-        if self.rest is None or not _anyone(any(missing)):
+        if self.rest is None or holds_everywhere(not any(missing)):
             return [None if part is None else part.signal for part in parts]
         return self._let_the_rest_judge(microbatches, missing, parts)
 
@@ -196,10 +194,3 @@ def require_rows(cache: TeacherCache, dataset: SampleDataset, name: str, tags: S
             f"nor are {len(absent) - 1} others; score this data set with the same max_length, truncation_strategy and "
             "loss_on, or name a teacher beside the cache"
         )
-
-
-def _anyone(here: bool) -> bool:
-    """Whether it is so in any rank of the world."""
-    anyone = torch.tensor([here], dtype=torch.int32, device=portability.device())
-    dist.all_reduce(anyone, op=dist.ReduceOp.MAX)
-    return bool(anyone)

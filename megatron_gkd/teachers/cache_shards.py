@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from megatron_gkd.errors import UserError
+from megatron_gkd.runtime.disk import flush
 from megatron_gkd.teachers.cache_keys import KEY, KEY_BYTES
 from megatron_gkd.teachers.cache_manifest import Manifest
 
@@ -55,18 +56,10 @@ def write_shard(folder: Path, manifest: Manifest, keys: np.ndarray, rows: Sequen
         "tail": np.concatenate([row.tail for row in rows]).astype(np.float32, copy=False),
     }
     save_file(tensors, unfinished, metadata={"cache": manifest.identity})
-    _sync(unfinished)
+    flush(unfinished)
     os.replace(unfinished, folder / name)
-    _sync(folder)
+    flush(folder)
     return folder / name
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class Shard:
