@@ -60,6 +60,11 @@ def check_rows(section: TeacherSection, dataset: TokenizedDataset) -> None:
     for place, teacher in section.all.items():
         if teacher.source == "self" and teacher.teacher_model is None and teacher.ema is None:
             require_teacher_prompts(dataset, place)
+    check_tags(section, dataset)
+
+
+def check_tags(section: TeacherSection, dataset: TokenizedDataset) -> None:
+    """UserError for a row that has the tag of none of several teachers."""
     if section.teachers:
         require_teachers(
             dataset, (tag for teacher in section.teachers for tag in teacher.tags), section.teacher_tag_key
@@ -124,7 +129,7 @@ def _live(
             return _server(recipe, mesh, student, teacher)
         case "none" | "cache":
             return None
-    raise NotImplementedError(teacher.source)
+    raise ValueError(f"a teacher of kind {teacher.source}, which the recipe's checks refuse")
 
 
 def _local(

@@ -20,6 +20,7 @@ from megatron_gkd.training.build_teacher import (
     begins_as_student,
     build_teacher,
     check_rows,
+    check_tags,
     read_manifests,
     require_cached_rows,
 )
@@ -67,6 +68,7 @@ def _train(recipe: Recipe, mesh: Mesh) -> None:
     validation = None
     if recipe.data.val_dataset:
         held_out, _ = open_rows(recipe, mesh, models, "validation")
+        check_tags(recipe.teacher, held_out)
         require_cached_rows(recipe.teacher, held_out, "data.val_dataset")
         validation = validation_batches(held_out, **cut, num_steps=recipe.train.eval_iters)
 
