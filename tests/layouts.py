@@ -5,6 +5,7 @@ SP = {"sequence_parallel": True}
 PP2 = {"pipeline_model_parallel_size": 2}
 CP2 = {"context_parallel_size": 2}
 EP2 = {"expert_model_parallel_size": 2}
+ETP2 = {"expert_tensor_parallel_size": 2}
 RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
 DENSE = {
@@ -36,6 +37,10 @@ DENSE = {
 }
 MOE = {
     "EP2": (2, {"parallel": EP2}),
+    "DP2": (2, {}),
+    "TP2+SP": (2, {"parallel": TP2 | SP}),
+    "TP2+SPxETP2": (2, {"parallel": TP2 | SP | ETP2}),
+    "TP2+SPxETP2xEP2": (4, {"parallel": TP2 | SP | ETP2 | EP2}),
     "TP2+SPxEP2": (2, {"parallel": TP2 | SP | EP2}),
     "TP2+SPxEP2xDP2": (4, {"parallel": TP2 | SP | EP2}),
     "PP2xEP2": (4, {"parallel": PP2 | EP2}),

@@ -11,15 +11,26 @@ class RandomRows:
     """`count` rows of 5 to `longest` tokens below `vocab_size`; the first third of each is a prompt without labels.
 
     Rows have the tags a and b in turn. Of `privileged` ones, two of three have a prompt of their own for the teacher.
+    `most_labels` leaves only so many at the end of each row.
     """
 
     def __init__(
-        self, count: int = 8, longest: int = 24, vocab_size: int = 64, seed: int = 0, *, privileged: bool = False
+        self,
+        count: int = 8,
+        longest: int = 24,
+        vocab_size: int = 64,
+        seed: int = 0,
+        *,
+        privileged: bool = False,
+        most_labels: int | None = None,
     ):
         generator = np.random.default_rng(seed)
         self.lengths = generator.integers(5, longest + 1, count)
         self.rows = [generator.integers(4, vocab_size, length).astype(np.int64) for length in self.lengths]
-        self.num_labels = self.lengths - 1 - self.lengths // 3
+        self.prompt_lengths = self.lengths // 3
+        if most_labels is not None:
+            self.prompt_lengths = np.maximum(self.prompt_lengths, self.lengths - 1 - most_labels)
+        self.num_labels = self.lengths - 1 - self.prompt_lengths
         self.sizes = [count]
         self.teacher_prompts: list[np.ndarray | None] = [None] * count
         if privileged:
@@ -32,7 +43,7 @@ class RandomRows:
     def __getitem__(self, index: int) -> Sample:
         tokens = self.rows[index]
         labels = np.append(tokens[1:], -100)
-        labels[: len(tokens) // 3] = -100
+        labels[: self.prompt_lengths[index]] = -100
         return Sample(
             input_ids=tokens,
             labels=labels,

@@ -319,7 +319,10 @@ class TrainSection(Section):
     )
     attn: Literal["auto", "flash", "fused", "unfused", "sdpa"] = Field("auto", description="attention implementation")
     moe_aux_loss_coeff: float | None = Field(
-        None, ge=0, description="weight of the experts' load-balancing loss; null: the checkpoint's own"
+        None,
+        ge=0,
+        description="weight of the experts' load-balancing loss, which is computed for each microbatch and so depends on "
+        "micro_batch_size and packing; null: the checkpoint's own",
     )
     eval_interval: int | None = Field(None, ge=1, description="steps between validations; null: at the end only")
     eval_iters: int | None = Field(

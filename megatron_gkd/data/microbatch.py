@@ -47,6 +47,11 @@ class Microbatch:
         return int((self.labels != IGNORE).sum())
 
     @property
+    def num_labels(self) -> int:
+        """Labels of the whole microbatch that are not -100, over all context-parallel ranks."""
+        return sum(int((sample.labels != IGNORE).sum()) for sample in self.samples)
+
+    @property
     def total_length(self) -> int:
         """Padded tokens of the whole microbatch, over all context-parallel ranks."""
         return int(self.cu_seqlens[-1])

@@ -24,6 +24,7 @@ from torch import nn
 
 from megatron_gkd.data.microbatch import Microbatch
 from megatron_gkd.models.checkpoint import Checkpoint
+from megatron_gkd.models.moe import prepare_experts
 from megatron_gkd.runtime import portability
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.runtime.transformer_engine import torch_attention
@@ -66,6 +67,7 @@ class MegatronModel:
                 config.bridge.load_weights(chunks, str(checkpoint.path))
         for chunk in chunks:
             _mark_shards(chunk)
+            prepare_experts(chunk)
         return cls(checkpoint, chunks, config, mesh)
 
     @property
@@ -96,6 +98,7 @@ def hidden_states(chunk: nn.Module, microbatch: Microbatch) -> torch.Tensor:
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
     )
+    packed.num_labels = microbatch.num_labels  # for `models.moe`
     config = chunk.config
     extra = {}
     if config.num_moe_experts is not None:  # padding must not count in the router's balance

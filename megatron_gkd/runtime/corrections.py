@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 
 
 def apply_corrections() -> None:
     """Idempotent. Before a model is built."""
     _define_missing_names()
-    _scale_aux_loss_by_all_tokens()
+    _weight_balancing_loss_by_labels()
 
 
 def _define_missing_names() -> None:
@@ -30,25 +31,27 @@ def _define_missing_names() -> None:
             setattr(moe_utils, name, None)
 
 
-def _scale_aux_loss_by_all_tokens() -> None:
-    """Give the load-balancing loss the same gradient under every layout.
+def _weight_balancing_loss_by_labels() -> None:
+    """Weight a microbatch's load-balancing loss by its share of the global batch's labels, under every layout.
 
-    Under `calculate_per_token_loss` each rank multiplies its share of the loss by a token count that must be the whole
-    microbatch's, whatever its tokens are divided over. Megatron passes the rank's own count, which differs between
-    ranks where padding does, and which an in-place reduction overwrites with the whole count where there is a padding
-    mask; later releases multiply by the number of ranks on top.
+    Under `calculate_per_token_loss` all gradients are divided by the number of labels in the global batch. Megatron
+    multiplies the balancing loss by a count of the microbatch's tokens, so that long prompts raise its coefficient. The
+    count is also the rank's own, which differs between ranks where padding does, and which an in-place reduction
+    overwrites with the whole count where there is a padding mask; later releases multiply by the number of ranks on
+    top. Here it is `num_labels` of the router (see `models.moe`), the same on every rank; None leaves Megatron's.
     """
-    from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
     from megatron.core.transformer.moe import router
 
-    multiplies = "tp_cp_group.size()" in inspect.getsource(router.TopKRouter.attach_and_log_load_balancing_loss)
+    attach = router.TopKRouter.attach_and_log_load_balancing_loss
+    if hasattr(attach, "__wrapped__"):
+        return
+    multiplies = "tp_cp_group.size()" in inspect.getsource(attach)
 
-    def get_tokens_per_expert_and_token_count(routing_map, reduce_group, topk=None, with_padding_mask=False):
-        tokens_per_expert = reduce_from_tensor_model_parallel_region(routing_map.sum(dim=0), reduce_group)
-        if with_padding_mask:
-            tokens = tokens_per_expert.sum() / topk
-        else:
-            tokens = routing_map.shape[0] * reduce_group.size()
-        return tokens_per_expert, tokens / reduce_group.size() if multiplies else tokens, tokens
+    @functools.wraps(attach)
+    def attach_and_log_load_balancing_loss(self, *args, valid_token_count=None, **kwargs):
+        num_labels = getattr(self, "num_labels", None)
+        if num_labels is not None:
+            valid_token_count = num_labels / self.tp_cp_group.size() if multiplies else num_labels
+        return attach(self, *args, valid_token_count=valid_token_count, **kwargs)
 
-    router.get_tokens_per_expert_and_token_count = get_tokens_per_expert_and_token_count
+    router.TopKRouter.attach_and_log_load_balancing_loss = attach_and_log_load_balancing_loss

@@ -10,6 +10,7 @@ Megatron-Core and mcore-bridge must be imported after `make_portable()`; `runtim
 from __future__ import annotations
 
 import contextlib
+import functools
 import resource
 
 import torch
@@ -171,15 +172,57 @@ def _answer_cuda_calls() -> None:
 
 
 def _patch_gloo() -> None:
-    """gloo's scatter copies raw memory, which is wrong for views: hand it contiguous tensors."""
-    scatter = dist.scatter
+    """Make gloo's collectives accept what NCCL's do, as expert tensor parallelism needs it."""
+    dist.scatter = _contiguous(dist.scatter)
+    dist.all_gather = _uneven_all_gather(dist.all_gather)
+    dist.reduce_scatter = _uneven_reduce_scatter(dist.all_reduce, dist.reduce_scatter)
 
+
+def _contiguous(scatter):
+    """gloo's scatter copies raw memory, which is wrong for views: hand it contiguous tensors."""
+
+    @functools.wraps(scatter)
     def contiguous_scatter(tensor, scatter_list=None, *args, **kwargs):
         if scatter_list is not None:
             scatter_list = [entry.contiguous() for entry in scatter_list]
         return scatter(tensor, scatter_list, *args, **kwargs)
 
-    dist.scatter = contiguous_scatter
+    return contiguous_scatter
+
+
+def _uneven_all_gather(all_gather):
+    """gloo refuses tensors of different lengths: pad them to the longest."""
+
+    @functools.wraps(all_gather)
+    def padded_all_gather(tensor_list, tensor, group=None, async_op=False):
+        longest = max(entry.shape[0] for entry in tensor_list) if tensor.dim() else 0
+        if not tensor.dim() or all(entry.shape[0] == longest for entry in tensor_list):
+            return all_gather(tensor_list, tensor, group=group, async_op=async_op)
+        padded = tensor.new_zeros(longest, *tensor.shape[1:])
+        padded[: len(tensor)] = tensor
+        gathered = [torch.empty_like(padded) for _ in tensor_list]
+        all_gather(gathered, padded, group=group)
+        for entry, whole in zip(tensor_list, gathered, strict=True):
+            entry.copy_(whole[: len(entry)])
+        return None
+
+    return padded_all_gather
+
+
+def _uneven_reduce_scatter(all_reduce, reduce_scatter):
+    """As `_uneven_all_gather`, for sums of which each rank keeps a part."""
+
+    @functools.wraps(reduce_scatter)
+    def summed_reduce_scatter(output, input_list, op=dist.ReduceOp.SUM, group=None, async_op=False):
+        if not output.dim() or all(entry.shape == output.shape for entry in input_list):
+            return reduce_scatter(output, input_list, op=op, group=group, async_op=async_op)
+        whole = torch.cat(list(input_list))
+        all_reduce(whole, op=op, group=group)
+        rank = dist.get_rank(group)
+        output.copy_(whole.split([len(entry) for entry in input_list])[rank])
+        return None
+
+    return summed_reduce_scatter
 
 
 def _patch_rng_tracker() -> None:

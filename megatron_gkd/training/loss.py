@@ -2,7 +2,8 @@
 
 The loss of a step is a sum over all response tokens of the global batch divided by their number. Each microbatch
 contributes its plain sum; Megatron divides the reduced gradient by the reduced token count
-(`calculate_per_token_loss`). So neither loss nor gradient depends on how the batch is cut.
+(`calculate_per_token_loss`). So neither loss nor gradient depends on how the batch is cut. One thing does: the
+load-balancing loss of a mixture of experts, a product of two means over the tokens of a microbatch.
 """
 
 from __future__ import annotations

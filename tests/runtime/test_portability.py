@@ -74,3 +74,22 @@ def test_a_forked_random_state_leaves_the_outer_one_alone_and_goes_on_itself():
     assert torch.equal(three(), first)
     with pytest.raises(KeyError, match="'other' is not added"), tracker.fork("other"):
         pass
+
+
+def gather_and_reduce_unevenly(rank, world_size):
+    import megatron_gkd.runtime.preload  # noqa: F401  isort: skip
+    import torch.distributed as dist
+
+    lengths = [3, 0, 2]
+    mine = torch.full((lengths[rank], 2), float(rank))
+    parts = [torch.empty(length, 2) for length in lengths]
+    dist.all_gather(parts, mine)
+    summed = torch.empty(lengths[rank], 2)
+    dist.reduce_scatter(summed, [torch.full((length, 2), float(10**rank)) for length in lengths])
+    return [part.unique().tolist() for part in parts], summed
+
+
+def test_gloo_gathers_and_reduces_tensors_of_different_lengths(gloo_world):
+    for rank, (parts, summed) in enumerate(gloo_world(3).run(gather_and_reduce_unevenly)):
+        assert parts == [[0.0], [], [2.0]]
+        assert torch.equal(summed, torch.full(([3, 0, 2][rank], 2), 111.0))

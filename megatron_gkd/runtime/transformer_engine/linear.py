@@ -114,18 +114,20 @@ class TEGroupedLinear(nn.Module):
         self.in_features, self.out_features = input_size, output_size
         self.parallel_mode, self.tp_size = parallel_mode, tp_size
         self.is_expert, self.te_return_bias = True, False
+        # The rule of Megatron's own class of this name; `models.moe` replaces it after building.
+        allreduce = config.expert_model_parallel_size == 1
         for i in range(num_gemms):
             weight = nn.Parameter(torch.empty(output_size, input_size, dtype=config.params_dtype))
             if config.perform_initialization:
                 init_method(weight)
-            weight.allreduce = False  # reduced over the expert-data-parallel group
+            weight.allreduce = allreduce
             weight.tensor_model_parallel = parallel_mode is not None
             weight.partition_dim = {"column": 0, "row": 1}.get(parallel_mode, -1)
             weight.partition_stride = 1
             self.register_parameter(f"weight{i}", weight)
             if bias:
                 expert_bias = nn.Parameter(torch.zeros(output_size, dtype=config.params_dtype))
-                expert_bias.allreduce = False
+                expert_bias.allreduce = allreduce
                 self.register_parameter(f"bias{i}", expert_bias)
 
     def forward(self, x: torch.Tensor, m_splits):
