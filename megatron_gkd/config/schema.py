@@ -321,7 +321,7 @@ class TrainSection(Section):
     moe_aux_loss_coeff: float | None = Field(
         None,
         ge=0,
-        description="weight of the experts' load-balancing loss, which is computed for each microbatch and so depends on "
+        description="weight of the experts' load-balancing loss, computed for each microbatch: it depends on "
         "micro_batch_size and packing; null: the checkpoint's own",
     )
     eval_interval: int | None = Field(None, ge=1, description="steps between validations; null: at the end only")

@@ -1,4 +1,4 @@
-"""Compare the experts' load-balancing loss with plain transformers: each microbatch weighs by its share of the labels."""
+"""Compare the experts' load-balancing loss with plain transformers: a microbatch weighs by its share of labels."""
 
 from __future__ import annotations
 
