@@ -1,8 +1,6 @@
 """`python -m megatron_gkd` is the console command `megatron-gkd`."""
 
-import sys
-
-from megatron_gkd.cli import main
+from megatron_gkd.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

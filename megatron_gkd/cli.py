@@ -4,13 +4,15 @@
 """
 
 import difflib
+import multiprocessing
 import os
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_gkd import __version__
-from megatron_gkd.errors import ServiceFailed, UserError
+from megatron_gkd.errors import RunStopped, ServiceFailed, UserError
 
 if TYPE_CHECKING:
     from megatron_gkd.config import Recipe
@@ -40,15 +42,47 @@ A true-or-false key may stand alone (--packing); a list takes several values (--
 """
 
 
+def run() -> NoReturn:
+    """Run `main` as the whole process.
+
+    A rank that fails inside a process group leaves at once: to take the group down it would have to wait for ranks that
+    may never come, and the launcher ends these only when it is gone.
+    """
+    try:
+        code = main()
+    except KeyboardInterrupt:
+        traceback.print_exc()
+        code = 130
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    if code and _has_process_group():
+        for child in multiprocessing.active_children():
+            child.terminate()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _has_process_group() -> bool:
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_initialized()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, or 2 where the user has to change something."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     rank = int(os.environ.get("RANK", "0"))
     try:
         return _dispatch(arguments)
-    except (_RecipeRefused, ServiceFailed) as error:  # every rank finds the same, so one tells
+    except (_RecipeRefused, RunStopped, ServiceFailed) as error:  # every rank finds the same, so one tells
         if rank == 0:
-            print(error, file=sys.stderr)
+            print(error, file=sys.stderr, flush=True)
+        if _has_process_group():
+            from megatron_gkd.runtime.agreement import wait_for_message
+
+            wait_for_message()
     except UserError as error:  # a rank may be the only one to meet it
         print(f"rank {rank}: {error}" if rank else error, file=sys.stderr)
     return 2

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -55,13 +56,17 @@ def train(
     command: str = "train",
 ) -> subprocess.CompletedProcess:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    started = [*torchrun, *program, command, "recipe.yaml", *overrides]
-    environment = os.environ | {
+    return run(folder, [*torchrun, *program, command, "recipe.yaml", *overrides])
+
+
+def run(folder: Path, command: list[str]) -> subprocess.CompletedProcess:
+    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in launcher} | {
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(Path(__file__).parents[1]),
         "HF_DATASETS_CACHE": str(folder / "cache"),
     }
-    return subprocess.run(started, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def test_a_recipe_becomes_a_checkpoint_metrics_and_curves(workspace):
@@ -129,8 +134,6 @@ def test_the_student_answers_where_lambda_has_it_so(workspace, granularity):
 
 
 FAILING = """
-import sys
-
 import megatron_gkd.runtime.preload
 from megatron_gkd import cli
 from megatron_gkd.rollout.base import RolloutFailed
@@ -142,7 +145,7 @@ def generate(self, *arguments, generate=MegatronEngine.generate):
     return generate(self, *arguments)
 
 MegatronEngine.generate = generate
-sys.exit(cli.main())
+cli.run()
 """
 """The command line with an engine that fails in step 3."""
 
@@ -153,13 +156,66 @@ def test_rollouts_that_fail_for_good_end_the_run_with_what_was_learnt(workspace)
     finished = train(workspace, *options, program=("failing.py",))
     assert finished.returncode != 0
     assert finished.stderr.count("stopped after step 2 of 4: http://server:8000: refused for 300 s") == 1
-    assert "start again with --model runs/x/hf-step-000002" in finished.stderr
+    assert (
+        "A run with --model runs/x/hf-step-000002 and another --output_dir starts from its weights" in finished.stderr
+    )
     assert "in _train" not in finished.stderr, "a traceback of ours"
     run = workspace / "runs/x"
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [1, 2]
     assert (run / "curves.png").exists() and not (run / "hf").exists()
     assert AutoModelForCausalLM.from_pretrained(run / "hf-step-000002").num_parameters() > 0
+
+
+BROKEN = """
+import atexit
+import os
+import time
+
+import megatron_gkd.runtime.preload
+import torch.distributed as dist
+
+from megatron_gkd import cli
+from megatron_gkd.runtime.agreement import FailureMeeting
+from megatron_gkd.training.student import Student
+
+def compute_gradients(self, *arguments, compute=Student.compute_gradients):
+    self.count = getattr(self, "count", 0) + 1
+    if self.count == 3 and os.environ["RANK"] in "{ranks}":
+        raise KeyError("a fault of the program")
+    return compute(self, *arguments)
+
+Student.compute_gradients = compute_gradients
+FailureMeeting.__init__.__defaults__ = (3.0,)
+# NCCL's waits for ranks that never come; so may what libraries do at exit.
+dist.destroy_process_group = lambda *arguments: time.sleep(600)
+atexit.register(time.sleep, 600)
+cli.run()
+"""
+"""The command line with a fault in step 3, in some ranks, and a process group that can't be taken down then."""
+
+
+def test_a_rank_that_fails_alone_leaves_without_waiting_for_the_others(workspace):
+    (workspace / "broken.py").write_text(BROKEN.format(ranks="1"))
+    finished = train(workspace, "--dtype", "fp32", "--save_interval", "null", program=("broken.py",))
+    assert finished.returncode != 0
+    assert "KeyError: 'a fault of the program'" in finished.stderr
+    assert "stopped after step 2 of 4. Not every rank failed within 3 s" in finished.stderr
+
+
+def test_one_process_without_a_launcher_needs_no_port_and_saves_before_it_fails(workspace):
+    with socket.socket() as other_run:
+        try:
+            other_run.bind(("127.0.0.1", 29500))
+            other_run.listen()
+        except OSError:  # somebody has it, which serves as well
+            pass
+        (workspace / "broken.py").write_text(BROKEN.format(ranks="0"))
+        options = ("--tensor_model_parallel_size", "1", "--dtype", "fp32", "--save_interval", "null")
+        finished = run(workspace, [sys.executable, "broken.py", "train", "recipe.yaml", *options])
+    assert finished.returncode == 1, finished.stderr
+    assert "KeyError: 'a fault of the program'" in finished.stderr and "stopped after step 2 of 4" in finished.stderr
+    assert AutoModelForCausalLM.from_pretrained(workspace / "runs/x/hf-step-000002").num_parameters() > 0
 
 
 def test_a_bad_row_ends_the_run_with_its_file_and_line(workspace):

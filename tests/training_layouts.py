@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 from rows import RandomRows
 
@@ -70,6 +72,23 @@ def train_steps(rank, world_size, student, teacher, changes, break_gradient=Fals
             teacher.after_update()
     destroy_mesh()
     return records
+
+
+def trainer_of(student, teacher, batches, directory, **options):
+    """A trainer that writes into `directory`, and the list that gets its steps' records."""
+    from megatron_gkd.training.exports import Exports
+    from megatron_gkd.training.trainer import Trainer
+
+    records = []
+    reporter = SimpleNamespace(step=records.append, message=lambda text: None, plot=lambda: None)
+    options = {"train_iters": 3, "eval_interval": None, "exports": Exports(directory)} | options
+    return Trainer(student, teacher, batches, None, reporter, **options), records
+
+
+def weights_of(student) -> dict[str, torch.Tensor]:
+    """The student's weights whole, under their Hugging Face names."""
+    student.gather_parameters()
+    return {name: tensor.clone() for name, tensor in student.model.named_tensors()}
 
 
 @torch.no_grad()

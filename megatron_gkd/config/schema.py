@@ -313,6 +313,12 @@ class TrainSection(Section):
     adam_beta2: float = Field(0.95, ge=0, lt=1, description="decay of Adam's second moment")
     adam_eps: float = Field(1e-8, gt=0, description="Adam's epsilon")
     clip_grad: float = Field(1.0, ge=0, description="largest norm of the whole gradient; 0: no clipping")
+    max_bad_steps: int = Field(
+        10,
+        ge=1,
+        description="steps in a row whose loss or gradient is not finite, after which the run stops; each is skipped, "
+        "and its rows are written to output_dir/bad_steps",
+    )
     seed: int = Field(1234, ge=0, description="seed of the data order and of everything random")
     dtype: Literal["bf16", "fp32"] = Field(
         "bf16", description="type of weights and activations; the optimizer has fp32"

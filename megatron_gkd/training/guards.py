@@ -43,8 +43,6 @@ class Guards:
             raise UserError(f"step {step}: {problem}; the weights keep their values of step {step - 1}")
 
     def _problem(self, totals: Mapping[str, float]) -> str | None:
-        if not math.isfinite(totals["loss"]):
-            return f"the loss is {totals['loss']}"
         if not self.has_teacher:
             return None
         tokens = totals["tokens"]

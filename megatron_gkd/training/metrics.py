@@ -15,20 +15,26 @@ from megatron_gkd.training.on_policy import RolloutReport
 
 
 def summarize(totals: dict[str, float], *, has_teacher: bool) -> dict[str, float | None]:
-    """Means per response token of `training.loss.SUMS`, in nats; None for what would need a teacher."""
-    tokens = max(totals["tokens"], 1.0)
-    dataset_tokens = totals["dataset_tokens"]
+    """Return means per response token of `training.loss.SUMS`, in nats.
+
+    They are None where there is no token, and those that need a teacher where there is none.
+    """
+    tokens, dataset_tokens = totals["tokens"], totals["dataset_tokens"]
+
+    def mean(name: str, *, is_known: bool = True) -> float | None:
+        return totals[name] / tokens if tokens and is_known else None
+
     return {
-        "loss": totals["loss"] / tokens,
-        "divergence": totals["divergence"] / tokens if has_teacher else None,
+        "loss": mean("loss"),
+        "divergence": mean("divergence", is_known=has_teacher),
         "sft_loss": totals["cross_entropy"] / dataset_tokens if dataset_tokens else None,
-        "num_tokens": int(totals["tokens"]),
+        "num_tokens": int(tokens),
         "dropped_tokens": int(totals["dropped_tokens"]),
-        "teacher_entropy": totals["teacher_entropy"] / tokens if has_teacher else None,
-        "student_entropy": totals["student_entropy"] / tokens,
-        "forward_kl": totals["forward_kl"] / tokens if has_teacher else None,
-        "reverse_kl": totals["reverse_kl"] / tokens if has_teacher else None,
-        "top1_agreement": totals["top1_agreement"] / tokens if has_teacher else None,
+        "teacher_entropy": mean("teacher_entropy", is_known=has_teacher),
+        "student_entropy": mean("student_entropy"),
+        "forward_kl": mean("forward_kl", is_known=has_teacher),
+        "reverse_kl": mean("reverse_kl", is_known=has_teacher),
+        "top1_agreement": mean("top1_agreement", is_known=has_teacher),
     }
 
 
@@ -56,7 +62,7 @@ class MismatchWarning:
         self.threshold, self.count = threshold, 0
 
     def of_step(self, step: int, mismatch_kl: float | None) -> str | None:
-        if self.threshold is None or mismatch_kl is None or abs(mismatch_kl) <= self.threshold:
+        if self.threshold is None or mismatch_kl is None or not abs(mismatch_kl) > self.threshold:  # NaN is no mismatch
             return None
         self.count += 1
         if self.count & (self.count - 1):

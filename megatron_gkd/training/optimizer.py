@@ -1,11 +1,16 @@
-"""Megatron's optimizer and learning-rate schedule, from the recipe."""
+"""Megatron's optimizer and learning-rate schedule, from the recipe, and one step of it."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import nn
+
+from megatron_gkd.runtime.agreement import holds_everywhere
 
 
 def build_optimizer(chunks: list[nn.Module], train, *, dtype: torch.dtype, distributed: bool) -> MegatronOptimizer:
@@ -24,6 +29,29 @@ def build_optimizer(chunks: list[nn.Module], train, *, dtype: torch.dtype, distr
         use_distributed_optimizer=distributed,
     )
     return get_megatron_optimizer(config, chunks, use_gloo_process_groups=False)
+
+
+def step_if_finite(optimizer: MegatronOptimizer) -> float:
+    """Clip the gradient and update the parameters, unless the gradient's norm is not finite. All ranks must call it.
+
+    Megatron's own `step` multiplies by a NaN norm: `nan > clip_grad` is false, which turns clipping off.
+
+    Returns:
+        The gradient's norm before clipping. NaN on every rank if it is not finite on any; the parameters and the
+        optimizer's state are as before then.
+    """
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    if not holds_everywhere(math.isfinite(norm)):
+        return math.nan
+    clip_grad = optimizer.config.clip_grad
+    if clip_grad > 0:
+        for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+            parameters = [] if getattr(part, "is_stub_optimizer", False) else part.get_parameters()
+            if parameters:
+                clip_grad_by_total_norm_fp32(parameters, clip_grad, norm)
+    optimizer.step_with_ready_grads()
+    return norm
 
 
 def build_scheduler(optimizer: MegatronOptimizer, train, train_iters: int) -> OptimizerParamScheduler:

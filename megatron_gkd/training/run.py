@@ -99,6 +99,7 @@ def _train(recipe: Recipe, mesh: Mesh) -> None:
             train_iters=train_iters,
             eval_interval=recipe.train.eval_interval,
             exports=Exports(output_dir, output.save_interval, output.save_total_limit),
+            max_bad_steps=recipe.train.max_bad_steps,
         ).run()
         reporter.message(
             f"checkpoint {exported}\nmetrics    {output_dir / 'metrics.jsonl'}\ncurves     {reporter.plot()}"

@@ -25,17 +25,26 @@ from megatron_gkd.training.build_teacher import open_teachers, shared_vocab_size
 
 @contextlib.contextmanager
 def world_of(recipe: Recipe) -> Iterator[Mesh]:
-    """The recipe's layout over the world that torchrun describes (one process without it)."""
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-    for name, value in alone.items():
-        os.environ.setdefault(name, value)
-    portability.select_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(portability.backend(), timeout=datetime.timedelta(minutes=30))
-    try:
-        yield initialize_mesh(Layout.from_section(recipe.parallel), recipe.train.seed)
-        destroy_mesh()
-    finally:
-        dist.destroy_process_group()
+    """Lay the recipe's mesh over the world that the launcher describes; without a launcher, over this process alone.
+
+    After an exception the groups stay: NCCL would wait for ranks that are still at work. `cli.run` ends the process.
+    """
+    portability.select_device(int(os.environ.get("LOCAL_RANK", "0")))
+    options: dict[str, Any] = {"backend": portability.backend(), "timeout": datetime.timedelta(minutes=30)}
+    if "RANK" not in os.environ:
+        options |= _world_of_one_process()
+    dist.init_process_group(**options)
+    yield initialize_mesh(Layout.from_section(recipe.parallel), recipe.train.seed)
+    destroy_mesh()
+    dist.destroy_process_group()
+
+
+def _world_of_one_process() -> dict[str, Any]:
+    """Return the arguments of a process group at a free port: a fixed one would be taken by another run on the host."""
+    store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
+    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
+    os.environ.update({name: str(value) for name, value in alone.items()})  # libraries read them
+    return {"store": store, "rank": 0, "world_size": 1}
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from megatron_gkd.models.megatron_model import MegatronModel, hidden_states
 from megatron_gkd.models.pipeline import forward_backward
 from megatron_gkd.teachers.base import TeacherSignal
 from megatron_gkd.training.loss import SUMS, Objective
-from megatron_gkd.training.optimizer import build_optimizer, build_scheduler
+from megatron_gkd.training.optimizer import build_optimizer, build_scheduler, step_if_finite
 
 
 class Student:
@@ -76,10 +76,18 @@ class Student:
                 chunk.train()
 
     def update(self) -> float:
-        """Clip, step the optimizer and the learning rate. Returns the gradient's norm before clipping."""
-        _, grad_norm, _ = self.optimizer.step()
+        """Clip, step the optimizer and the learning rate. All ranks must call it.
+
+        Returns:
+            The gradient's norm before clipping; NaN if it is not finite, in which case the parameters are not changed.
+        """
+        grad_norm = step_if_finite(self.optimizer)
         self.scheduler.step(1)
-        return float(grad_norm)
+        return grad_norm
+
+    def skip_update(self) -> None:
+        """Step the learning rate alone: its schedule counts steps, whatever becomes of them."""
+        self.scheduler.step(1)
 
     def gather_parameters(self) -> None:
         """Complete what an overlapped parameter gather has left open, before the weights are read."""

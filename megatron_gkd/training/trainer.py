@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,16 +10,19 @@ from pathlib import Path
 from megatron_gkd.data.loader import StepLoader
 from megatron_gkd.data.microbatch import Microbatch
 from megatron_gkd.data.sample import FROM_DATASET
-from megatron_gkd.errors import ServiceFailed
+from megatron_gkd.errors import RunStopped, UserError
 from megatron_gkd.models.export import export_checkpoint
 from megatron_gkd.runtime import portability
+from megatron_gkd.runtime.agreement import FailureMeeting, raise_together
 from megatron_gkd.teachers.base import FollowsStudent, TeacherSignal, TeacherSource
 from megatron_gkd.training.ahead import announce_ahead
+from megatron_gkd.training.bad_steps import BadSteps
 from megatron_gkd.training.completions import Completions
 from megatron_gkd.training.exports import Exports
 from megatron_gkd.training.guards import Guards
 from megatron_gkd.training.metrics import MismatchWarning, Reporter, describe_rollouts, summarize
-from megatron_gkd.training.on_policy import RolloutReport, Rollouts
+from megatron_gkd.training.on_policy import Rollouts
+from megatron_gkd.training.rescue import RunState, stop
 from megatron_gkd.training.student import Student
 
 
@@ -44,6 +48,7 @@ class Trainer:
         train_iters: int,
         eval_interval: int | None,
         exports: Exports,
+        max_bad_steps: int = 10,
     ):
         self.student, self.teacher = student, teacher
         self.batches, self.validation, self.reporter = batches, validation, reporter
@@ -54,24 +59,34 @@ class Trainer:
             has_teacher=teacher is not None,
             same_as_teacher=student.model.config.params_dtype if teacher_is_student else None,
         )
-        self.train_iters, self.eval_interval, self.exports = train_iters, eval_interval, exports
-        self.steps_done = 0
+        self.eval_interval, self.exports = eval_interval, exports
+        self.bad_steps = BadSteps(exports.output_dir / "bad_steps", max_bad_steps)
+        self.state = RunState(train_iters)
 
     def run(self) -> Path:
-        """Train to the end. Returns the directory of the final Hugging Face checkpoint.
+        """Train to the end. Returns the directory of the final Hugging Face checkpoint. All ranks must call it.
 
-        Raises ServiceFailed if a part of the run that lives elsewhere is gone for good; the student is exported before.
+        Raises:
+            RunStopped: all ranks failed together for a reason that the user can act on. As with every other exception
+                that all ranks reach, the student is exported before.
         """
+        meeting = FailureMeeting.create()
         try:
-            return self._run()
-        except ServiceFailed as failure:
-            raise ServiceFailed(self.rescue(failure)) from failure
+            directory = self._run()
+        except Exception as error:
+            stop(error, meeting, self.state, self.rescue)
+        if self.bad_steps.in_a_row:
+            self.reporter.plot()
+            raise RunStopped(
+                f"The last {self.bad_steps.in_a_row} steps had a loss or gradient that is not finite and changed "
+                f"nothing; the student in {directory} is probably broken. See {self.bad_steps.folder}"
+            )
+        return directory
 
     def _run(self) -> Path:
         for step, microbatches in enumerate(announce_ahead(self.batches, self.teacher), start=1):
             self.train_step(step, microbatches)
-            self.steps_done = step
-            last = step == self.train_iters
+            last = step == self.state.train_iters
             if self.validation is not None and (last or (self.eval_interval and step % self.eval_interval == 0)):
                 self.validate(step)
             if not last and self.exports.is_due(step):
@@ -97,32 +112,63 @@ class Trainer:
         scored = time.perf_counter()
         learning_rate = self.student.learning_rate
         totals = self.student.compute_gradients(microbatches, signals)
-        self.guards.check(step, totals, microbatches)
-        grad_norm = self.student.update()
-        if isinstance(self.teacher, FollowsStudent):
-            self.teacher.after_update()
+        if math.isfinite(totals["loss"]):
+            self.guards.check(step, totals, microbatches)
+        elif not self.state.updates:
+            raise UserError(
+                f"step {step}: the loss is {totals['loss']} before the first update; look for broken weights"
+            )
+        grad_norm = self.update(step, totals)
         portability.synchronize()
         record = {
             "step": step,
             **summarize(totals, has_teacher=self.teacher is not None),
             "grad_norm": grad_norm,
+            "skipped_steps": self.state.skipped_steps,
             "lr": learning_rate,
             **({"source": FROM_DATASET} if sampled is None else describe_rollouts(sampled, totals, sync_time)),
             "teacher_time_s": scored - rolled_out,
             "step_time_s": time.perf_counter() - start,
         }
-        self.reporter.step(record)
-        if sampled is not None:
-            self.report_rollouts(record, sampled, microbatches)
+        completions = None
+        if sampled is not None and self.completions is not None:
+            completions = self.completions.of_step(step, sampled, microbatches, self.student.token_divergence)
+        self.write(record, completions)
+        if not math.isfinite(totals["loss"]) or (grad_norm is not None and not math.isfinite(grad_norm)):
+            self.reporter.message(f"step {step}: skipped: the loss or the gradient is not finite")
+            self.bad_steps.record(step, totals["loss"], grad_norm, microbatches, self.student.mesh)
 
-    def report_rollouts(self, record: dict, sampled: RolloutReport, microbatches: list[Microbatch]) -> None:
-        """What a step's record of numbers does not say about its samples."""
-        warning = self.mismatch_warning.of_step(record["step"], record["mismatch_kl"])
-        if warning is not None:
-            self.reporter.message(warning)
-        if self.completions is not None:
-            divergence = self.student.token_divergence
-            self.reporter.completions(self.completions.of_step(record["step"], sampled, microbatches, divergence))
+    def update(self, step: int, totals: dict[str, float]) -> float | None:
+        """Update the student from its gradient, unless there are no labels or the loss or the gradient is not finite.
+
+        Returns the gradient's norm: None where it is not computed, NaN where it is not finite.
+        """
+        grad_norm, self.state.is_updating = None, True
+        if totals["tokens"] and math.isfinite(totals["loss"]):
+            grad_norm = self.student.update()
+        else:
+            self.student.skip_update()
+        if grad_norm is not None and math.isfinite(grad_norm):
+            self.state.updates += 1
+            self.bad_steps.in_a_row = 0
+            if isinstance(self.teacher, FollowsStudent):
+                self.teacher.after_update()
+        self.state.step, self.state.is_updating = step, False
+        return grad_norm
+
+    def write(self, record: dict, completions: list[dict] | None) -> None:
+        """Write a step's record. All ranks must call it: if the main rank can't write, all raise the UserError."""
+        problem = None
+        try:
+            self.reporter.step(record)
+            warning = self.mismatch_warning.of_step(record["step"], record.get("mismatch_kl"))
+            if warning is not None:
+                self.reporter.message(warning)
+            if completions is not None:
+                self.reporter.completions(completions)
+        except OSError as error:
+            problem = f"output.output_dir = {self.exports.output_dir}: can't be written to ({error})"
+        raise_together(problem)
 
     def validate(self, step: int) -> None:
         totals: dict[str, float] = {}
@@ -143,15 +189,8 @@ class Trainer:
         self.reporter.message(f"exporting to {directory}")
         return export_checkpoint(self.student.model, directory)
 
-    def rescue(self, failure: ServiceFailed) -> str:
-        """Export what has been learnt. Returns the failure with what there is and how to go on."""
-        done = self.steps_done
-        said = f"stopped after step {done} of {self.train_iters}: {failure}"
-        if done == 0:
-            return f"{said}\nNothing has been learnt yet, so nothing is exported"
-        directory = self.export(self.exports.step_directory(done))
+    def rescue(self) -> Path:
+        """Export the student as it is, before the run fails. All ranks must call it."""
+        directory = self.export(self.exports.step_directory(self.state.step))
         self.reporter.plot()
-        return (
-            f"{said}\nThe student of step {done} is in {directory}. To go on from it, put the cause right and start "
-            f"again with --model {directory} and another --output_dir"
-        )
+        return directory

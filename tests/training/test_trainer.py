@@ -71,8 +71,9 @@ def test_a_teacher_that_is_gone_ends_the_run_on_every_rank_with_what_was_learnt(
         == also_told
         == (
             "stopped after step 2 of 3: http://teacher:8000: no answer for 300 s\n"
-            f"The student of step 2 is in {export}. To go on from it, put the cause right and start again with --model "
-            f"{export} and another --output_dir"
+            f"The student of step 2 is in {export}. A run with --model {export} and another --output_dir starts from "
+            "its weights, but otherwise anew: at step 1, with a new optimizer and learning-rate schedule, and with the "
+            "same rows in the same order unless train.seed is another"
         )
     )
     exported = load_file(export / "model.safetensors")

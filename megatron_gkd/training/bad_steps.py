@@ -1,0 +1,68 @@
+"""Steps without an update: those whose loss or gradient is not finite."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_gkd.data.microbatch import Microbatch
+from megatron_gkd.errors import UserError
+from megatron_gkd.runtime.agreement import raise_together
+from megatron_gkd.runtime.mesh import Mesh
+
+
+class BadSteps:
+    """Record the steps whose loss or gradient norm is not finite, and end a run that has too many in a row.
+
+    Args:
+        folder: gets `step_000012.json` for each: its loss, its norm and its rows.
+        most_in_a_row: recipe key `train.max_bad_steps`.
+
+    Attributes:
+        in_a_row: bad steps since the last update; the caller sets it back.
+    """
+
+    def __init__(self, folder: Path, most_in_a_row: int):
+        self.folder, self.most_in_a_row = folder, most_in_a_row
+        self.in_a_row = 0
+
+    def record(self, step: int, loss: float, grad_norm: float | None, microbatches: Sequence[Microbatch], mesh: Mesh):
+        """Write the rows of a bad step, counted from 1. All ranks must call it.
+
+        Raises:
+            UserError: it is the last one in a row that is allowed, or the file can't be written.
+        """
+        self.in_a_row += 1
+        rows = _rows_of_global_batch(microbatches, mesh)
+        path, problem = self.folder / f"step_{step:06d}.json", None
+        if mesh.is_main:
+            # JSON has no number for these: "nan", "inf".
+            measured = {"loss": str(loss), "grad_norm": None if grad_norm is None else str(grad_norm)}
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps({"step": step, **measured, "rows": rows}) + "\n", encoding="utf-8")
+            except OSError as error:
+                problem = f"{path}: can't be written ({error})"
+        raise_together(problem)
+        if self.in_a_row >= self.most_in_a_row:
+            what = "loss" if grad_norm is None else "gradient's norm"
+            raise UserError(
+                f"step {step}: the {what} is not finite, for {self.in_a_row} steps in a row (train.max_bad_steps = "
+                f"{self.most_in_a_row}). Their rows are in {self.folder}; look for a learning rate that is too "
+                "high, or for broken weights, teacher scores or rows"
+            )
+
+
+def _rows_of_global_batch(microbatches: Sequence[Microbatch], mesh: Mesh) -> list[dict[str, int | str]]:
+    mine = [
+        {"row": sample.row_id, "source": sample.source}
+        for microbatch in microbatches
+        for sample in microbatch.samples
+        if sample.row_id >= 0
+    ]
+    everything: list[list[dict]] = [[] for _ in range(mesh.dp.size())]
+    dist.all_gather_object(everything, mine, group=mesh.dp)
+    return [row for part in everything for row in part]

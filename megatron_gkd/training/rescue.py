@@ -1,0 +1,69 @@
+"""The end of a run that fails: save what was learnt, and say what there is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from megatron_gkd.errors import RunStopped, UserError
+from megatron_gkd.runtime.agreement import FailureMeeting
+
+
+@dataclass
+class RunState:
+    """How far a run has come.
+
+    Attributes:
+        step: the newest step whose update is done or skipped, counted from 1; 0 before the first.
+        updates: steps that changed the student.
+        is_updating: whether the student is being changed, so that its weights may be half new.
+    """
+
+    train_iters: int
+    step: int = 0
+    updates: int = 0
+    is_updating: bool = False
+
+    @property
+    def skipped_steps(self) -> int:
+        return self.step - self.updates
+
+
+def stop(error: Exception, meeting: FailureMeeting, state: RunState, export: Callable[[], Path]) -> NoReturn:
+    """Save the student, if every rank has failed, and raise `error` with what there is. All ranks that fail call it.
+
+    Raises:
+        RunStopped: all ranks failed for the same reason, which the user can act on.
+        UserError: the same, where the other ranks' reasons differ, or some ranks did not fail.
+        Exception: any other `error`, with a note.
+    """
+    failures = meeting.join(f"{type(error).__name__}: {error}")
+    if failures is None:
+        saved = f"Not every rank failed within {meeting.seconds:g} s, so the student could not be saved"
+    else:
+        saved = _save(state, export)
+    told = f"stopped after step {state.step} of {state.train_iters}"
+    if not isinstance(error, UserError):
+        error.add_note(f"{told}. {saved}")
+        raise error
+    kind = RunStopped if failures is not None and len(set(failures)) == 1 else UserError
+    raise kind(f"{told}: {error}\n{saved}") from error
+
+
+def _save(state: RunState, export: Callable[[], Path]) -> str:
+    """Export the student, a collective. Returns what there is, and how to go on."""
+    if not state.updates:
+        return "Nothing has been learned yet, so nothing is exported"
+    if state.is_updating:
+        return "The weights are in the middle of an update, so they are not exported"
+    try:
+        directory = export()
+    except Exception as error:
+        return f"The student could not be exported: {type(error).__name__}: {error}"
+    return (
+        f"The student of step {state.step} is in {directory}. A run with --model {directory} and another --output_dir "
+        "starts from its weights, but otherwise anew: at step 1, with a new optimizer and learning-rate schedule, and "
+        "with the same rows in the same order unless train.seed is another"
+    )

@@ -1,0 +1,100 @@
+"""Whatever ends a run after its first step: the student is saved, if all ranks get there."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from checkpoints import tiny_checkpoint
+from safetensors.torch import load_file
+from training_layouts import build, trainer_of, weights_of
+
+from megatron_gkd.errors import UserError
+
+ERRORS = {
+    "memory": torch.OutOfMemoryError("out of memory"),
+    "disk": OSError(28, "No space left on device"),
+    "program": KeyError("missing"),
+    "input": UserError("train.jsonl:3: not JSON"),
+}
+
+
+def train_until_an_error(rank, world_size, model, directory, kind, failing_step):
+    """Returns what each rank is told, and the weights that it had then."""
+    from megatron_gkd.runtime.mesh import destroy_mesh
+
+    _, student, teacher, batches = build(model, model, {"parallel": {"pipeline_model_parallel_size": world_size}})
+    trainer, _ = trainer_of(student, teacher, batches, directory)
+    steps = iter(range(1, 9))
+    compute = student.compute_gradients
+
+    def compute_gradients(*arguments, **options):
+        step = next(steps)
+        totals = compute(*arguments, **options)
+        if step == failing_step:
+            raise ERRORS[kind]
+        return totals
+
+    student.compute_gradients = compute_gradients
+    try:
+        trainer.run()
+    except Exception as error:
+        told = (type(error).__name__, str(error), "".join(getattr(error, "__notes__", [])))
+    weights = weights_of(student)
+    destroy_mesh()
+    return told, weights
+
+
+@pytest.mark.parametrize("kind", ERRORS)
+def test_any_error_in_all_ranks_saves_what_was_learnt(kind, gloo_world, tmp_path):
+    model = tiny_checkpoint("qwen3", seed=2, num_hidden_layers=2)
+    results = gloo_world(2).run(train_until_an_error, model, tmp_path, kind, 3)
+    export = tmp_path / "hf-step-000002"
+    for (name, message, note), _ in results:
+        text = message if kind == "input" else note
+        assert name == ("RunStopped" if kind == "input" else type(ERRORS[kind]).__name__)
+        assert "stopped after step 2 of 3" in text and f"The student of step 2 is in {export}" in text
+        assert "starts from its weights, but otherwise anew: at step 1" in text
+    exported, weights = load_file(export / "model.safetensors"), results[0][1]
+    assert exported.keys() == weights.keys() and all(torch.equal(exported[name], weights[name]) for name in weights)
+
+
+def test_an_error_in_the_first_step_has_nothing_to_save(gloo_world, tmp_path):
+    model = tiny_checkpoint("qwen3", seed=2, num_hidden_layers=2)
+    (((name, message, _), _),) = gloo_world(1).run(train_until_an_error, model, tmp_path, "input", 1)
+    assert name == "RunStopped" and message.endswith("Nothing has been learned yet, so nothing is exported")
+    assert not list(tmp_path.glob("hf*"))
+
+
+def end_alone(rank, world_size, seconds):
+    from megatron_gkd.runtime.agreement import FailureMeeting
+
+    meeting = FailureMeeting(FailureMeeting.create().name, seconds)
+    started = time.monotonic()
+    if rank == 1:
+        return meeting.join("KeyError: 'missing'"), time.monotonic() - started
+    time.sleep(3 * seconds)
+    return None
+
+
+def test_a_rank_that_fails_alone_does_not_wait_for_ever(gloo_world):
+    _, (failures, waited) = gloo_world(2).run(end_alone, 1.0)
+    assert failures is None and 0.9 < waited < 2.5
+
+
+def test_the_user_is_told_that_a_rank_failed_alone(tmp_path):
+    from megatron_gkd.training.rescue import RunState, stop
+
+    class Alone:
+        seconds = 5.0
+
+        def join(self, failure):
+            assert failure == "UserError: broken"
+
+    def export():
+        raise AssertionError("a collective that the other ranks do not join")
+
+    with pytest.raises(UserError, match="stopped after step 7 of 9: broken\nNot every rank failed within 5 s") as error:
+        stop(UserError("broken"), Alone(), RunState(9, step=7, updates=7), export)
+    assert type(error.value) is UserError  # so that it is shown on any rank
