@@ -20,13 +20,20 @@ def holds_everywhere(condition: bool) -> bool:
     return bool(flag)
 
 
-def raise_together(problem: str | None, kind: type[UserError] = UserError) -> None:
-    """Raise the first rank's `problem` in every rank; return if no rank has one. All ranks must call it."""
+def first_problem(problem: str | None) -> str | None:
+    """Return the first rank's `problem` on every rank; None if no rank has one. All ranks must call it."""
     if holds_everywhere(problem is None):
-        return
+        return None
     problems: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
-    raise kind(next(found for found in problems if found is not None))
+    return next(found for found in problems if found is not None)
+
+
+def raise_together(problem: str | None, kind: type[UserError] = UserError) -> None:
+    """Raise the first rank's `problem` in every rank; return if no rank has one. All ranks must call it."""
+    problem = first_problem(problem)
+    if problem is not None:
+        raise kind(problem)
 
 
 class FailureMeeting:

@@ -70,6 +70,17 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def random_state() -> torch.Tensor | None:
+    """Return the device's random state; None where it is that of the host."""
+    return torch.cuda.get_rng_state() if _has_cuda() else None
+
+
+def set_random_state(state: torch.Tensor | None) -> None:
+    """Set what `random_state` returned on a machine of the same kind."""
+    if _has_cuda() and state is not None:
+        torch.cuda.set_rng_state(state)
+
+
 def pinned_empty_like(tensor: torch.Tensor) -> torch.Tensor:
     """An uninitialised host tensor of the same shape and dtype, page-locked where that speeds up copies."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=_CPU, pin_memory=_has_cuda())

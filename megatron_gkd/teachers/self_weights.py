@@ -110,19 +110,10 @@ class AverageWeights(InitialWeights):
             average.lerp_(parameter.data.float(), 1 - self.decay)
             self._held[name].copy_(average, non_blocking=True)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """This rank's share of the average, fp32 on the host, by the parameters' names; a copy."""
+    def by_parameter(self) -> dict[nn.Parameter, Tensor]:
+        """Return this rank's share of the average by parameter: fp32 on the host, the memory itself."""
         portability.synchronize()
-        return {name: value.clone() for name, value in self._held.items()}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Takes over what `state_dict` gave under the same layout. ValueError for other names or shapes."""
-        shapes = {name: value.shape for name, value in state.items()}
-        if shapes != {name: value.shape for name, value in self._held.items()}:
-            raise ValueError("the state is of another model or another layout")
-        portability.synchronize()
-        for name, value in state.items():
-            self._held[name].copy_(value)
+        return {self._parameters[name]: value for name, value in self._held.items()}
 
 
 def _host_memory(parameters: Mapping[str, nn.Parameter], dtype: torch.dtype | None = None) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megatron.core.utils import divide
@@ -139,11 +140,41 @@ class TEGroupedLinear(nn.Module):
         return torch.cat(outputs), None
 
 
+    def _sharded_state_dict(self, axes: dict[str, int], prefix: str, sharded_offsets: tuple, metadata: dict) -> dict:
+        """Return the experts as slices of one tensor, as Megatron's class of this name does.
+
+        axes: which axis of `weight` and `bias` tensor parallelism divides.
+        """
+        experts, state = parallel_state.get_expert_model_parallel_group(), {}
+        for i in range(self.num_gemms):
+            own = {name: getattr(self, f"{name}{i}") for name in ("weight", "bias")[: 1 + self.use_bias]}
+            place = (len(sharded_offsets), experts.rank() * self.num_gemms + i, experts.size() * self.num_gemms)
+            one = make_sharded_tensors_for_checkpoint(
+                own,
+                "",
+                axes,
+                (*sharded_offsets, place),
+                tp_group=parallel_state.get_expert_tensor_parallel_group(),
+                dp_cp_group=metadata["dp_cp_group"],
+            )
+            replace_prefix_for_sharding(one, "", prefix)
+            state |= {f"{prefix}{name}{i}": tensor for name, tensor in one.items()}
+        for tensor in state.values():  # an expert's replicas are the ranks of its expert-data-parallel group
+            tensor.replica_id = (*tensor.replica_id[:2], parallel_state.get_expert_data_parallel_rank())
+        return state
+
+
 class TEColumnParallelGroupedLinear(TEGroupedLinear):
     def __init__(self, num_gemms, input_size, output_size, **kwargs):
         super().__init__(num_gemms, input_size, output_size, parallel_mode="column", **kwargs)
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+        return self._sharded_state_dict({"weight": 0, "bias": 0}, prefix, sharded_offsets, metadata)
 
 
 class TERowParallelGroupedLinear(TEGroupedLinear):
     def __init__(self, num_gemms, input_size, output_size, **kwargs):
         super().__init__(num_gemms, input_size, output_size, parallel_mode="row", **kwargs)
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+        return self._sharded_state_dict({"weight": 1}, prefix, sharded_offsets, metadata)

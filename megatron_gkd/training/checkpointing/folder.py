@@ -1,0 +1,117 @@
+"""The folder of a run's training checkpoints: which are whole, whether their files are intact, and which are kept.
+
+Needs neither torch nor Megatron. A checkpoint is written as ``step-000012.unfinished`` and renamed to ``step-000012``
+when all its files and their manifest are on disk: what has no manifest under its final name is no checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_gkd.runtime.disk import flush
+
+MANIFEST = "manifest.json"
+_UNFINISHED = ".unfinished"
+_STEP = re.compile(r"step-(\d+)")
+
+
+@dataclass(frozen=True)
+class CheckpointFolder:
+    """`path` is ``output_dir/checkpoints``; it need not exist."""
+
+    path: Path
+
+    def final(self, step: int) -> Path:
+        return self.path / f"step-{step:06d}"
+
+    def unfinished(self, step: int) -> Path:
+        return self.path / f"step-{step:06d}{_UNFINISHED}"
+
+    def steps(self) -> list[int]:
+        """Return the steps of the whole checkpoints, rising."""
+        found = []
+        for path in self.path.glob("step-*"):
+            match = _STEP.fullmatch(path.name)
+            if match and (path / MANIFEST).is_file():
+                found.append(int(match[1]))
+        return sorted(found)
+
+    def newest(self) -> Path | None:
+        steps = self.steps()
+        return self.final(steps[-1]) if steps else None
+
+    def prepare(self, step: int) -> Path:
+        """Return an empty folder to write the checkpoint of `step` into."""
+        folder = self.unfinished(step)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        return folder
+
+    def publish(self, step: int, digests: dict[str, list]) -> Path:
+        """Write the manifest of what `prepare` gave and move it to its place. A checkpoint of the same step goes."""
+        unfinished, final = self.unfinished(step), self.final(step)
+        manifest = unfinished / MANIFEST
+        manifest.write_text(json.dumps({"step": step, "files": digests}, indent=1, sort_keys=True) + "\n")
+        flush(manifest)
+        flush(unfinished)
+        shutil.rmtree(final, ignore_errors=True)
+        unfinished.rename(final)
+        flush(self.path)
+        return final
+
+    def remove_leftovers(self) -> list[Path]:
+        """Delete what interrupted saves have left, and checkpoints without a manifest. Returns what it was."""
+        leftovers = [
+            path
+            for path in self.path.glob("step-*")
+            if path.is_dir() and (path.name.endswith(_UNFINISHED) or not (path / MANIFEST).is_file())
+        ]
+        for path in leftovers:
+            shutil.rmtree(path, ignore_errors=True)
+        return leftovers
+
+    def forget_old(self, most: int) -> None:
+        """Delete all but the newest `most` checkpoints."""
+        for step in self.steps()[:-most]:
+            # Not a checkpoint any more before its files go, whenever this is interrupted.
+            path = self.final(step)
+            doomed = path.with_name(path.name + _UNFINISHED)
+            shutil.rmtree(doomed, ignore_errors=True)
+            path.rename(doomed)
+            shutil.rmtree(doomed)
+
+
+def digest(path: Path) -> list:
+    """Return [bytes, SHA-256] of a file that is on disk then."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+
+
+def find_damage(path: Path, rank: int = 0, world_size: int = 1) -> str | None:
+    """Compare this rank's share of the files with the manifest. Returns one line on the first that differs."""
+    try:
+        files = json.loads((path / MANIFEST).read_text())["files"]
+    except FileNotFoundError:
+        return f"{path}: no {MANIFEST} there, so it is no whole checkpoint"
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        return f"{path / MANIFEST}: can't be read ({type(error).__name__}: {error})"
+    for name, expected in sorted(files.items())[rank::world_size]:
+        file = path / name
+        if not file.is_file():
+            return f"{file}: missing"
+        if file.stat().st_size != expected[0]:
+            return f"{file}: has {file.stat().st_size} bytes; it was written with {expected[0]}"
+        try:
+            found = digest(file)
+        except OSError as error:
+            return f"{file}: can't be read ({error})"
+        if found != expected:
+            return f"{file}: damaged: its SHA-256 is not the one that it was written with"
+    return None

@@ -1,0 +1,74 @@
+"""Reading checkpoints into a run that has just been built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+
+from megatron_gkd.errors import UserError
+from megatron_gkd.runtime.agreement import first_problem, raise_together
+from megatron_gkd.training.checkpointing.folder import CheckpointFolder, find_damage
+from megatron_gkd.training.checkpointing.state import Saved, layout_of, set_random_states
+from megatron_gkd.training.checkpointing.workarounds import apply_workarounds, fill_empty_states, separate_steps
+
+
+def verify(path: Path) -> str | None:
+    """Compare all files with the manifest, each rank its share. Returns the first damage on every rank."""
+    return first_problem(find_damage(path, dist.get_rank(), dist.get_world_size()))
+
+
+def newest_intact(folder: CheckpointFolder) -> tuple[Path | None, list[str]]:
+    """Return the newest checkpoint whose files are all as they were written, and what is wrong with newer ones."""
+    problems = []
+    for step in reversed(folder.steps()):
+        problem = verify(folder.final(step))
+        if problem is None:
+            return folder.final(step), problems
+        problems.append(problem)
+    return None, problems
+
+
+@torch.no_grad()
+def load(saved: Saved, path: Path) -> dict[str, Any]:
+    """Load a verified checkpoint into a new student, after its teacher is built. All ranks must call it.
+
+    Returns:
+        The plain values that were saved as `progress`.
+
+    Raises:
+        UserError: in all ranks, if it is of another model, or has no optimizer state.
+    """
+    apply_workarounds()
+    student = saved.student
+    fill_empty_states(student.optimizer)
+    common = dist_checkpointing.load_common_state_dict(str(path))
+    if not common["with_optimizer"]:
+        raise UserError(f"resume = {path}: it has no optimizer state (output.save_optim = false); start with init_from")
+    same_layout = common["layout"] == layout_of(student.mesh)
+    wanted = saved.to_read(same_layout=same_layout)
+    problem, found = None, {}
+    try:
+        found = dist_checkpointing.load(wanted, str(path))
+    except Exception as error:
+        problem = f"{path}: can't be loaded into this model ({type(error).__name__}: {str(error).splitlines()[0]})"
+    raise_together(problem)
+    _load_model(saved, found["model"])
+    student.optimizer.load_state_dict(found["optimizer"])
+    separate_steps(student.optimizer)
+    student.scheduler.num_steps = 0  # its load_state_dict adds
+    student.scheduler.load_state_dict(common["scheduler"])
+    if saved.average is not None:
+        for index, shard in saved.average_state(saved.model_state()).items():
+            shard.data.copy_(found["average"][index])
+    if same_layout:
+        set_random_states(found["random"])
+    return common["progress"]
+
+
+def _load_model(saved: Saved, state: dict[str, Any]) -> None:
+    for index, chunk in enumerate(saved.student.model.chunks):
+        chunk.load_state_dict(state[f"model{index}"], strict=True)

@@ -1,0 +1,94 @@
+"""What a checkpoint holds of a run, as Megatron's sharded state dict."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+from megatron_gkd.runtime import portability
+from megatron_gkd.runtime.mesh import Mesh
+from megatron_gkd.teachers.self_weights import AverageWeights
+from megatron_gkd.training.student import Student
+
+FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The parts of a run whose tensors are saved.
+
+    Attributes:
+        average: the moving average of a self-teacher; None without one.
+        with_optimizer: recipe key `output.save_optim`.
+    """
+
+    student: Student
+    average: AverageWeights | None = None
+    with_optimizer: bool = True
+
+    def to_write(self, progress: dict[str, Any]) -> dict[str, Any]:
+        """Return the sharded state dict to save. `progress`: plain values, the same on all ranks."""
+        return self._tensors(is_loading=False, same_layout=True) | {
+            "progress": progress,
+            "scheduler": self.student.scheduler.state_dict(),
+            "layout": layout_of(self.student.mesh),
+            "with_optimizer": self.with_optimizer,
+        }
+
+    def to_read(self, *, same_layout: bool) -> dict[str, Any]:
+        """Return the sharded state dict to load into."""
+        return self._tensors(is_loading=True, same_layout=same_layout)
+
+    def _tensors(self, *, is_loading: bool, same_layout: bool) -> dict[str, Any]:
+        model = self.model_state()
+        state: dict[str, Any] = {"model": model}
+        if self.with_optimizer:
+            state["optimizer"] = self.student.optimizer.sharded_state_dict(
+                model, is_loading=is_loading, metadata=dict(FORMAT)
+            )
+        if self.average is not None:
+            state["average"] = self.average_state(model)
+        if same_layout:
+            state["random"] = ShardedObject("random", random_states(), (dist.get_world_size(),), (dist.get_rank(),))
+        return state
+
+    def model_state(self) -> dict[str, Any]:
+        student = self.student
+        student.gather_parameters()
+        with student.mesh.virtual_stages(student.model.config.virtual_pipeline_model_parallel_size):
+            return {f"model{index}": chunk.sharded_state_dict() for index, chunk in enumerate(student.model.chunks)}
+
+    def average_state(self, model: dict[str, Any]) -> dict[int, Any]:
+        """Return the average in fp32, sharded as the parameters that it is of."""
+        held = self.average.by_parameter()
+        shards = [shard for shard in nested_values(model) if torch.is_tensor(shard.data) and shard.data in held]
+        return {
+            index: replace(shard, key=f"average.{shard.key}", data=held[shard.data], dtype=torch.float32)
+            for index, shard in enumerate(shards)
+        }
+
+
+def random_states() -> dict[str, Any]:
+    """Return all random states of this rank."""
+    return {
+        "torch": torch.get_rng_state(),
+        "tracker": get_cuda_rng_tracker().get_states(),
+        "device": portability.random_state(),
+    }
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    portability.set_random_state(states["device"])
+    get_cuda_rng_tracker().set_states(states["tracker"])
+
+
+def layout_of(mesh: Mesh) -> list:
+    """Return what decides how tensors and random states are spread over the ranks."""
+    return [dist.get_world_size(), *vars(mesh.layout).values()]

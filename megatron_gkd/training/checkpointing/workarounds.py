@@ -1,0 +1,97 @@
+"""Workarounds for defects of Megatron-Core's distributed optimizer in checkpoints (seen in 0.16.1; read in 0.19.2).
+
+Two of them are silent: without the repair a run goes on with a wrong optimizer state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor
+
+_MARK = "_megatron_gkd_repaired"
+
+
+def apply_workarounds() -> None:
+    """Repair the class. Idempotent."""
+    if getattr(DistributedOptimizer, _MARK, False):
+        return
+    setattr(DistributedOptimizer, _MARK, True)
+    _keep_own_step()
+    _restore_bucket_padding()
+
+
+def adam_states(optimizer: MegatronOptimizer) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """Yield the parameters of torch's Adam with their states. Other implementations have no `step` to a parameter."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        adam = getattr(part, "optimizer", None)
+        if isinstance(adam, torch.optim.Adam | torch.optim.AdamW):
+            yield from ((p, adam.state[p]) for group in adam.param_groups for p in group["params"])
+
+
+def fill_empty_states(optimizer: MegatronOptimizer) -> None:
+    """Give parameters that were never updated a state: `DistributedOptimizer.state_dict` asserts that there is one."""
+    for parameter, state in adam_states(optimizer):
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            state |= {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+
+
+def separate_steps(optimizer: MegatronOptimizer) -> None:
+    """Give each parameter a `step` of its own.
+
+    `load_state_dict` puts one tensor into all states, and torch's Adam would then count it once for every parameter.
+    """
+    for _, state in adam_states(optimizer):
+        state["step"] = state["step"].clone()
+
+
+def _keep_own_step() -> None:
+    """Loading sets `step` from tensors that have none (fully_reshardable: KeyError)."""
+    original = DistributedOptimizer._set_main_param_and_optimizer_states
+
+    def with_own_step(self, parameter, tensors):
+        own = self._get_main_param_and_optimizer_states(parameter)
+        original(self, parameter, {**tensors, **{name: value for name, value in own.items() if name == "step"}})
+
+    DistributedOptimizer._set_main_param_and_optimizer_states = with_own_step
+
+
+def _restore_bucket_padding() -> None:
+    """Saving gathers buffers without the padding between buckets, and then looks parameters up as if it were there.
+
+    Moments and master weights are shifted wherever a buffer has several padded buckets.
+    """
+    gather = DistributedOptimizer.get_parameter_state_dp_zero
+    sharded = DistributedOptimizer.sharded_param_state_fully_reshardable
+
+    def padded(self, **options):
+        state = gather(self, **options)
+        if state is None:
+            return None
+        for index, buffer in enumerate(self.buffers):
+            for tensors in state[index].values():
+                for name in ("param", "exp_avg", "exp_avg_sq"):
+                    tensors[name] = _with_padding(tensors[name], buffer)
+        return state
+
+    def repaired(self, *args, **kwargs):
+        self.get_parameter_state_dp_zero = lambda **options: padded(self, **options)
+        try:
+            return sharded(self, *args, **kwargs)
+        finally:
+            del self.get_parameter_state_dp_zero
+
+    DistributedOptimizer.sharded_param_state_fully_reshardable = repaired
+
+
+def _with_padding(packed: Tensor, buffer) -> Tensor:
+    whole, start = torch.zeros(buffer.numel, dtype=packed.dtype), 0
+    for bucket in buffer.buckets:
+        end = start + bucket.numel_unpadded
+        whole[bucket.offset : bucket.offset + end - start] = packed[start:end]
+        start = end
+    return whole
