@@ -139,7 +139,6 @@ class TEGroupedLinear(nn.Module):
         ]
         return torch.cat(outputs), None
 
-
     def _sharded_state_dict(self, axes: dict[str, int], prefix: str, sharded_offsets: tuple, metadata: dict) -> dict:
         """Return the experts as slices of one tensor, as Megatron's class of this name does.
 

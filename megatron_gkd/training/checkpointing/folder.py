@@ -13,10 +13,13 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from megatron_gkd.errors import UserError
 from megatron_gkd.runtime.disk import flush
 
 MANIFEST = "manifest.json"
+RUN = "run.json"
 _UNFINISHED = ".unfinished"
 _STEP = re.compile(r"step-(\d+)")
 
@@ -46,11 +49,12 @@ class CheckpointFolder:
         steps = self.steps()
         return self.final(steps[-1]) if steps else None
 
-    def prepare(self, step: int) -> Path:
-        """Return an empty folder to write the checkpoint of `step` into."""
+    def prepare(self, step: int, run: dict[str, Any]) -> Path:
+        """Make a folder for the checkpoint of `step`, with `run`, plain values, as ``run.json`` in it."""
         folder = self.unfinished(step)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
+        (folder / RUN).write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
         return folder
 
     def publish(self, step: int, digests: dict[str, list]) -> Path:
@@ -85,6 +89,14 @@ class CheckpointFolder:
             shutil.rmtree(doomed, ignore_errors=True)
             path.rename(doomed)
             shutil.rmtree(doomed)
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """Return the plain values that a checkpoint was saved with. UserError if they can't be read."""
+    try:
+        return json.loads((path / RUN).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path / RUN}: can't be read ({error})") from error
 
 
 def digest(path: Path) -> list:

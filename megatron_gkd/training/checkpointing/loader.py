@@ -11,7 +11,7 @@ from megatron.core import dist_checkpointing
 
 from megatron_gkd.errors import UserError
 from megatron_gkd.runtime.agreement import first_problem, raise_together
-from megatron_gkd.training.checkpointing.folder import CheckpointFolder, find_damage
+from megatron_gkd.training.checkpointing.folder import CheckpointFolder, find_damage, read_run
 from megatron_gkd.training.checkpointing.state import Saved, layout_of, set_random_states
 from megatron_gkd.training.checkpointing.workarounds import apply_workarounds, fill_empty_states, separate_steps
 
@@ -33,11 +33,10 @@ def newest_intact(folder: CheckpointFolder) -> tuple[Path | None, list[str]]:
 
 
 @torch.no_grad()
-def load(saved: Saved, path: Path) -> dict[str, Any]:
+def load(saved: Saved, path: Path, step: int) -> None:
     """Load a verified checkpoint into a new student, after its teacher is built. All ranks must call it.
 
-    Returns:
-        The plain values that were saved as `progress`.
+    step: that it was saved after.
 
     Raises:
         UserError: in all ranks, if it is of another model, or has no optimizer state.
@@ -45,10 +44,10 @@ def load(saved: Saved, path: Path) -> dict[str, Any]:
     apply_workarounds()
     student = saved.student
     fill_empty_states(student.optimizer)
-    common = dist_checkpointing.load_common_state_dict(str(path))
-    if not common["with_optimizer"]:
-        raise UserError(f"resume = {path}: it has no optimizer state (output.save_optim = false); start with init_from")
-    same_layout = common["layout"] == layout_of(student.mesh)
+    run = read_run(path)
+    if not run["with_optimizer"]:
+        raise UserError(f"train.resume: {path} has no optimizer state (output.save_optim = false); use train.init_from")
+    same_layout = run["layout"] == layout_of(student.mesh)
     wanted = saved.to_read(same_layout=same_layout)
     problem, found = None, {}
     try:
@@ -59,14 +58,13 @@ def load(saved: Saved, path: Path) -> dict[str, Any]:
     _load_model(saved, found["model"])
     student.optimizer.load_state_dict(found["optimizer"])
     separate_steps(student.optimizer)
-    student.scheduler.num_steps = 0  # its load_state_dict adds
-    student.scheduler.load_state_dict(common["scheduler"])
+    student.scheduler.num_steps = 0
+    student.scheduler.step(step)
     if saved.average is not None:
         for index, shard in saved.average_state(saved.model_state()).items():
             shard.data.copy_(found["average"][index])
     if same_layout:
         set_random_states(found["random"])
-    return common["progress"]
 
 
 def _load_model(saved: Saved, state: dict[str, Any]) -> None:

@@ -65,8 +65,10 @@ class Saver:
         self.report, self.seconds = report, seconds
         self._write: _Write | None = None
 
-    def save(self, step: int, state: dict[str, Any]) -> bool:
-        """Save `state`, a sharded state dict, as that of `step`. Waits for a save that is under way.
+    def save(self, step: int, state: dict[str, Any], run: dict[str, Any]) -> bool:
+        """Save `state`, a sharded state dict, and `run`, plain values, as those of `step`.
+
+        Waits for a save that is under way.
 
         Returns:
             False if it failed, which was reported: training can go on.
@@ -75,7 +77,7 @@ class Saver:
         problem = None
         if dist.get_rank() == 0:
             try:
-                self.folder.prepare(step)
+                self.folder.prepare(step, run)
             except OSError as error:
                 problem = str(error)
         problem = first_problem(problem)
@@ -189,5 +191,3 @@ def _one_line(error: BaseException) -> str:
         error = error.__cause__
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[-1]
-
-

@@ -32,14 +32,13 @@ class Saved:
     average: AverageWeights | None = None
     with_optimizer: bool = True
 
-    def to_write(self, progress: dict[str, Any]) -> dict[str, Any]:
-        """Return the sharded state dict to save. `progress`: plain values, the same on all ranks."""
-        return self._tensors(is_loading=False, same_layout=True) | {
-            "progress": progress,
-            "scheduler": self.student.scheduler.state_dict(),
-            "layout": layout_of(self.student.mesh),
-            "with_optimizer": self.with_optimizer,
-        }
+    def to_write(self) -> dict[str, Any]:
+        """Return the sharded state dict to save."""
+        return self._tensors(is_loading=False, same_layout=True)
+
+    def description(self) -> dict[str, Any]:
+        """Return what loading has to know of it, for ``run.json``."""
+        return {"layout": layout_of(self.student.mesh), "with_optimizer": self.with_optimizer}
 
     def to_read(self, *, same_layout: bool) -> dict[str, Any]:
         """Return the sharded state dict to load into."""
