@@ -131,7 +131,7 @@ class DistillSection(Section):
     lmbda_granularity: Literal["step", "row"] = Field(
         "step", description="lmbda decides once for a global batch, or for each of its rows"
     )
-    temperature: float = Field(0.9, gt=0, description="divides both models' logits before the divergence")
+    temperature: float = Field(0.9, ge=1e-2, le=1e3, description="divides both models' logits before the divergence")
     sft_alpha: float = Field(0.0, ge=0, description="weight of the cross-entropy on dataset rows beside the divergence")
     gkd_logits_topk: int | None = Field(
         None, ge=1, description="compare the teacher's most likely tokens only, this many; null: the whole vocabulary"
@@ -152,7 +152,9 @@ class RolloutSection(Section):
         "vllm_server: vLLM servers that run already",
     )
     max_completion_length: int = Field(512, ge=1, description="most tokens of a completion, within data.max_length")
-    rollout_temperature: float = Field(1.0, gt=0, description="divides the logits that tokens are drawn from")
+    rollout_temperature: float = Field(
+        1.0, ge=1e-2, le=1e3, description="divides the logits that tokens are drawn from"
+    )
     top_k: int | None = Field(None, ge=1, description="draw from that many most likely tokens only; null: from all")
     top_p: float = Field(1.0, gt=0, le=1, description="draw from the most likely tokens of this mass only")
     stop_token_ids: Annotated[tuple[TokenId, ...], BeforeValidator(_as_sequence)] = Field(

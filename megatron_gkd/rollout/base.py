@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -11,6 +10,9 @@ from typing import Literal, Protocol, runtime_checkable
 from torch import Tensor
 
 from megatron_gkd.errors import ServiceFailed
+
+# vLLM raises lower temperatures to 0.01. Above the highest, logits of ordinary size differ by rounding errors only.
+TEMPERATURES = (1e-2, 1e3)
 
 
 class RolloutFailed(ServiceFailed):
@@ -23,7 +25,7 @@ class Sampling:
 
     Attributes:
         max_completion_length: most tokens of a completion, its EOS included.
-        temperature: divides the logits; 0 takes the most likely token.
+        temperature: divides the logits, from 0.01 to 1000; 0 takes the most likely token.
         top_k: only that many most likely tokens may be drawn; 0 or None: all.
         top_p: only the smallest set of most likely tokens with at least that mass may be drawn; 1: all.
         stop_token_ids: tokens that end a completion, beside the model's EOS.
@@ -45,8 +47,10 @@ class Sampling:
     def __post_init__(self):
         if self.max_completion_length < 1:
             raise ValueError(f"max_completion_length is {self.max_completion_length}; it must be at least 1")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or a positive number")
+        lowest, highest = TEMPERATURES
+        if not (self.temperature == 0 or lowest <= self.temperature <= highest):
+            allowed = f"0 (greedy) or in [{lowest:g}, {highest:g}]"
+            raise ValueError(f"temperature is {self.temperature}; it must be {allowed}")
         if self.top_k is not None and self.top_k < 0:
             raise ValueError(f"top_k is {self.top_k}; it must be a positive number, or 0 or None for all tokens")
         if not 0 < self.top_p <= 1:

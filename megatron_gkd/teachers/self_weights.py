@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from megatron_gkd.models.host_memory import HostTensors
 from megatron_gkd.models.megatron_model import MegatronModel
 from megatron_gkd.runtime import portability
 
@@ -61,8 +62,8 @@ class InitialWeights:
             for index, chunk in enumerate(model.chunks)
             for name, parameter in chunk.named_parameters()
         }
-        self._held = _host_memory(self._parameters, dtype)
-        self._outside = _host_memory(self._parameters)
+        self._held = HostTensors(self._parameters, dtype)
+        self._outside = HostTensors(self._parameters)
         self._head = model.head_weight
         self.head_weight = None if self._head is None else self._head.detach().clone()
         self._store(self._held)
@@ -83,13 +84,13 @@ class InitialWeights:
     def after_update(self) -> None:
         """Nothing to do."""
 
-    def _store(self, memory: Mapping[str, Tensor]) -> None:
+    def _store(self, memory: HostTensors) -> None:
         for name, parameter in self._parameters.items():
-            memory[name].copy_(parameter.data, non_blocking=True)
+            memory.write(name, parameter.data)
 
-    def _load(self, memory: Mapping[str, Tensor]) -> None:
+    def _load(self, memory: HostTensors) -> None:
         for name, parameter in self._parameters.items():
-            parameter.data.copy_(memory[name].to(parameter.device, non_blocking=True))
+            parameter.data.copy_(memory.read(name, parameter.device))
 
 
 class AverageWeights(InitialWeights):
@@ -106,34 +107,20 @@ class AverageWeights(InitialWeights):
     def after_update(self) -> None:
         self._complete()
         for name, parameter in self._parameters.items():
-            average = self._held[name].to(parameter.device, non_blocking=True)
+            average = self._held.read(name, parameter.device)
             average.lerp_(parameter.data.float(), 1 - self.decay)
-            self._held[name].copy_(average, non_blocking=True)
+            self._held.write(name, average)
 
     def state_dict(self) -> dict[str, Tensor]:
         """This rank's share of the average, fp32 on the host, by the parameters' names; a copy."""
         portability.synchronize()
-        return {name: value.clone() for name, value in self._held.items()}
+        return {name: self._held.read(name, torch.device("cpu")) for name in self._parameters}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Takes over what `state_dict` gave under the same layout. ValueError for other names or shapes."""
         shapes = {name: value.shape for name, value in state.items()}
-        if shapes != {name: value.shape for name, value in self._held.items()}:
+        if shapes != {name: parameter.shape for name, parameter in self._parameters.items()}:
             raise ValueError("the state is of another model or another layout")
         portability.synchronize()
         for name, value in state.items():
-            self._held[name].copy_(value)
-
-
-def _host_memory(parameters: Mapping[str, nn.Parameter], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Room for every parameter; those of one type share one page-locked buffer."""
-    by_dtype: dict[torch.dtype, list[str]] = {}
-    for name, parameter in parameters.items():
-        by_dtype.setdefault(dtype or parameter.dtype, []).append(name)
-    memory: dict[str, Tensor] = {}
-    for kind, names in by_dtype.items():
-        sizes = [parameters[name].numel() for name in names]
-        flat = portability.pinned_empty_like(torch.empty(sum(sizes), dtype=kind, device="meta"))
-        for name, part in zip(names, flat.split(sizes), strict=True):
-            memory[name] = part.view(parameters[name].shape)
-    return memory
+            self._held.write(name, value)

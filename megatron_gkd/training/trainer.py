@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from megatron_gkd.data.loader import StepLoader
@@ -14,7 +14,7 @@ from megatron_gkd.errors import RunStopped, UserError
 from megatron_gkd.models.export import export_checkpoint
 from megatron_gkd.runtime import portability
 from megatron_gkd.runtime.agreement import FailureMeeting, raise_together
-from megatron_gkd.teachers.base import FollowsStudent, TeacherSignal, TeacherSource
+from megatron_gkd.teachers.base import FollowsStudent, ReadOnce, TeacherSignal, TeacherSource
 from megatron_gkd.training.ahead import announce_ahead
 from megatron_gkd.training.bad_steps import BadSteps
 from megatron_gkd.training.completions import Completions
@@ -178,11 +178,11 @@ class Trainer:
                 totals[name] = totals.get(name, 0.0) + value
         self.reporter.validation({"step": step, **summarize(totals, has_teacher=self.teacher is not None)})
 
-    def score(self, microbatches: list[Microbatch]) -> list[TeacherSignal | None]:
+    def score(self, microbatches: list[Microbatch]) -> Sequence[TeacherSignal | None]:
         if self.teacher is None:
             return [None] * len(microbatches)
         with self.teacher.resident():
-            return self.teacher.score(microbatches)
+            return ReadOnce(self.teacher.score(microbatches))
 
     def export(self, directory: Path) -> Path:
         self.student.gather_parameters()

@@ -133,7 +133,9 @@ def score_between_steps(rank, world_size, student, changes):
         with teacher.resident():
             signals = teacher.score(microbatches)
             records.append(([parameter.detach().clone() for parameter in parameters], expected))
-        assert not any(signal.states.requires_grad or signal.head_weight.requires_grad for signal in signals if signal)
+        assert not any(
+            signal.states.shard.requires_grad or signal.head_weight.requires_grad for signal in signals if signal
+        )
         assert modes == [module.training for module in modules] and any(modes)
         assert all(torch.equal(a, b) for a, b in zip(before, state_of(student), strict=True))
     destroy_mesh()

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from checkpoints import tiny_checkpoint
@@ -31,6 +33,40 @@ def train_on_an_infinite_teacher(rank, world_size, model, directory):
 def test_a_loss_that_is_not_finite_ends_the_run_on_every_rank_before_the_update(gloo_world, tmp_path):
     model = tiny_checkpoint("qwen3", seed=2)
     assert gloo_world(2).run(train_on_an_infinite_teacher, model, tmp_path) == [True, True]
+
+
+def signals_at_each_microbatch(rank, world_size, model, directory):
+    """How many signals of the step there still are when the loss of each microbatch is computed, and after the step."""
+    from megatron_gkd.runtime.mesh import destroy_mesh
+    from megatron_gkd.training.trainer import Trainer
+
+    mesh, student, teacher, batches = build(model, model, {})
+    score, objective = teacher.score, student.objective
+    scored, left = [], []
+
+    def keep(microbatches):
+        scored[:] = score(microbatches)
+        return scored
+
+    def count(*args):
+        left.append(sum(signal is not None for signal in scored))
+        return objective(*args)
+
+    count.vocab_size = objective.vocab_size
+    teacher.score, student.objective = keep, count
+    reporter = SimpleNamespace(step=lambda record: None)
+    exports = Exports(directory)
+    trainer = Trainer(student, teacher, batches, None, reporter, train_iters=3, eval_interval=None, exports=exports)
+    microbatches = next(iter(batches))
+    trainer.train_step(1, microbatches)
+    destroy_mesh()
+    return left, len(microbatches)
+
+
+def test_the_signal_of_a_finished_microbatch_takes_no_memory(gloo_world, tmp_path):
+    model = tiny_checkpoint("qwen3", seed=2)
+    ((left, count),) = gloo_world(1).run(signals_at_each_microbatch, model, tmp_path)
+    assert count > 1 and left == list(reversed(range(count)))
 
 
 def train_until_the_teacher_is_gone(rank, world_size, model, directory, scorings):
