@@ -6,8 +6,9 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from megatron_gkd.rollout.vllm_client import Patience, ServedModel, StudentServer
+from megatron_gkd.rollout.vllm_client import Patience, StudentServer
 from megatron_gkd.rollout.vllm_server import VllmServerEngine
+from megatron_gkd.runtime.servers import ServedModel
 
 _LABEL = "as it was started"
 
@@ -16,7 +17,9 @@ class ServerAsStarted(StudentServer):
     """One of them."""
 
     def _hello(self, max_length: int, transfer_backend: str | None) -> ServedModel:
-        return self._served_model(max_length)
+        model = self._served_model(max_length)
+        self.require_running()
+        return model
 
     def _be_current(self, patience: Patience) -> str:
         self.label = _LABEL
