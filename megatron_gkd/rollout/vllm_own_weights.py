@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
@@ -36,6 +36,9 @@ class OwnWeightsEngine(VllmServerEngine):
 
     def _build_sync(self) -> None:
         return None
+
+    def _hand_over(self) -> Callable[[StudentServer], None]:
+        return lambda server: None  # there is nothing to give
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Leaves `named_tensors` alone, on every rank."""

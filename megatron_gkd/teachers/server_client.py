@@ -118,6 +118,15 @@ class TeacherServer(Server):
         with suppress(ServerDown):
             self._require_same_model(self.score(self._known_prompt))
 
+    def verify(self, patience: float) -> None:
+        """As `check`, but a server that is down is waited for, for `patience` seconds."""
+        bearing = Patience(patience)
+        while True:
+            try:
+                return self._require_same_model(self.score(self._known_prompt))
+            except ServerDown as error:
+                bearing.wait(error)
+
     def _handshake(self) -> Identity:
         model = self.served_model()
         self._name, needed = model.name, self.requirements.max_length
