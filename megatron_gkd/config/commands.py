@@ -118,7 +118,9 @@ SCORES = CommandChecks(
     extra=(Check(teacher_checks.LEAVES, _score_has_teachers), Check(("gkd_logits_topk",), _score_has_k)),
     left_out=_WITHOUT_CACHES,
 )
-STUDENT_GENERATES = CommandChecks(left_out=_WITHOUT_CACHES)
+# Nothing is scored: no log-probabilities of a teacher's server are needed.
+_WITHOUT_SCORES = (*_WITHOUT_CACHES, teacher_checks.servers_tell_enough)
+STUDENT_GENERATES = CommandChecks(left_out=_WITHOUT_SCORES)
 TEACHER_GENERATES = CommandChecks(
-    extra=(Check(teacher_checks.LEAVES, _generate_has_a_teacher),), left_out=_WITHOUT_CACHES
+    extra=(Check(teacher_checks.LEAVES, _generate_has_a_teacher),), left_out=_WITHOUT_SCORES
 )

@@ -70,6 +70,9 @@ class OneTeacher(Section):
     teacher_server_patience_s: float = Field(
         300.0, ge=0, description="server: how long servers may be gone before the run stops, in seconds"
     )
+    teacher_server_check_interval: int = Field(
+        10, ge=1, description="server: steps between checks, by a known prompt, that each server still has its model"
+    )
     cache: PathText | None = Field(
         None,
         description="folder of what the teacher says of each row, by `megatron-gkd score`; a teacher beside it judges "

@@ -86,6 +86,7 @@ class VllmProcess:
             # It would destroy the world's process group, which is the trainer's.
             core.cleanup_dist_env_and_memory = lambda *args, **kwargs: None
             if self.on_host:
+                require_head_dim(checkpoint, _head_dims_on_cpus())
                 _communicate_by_gloo()
             try:
                 self.llm = LLM(
@@ -162,6 +163,30 @@ class VllmProcess:
             portability.empty_cache()  # vLLM maps memory by itself, and torch's cache is none of it
             with _guest():
                 self.llm.wake_up(tags=list(parts))
+
+
+def require_head_dim(checkpoint: Checkpoint, allowed: Sequence[int]) -> None:
+    """Raise UserError if attention heads of the checkpoint's size are not `allowed`; nothing is checked if none is.
+
+    vLLM itself finds out at the first sample.
+    """
+    config = checkpoint.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if allowed and head_dim not in allowed:
+        raise UserError(
+            f"{checkpoint.path}: head_dim = {head_dim}: vLLM can't serve this on CPUs; allowed are "
+            f"{', '.join(map(str, allowed))}; use rollout.engine = megatron, or another model"
+        )
+
+
+def _head_dims_on_cpus() -> list[int]:
+    """Return the sizes of attention heads that vLLM's CPU backend has kernels for; none where this vLLM hides them."""
+    try:
+        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+        return CPUAttentionBackend.get_supported_head_sizes()
+    except (ImportError, AttributeError):  # it has moved
+        return []
 
 
 def _communicate_by_gloo() -> None:

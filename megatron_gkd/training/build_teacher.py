@@ -169,6 +169,8 @@ def _server(recipe: Recipe, mesh: Mesh, student: Student | Checkpoint, teacher: 
         concurrency=teacher.teacher_server_concurrency,
         timeout=teacher.teacher_server_timeout_s,
         patience=teacher.teacher_server_patience_s,
+        # A cache outlives the run: nothing is written that was not checked.
+        check_interval=teacher.teacher_server_check_interval if isinstance(student, Student) else 1,
     )
     checkpoint = _checkpoint_of(student)
     vocab_size = student.objective.vocab_size if isinstance(student, Student) else checkpoint.vocab_size

@@ -97,13 +97,14 @@ class Trainer:
     def train_step(self, step: int, microbatches: list[Microbatch] | None) -> None:
         """One step, counted from 1. Without microbatches the student samples them."""
         start = time.perf_counter()
-        sampled, sync_time = None, 0.0
+        sampled, sync_time, probed = None, 0.0, None
         if microbatches is None:
             if not self.rollouts.has_begun(step - 1):
                 sync_time += self.rollouts.load_weights(self.student, step - 1)
             microbatches, sampled = self.rollouts.microbatches(step - 1)
         if self.rollouts is not None and self.rollouts.is_early(step):  # the next one: `rollouts` counts from 0
             sync_time += self.rollouts.load_weights(self.student, step - 1)
+            probed = self.rollouts.probe_mismatch(self.student, step)
             self.rollouts.begin(step)
         rolled_out = time.perf_counter()
         microbatches = [microbatch.to(portability.device()) for microbatch in microbatches]
@@ -130,6 +131,8 @@ class Trainer:
             "teacher_time_s": scored - rolled_out,
             "step_time_s": time.perf_counter() - start,
         }
+        if probed is not None and record.get("mismatch_kl") is None:
+            record["mismatch_kl"] = probed
         completions = None
         if sampled is not None and self.completions is not None:
             completions = self.completions.of_step(step, sampled, microbatches, self.student.token_divergence)

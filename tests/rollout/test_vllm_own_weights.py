@@ -30,8 +30,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         self.server.asked.add(self.path)
-        card = {"id": "big", "max_model_len": 64}
-        self.answer({"data": [card]} if self.path == "/v1/models" else None)
+        answers = {"/v1/models": {"data": [{"id": "big", "max_model_len": 64}]}}
+        if self.server.is_paused is not None:  # an ordinary server has no such route
+            answers["/is_paused"] = {"is_paused": self.server.is_paused}
+        self.answer(answers.get(self.path))
 
     def do_POST(self):
         self.server.asked.add(self.path)
@@ -50,7 +52,7 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.asked, server.url = set(), f"http://127.0.0.1:{server.server_address[1]}"
+    server.asked, server.is_paused, server.url = set(), None, f"http://127.0.0.1:{server.server_address[1]}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -75,9 +77,17 @@ def test_every_rank_of_a_replica_has_the_answers(gloo_world, server):
     for completions in ranks:
         assert [one.token_ids for one in completions] == [[*prompt, EOS][:6] for prompt in REQUEST.prompts]
         assert [one.finish_reason for one in completions] == ["stop", "stop", "stop", "length"]
-    assert server.asked == {"/v1/models", "/v1/completions"}
+    assert server.asked == {"/v1/models", "/is_paused", "/v1/completions"}
 
 
 def test_a_server_of_shorter_sequences_is_refused(gloo_world, server):
     with pytest.raises(UserError, match="up to 64 tokens, fewer than data.max_length = 65"):
         gloo_world(1).run(completions_of, {}, server.url, 65)
+
+
+def test_a_server_that_is_paused_is_refused_instead_of_waited_for(gloo_world, server):
+    server.is_paused = True
+    with pytest.raises(UserError, match=f"{server.url}: generation is paused; resume it"):
+        gloo_world(1).run(completions_of, {}, server.url, 64)
+    server.is_paused = False
+    assert len(gloo_world(1).run(completions_of, {}, server.url, 64)[0]) == 4
