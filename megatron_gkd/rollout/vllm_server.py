@@ -26,7 +26,7 @@ from megatron_gkd.rollout import vllm_weights
 from megatron_gkd.rollout.background import each, in_background
 from megatron_gkd.rollout.base import Completion, OnCompletion, RolloutFailed, Sampling, check_prompts
 from megatron_gkd.rollout.vllm_client import ServedModel, StudentServer, Weights
-from megatron_gkd.rollout.vllm_weights import WeightFolder, tensor_shapes
+from megatron_gkd.rollout.vllm_weights import WeightFolder
 from megatron_gkd.rollout.weight_transfer import Keeper, WeightTransfer, wait_for_first_rank
 from megatron_gkd.runtime.agreement import raise_together
 from megatron_gkd.runtime.mesh import Mesh
@@ -89,7 +89,7 @@ class VllmServerEngine:
 
     def _build_sync(self) -> WeightFolder | WeightTransfer:
         optional = ("lm_head.weight",) if self.checkpoint.config.tie_word_embeddings else ()
-        expected = tensor_shapes(self.checkpoint.path)
+        expected = self.checkpoint.shapes
         if self.options.weight_sync == "folder":
             return WeightFolder(self.options.weight_sync_dir, expected, optional)
         return WeightTransfer(self.options.weight_sync, expected, optional, self.options.timeout)
