@@ -25,6 +25,7 @@ from megatron_gkd.models.checkpoint import Checkpoint
 from megatron_gkd.rollout import vllm_weights
 from megatron_gkd.rollout.background import each, in_background
 from megatron_gkd.rollout.base import Completion, OnCompletion, RolloutFailed, Sampling, check_prompts
+from megatron_gkd.rollout.logit_bias import logit_bias
 from megatron_gkd.rollout.vllm_client import ServedModel, StudentServer, Weights
 from megatron_gkd.rollout.vllm_weights import WeightFolder
 from megatron_gkd.rollout.weight_transfer import Keeper, WeightTransfer, wait_for_first_rank
@@ -173,6 +174,7 @@ class VllmServerEngine:
     def _request(self, model: ServedModel, prompt: Sequence[int], sampling: Sampling, seed: int) -> dict[str, Any]:
         """To /v1/completions. It names what a server would otherwise take from the model's generation_config.json."""
         eos = () if sampling.ignore_eos else self.checkpoint.eos_token_ids
+        bias = logit_bias(sampling, self.checkpoint.vocab_size)
         return {
             "model": model.name,
             "prompt": list(prompt),
@@ -192,7 +194,7 @@ class VllmServerEngine:
             "skip_special_tokens": False,  # a stop string may be of such tokens
             "logprobs": 0,  # of the sampled token alone
             "return_token_ids": True,
-        }
+        } | ({} if bias is None else {"logit_bias": bias})
 
     def _completion(self, choice: dict[str, Any], request: dict[str, Any], version: int) -> Completion:
         token_ids = choice["token_ids"]

@@ -39,6 +39,8 @@ def describe_rollouts(
 
     `mismatch_kl` estimates, in nats a token, how far the engine's distribution is from the trainer's: the mean of
     ln p_engine - ln p_trainer over the sampled tokens, both at temperature 1. It is near 0 where both compute the same.
+    The trainer's probabilities are over the ids that student and teacher share. vLLM's are over all of the student's:
+    there `mismatch_kl` contains the logarithm of the share of the student's mass that is on shared ids.
     """
     tokens = totals["tokens"] - totals["dataset_tokens"]
     known = tokens and not totals["dropped_tokens"]  # the engine's sum is over all of them

@@ -24,6 +24,7 @@ from megatron_gkd.rollout.base import (
     RolloutEngine,
     RolloutFailed,
     Sampling,
+    check_completions,
 )
 
 if TYPE_CHECKING:
@@ -232,6 +233,7 @@ class Rollouts:
         everything: list[list] = [[] for _ in range(self.dp.size())]
         dist.all_gather_object(everything, found, group=self.dp)
         together = {position: completion for part in everything for position, completion in part}
+        check_completions(together.values(), self.sampling.vocab_size)
         for completion in together.values():
             if not step - self.steps_ahead <= completion.version <= step:
                 raise RolloutFailed(
