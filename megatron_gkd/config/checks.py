@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_gkd.config import cache_checks, model_checks, teacher_checks
+from megatron_gkd.config import cache_checks, model_checks, output_checks, teacher_checks
 from megatron_gkd.config.schema import Recipe
 
 LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
@@ -275,6 +275,11 @@ CHECKS = (
     Check(("val_dataset",), _val_dataset_exists, needs_files=True),
     Check(("external_plugins",), _plugins_exist, needs_files=True),
     Check(("output_dir",), _output_is_writable, needs_files=True),
+    Check(
+        ("output_dir", "model", *teacher_checks.LEAVES, "dataset", "val_dataset"),
+        output_checks.sources_are_kept,
+        needs_files=True,
+    ),
     Check(("model",), model_checks.student_is_readable, needs_files=True),
     Check(teacher_checks.LEAVES, model_checks.teachers_are_readable, needs_files=True),
     Check(

@@ -334,7 +334,7 @@ class OutputSection(Section):
     save_interval: int | None = Field(None, ge=1, description="steps between Hugging Face exports; null: only the last")
     log_interval: int = Field(1, ge=1, description="steps between two lines of progress where there is no terminal")
     tensorboard: bool = Field(True, description="write TensorBoard events beside metrics.jsonl")
-    save_total_limit: int | None = Field(None, ge=1, description="newest step exports to keep; null: all")
+    save_total_limit: int | None = Field(None, ge=1, description="newest step exports of this run to keep; null: all")
     log_completions: bool = Field(
         False, description="write what the student says, with the divergence of each token, to completions.jsonl"
     )
