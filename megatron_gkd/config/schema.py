@@ -317,7 +317,11 @@ class TrainSection(Section):
     dtype: Literal["bf16", "fp32"] = Field(
         "bf16", description="type of weights and activations; the optimizer has fp32"
     )
-    attn: Literal["auto", "flash", "fused", "unfused", "sdpa"] = Field("auto", description="attention implementation")
+    attn: Literal["auto", "flash", "fused", "sdpa"] = Field(
+        "auto",
+        description="attention: flash and fused are Transformer Engine's, for bf16 on GPUs; sdpa is torch's; auto: one "
+        "of Transformer Engine's where it is installed and dtype is bf16, else sdpa",
+    )
     moe_aux_loss_coeff: float | None = Field(
         None, ge=0, description="weight of the experts' load-balancing loss; null: the checkpoint's own"
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from mcore_bridge import ModelConfig, get_mcore_model, hf_to_mcore_config
@@ -26,7 +26,7 @@ from megatron_gkd.models.checkpoint import Checkpoint
 from megatron_gkd.models.weight_loading import read_weights
 from megatron_gkd.runtime import portability
 from megatron_gkd.runtime.mesh import Mesh
-from megatron_gkd.runtime.transformer_engine import torch_attention
+from megatron_gkd.runtime.transformer_engine import choose_attention, torch_attention
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ class MegatronModel:
         Raises:
             UserError: in all ranks; the checkpoint's tensors and the model's parameters do not match.
         """
+        options = replace(options, attn=choose_attention(options.attn, options.dtype))
         config = _model_config(checkpoint, mesh, options)
         with mesh.virtual_stages(options.virtual_pipeline):
             with torch_attention() if options.attn == "sdpa" else contextlib.nullcontext():
