@@ -328,7 +328,11 @@ class TrainSection(Section):
     dtype: Literal["bf16", "fp32"] = Field(
         "bf16", description="type of weights and activations; the optimizer has fp32"
     )
-    attn: Literal["auto", "flash", "fused", "unfused", "sdpa"] = Field("auto", description="attention implementation")
+    attn: Literal["auto", "flash", "fused", "sdpa"] = Field(
+        "auto",
+        description="attention: flash and fused are Transformer Engine's, for bf16 on GPUs; sdpa is torch's; auto: one "
+        "of Transformer Engine's where it is installed and dtype is bf16, else sdpa",
+    )
     moe_aux_loss_coeff: float | None = Field(
         None,
         ge=0,
@@ -348,7 +352,7 @@ class OutputSection(Section):
     save_interval: int | None = Field(None, ge=1, description="steps between Hugging Face exports; null: only the last")
     log_interval: int = Field(1, ge=1, description="steps between two lines of progress where there is no terminal")
     tensorboard: bool = Field(True, description="write TensorBoard events beside metrics.jsonl")
-    save_total_limit: int | None = Field(None, ge=1, description="newest step exports to keep; null: all")
+    save_total_limit: int | None = Field(None, ge=1, description="newest step exports of this run to keep; null: all")
     log_completions: bool = Field(
         False, description="write what the student says, with the divergence of each token, to completions.jsonl"
     )

@@ -104,7 +104,8 @@ def build_dataset(
         tokenizer: the student's, a fast one.
         prompts: a row may be a prompt alone, for the student to answer.
         tag_key: the rows' key whose value is `Sample.tag`; every row must have it.
-        vocab_size: rows of token ids have ids below it; None: below the number of the tokenizer's tokens.
+        vocab_size: number of ids that every model of the run can read: a row with another one is bad; None: the
+            number of the tokenizer's tokens.
         main_process: true in exactly one of the processes that share the cache folder.
         barrier: returns when every process has called it.
 

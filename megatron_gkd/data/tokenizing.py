@@ -54,7 +54,7 @@ class RowTokenizer:
     prompts: bool = False  # a row may be a prompt alone
     teacher_max_length: int | None = None  # None: max_length
     tag_key: str | None = None
-    vocab_size: int | None = None  # of rows of token ids; None: the tokenizer's
+    vocab_size: int | None = None  # ids that every model of the run can read; None: the tokenizer's
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         """Columns of `FEATURES` for the columns of a source, one row for each."""

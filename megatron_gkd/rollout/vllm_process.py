@@ -22,6 +22,7 @@ from torch import Tensor
 from megatron_gkd.errors import UserError
 from megatron_gkd.models.checkpoint import Checkpoint
 from megatron_gkd.rollout.base import Sampling
+from megatron_gkd.rollout.logit_bias import logit_bias
 from megatron_gkd.rollout.tied_head import repack_tied_head
 from megatron_gkd.runtime import portability
 
@@ -74,7 +75,7 @@ class VllmProcess:
     def __init__(self, checkpoint: Checkpoint, options: ColocatedOptions):
         if importlib.util.find_spec("vllm") is None:
             raise UserError("rollout.engine = vllm: vLLM is not installed beside the trainer; pip install vllm")
-        self.on_host = portability.builds_on_host()
+        self.on_host, self.vocab_size = portability.builds_on_host(), checkpoint.vocab_size
         self.can_sleep = options.sleep_level > 0 and not self.on_host
         with _guest():
             for name, value in _ENVIRONMENT.items():
@@ -130,6 +131,7 @@ class VllmProcess:
 
         if not prompts:
             return []
+        bias = logit_bias(sampling, self.vocab_size)
         parameters = [
             SamplingParams(
                 max_tokens=limit,
@@ -144,6 +146,7 @@ class VllmProcess:
                 skip_special_tokens=False,  # a stop string may be of such tokens
                 logprobs=0,  # of the sampled token alone
                 detokenize=bool(sampling.stop),
+                logit_bias=bias,
             )
             for seed, limit in zip(seeds, max_tokens, strict=True)
         ]

@@ -25,8 +25,9 @@ from megatron_gkd.models.checkpoint import Checkpoint
 from megatron_gkd.rollout import vllm_weights
 from megatron_gkd.rollout.background import each, in_background
 from megatron_gkd.rollout.base import Completion, OnCompletion, RolloutFailed, Sampling, check_prompts
+from megatron_gkd.rollout.logit_bias import logit_bias
 from megatron_gkd.rollout.vllm_client import Sampled, StudentRequirements, StudentServer, Weights
-from megatron_gkd.rollout.vllm_weights import WeightFolder, tensor_shapes
+from megatron_gkd.rollout.vllm_weights import WeightFolder
 from megatron_gkd.rollout.weight_transfer import Keeper, WeightTransfer, wait_for_first_rank
 from megatron_gkd.runtime.agreement import raise_together
 from megatron_gkd.runtime.mesh import Mesh
@@ -91,7 +92,7 @@ class VllmServerEngine:
 
     def _build_sync(self) -> WeightFolder | WeightTransfer:
         optional = ("lm_head.weight",) if self.checkpoint.config.tie_word_embeddings else ()
-        expected = tensor_shapes(self.checkpoint.path)
+        expected = self.checkpoint.shapes
         if self.options.weight_sync == "folder":
             return WeightFolder(self.options.weight_sync_dir, expected, optional)
         return WeightTransfer(self.options.weight_sync, expected, optional, self.options.timeout)
@@ -175,6 +176,7 @@ class VllmServerEngine:
     def _request(self, model: ServedModel, prompt: Sequence[int], sampling: Sampling, seed: int) -> dict[str, Any]:
         """To /v1/completions. It names what a server would otherwise take from the model's generation_config.json."""
         eos = () if sampling.ignore_eos else self.checkpoint.eos_token_ids
+        bias = logit_bias(sampling, self.checkpoint.vocab_size)
         return {
             "model": model.name,
             "prompt": list(prompt),
@@ -194,7 +196,7 @@ class VllmServerEngine:
             "skip_special_tokens": False,  # a stop string may be of such tokens
             "logprobs": 0,  # of the sampled token alone
             "return_token_ids": True,
-        }
+        } | ({} if bias is None else {"logit_bias": bias})
 
     def _completion(self, server: StudentServer, sampled: Sampled, request: dict[str, Any], version: int) -> Completion:
         token_ids, allowed = sampled.token_ids, self.checkpoint.vocab_size

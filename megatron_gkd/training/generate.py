@@ -20,7 +20,7 @@ from megatron_gkd.data.prompt import prompt_of, room_for_answer
 from megatron_gkd.errors import UserError
 from megatron_gkd.models.megatron_model import BuildOptions, MegatronModel
 from megatron_gkd.reporting.progress import Progress
-from megatron_gkd.rollout.base import BackgroundEngine, Completion, RolloutEngine
+from megatron_gkd.rollout.base import BackgroundEngine, Completion, RolloutEngine, check_completions
 from megatron_gkd.rollout.megatron import MegatronEngine
 from megatron_gkd.rollout.vllm_own_weights import OwnWeightsEngine
 from megatron_gkd.runtime.agreement import raise_together
@@ -52,7 +52,8 @@ def generate(recipe: Recipe, source: Source, output: str, n: int, chunk_rows: in
         with closing:
             is_served = source == "teacher" and recipe.teacher.source == "server"
             verify = _verify_teacher(recipe, mesh, models.tokenizer) if is_served else lambda: None
-            write_answers(file, Answers(recipe, mesh, dataset, engine, models.tokenizer, n, name), verify)
+            answers = Answers(recipe, mesh, dataset, engine, models.tokenizer, n, name, vocab_size=models.vocab_size)
+            write_answers(file, answers, verify)
 
 
 def write_answers(file: GeneratedFile, answers: Answers, verify: Callable[[], None] = lambda: None) -> None:
@@ -138,7 +139,10 @@ def _verify_teacher(recipe: Recipe, mesh: Mesh, tokenizer: PreTrainedTokenizerBa
 
 
 class Answers:
-    """The `n` answers of `model` to some rows, shared out over the data-parallel ranks and known to all of them."""
+    """The `n` answers of `model` to some rows, shared out over the data-parallel ranks and known to all of them.
+
+    `vocab_size`: only ids below it may be in an answer; None: all.
+    """
 
     def __init__(
         self,
@@ -149,10 +153,12 @@ class Answers:
         tokenizer: PreTrainedTokenizerBase,
         n: int,
         model: str,
+        *,
+        vocab_size: int | None = None,
     ):
         self.recipe, self.mesh, self.dataset, self.engine = recipe, mesh, dataset, engine
         self.tokenizer, self.n, self.model = tokenizer, n, model
-        self.sampling = sampling_of(recipe.rollout)
+        self.sampling = sampling_of(recipe.rollout, vocab_size)
 
     def of(self, rows: Sequence[int]) -> list[tuple[int, int, Completion]]:
         """(row, number from 0, answer), in this order. All ranks must call it together.
@@ -179,7 +185,9 @@ class Answers:
         ]
         everything: list[list] = [[] for _ in range(dp.size())]
         dist.all_gather_object(everything, found, group=dp)
-        return sorted((answer for part in everything for answer in part), key=lambda answer: answer[:2])
+        answers = sorted((answer for part in everything for answer in part), key=lambda answer: answer[:2])
+        check_completions((completion for *_, completion in answers), self.sampling.vocab_size)
+        return answers
 
     def _seed(self, row: int, number: int) -> int:
         sequence = np.random.SeedSequence([self.recipe.train.seed, _STREAM, row, number])

@@ -50,6 +50,9 @@ def describe_rollouts(
       compute the same.
     - `staleness_kl` where they are of older weights (``steps_ahead``). It contains what the updates in between have
       changed. ``Rollouts.probe_mismatch`` measures `mismatch_kl` in some of these steps.
+
+    The trainer's probabilities are over the ids that student and teacher share. vLLM's are over all of the student's:
+    there both contain the logarithm of the share of the student's mass that is on shared ids.
     """
     tokens = totals["tokens"] - totals["dataset_tokens"]
     is_known = tokens and not totals["dropped_tokens"]  # the engine's sum is over all of them

@@ -24,6 +24,7 @@ from megatron_gkd.rollout.base import (
     RolloutEngine,
     RolloutFailed,
     Sampling,
+    check_completions,
 )
 from megatron_gkd.runtime import portability
 
@@ -274,6 +275,7 @@ class Rollouts:
                 completions = self.engine.generate([prompt.tolist() for prompt in prompts], self.sampling, seeds)
             seconds = time.perf_counter() - start
         together = self._exchange(rows, mine, completions)
+        check_completions(together.values(), self.sampling.vocab_size)
         for completion in together.values():
             if not step - self.steps_ahead <= completion.version <= step:
                 raise RolloutFailed(

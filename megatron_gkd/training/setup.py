@@ -80,15 +80,15 @@ def open_rows(
         models.tokenizer,
         prompts=prompts,
         tag_key=recipe.teacher.teacher_tag_key,
-        vocab_size=models.student.vocab_size,
+        vocab_size=models.vocab_size,
         **_shared(mesh),
     )
 
 
 def pad_token_id(models: Models) -> int:
-    """Padding is never looked at: without an id of its own it is 0."""
+    """Return the tokenizer's padding id, or 0 where it has none that all models can read; its content has no effect."""
     found = models.tokenizer.pad_token_id
-    return 0 if found is None else found
+    return 0 if found is None or found >= models.vocab_size else found
 
 
 def _shared(mesh: Mesh) -> dict[str, Callable[[], Any] | bool]:

@@ -190,6 +190,7 @@ class Trainer:
     def export(self, directory: Path) -> Path:
         self.student.gather_parameters()
         self.reporter.message(f"exporting to {directory}")
+        self.exports.claim(directory, is_main=self.student.mesh.is_main)
         return export_checkpoint(self.student.model, directory)
 
     def rescue(self) -> Path:

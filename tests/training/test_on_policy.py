@@ -243,6 +243,14 @@ def test_samples_of_older_weights_than_allowed_are_refused(monkeypatch):
     assert rollouts.microbatches(2)[1].record()["staleness"] == 1
 
 
+def test_an_id_that_the_teacher_can_not_read_is_never_trained_on(monkeypatch):
+    """Even if a server ignores which ids it may draw."""
+    rollouts = rollouts_of(monkeypatch)
+    rollouts.sampling = Sampling(max_completion_length=4, vocab_size=20)
+    with pytest.raises(RolloutFailed, match=r"drew the token id \d\d; student and teacher share 0 to 19"):
+        rollouts.microbatches(0)
+
+
 def test_only_steps_that_come_and_that_the_student_answers_are_early(monkeypatch):
     rollouts = rollouts_of(monkeypatch, lmbda=0.5)
     assert not any(rollouts.is_early(step) for step in range(20))
