@@ -151,7 +151,12 @@ class RolloutSection(Section):
         description="megatron: the sharded student itself; vllm: vLLM in the training processes; "
         "vllm_server: vLLM servers that run already",
     )
-    max_completion_length: int = Field(512, ge=1, description="most tokens of a completion, within data.max_length")
+    max_completion_length: int = Field(
+        512,
+        ge=1,
+        description="most tokens of a completion, within data.max_length; room for as many, but at most a quarter of "
+        "max_length, is kept free behind each prompt that the student may answer (see data.truncation_strategy)",
+    )
     rollout_temperature: float = Field(1.0, gt=0, description="divides the logits that tokens are drawn from")
     top_k: int | None = Field(None, ge=1, description="draw from that many most likely tokens only; null: from all")
     top_p: float = Field(1.0, gt=0, le=1, description="draw from the most likely tokens of this mass only")
@@ -272,7 +277,10 @@ class DataSection(Section):
     )
     packing: bool = Field(False, description="fill microbatches of max_length tokens with whole rows")
     truncation_strategy: Literal["delete", "left", "right"] = Field(
-        "delete", description="rows longer than max_length: leave out, cut the prompt's start, or cut the end"
+        "delete",
+        description="rows longer than max_length: leave out, cut the prompt's start, or cut the end; where lmbda > 0 "
+        "also rows whose prompt leaves too little room for a completion (rollout.max_completion_length): leave out, or "
+        "with left and right cut the prompt's start. Rows whose teacher_prompt does so are always left out",
     )
     loss_on: Literal["last", "all"] = Field("last", description="train on the last assistant turn or on all of them")
     data_errors: Literal["raise", "skip"] = Field("raise", description="a bad row ends the run, or is left out")

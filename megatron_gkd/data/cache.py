@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_gkd.data.sources import source_files
 from megatron_gkd.errors import UserError
 
-VERSION = 2  # raise it when the same rows and options give other tokens
+VERSION = 3  # raise it when the same rows and options give other tokens
 
 
 def fingerprint(path: str, tokenizer_hash: str, options: dict[str, Any], plugin_paths: list[str]) -> str:

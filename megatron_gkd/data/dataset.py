@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_gkd.data.cache import CacheFolder, default_cache_dir, fingerprint, hash_tokenizer
 from megatron_gkd.data.plugins import find_preprocessor, load_plugins
+from megatron_gkd.data.prompt import PromptLimits
 from megatron_gkd.data.report import DataReport
 from megatron_gkd.data.sample import FROM_DATASET, Sample
 from megatron_gkd.data.sources import Source, open_source
@@ -88,6 +89,7 @@ def build_dataset(
     tokenizer: PreTrainedTokenizerBase,
     *,
     prompts: bool = False,
+    prompt_limits: PromptLimits | None = None,
     tag_key: str | None = None,
     vocab_size: int | None = None,
     main_process: bool,
@@ -103,6 +105,8 @@ def build_dataset(
         split: "train" reads `section.dataset`, "validation" `section.val_dataset`.
         tokenizer: the student's, a fast one.
         prompts: a row may be a prompt alone, for the student to answer.
+        prompt_limits: prompts that are longer are shortened, or their rows left out, by `truncation_strategy`; None
+            where the student answers no row.
         tag_key: the rows' key whose value is `Sample.tag`; every row must have it.
         vocab_size: rows of token ids have ids below it; None: below the number of the tokenizer's tokens.
         main_process: true in exactly one of the processes that share the cache folder.
@@ -117,7 +121,13 @@ def build_dataset(
     root = Path(section.dataset_cache_dir).expanduser() if section.dataset_cache_dir else default_cache_dir()
     tokenizer_hash = hash_tokenizer(tokenizer)
     plugins = list(section.external_plugins)
-    options = _options(section) | {"prompts": prompts, "tag_key": tag_key, "vocab_size": vocab_size}
+    limits = None if prompt_limits is None else asdict(prompt_limits)
+    options = _options(section) | {
+        "prompts": prompts,
+        "prompt_limits": limits,
+        "tag_key": tag_key,
+        "vocab_size": vocab_size,
+    }
     keys = [fingerprint(file.path, tokenizer_hash, options, plugins) for file in files]
     caches = [CacheFolder(root / key) for key in keys]
 
@@ -157,7 +167,7 @@ def _write(
         dropped = np.array(rows["dropped"], dtype=object)
         report = _report(source, rows, dropped, section.data_errors)
         used = rows.select(np.flatnonzero(dropped == ""))
-        used.remove_columns(["dropped", "error"]).save_to_disk(str(folder / _ROWS))
+        used.remove_columns(["shortened", "dropped", "error"]).save_to_disk(str(folder / _ROWS))
     (folder / _REPORT).write_text(json.dumps(asdict(report)), encoding="utf-8")
 
 
@@ -174,6 +184,7 @@ def _tokenize(
         external_plugins=list(section.external_plugins),
         template_kwargs=dict(section.chat_template_kwargs),
         prompts=options["prompts"],
+        prompt_limits=options["prompt_limits"] and PromptLimits(**options["prompt_limits"]),
         teacher_max_length=section.teacher_max_length,
         tag_key=options["tag_key"],
         vocab_size=options["vocab_size"],
@@ -204,7 +215,8 @@ def _report(source: Source, rows: datasets.Dataset, dropped: np.ndarray, data_er
     reasons, counts = np.unique(dropped[(dropped != "") & (dropped != BLANK)].astype(str), return_counts=True)
     by_reason = dict(zip(reasons.tolist(), counts.tolist(), strict=True))
     used = int((dropped == "").sum())
-    report = DataReport(used + sum(by_reason.values()), used, by_reason, first)
+    shortened = int(np.sum(rows["shortened"]))
+    report = DataReport(used + sum(by_reason.values()), used, by_reason, shortened, first)
     if used == 0:
         raise UserError(f"{source.path}: yields nothing to train on: {report.summary()}")
     return report

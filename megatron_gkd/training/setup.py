@@ -20,6 +20,7 @@ from megatron_gkd.data.report import DataReport
 from megatron_gkd.models.checkpoint import Checkpoint
 from megatron_gkd.runtime import portability
 from megatron_gkd.runtime.mesh import Layout, Mesh, destroy_mesh, initialize_mesh
+from megatron_gkd.training.build import prompt_limits
 from megatron_gkd.training.build_teacher import open_teachers, shared_vocab_size_of_all
 
 
@@ -64,12 +65,19 @@ def open_models(recipe: Recipe, mesh: Mesh) -> Models:
 def open_rows(
     recipe: Recipe, mesh: Mesh, models: Models, split: Literal["train", "validation"], *, prompts: bool = False
 ) -> tuple[TokenizedDataset, DataReport]:
-    """The rows of a split as the student's tokens; `prompts`: some may be prompts alone."""
+    """Return the rows of a split as the student's tokens.
+
+    Args:
+        recipe: says also which rows the student may answer: those of "train" where lmbda > 0.
+        prompts: rows of "train" may be prompts alone, for a model to answer.
+    """
+    is_answered = split == "train" and (prompts or recipe.distill.lmbda > 0)
     return build_dataset(
         recipe.data,
         split,
         models.tokenizer,
         prompts=prompts,
+        prompt_limits=prompt_limits(recipe) if is_answered else None,
         tag_key=recipe.teacher.teacher_tag_key,
         vocab_size=models.student.vocab_size,
         **_shared(mesh),

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from megatron_gkd.data.dataset import build_dataset
-from megatron_gkd.data.prompt import prompt_of
+from megatron_gkd.data.prompt import PromptLimits, prompt_of, room_for_answer
 from megatron_gkd.data.report import DataReport
 from megatron_gkd.data.sample import IGNORE
+from megatron_gkd.data.teacher_view import teacher_view
 from megatron_gkd.errors import UserError
 
 
@@ -109,7 +110,8 @@ class TestDroppedRows:
         assert len(dataset) == 1
         assert report.summary() == (
             "1 of 5 rows used; dropped: 1 empty response, 2 no assistant turn, 1 not JSON "
-            f"(first bad row: {path}, line 2: no assistant turn: the roles are: user)"
+            f"(first bad row: {path}, line 2: no assistant turn: the roles are: user; only distill.lmbda = 1 takes "
+            "prompts alone)"
         )
 
     def test_prompts_alone_are_rows_where_the_student_may_answer_them(self, section, write_jsonl, chat, tokenizer):
@@ -141,6 +143,79 @@ class TestDroppedRows:
         path = write_jsonl(rows)
         with pytest.raises(UserError, match=f"^{path}: {message}"):
             build(section(path, data_errors="skip"), tokenizer)
+
+
+class TestRoomForACompletion:
+    """Rows that the student may answer: a prompt of n tokens, its last being n, and a response."""
+
+    LIMITS = PromptLimits(student=12, teacher=8)
+
+    def build(self, section, write_jsonl, tokenizer, strategy, rows):
+        data = section(write_jsonl(rows), max_length=16, truncation_strategy=strategy)
+        options = dict(prompts=True, prompt_limits=self.LIMITS, main_process=True, barrier=lambda: None)
+        dataset, report = build_dataset(data, "train", tokenizer, **options)
+        for index in range(len(dataset)):
+            assert 0 < room_for_answer(dataset[index], 16, 16)
+        return dataset, report
+
+    def row(self, prompt, response=0, teacher_prompt=0):
+        ids = {"prompt_token_ids": list(range(1, prompt + 1))}
+        if response:
+            ids["response_token_ids"] = list(range(101, 101 + response))
+        if teacher_prompt:
+            ids["teacher_prompt_token_ids"] = list(range(1, teacher_prompt + 1))
+        return ids
+
+    def test_delete_leaves_rows_out_that_fit_but_leave_no_room(self, section, write_jsonl, tokenizer):
+        rows = [self.row(12), self.row(13), self.row(16), self.row(17), self.row(12, 4), self.row(13, 1)]
+        dataset, report = self.build(section, write_jsonl, tokenizer, "delete", [*rows, self.row(12, 5)])
+        assert dataset.lengths.tolist() == [12, 16]
+        assert report == DataReport(7, 2, {"prompt without room for a completion": 4, "longer than max_length": 1})
+
+    @pytest.mark.parametrize("strategy", ["left", "right"])
+    def test_the_others_keep_the_end_of_the_prompt(self, section, write_jsonl, tokenizer, strategy):
+        rows = [self.row(12), self.row(40), self.row(40, 2), self.row(40, 9)]
+        dataset, report = self.build(section, write_jsonl, tokenizer, strategy, rows)
+        assert report == DataReport(4, 4, shortened=3)
+        assert report.summary() == "4 of 4 rows used; prompts shortened to leave room for a completion: 3"
+        expected = [
+            list(range(1, 13)),
+            list(range(29, 41)),
+            [*range(29, 41), 101, 102],
+            [*range(29, 41), *range(101, 105)] if strategy == "right" else [*range(34, 41), *range(101, 110)],
+        ]
+        assert [dataset[index].input_ids.tolist() for index in range(4)] == expected
+        assert prompt_of(dataset[3]).tolist()[-1] == 40 and dataset.num_labels[3] == len(expected[3]) - (
+            12 if strategy == "right" else 7
+        )
+
+    @pytest.mark.parametrize("strategy", ["delete", "left", "right"])
+    def test_a_teachers_prompt_is_never_shortened(self, section, write_jsonl, tokenizer, strategy):
+        rows = [self.row(3, 2, teacher_prompt=8), self.row(3, 2, teacher_prompt=9), self.row(3, 0, teacher_prompt=16)]
+        dataset, report = self.build(section, write_jsonl, tokenizer, strategy, rows)
+        assert report == DataReport(3, 1, {"teacher_prompt without room for a completion": 2})
+        assert dataset[0].teacher_prompt.tolist() == list(range(1, 9))
+
+    def test_turns_that_are_trained_on_keep_their_place_in_both_prompts(self, section, write_jsonl, chat, tokenizer):
+        row = chat("x" * 30, "1.", "y" * 10, "2.", teacher_prompt="z" * 10)
+        data = section(write_jsonl([row]), truncation_strategy="right", loss_on="all")
+        whole, _ = build(data, tokenizer)
+        limit = len(prompt_of(whole[0])) - 5
+        limits = PromptLimits(limit, limit)
+        dataset, _ = build_dataset(
+            data, "train", tokenizer, prompt_limits=limits, main_process=True, barrier=lambda: None
+        )
+        assert prompt_of(dataset[0]).tolist() == prompt_of(whole[0]).tolist()[5:]
+        assert dataset[0].teacher_prompt.tolist() == whole[0].teacher_prompt.tolist()[5:]
+        view = teacher_view(dataset[0])
+        assert view.input_ids[np.flatnonzero(view.labels != IGNORE) + 1].tolist() == [
+            label for label in dataset[0].labels.tolist() if label != IGNORE
+        ]
+
+    def test_rows_that_the_student_does_not_answer_need_none(self, section, write_jsonl, tokenizer):
+        data = section(write_jsonl([self.row(15, 1), self.row(3, 2, teacher_prompt=14)]), max_length=16)
+        dataset, report = build(data, tokenizer)
+        assert report == DataReport(2, 2) and dataset.lengths.tolist() == [16, 5]
 
 
 PLUGIN = """
