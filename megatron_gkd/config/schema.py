@@ -291,9 +291,13 @@ class DataSection(Section):
     chat_template_kwargs: dict[str, Any] = Field({}, description="extra variables of the chat template")
     shuffle: bool = Field(True, description="a new order of the rows every epoch, from the seed")
     dataloader_num_workers: int = Field(0, ge=0, description="processes that prepare microbatches ahead of the step")
-    preprocessing_num_workers: int = Field(1, ge=1, description="processes that tokenise the rows")
+    preprocessing_num_workers: int | None = Field(
+        None, ge=1, description="processes that tokenize the rows; null: as many as there are cores, up to 16"
+    )
     dataset_cache_dir: PathText | None = Field(
-        None, description="folder of the tokenised rows; null: ~/.cache/megatron_gkd/datasets"
+        None,
+        description="folder of the tokenized rows; null: ~/.cache/megatron_gkd/datasets; nodes that do not share it "
+        "tokenize each for itself",
     )
 
     @property

@@ -1,4 +1,4 @@
-"""The function that `datasets` maps over a source in parallel: raw rows in, token ids, labels and verdicts out."""
+"""The function that is mapped over a source in parallel: raw rows in, token ids, labels and verdicts out."""
 
 from __future__ import annotations
 
@@ -46,6 +46,7 @@ FEATURES = datasets.Features(
         "error": datasets.Value("string"),  # what is wrong with the row; empty unless it is a bad row
     }
 )
+VERDICT = ("shortened", "dropped", "error")  # of a row, beside what makes its sample
 
 
 @dataclass

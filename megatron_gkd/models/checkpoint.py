@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +9,8 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Pretrained
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from megatron_gkd.errors import UserError
+from megatron_gkd.models.location import locate
+from megatron_gkd.runtime.nodes import Nodes
 
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
 
@@ -22,17 +23,12 @@ class Checkpoint:
     config: PretrainedConfig
 
     @classmethod
-    def open(cls, model: str, *, main_process: bool = True, barrier: Callable[[], None] = lambda: None) -> Checkpoint:
-        """`model` is a directory or a hub id; the main process downloads, the others wait and read its cache.
+    def open(cls, model: str, nodes: Nodes | None = None) -> Checkpoint:
+        """Open a directory or a hub id, which one rank of each node downloads. All ranks of `nodes` must call it.
 
         Raises UserError for a directory without weights or of an unsupported architecture.
         """
-        path = Path(model)
-        if not path.is_dir():
-            if main_process:
-                _download(model)
-            barrier()
-            path = Path(_download(model, local_files_only=not main_process))
+        path = locate(model, nodes or Nodes.alone())
         if not any(path.glob("*.safetensors")):
             raise UserError(f"{model}: no *.safetensors file in {path}")
         config = AutoConfig.from_pretrained(path)
@@ -63,16 +59,6 @@ class Checkpoint:
             return AutoTokenizer.from_pretrained(self.path)
         except (OSError, ValueError) as error:
             raise UserError(f"{self.path}: no tokenizer can be opened there ({error})") from error
-
-
-def _download(model: str, local_files_only: bool = False) -> str:
-    from huggingface_hub import snapshot_download
-
-    wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
-    try:
-        return snapshot_download(model, allow_patterns=wanted, local_files_only=local_files_only)
-    except Exception as error:  # the hub's client raises many kinds, all of which mean the same to the user
-        raise UserError(f"{model}: neither a local directory nor a hub model that can be fetched ({error})") from error
 
 
 def _check_supported(model: str, config: PretrainedConfig) -> None:

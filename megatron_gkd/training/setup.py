@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import megatron_gkd.runtime.preload  # noqa: F401  isort: skip  (before anything that imports Megatron-Core)
 
@@ -20,6 +20,7 @@ from megatron_gkd.data.report import DataReport
 from megatron_gkd.models.checkpoint import Checkpoint
 from megatron_gkd.runtime import portability
 from megatron_gkd.runtime.mesh import Layout, Mesh, destroy_mesh, initialize_mesh
+from megatron_gkd.runtime.nodes import Nodes
 from megatron_gkd.training.build import prompt_limits
 from megatron_gkd.training.build_teacher import open_teachers, shared_vocab_size_of_all
 
@@ -57,8 +58,9 @@ class Models:
 
 def open_models(recipe: Recipe, mesh: Mesh) -> Models:
     """UserError for a model that isn't supported, or a tokenizer that differs from the student's."""
-    student = Checkpoint.open(recipe.student.model, **_shared(mesh))
-    teachers = open_teachers(recipe.teacher, **_shared(mesh))
+    nodes = Nodes.from_world()
+    student = Checkpoint.open(recipe.student.model, nodes)
+    teachers = open_teachers(recipe.teacher, nodes)
     return Models(student, teachers, student.tokenizer(), shared_vocab_size_of_all(student, teachers))
 
 
@@ -80,7 +82,7 @@ def open_rows(
         prompt_limits=prompt_limits(recipe) if is_answered else None,
         tag_key=recipe.teacher.teacher_tag_key,
         vocab_size=models.student.vocab_size,
-        **_shared(mesh),
+        nodes=Nodes.from_world(),
     )
 
 
@@ -88,7 +90,3 @@ def pad_token_id(models: Models) -> int:
     """Padding is never looked at: without an id of its own it is 0."""
     found = models.tokenizer.pad_token_id
     return 0 if found is None else found
-
-
-def _shared(mesh: Mesh) -> dict[str, Callable[[], Any] | bool]:
-    return {"main_process": mesh.is_main, "barrier": dist.barrier}
