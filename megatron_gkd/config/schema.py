@@ -154,7 +154,12 @@ class RolloutSection(Section):
         description="megatron: the sharded student itself; vllm: vLLM in the training processes; "
         "vllm_server: vLLM servers that run already",
     )
-    max_completion_length: int = Field(512, ge=1, description="most tokens of a completion, within data.max_length")
+    max_completion_length: int = Field(
+        512,
+        ge=1,
+        description="most tokens of a completion, within data.max_length; room for as many, but at most a quarter of "
+        "max_length, is kept free behind each prompt that the student may answer (see data.truncation_strategy)",
+    )
     rollout_temperature: float = Field(
         1.0, ge=1e-2, le=1e3, description="divides the logits that tokens are drawn from"
     )
@@ -277,7 +282,10 @@ class DataSection(Section):
     )
     packing: bool = Field(False, description="fill microbatches of max_length tokens with whole rows")
     truncation_strategy: Literal["delete", "left", "right"] = Field(
-        "delete", description="rows longer than max_length: leave out, cut the prompt's start, or cut the end"
+        "delete",
+        description="rows longer than max_length: leave out, cut the prompt's start, or cut the end; where lmbda > 0 "
+        "also rows whose prompt leaves too little room for a completion (rollout.max_completion_length): leave out, or "
+        "with left and right cut the prompt's start. Rows whose teacher_prompt does so are always left out",
     )
     loss_on: Literal["last", "all"] = Field("last", description="train on the last assistant turn or on all of them")
     data_errors: Literal["raise", "skip"] = Field("raise", description="a bad row ends the run, or is left out")
@@ -288,9 +296,13 @@ class DataSection(Section):
     chat_template_kwargs: dict[str, Any] = Field({}, description="extra variables of the chat template")
     shuffle: bool = Field(True, description="a new order of the rows every epoch, from the seed")
     dataloader_num_workers: int = Field(0, ge=0, description="processes that prepare microbatches ahead of the step")
-    preprocessing_num_workers: int = Field(1, ge=1, description="processes that tokenise the rows")
+    preprocessing_num_workers: int | None = Field(
+        None, ge=1, description="processes that tokenize the rows; null: as many as there are cores, up to 16"
+    )
     dataset_cache_dir: PathText | None = Field(
-        None, description="folder of the tokenised rows; null: ~/.cache/megatron_gkd/datasets"
+        None,
+        description="folder of the tokenized rows; null: ~/.cache/megatron_gkd/datasets; nodes that do not share it "
+        "tokenize each for itself",
     )
 
     @property

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +12,8 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from megatron_gkd.checkpoint_format.config_file import CheckpointProblem, read_config
 from megatron_gkd.checkpoint_format.weight_files import StoredTensor, read_tensors
 from megatron_gkd.errors import UserError
+from megatron_gkd.models.location import locate
+from megatron_gkd.runtime.nodes import Nodes
 
 
 @dataclass(frozen=True)
@@ -28,18 +29,13 @@ class Checkpoint:
     tensors: dict[str, StoredTensor] = field(repr=False)
 
     @classmethod
-    def open(cls, model: str, *, main_process: bool = True, barrier: Callable[[], None] = lambda: None) -> Checkpoint:
-        """`model` is a directory or a hub id; the main process downloads, the others wait and read its cache.
+    def open(cls, model: str, nodes: Nodes | None = None) -> Checkpoint:
+        """Open a directory or a hub id, which one rank of each node downloads. All ranks of `nodes` must call it.
 
         Raises UserError for a directory whose config.json is not supported, or whose safetensors files don't hold
         exactly the parameters that it describes.
         """
-        path = Path(model)
-        if not path.is_dir():
-            if main_process:
-                _download(model)
-            barrier()
-            path = Path(_download(model, local_files_only=not main_process))
+        path = locate(model, nodes or Nodes.alone())
         try:
             raw = read_config(path)
             tensors = read_tensors(path, raw)
@@ -81,16 +77,6 @@ class Checkpoint:
             return AutoTokenizer.from_pretrained(self.path)
         except (OSError, ValueError) as error:
             raise UserError(f"{self.path}: no tokenizer can be opened there ({error})") from error
-
-
-def _download(model: str, local_files_only: bool = False) -> str:
-    from huggingface_hub import snapshot_download
-
-    wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
-    try:
-        return snapshot_download(model, allow_patterns=wanted, local_files_only=local_files_only)
-    except Exception as error:  # the hub's client raises many kinds, all of which mean the same to the user
-        raise UserError(f"{model}: neither a local directory nor a hub model that can be fetched ({error})") from error
 
 
 def _read_json(path: Path) -> dict:

@@ -12,6 +12,7 @@ from megatron_gkd.config.schema import Recipe, RolloutSection
 from megatron_gkd.data.cutting import Cutting
 from megatron_gkd.data.loader import SampleDataset, StepOrder
 from megatron_gkd.data.policy import OnPolicy
+from megatron_gkd.data.prompt import PromptLimits
 from megatron_gkd.models.checkpoint import Checkpoint
 from megatron_gkd.models.megatron_model import BuildOptions, MegatronModel
 from megatron_gkd.rollout.base import RolloutEngine, Sampling
@@ -109,6 +110,15 @@ def build_rollouts(
         num_steps=train_iters,
         teacher_max_length=recipe.data.teacher_max_length,
     )
+
+
+def prompt_limits(recipe: Recipe) -> PromptLimits:
+    """Return the longest prompts that leave room for a completion in what the recipe's models and engine read."""
+    data, rollout = recipe.data, recipe.rollout
+    longest = data.max_length
+    if rollout.engine == "vllm" and rollout.vllm_max_model_len is not None:
+        longest = min(longest, rollout.vllm_max_model_len)
+    return PromptLimits.from_lengths(longest, data.teacher_max_length or data.max_length, rollout.max_completion_length)
 
 
 def sampling_of(section: RolloutSection, vocab_size: int | None = None) -> Sampling:

@@ -229,7 +229,6 @@ class Rollouts:
             RolloutFailed: there are no samples, or of other weights than it should be.
         """
         rows = self.order.rows_of_step(step, self.global_batch_size)
-        mine = self.policy.rows(step, len(rows))
         samples: dict[int, Sample] = {}
         start = time.perf_counter()
         completions, generation_seconds = self._complete(step)
@@ -240,7 +239,6 @@ class Rollouts:
             samples[position] = sample
             log_prob += sum(completion.log_probs) if trained else 0.0
             answers[position] = Answer(rows[position], self._prompt(rows[position]), completion, trained)
-        require_responses(self.dataset, [rows[position] for position in np.flatnonzero(~mine)], step)
         lengths = [
             len(samples[i].input_ids) if i in samples else int(self.dataset.lengths[row]) for i, row in enumerate(rows)
         ]
@@ -285,11 +283,17 @@ class Rollouts:
         return together, seconds
 
     def _questions(self, step: int) -> tuple[list[int], list[np.ndarray], list[int]]:
-        """Positions in the global batch that this data-parallel rank samples, and their prompts and seeds."""
+        """Positions in the global batch that this data-parallel rank samples, and their prompts and seeds.
+
+        Raises:
+            UserError: in all ranks, as each checks the rows of all; see ``microbatches``.
+        """
         rows = self.order.rows_of_step(step, self.global_batch_size)
-        positions = [int(position) for position in np.flatnonzero(self.policy.rows(step, len(rows)))]
-        mine = positions[self.dp.rank() :: self.dp.size()]
-        return mine, [self._prompt(rows[position]) for position in mine], [self._seed(step, i) for i in mine]
+        is_sampled = self.policy.rows(step, len(rows))
+        require_responses(self.dataset, [rows[position] for position in np.flatnonzero(~is_sampled)], step)
+        prompts = {int(position): self._prompt(rows[position]) for position in np.flatnonzero(is_sampled)}
+        mine = list(prompts)[self.dp.rank() :: self.dp.size()]
+        return mine, [prompts[position] for position in mine], [self._seed(step, position) for position in mine]
 
     def _prompt(self, row: int) -> np.ndarray:
         sample = self.dataset[row]

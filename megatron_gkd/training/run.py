@@ -48,7 +48,7 @@ def _train(recipe: Recipe, mesh: Mesh) -> None:
     manifests = read_manifests(recipe.teacher, models.tokenizer)
     vocab_size = min([models.vocab_size, *(manifest.vocab_size for manifest in manifests)])
 
-    dataset, data_report = open_rows(recipe, mesh, models, "train", prompts=recipe.distill.lmbda > 0)
+    dataset, data_report = open_rows(recipe, mesh, models, "train", prompts=recipe.distill.lmbda == 1)
     check_rows(recipe.teacher, dataset)
     require_cached_rows(recipe.teacher, dataset, "data.dataset")
     order = SampleOrder(
