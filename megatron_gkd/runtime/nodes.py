@@ -32,8 +32,8 @@ _objects = itertools.count()  # equal on every rank, since all ranks make `Nodes
 class Nodes:
     """The ranks of a run, and which of them stand for their nodes.
 
-    All ranks must make the same calls in the same order. What fails in one rank is raised in all, as RunStopped; only an
-    exception that is no UserError stays as it is in that rank.
+    All ranks must make the same calls in the same order. What fails in one rank is raised in all, as RunStopped; only
+    an exception that is no UserError stays as it is in that rank.
 
     Args:
         store: shared by the ranks, and used for nothing else.
