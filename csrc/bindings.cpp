@@ -92,7 +92,9 @@ const uint8_t* mask_of(const optional<Tensor>& mask, const Tensor& student) {
 }
 
 float scale_of(double temperature) {
-  TORCH_CHECK_VALUE(temperature > 0, "temperature is ", temperature, "; allowed are values above 0");
+  const auto inverse = static_cast<float>(1 / temperature);
+  TORCH_CHECK_VALUE(temperature > 0 && std::isnormal(inverse), "temperature is ", temperature,
+                    "; allowed are positive values whose inverse is a normal float");
   return static_cast<float>(kLog2E / temperature);
 }
 

@@ -118,7 +118,6 @@ struct GeneralizedJsd {
 };
 
 // KL(T||S), for gradients only: its value needs no pass of its own.
-template <class Math>
 struct ForwardKl {
   static GKD_INLINE Weights weights(double) { return {0, 0, 1, 1}; }
   Weights w;
@@ -131,7 +130,6 @@ struct ForwardKl {
 };
 
 // KL(S||T), for gradients only: its slopes are in nats, and add up to the divergence.
-template <class Math>
 struct ReverseKl {
   static GKD_INLINE Weights weights(double) { return {0, 0, 1, 1}; }
   Weights w;
@@ -144,7 +142,6 @@ struct ReverseKl {
 };
 
 // |p - q| / 2, with slope 0 where p = q
-template <class Math>
 struct TotalVariation {
   static GKD_INLINE Weights weights(double) { return {0, 0, 0.5f, 0.5f}; }
   Weights w;

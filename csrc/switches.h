@@ -9,7 +9,11 @@
 
 namespace gkd {
 
-// Formulas by the logits' type: 16-bit logits carry larger errors than the fast logarithm makes.
+// `Fast` has an absolute error of about 1e-7. Near beta = 0 and 1, terms are proportional to min(beta, 1 - beta), so that
+// error divided by this threshold, 1e-5, stays below the rounding of 16-bit logits.
+constexpr double kFastMinimumWeight = 1e-2;
+
+// The formulas that serve logits of a type where beta is near neither 0 nor 1.
 template <FloatType type>
 using MathOf = std::conditional_t<type == FloatType::f32, Accurate, Fast>;
 
@@ -43,20 +47,31 @@ using MathOf = std::conditional_t<type == FloatType::f32, Accurate, Fast>;
     }                                                \
   }()
 
+// Binds `Math` to the formulas for logits of `type`, a constant, and for `beta`.
+#define GKD_MATH_SWITCH(type, beta, Math, ...)                                      \
+  [&] {                                                                             \
+    if ((beta) < kFastMinimumWeight || 1 - (beta) < kFastMinimumWeight) {           \
+      using Math = Accurate;                                                        \
+      return __VA_ARGS__();                                                         \
+    }                                                                               \
+    using Math = MathOf<type>;                                                      \
+    return __VA_ARGS__();                                                           \
+  }()
+
 // Binds `Functor` to each divergence that a gradient may be wanted of.
 #define GKD_DIVERGENCE_SWITCH(kind, Math, ...)     \
   [&] {                                            \
     switch (kind) {                                \
       case DivergenceKind::forward_kl: {           \
-        using Functor = ForwardKl<Math>;           \
+        using Functor = ForwardKl;                 \
         return __VA_ARGS__();                      \
       }                                            \
       case DivergenceKind::reverse_kl: {           \
-        using Functor = ReverseKl<Math>;           \
+        using Functor = ReverseKl;                 \
         return __VA_ARGS__();                      \
       }                                            \
       case DivergenceKind::total_variation: {      \
-        using Functor = TotalVariation<Math>;      \
+        using Functor = TotalVariation;            \
         return __VA_ARGS__();                      \
       }                                            \
       case DivergenceKind::skewed_forward_kl: {    \

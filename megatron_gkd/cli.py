@@ -76,15 +76,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     rank = int(os.environ.get("RANK", "0"))
     try:
         return _dispatch(arguments)
-    except (_RecipeRefused, RunStopped, ServiceFailed) as error:  # every rank finds the same, so one tells
-        if rank == 0:
-            print(error, file=sys.stderr, flush=True)
-        if _has_process_group():
+    except UserError as error:
+        # Every rank raises these together, so one prints them; another error may be of one rank alone.
+        is_shared = isinstance(error, _RecipeRefused | RunStopped | ServiceFailed)
+        if rank == 0 or not is_shared:
+            print(f"rank {rank}: {error}" if rank else error, file=sys.stderr, flush=True)
+        if _has_process_group() and (rank == 0 or is_shared):
             from megatron_gkd.runtime.agreement import wait_for_message
 
             wait_for_message()
-    except UserError as error:  # a rank may be the only one to meet it
-        print(f"rank {rank}: {error}" if rank else error, file=sys.stderr)
     return 2
 
 

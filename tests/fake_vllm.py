@@ -31,6 +31,7 @@ class FakeVllm:
     def restart(self) -> None:
         self.label, self.weights, self.arrived = "default", {}, {}
         self._is_updating, self._groups = False, []
+        self.paused = False
 
     def answer(self, request: httpx.Request) -> httpx.Response:
         path = request.url.path
@@ -49,6 +50,12 @@ class FakeVllm:
     def server_info(self):
         backend = {"backend": "gloo"}
         return {"vllm_config": {"model_config": {"logprobs_mode": "raw_logprobs"}, "weight_transfer_config": backend}}
+
+    def pause(self):
+        self.paused = True
+
+    def resume(self):
+        self.paused = False
 
     def weight_info(self):
         return {"weight_version": self.label}
@@ -106,6 +113,8 @@ class FakeVllm:
         self._is_updating, self.arrived = False, {}
 
     def completions(self, *, prompt, seed, stop_token_ids, **_):
+        if self.paused:
+            raise httpx.ReadTimeout("paused: the request waits")
         stamp = int(sum(float(w.double().abs().sum()) for w in self.weights.values()) * 1e6)
         generator = torch.Generator().manual_seed((stamp + seed) % 2**62)
         tokens = torch.randint(4, 64, (COMPLETION_LENGTH - 1,), generator=generator).tolist() + stop_token_ids[:1]

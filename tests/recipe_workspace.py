@@ -8,6 +8,8 @@ from megatron_gkd.config import Recipe, RecipeError, load
 
 DENSE = {
     "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "hidden_size": 64,
     "num_hidden_layers": 8,
     "num_attention_heads": 8,
     "num_key_value_heads": 2,
@@ -18,6 +20,7 @@ DENSE = {
 MIXTURE = {
     **DENSE,
     "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
     "num_local_experts": 8,
     "moe_intermediate_size": 32,
 }

@@ -245,13 +245,17 @@ void statistics(const StatisticsParams& params, int64_t begin, int64_t end) {
 
 void sums(const SumsParams& params, int64_t begin, int64_t end) {
   GKD_TYPE_SWITCH(params.logits.type, [&] {
-    GKD_DIVERGENCE_SWITCH(params.kind, MathOf<kType>, [&] { sums_rows<kType, Functor>(params, begin, end); });
+    GKD_MATH_SWITCH(kType, params.beta, Math, [&] {
+      GKD_DIVERGENCE_SWITCH(params.kind, Math, [&] { sums_rows<kType, Functor>(params, begin, end); });
+    });
   });
 }
 
 void gradient(const GradientParams& params, int64_t begin, int64_t end) {
   GKD_TYPE_SWITCH(params.logits.type, [&] {
-    GKD_DIVERGENCE_SWITCH(params.kind, MathOf<kType>, [&] { gradient_rows<kType, Functor>(params, begin, end); });
+    GKD_MATH_SWITCH(kType, params.beta, Math, [&] {
+      GKD_DIVERGENCE_SWITCH(params.kind, Math, [&] { gradient_rows<kType, Functor>(params, begin, end); });
+    });
   });
 }
 

@@ -82,10 +82,12 @@ void gradient(const GradientParams& params, void* stream) {
   const bool alike =
       lie_alike(logits) && lie_alike(params.out, params.out_stride, logits.student, logits.student_stride, logits.type);
   GKD_TYPE_SWITCH(logits.type, [&] {
-    GKD_DIVERGENCE_SWITCH(params.kind, MathOf<kType>, [&] {
-      GKD_BOOL_SWITCH(params.label_weight != nullptr, kCrossEntropy, [&] {
-        const Functor divergence{Functor::weights(params.beta)};
-        launch(gradient_kernel<kType, Functor, kCrossEntropy>, logits.rows, stream, params, divergence, alike);
+    GKD_MATH_SWITCH(kType, params.beta, Math, [&] {
+      GKD_DIVERGENCE_SWITCH(params.kind, Math, [&] {
+        GKD_BOOL_SWITCH(params.label_weight != nullptr, kCrossEntropy, [&] {
+          const Functor divergence{Functor::weights(params.beta)};
+          launch(gradient_kernel<kType, Functor, kCrossEntropy>, logits.rows, stream, params, divergence, alike);
+        });
       });
     });
   });

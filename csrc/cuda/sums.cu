@@ -52,9 +52,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 
 void sums(const SumsParams& params, void* stream) {
   GKD_TYPE_SWITCH(params.logits.type, [&] {
-    GKD_DIVERGENCE_SWITCH(params.kind, MathOf<kType>, [&] {
-      const Functor divergence{Functor::weights(params.beta)};
-      launch(sums_kernel<kType, Functor>, params.logits.rows, stream, params, divergence, lie_alike(params.logits));
+    GKD_MATH_SWITCH(kType, params.beta, Math, [&] {
+      GKD_DIVERGENCE_SWITCH(params.kind, Math, [&] {
+        const Functor divergence{Functor::weights(params.beta)};
+        launch(sums_kernel<kType, Functor>, params.logits.rows, stream, params, divergence, lie_alike(params.logits));
+      });
     });
   });
 }

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_gkd.config import cache_checks, model_checks, teacher_checks
+from megatron_gkd.config import attention_checks, cache_checks, model_checks, output_checks, teacher_checks
 from megatron_gkd.config.schema import Recipe
 
 LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
@@ -267,6 +267,8 @@ CHECKS = (
     Check(("packing", "micro_batch_size"), _packing),
     Check(("recompute_granularity", "recompute_method", "recompute_num_layers"), _recompute),
     Check(("overlap_param_gather", "distributed_optimizer", "overlap_grad_reduce"), _overlap),
+    Check(("attn", "dtype"), attention_checks.attention_fits_dtype),
+    Check(("attn",), attention_checks.transformer_engine_is_installed, needs_files=True),
     Check(("train_iters", "num_train_epochs"), _length_of_run),
     Check(("min_lr", "lr"), _learning_rate),
     Check(("lr_warmup_iters", "lr_warmup_fraction", "train_iters"), _warmup),
@@ -275,6 +277,11 @@ CHECKS = (
     Check(("val_dataset",), _val_dataset_exists, needs_files=True),
     Check(("external_plugins",), _plugins_exist, needs_files=True),
     Check(("output_dir",), _output_is_writable, needs_files=True),
+    Check(
+        ("output_dir", "model", *teacher_checks.LEAVES, "dataset", "val_dataset"),
+        output_checks.sources_are_kept,
+        needs_files=True,
+    ),
     Check(("model",), model_checks.student_is_readable, needs_files=True),
     Check(teacher_checks.LEAVES, model_checks.teachers_are_readable, needs_files=True),
     Check(

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_gkd.config import cache_checks, teacher_checks
+from megatron_gkd.config import cache_checks, output_checks, teacher_checks
 from megatron_gkd.config.checks import Check, CommandChecks
 from megatron_gkd.config.errors import RecipeError
 from megatron_gkd.config.schema import OneTeacher, Recipe
@@ -112,13 +112,15 @@ def _generate_has_a_teacher(recipe: Recipe, _: int) -> Iterator[str]:
         yield f"teacher.kind = {recipe.teacher.source}: must be local or server to generate --from teacher"
 
 
-# A cache is read by training alone: for these commands it need not be there yet.
-_WITHOUT_CACHES = (cache_checks.caches_fit, cache_checks.caches_suit_on_policy)
+# Training alone reads a cache, which need not be there yet for these commands, and writes exports.
+_TRAINING_ALONE = (cache_checks.caches_fit, cache_checks.caches_suit_on_policy, output_checks.sources_are_kept)
 SCORES = CommandChecks(
     extra=(Check(teacher_checks.LEAVES, _score_has_teachers), Check(("gkd_logits_topk",), _score_has_k)),
-    left_out=_WITHOUT_CACHES,
+    left_out=_TRAINING_ALONE,
 )
-STUDENT_GENERATES = CommandChecks(left_out=_WITHOUT_CACHES)
+# Nothing is scored: no log-probabilities of a teacher's server are needed.
+_WITHOUT_SCORES = (*_TRAINING_ALONE, teacher_checks.servers_tell_enough)
+STUDENT_GENERATES = CommandChecks(left_out=_WITHOUT_SCORES)
 TEACHER_GENERATES = CommandChecks(
-    extra=(Check(teacher_checks.LEAVES, _generate_has_a_teacher),), left_out=_WITHOUT_CACHES
+    extra=(Check(teacher_checks.LEAVES, _generate_has_a_teacher),), left_out=_WITHOUT_SCORES
 )

@@ -1,18 +1,17 @@
-"""Whether the models fit the recipe, from the checkpoints' config.json alone.
+"""Whether the models fit the recipe, from the checkpoints' config.json and the headers of their safetensors files.
 
 A hub id can't be looked into before it is downloaded; the model code makes the same checks again when it builds.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_gkd.checkpoint_format.config_file import num_experts, num_key_value_heads, read_config, rope, rope_type
+from megatron_gkd.checkpoint_format.weight_files import has_weights, read_tensors
 from megatron_gkd.config.schema import Recipe
-
-ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,9 @@ def _local_teachers(recipe: Recipe) -> dict[str, str]:
 
 def _unreadable(key: str, value: str) -> Iterator[str]:
     try:
-        read_shape(value)
+        shape = read_shape(value)
+        if shape is not None and has_weights(Path(value)):
+            read_tensors(Path(value), read_config(Path(value)))
     except ValueError as error:
         yield f"{key} = {value}: {error}"
 
@@ -81,33 +82,21 @@ def read_shape(model: str) -> ModelShape | None:
         raise ValueError("must be a Hugging Face folder that exists, or a hub id (org/name)")
     if not (folder / "config.json").is_file():
         raise ValueError("must be a Hugging Face folder; there is no config.json in it")
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return _shape(config)
-    except KeyError as error:
-        raise ValueError(f"its config.json has no {error.args[0]}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError) as error:
-        raise ValueError(f"its config.json is not a model's configuration ({error})") from error
+    return _shape(read_config(folder))
 
 
 def _shape(config: dict[str, Any]) -> ModelShape:
-    named = config.get("architectures") or ["none named"]
-    if named[0] not in ARCHITECTURES:
-        raise ValueError(f"its architecture ({named[0]}) must be one of {', '.join(ARCHITECTURES)}")
-    mixture = named[0] == "Qwen3MoeForCausalLM"
-    # transformers 5 writes num_local_experts where earlier releases wrote num_experts
-    experts = config["num_experts"] if "num_experts" in config else config["num_local_experts"] if mixture else 0
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    experts = num_experts(config)
     extended = 0
-    if rope.get("rope_type", rope.get("type")) == "yarn":  # max_position_embeddings may be the length before scaling
-        original = rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
-        extended = int(rope["factor"] * original)
+    if rope_type(config) == "yarn":  # max_position_embeddings may be the length before scaling
+        original = rope(config).get("original_max_position_embeddings") or config["max_position_embeddings"]
+        extended = int(rope(config).get("factor", 1) * original)
     return ModelShape(
         num_layers=config["num_hidden_layers"],
         num_attention_heads=config["num_attention_heads"],
-        num_key_value_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
-        feed_forward_size=config["moe_intermediate_size" if mixture else "intermediate_size"],
-        num_experts=experts if mixture else 0,
+        num_key_value_heads=num_key_value_heads(config),
+        feed_forward_size=config["moe_intermediate_size" if experts else "intermediate_size"],
+        num_experts=experts,
         max_positions=max(config["max_position_embeddings"], extended),
         vocab_size=config["vocab_size"],
     )

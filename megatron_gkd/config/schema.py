@@ -70,6 +70,9 @@ class OneTeacher(Section):
     teacher_server_patience_s: float = Field(
         300.0, ge=0, description="server: how long servers may be gone before the run stops, in seconds"
     )
+    teacher_server_check_interval: int = Field(
+        10, ge=1, description="server: steps between checks, by a known prompt, that each server still has its model"
+    )
     cache: PathText | None = Field(
         None,
         description="folder of what the teacher says of each row, by `megatron-gkd score`; a teacher beside it judges "
@@ -131,7 +134,7 @@ class DistillSection(Section):
     lmbda_granularity: Literal["step", "row"] = Field(
         "step", description="lmbda decides once for a global batch, or for each of its rows"
     )
-    temperature: float = Field(0.9, gt=0, description="divides both models' logits before the divergence")
+    temperature: float = Field(0.9, ge=1e-2, le=1e3, description="divides both models' logits before the divergence")
     sft_alpha: float = Field(0.0, ge=0, description="weight of the cross-entropy on dataset rows beside the divergence")
     gkd_logits_topk: int | None = Field(
         None, ge=1, description="compare the teacher's most likely tokens only, this many; null: the whole vocabulary"
@@ -151,8 +154,15 @@ class RolloutSection(Section):
         description="megatron: the sharded student itself; vllm: vLLM in the training processes; "
         "vllm_server: vLLM servers that run already",
     )
-    max_completion_length: int = Field(512, ge=1, description="most tokens of a completion, within data.max_length")
-    rollout_temperature: float = Field(1.0, gt=0, description="divides the logits that tokens are drawn from")
+    max_completion_length: int = Field(
+        512,
+        ge=1,
+        description="most tokens of a completion, within data.max_length; room for as many, but at most a quarter of "
+        "max_length, is kept free behind each prompt that the student may answer (see data.truncation_strategy)",
+    )
+    rollout_temperature: float = Field(
+        1.0, ge=1e-2, le=1e3, description="divides the logits that tokens are drawn from"
+    )
     top_k: int | None = Field(None, ge=1, description="draw from that many most likely tokens only; null: from all")
     top_p: float = Field(1.0, gt=0, le=1, description="draw from the most likely tokens of this mass only")
     stop_token_ids: Annotated[tuple[TokenId, ...], BeforeValidator(_as_sequence)] = Field(
@@ -272,7 +282,10 @@ class DataSection(Section):
     )
     packing: bool = Field(False, description="fill microbatches of max_length tokens with whole rows")
     truncation_strategy: Literal["delete", "left", "right"] = Field(
-        "delete", description="rows longer than max_length: leave out, cut the prompt's start, or cut the end"
+        "delete",
+        description="rows longer than max_length: leave out, cut the prompt's start, or cut the end; where lmbda > 0 "
+        "also rows whose prompt leaves too little room for a completion (rollout.max_completion_length): leave out, or "
+        "with left and right cut the prompt's start. Rows whose teacher_prompt does so are always left out",
     )
     loss_on: Literal["last", "all"] = Field("last", description="train on the last assistant turn or on all of them")
     data_errors: Literal["raise", "skip"] = Field("raise", description="a bad row ends the run, or is left out")
@@ -283,9 +296,13 @@ class DataSection(Section):
     chat_template_kwargs: dict[str, Any] = Field({}, description="extra variables of the chat template")
     shuffle: bool = Field(True, description="a new order of the rows every epoch, from the seed")
     dataloader_num_workers: int = Field(0, ge=0, description="processes that prepare microbatches ahead of the step")
-    preprocessing_num_workers: int = Field(1, ge=1, description="processes that tokenise the rows")
+    preprocessing_num_workers: int | None = Field(
+        None, ge=1, description="processes that tokenize the rows; null: as many as there are cores, up to 16"
+    )
     dataset_cache_dir: PathText | None = Field(
-        None, description="folder of the tokenised rows; null: ~/.cache/megatron_gkd/datasets"
+        None,
+        description="folder of the tokenized rows; null: ~/.cache/megatron_gkd/datasets; nodes that do not share it "
+        "tokenize each for itself",
     )
 
     @property
@@ -323,7 +340,11 @@ class TrainSection(Section):
     dtype: Literal["bf16", "fp32"] = Field(
         "bf16", description="type of weights and activations; the optimizer has fp32"
     )
-    attn: Literal["auto", "flash", "fused", "unfused", "sdpa"] = Field("auto", description="attention implementation")
+    attn: Literal["auto", "flash", "fused", "sdpa"] = Field(
+        "auto",
+        description="attention: flash and fused are Transformer Engine's, for bf16 on GPUs; sdpa is torch's; auto: one "
+        "of Transformer Engine's where it is installed and dtype is bf16, else sdpa",
+    )
     moe_aux_loss_coeff: float | None = Field(
         None,
         ge=0,
@@ -343,7 +364,7 @@ class OutputSection(Section):
     save_interval: int | None = Field(None, ge=1, description="steps between Hugging Face exports; null: only the last")
     log_interval: int = Field(1, ge=1, description="steps between two lines of progress where there is no terminal")
     tensorboard: bool = Field(True, description="write TensorBoard events beside metrics.jsonl")
-    save_total_limit: int | None = Field(None, ge=1, description="newest step exports to keep; null: all")
+    save_total_limit: int | None = Field(None, ge=1, description="newest step exports of this run to keep; null: all")
     log_completions: bool = Field(
         False, description="write what the student says, with the divergence of each token, to completions.jsonl"
     )

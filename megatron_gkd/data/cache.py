@@ -1,4 +1,4 @@
-"""A folder on disk for the tokenised rows of one source, built by one process and opened by all.
+"""A folder on disk for the tokenised rows of one source, built by one process of a node and opened by all.
 
 Its key is made of what the rows depend on and of nothing else: the file (path, size, time of change), the tokenizer's
 content, the options, the plugins' text. `datasets` would key it by the pickled function instead, which changes between
@@ -7,12 +7,16 @@ versions of Python and misses changes of what the function calls.
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_gkd.data.sources import source_files
 from megatron_gkd.errors import UserError
 
-VERSION = 2  # raise it when the same rows and options give other tokens
+VERSION = 3  # raise it when the same rows and options give other tokens
 
 
 def fingerprint(path: str, tokenizer_hash: str, options: dict[str, Any], plugin_paths: list[str]) -> str:
@@ -59,54 +63,112 @@ def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
 
 @dataclass(frozen=True)
 class CacheFolder:
-    """Where one source's rows lie: `folder`, and beside it `folder.error` where building them failed."""
+    """Where one source's rows lie: `folder`, and while it is built `folder.unfinished` beside it."""
 
     folder: Path
 
     @property
-    def _error_file(self) -> Path:
-        return self.folder.with_name(self.folder.name + ".error")
+    def _unfinished(self) -> Path:
+        return self.folder.with_name(self.folder.name + ".unfinished")
 
-    def build(self, write: Callable[[Path], None]) -> None:
-        """Makes the folder unless it exists. `write` fills a private folder, which then takes its name in one move.
+    def build(self, write: Callable[[Path, Path], None]) -> None:
+        """Make the folder unless it exists. One process at a time builds it; another that wants it waits.
 
-        What `write` raises is left beside the folder for the other processes, and raised.
+        Args:
+            write: called with two folders. The first keeps what is finished: an earlier build that was killed may have
+                left parts there, and a failed one leaves its own. The second, empty, becomes the cache folder.
+
+        Raises:
+            UserError: the cache can't be written to.
         """
-        self._error_file.unlink(missing_ok=True)
-        if self.folder.exists():
-            return
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        private = Path(tempfile.mkdtemp(prefix=self.folder.name + ".", dir=self.folder.parent))
-        try:
-            write(private)
-            self._publish(private)
-        except Exception as error:
-            message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            self._error_file.write_text(message, encoding="utf-8")
-            raise
-        finally:
-            shutil.rmtree(private, ignore_errors=True)
+        while not self.folder.exists():
+            try:
+                self._unfinished.mkdir(parents=True, exist_ok=True)
+                lock = _Lock.acquire(self._unfinished / "lock")
+            except OSError as error:
+                raise UserError(
+                    f"data.dataset_cache_dir = {self.folder.parent}: cannot be written to ({error}); name a folder "
+                    "that can be"
+                ) from error
+            with lock:
+                if lock.is_current() and not self.folder.exists():
+                    self._build(write)
 
-    def _publish(self, private: Path) -> None:
-        private.chmod(0o755)  # mkdtemp gives 0700; a shared cache is for every user of the machine
+    def _build(self, write: Callable[[Path, Path], None]) -> None:
+        parts = self._unfinished / "parts"
+        parts.mkdir(exist_ok=True)
+        out = Path(tempfile.mkdtemp(prefix="out.", dir=self._unfinished))
+        out.chmod(0o755)  # mkdtemp gives 0700; a shared cache is for every user of the machine
         try:
-            os.replace(private, self.folder)
-        except OSError:
-            if not self.folder.exists():
+            write(parts, out)
+            os.replace(out, self.folder)
+        except Exception:
+            shutil.rmtree(out, ignore_errors=True)
+            if not self.folder.exists():  # another process may have built it, where the file system has no locks
+                if not any(parts.iterdir()):
+                    shutil.rmtree(self._unfinished, ignore_errors=True)
                 raise
-            # another run has just built the same rows
+        shutil.rmtree(self._unfinished, ignore_errors=True)
 
-    def open(self) -> Path:
-        """The folder; UserError with the builder's own message where it failed."""
-        if self._error_file.exists():
-            raise UserError(self._error_file.read_text(encoding="utf-8"))
-        if not self.folder.exists():
-            raise UserError(f"{self.folder}: not there; dataset_cache_dir must be a folder that every process sees")
-        return self.folder
+    def is_visible(self, until: float) -> bool:
+        """Return whether the folder comes into sight before `time.monotonic()` is `until`.
+
+        A network file system may show it later than it was written.
+        """
+        while not self.folder.exists():
+            if time.monotonic() >= until:
+                return False
+            time.sleep(0.1)
+            if self.folder.parent.exists():
+                os.listdir(self.folder.parent)  # has the file system's client read the folder again
+        return True
+
+
+@dataclass(frozen=True)
+class _Lock:
+    """An exclusive lock on a file, which the operating system releases if the process dies.
+
+    File systems without locks have none: two builders then do the same work side by side.
+    """
+
+    path: Path
+    descriptor: int
+
+    @classmethod
+    def acquire(cls, path: Path) -> _Lock:
+        """Wait for the lock."""
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                os.close(descriptor)
+                raise
+        return cls(path, descriptor)
+
+    def is_current(self) -> bool:
+        """Return whether the locked file still has its name: the holder before may have removed it."""
+        try:
+            return os.path.samestat(os.fstat(self.descriptor), os.stat(self.path))
+        except FileNotFoundError:
+            return False
+
+    def __enter__(self) -> _Lock:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        with contextlib.suppress(OSError):
+            fcntl.flock(self.descriptor, fcntl.LOCK_UN)  # also for processes that have inherited the file
+        os.close(self.descriptor)
 
 
 def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "megatron_gkd" / "datasets"
+
+
+def hash_texts(texts: Iterable[str]) -> str:
+    """Return one hash of several texts in their order."""
+    return _hash(json.dumps(list(texts)))
 
 
 def _text_hash(path: str) -> str:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -15,14 +18,18 @@ import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from megatron_gkd.data.cache import CacheFolder, default_cache_dir, fingerprint, hash_tokenizer
+from megatron_gkd.data.cache import CacheFolder, default_cache_dir, fingerprint, hash_texts, hash_tokenizer
 from megatron_gkd.data.plugins import find_preprocessor, load_plugins
+from megatron_gkd.data.prompt import PromptLimits
 from megatron_gkd.data.report import DataReport
 from megatron_gkd.data.sample import FROM_DATASET, Sample
+from megatron_gkd.data.shards import ShardSummary, ShardWriter, tokenize_shards
 from megatron_gkd.data.sources import Source, open_source
-from megatron_gkd.data.tokenizing import BLANK, FEATURES, RowTokenizer
+from megatron_gkd.data.tokenizing import RowTokenizer
 from megatron_gkd.errors import UserError
+from megatron_gkd.runtime.nodes import Nodes
 
+VISIBLE_WITHIN_S = 5.0  # that another node takes to see a folder on a file system they share
 _ROWS, _REPORT = "rows", "report.json"  # names in a cache folder
 
 
@@ -44,7 +51,7 @@ class DataSection(Protocol):
     preprocessor: str | None
     external_plugins: Sequence[str]
     chat_template_kwargs: dict[str, Any]
-    preprocessing_num_workers: int
+    preprocessing_num_workers: int | None
     dataset_cache_dir: str | None
 
 
@@ -88,123 +95,185 @@ def build_dataset(
     tokenizer: PreTrainedTokenizerBase,
     *,
     prompts: bool = False,
+    prompt_limits: PromptLimits | None = None,
     tag_key: str | None = None,
     vocab_size: int | None = None,
-    main_process: bool,
-    barrier: Callable[[], None],
+    nodes: Nodes | None = None,
 ) -> tuple[TokenizedDataset, DataReport]:
     """Reads, checks and tokenises the rows of a split; takes them from the cache where nothing has changed.
 
-    Every process calls this. The main one builds the cache while the others wait at `barrier`; then all open it. Where
-    building fails, every process raises the same error.
+    All ranks must call it. Rank 0 builds the cache while the others wait; then one rank of each node that does not see
+    rank 0's cache builds its own; then all open it. What fails in one rank is raised in all.
 
     Args:
         section: the recipe's data section.
         split: "train" reads `section.dataset`, "validation" `section.val_dataset`.
         tokenizer: the student's, a fast one.
         prompts: a row may be a prompt alone, for the student to answer.
+        prompt_limits: prompts that are longer are shortened, or their rows left out, by `truncation_strategy`; None
+            where the student answers no row.
         tag_key: the rows' key whose value is `Sample.tag`; every row must have it.
-        vocab_size: rows of token ids have ids below it; None: below the number of the tokenizer's tokens.
-        main_process: true in exactly one of the processes that share the cache folder.
-        barrier: returns when every process has called it.
+        vocab_size: number of ids that every model of the run can read: a row with another one is bad; None: the
+            number of the tokenizer's tokens.
+        nodes: the ranks; None for one process.
 
     Raises:
-        UserError: a file cannot be read, a row is bad and `data_errors` is "raise", a source has no usable row.
+        UserError: a file cannot be read, a row is bad and `data_errors` is "raise", a source has no usable row, or a
+            node has other rows than rank 0.
     """
     files = section.dataset if split == "train" else section.val_dataset
     if not files:
         raise UserError(f"data.{'dataset' if split == 'train' else 'val_dataset'} names no file")
     root = Path(section.dataset_cache_dir).expanduser() if section.dataset_cache_dir else default_cache_dir()
-    tokenizer_hash = hash_tokenizer(tokenizer)
-    plugins = list(section.external_plugins)
-    options = _options(section) | {"prompts": prompts, "tag_key": tag_key, "vocab_size": vocab_size}
-    keys = [fingerprint(file.path, tokenizer_hash, options, plugins) for file in files]
+    nodes = nodes or Nodes.alone()
+    tokenization = _Tokenization(section, tokenizer, prompts, prompt_limits, tag_key, vocab_size)
+    # The key has the time of change of rank 0's files; copies on other nodes may have another.
+    paths = [file.path for file in files]
+    keys = nodes.on_main(lambda: tokenization.keys(paths))
     caches = [CacheFolder(root / key) for key in keys]
 
-    failure = None
-    if main_process:
-        try:
-            for file, cache in zip(files, caches, strict=True):
-                cache.build(lambda folder, path=file.path: _write(path, section, tokenizer, options, folder))
-        except Exception as error:  # the others must be let out of the barrier whatever went wrong
-            failure = error
-    barrier()
-    if failure is not None:
-        raise failure
-    folders = [cache.open() for cache in caches]
-    dataset = TokenizedDataset([datasets.load_from_disk(str(folder / _ROWS)) for folder in folders])
-    return dataset, DataReport.merge(DataReport(**json.loads((folder / _REPORT).read_text())) for folder in folders)
+    def build() -> list[str]:
+        for path, cache in zip(paths, caches, strict=True):
+            cache.build(partial(tokenization.write, path))
+        return [_read_report(cache).digest for cache in caches]
+
+    def build_unseen() -> None:
+        until = time.monotonic() + VISIBLE_WITHIN_S
+        for path, cache, digest in zip(paths, caches, digests, strict=True):
+            if not cache.is_visible(until):
+                cache.build(partial(tokenization.write, path, digest=digest))
+
+    digests = nodes.on_main(build)
+    nodes.on_leaders(build_unseen)
+    return nodes.on_all(lambda: _open(paths, caches, digests))
 
 
-def _options(section: DataSection) -> dict[str, Any]:
-    """What decides, beside the file, the tokenizer and the plugins, which samples a source yields."""
-    names = ("max_length", "teacher_max_length", "truncation_strategy", "loss_on", "data_errors", "preprocessor")
-    return {name: getattr(section, name) for name in (*names, "chat_template_kwargs")}
+def _open(
+    paths: Sequence[str], caches: Sequence[CacheFolder], digests: Sequence[str]
+) -> tuple[TokenizedDataset, DataReport]:
+    """Open the caches of the sources at `paths`; their rows must have the `digests`."""
+    until = time.monotonic() + VISIBLE_WITHIN_S
+    for path, cache, digest in zip(paths, caches, digests, strict=True):
+        if not cache.is_visible(until):
+            raise UserError(
+                f"data.dataset_cache_dir = {cache.folder.parent}: {cache.folder.name} is not there, although a rank of "
+                "this node has written it; name a folder that all ranks of a node see"
+            )
+        if _read_report(cache).digest != digest:
+            raise UserError(f"{_other_rows(path)}. Remove {cache.folder} on this node before the next start")
+    dataset = TokenizedDataset([datasets.load_from_disk(str(cache.folder / _ROWS)) for cache in caches])
+    return dataset, DataReport.merge(_read_report(cache).report for cache in caches)
 
 
-def _write(
-    path: str, section: DataSection, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any], folder: Path
-) -> None:
-    """Writes the samples of the source at `path`, and its report, into `folder`."""
-    load_plugins(section.external_plugins)
-    if section.preprocessor:
-        find_preprocessor(section.preprocessor)  # an unknown name is an error here, not in each worker
-    with tempfile.TemporaryDirectory(dir=folder) as scratch, _progress_bars_on_terminal_only():
-        source = open_source(path, scratch)
-        if len(source.table) == 0:
-            raise UserError(f"{path}: yields nothing to train on: it has no rows")
-        rows = _tokenize(source, section, tokenizer, options, Path(scratch))
-        dropped = np.array(rows["dropped"], dtype=object)
-        report = _report(source, rows, dropped, section.data_errors)
-        used = rows.select(np.flatnonzero(dropped == ""))
-        used.remove_columns(["dropped", "error"]).save_to_disk(str(folder / _ROWS))
-    (folder / _REPORT).write_text(json.dumps(asdict(report)), encoding="utf-8")
-
-
-def _tokenize(
-    source: Source, section: DataSection, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any], scratch: Path
-) -> datasets.Dataset:
-    tokenize = RowTokenizer(
-        tokenizer=tokenizer,
-        is_json=source.is_json,
-        max_length=section.max_length,
-        truncation_strategy=section.truncation_strategy,
-        loss_on=section.loss_on,
-        preprocessor=section.preprocessor,
-        external_plugins=list(section.external_plugins),
-        template_kwargs=dict(section.chat_template_kwargs),
-        prompts=options["prompts"],
-        teacher_max_length=section.teacher_max_length,
-        tag_key=options["tag_key"],
-        vocab_size=options["vocab_size"],
-    )
-    workers = min(section.preprocessing_num_workers, len(source.table))
-    return source.table.map(
-        tokenize,
-        batched=True,
-        batch_size=256,
-        remove_columns=source.table.column_names,
-        features=FEATURES,
-        num_proc=workers if workers > 1 else None,
-        cache_file_name=str(scratch / "tokenized.arrow"),
-        load_from_cache_file=False,
-        new_fingerprint=scratch.parent.name[:32],  # else the tokenizer is pickled and hashed
-        desc=f"Tokenising {Path(source.path).name}",
+def _other_rows(path: str) -> str:
+    return (
+        f"{path}: gives other rows on this node than on rank 0's; all nodes need the same file, plugins and versions "
+        "of the packages"
     )
 
 
-def _report(source: Source, rows: datasets.Dataset, dropped: np.ndarray, data_errors: str) -> DataReport:
+@dataclass(frozen=True)
+class _StoredReport:
+    """What stands beside the rows of a source: their counts and their hash."""
+
+    report: DataReport
+    digest: str
+
+
+def _read_report(cache: CacheFolder) -> _StoredReport:
+    stored = json.loads((cache.folder / _REPORT).read_text(encoding="utf-8"))
+    return _StoredReport(DataReport(**stored["report"]), stored["digest"])
+
+
+@dataclass(frozen=True)
+class _Tokenization:
+    """How the rows of a split become samples. The attributes are the arguments of `build_dataset`."""
+
+    section: DataSection
+    tokenizer: PreTrainedTokenizerBase
+    prompts: bool
+    prompt_limits: PromptLimits | None
+    tag_key: str | None
+    vocab_size: int | None
+
+    def keys(self, paths: Sequence[str]) -> list[str]:
+        """Return the caches' keys of the sources at `paths`."""
+        tokenizer_hash, plugins = hash_tokenizer(self.tokenizer), list(self.section.external_plugins)
+        return [fingerprint(path, tokenizer_hash, self._options(), plugins) for path in paths]
+
+    def _options(self) -> dict[str, Any]:
+        """Return what decides, beside the file, the tokenizer and the plugins, which samples a source yields."""
+        names = ("max_length", "teacher_max_length", "truncation_strategy", "loss_on", "data_errors", "preprocessor")
+        return {name: getattr(self.section, name) for name in (*names, "chat_template_kwargs")} | {
+            "prompts": self.prompts,
+            "prompt_limits": None if self.prompt_limits is None else asdict(self.prompt_limits),
+            "tag_key": self.tag_key,
+            "vocab_size": self.vocab_size,
+        }
+
+    def write(self, path: str, parts: Path, out: Path, digest: str | None = None) -> None:
+        """Write the samples of the source at `path`, and its report, into `out`.
+
+        Args:
+            path: file or folder of rows.
+            parts: what is finished stays there if this process is killed.
+            out: an empty folder.
+            digest: what the samples must have; None: any.
+        """
+        section = self.section
+        load_plugins(section.external_plugins)
+        if section.preprocessor:
+            find_preprocessor(section.preprocessor)  # an unknown name is an error here, not in each worker
+        with _progress_bars_on_terminal_only():
+            source = open_source(path, str(parts.parent / "source"))
+            if len(source.table) == 0:
+                raise UserError(f"{path}: yields nothing to train on: it has no rows")
+            writer = ShardWriter(source.table, self._row_tokenizer(source.is_json), parts)
+            summaries = tokenize_shards(writer, section.preprocessing_num_workers, f"Tokenizing {Path(path).name}")
+            try:
+                report = _report(source, summaries, section.data_errors)
+                stored = _StoredReport(report, hash_texts(summary.digest for summary in summaries))
+                if digest is not None and stored.digest != digest:
+                    raise UserError(_other_rows(path))
+            except UserError:
+                shutil.rmtree(parts)  # the same file gives the same rows: nothing is worth keeping
+                parts.mkdir()
+                raise
+            used = [writer.path(shard) for shard, summary in enumerate(summaries) if summary.used]
+            rows = datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in used])
+            rows.save_to_disk(str(out / _ROWS))
+        (out / _REPORT).write_text(json.dumps(asdict(stored)), encoding="utf-8")
+
+    def _row_tokenizer(self, is_json: bool) -> RowTokenizer:
+        section = self.section
+        return RowTokenizer(
+            tokenizer=self.tokenizer,
+            is_json=is_json,
+            max_length=section.max_length,
+            truncation_strategy=section.truncation_strategy,
+            loss_on=section.loss_on,
+            preprocessor=section.preprocessor,
+            external_plugins=list(section.external_plugins),
+            template_kwargs=dict(section.chat_template_kwargs),
+            prompts=self.prompts,
+            prompt_limits=self.prompt_limits,
+            teacher_max_length=section.teacher_max_length,
+            tag_key=self.tag_key,
+            vocab_size=self.vocab_size,
+        )
+
+
+def _report(source: Source, summaries: Sequence[ShardSummary], data_errors: str) -> DataReport:
     """Counts the rows; UserError for bad ones that may not be skipped, and for a source that has none to use."""
-    errors = np.array(rows["error"], dtype=object)
-    bad = np.flatnonzero(errors != "")
-    first = f"{source.locate(int(bad[0]))}: {errors[bad[0]]}" if len(bad) else None
+    found = next((summary.first_bad for summary in summaries if summary.first_bad is not None), None)
+    first = None if found is None else f"{source.locate(found[0])}: {found[1]}"
     if first and data_errors == "raise":
-        more = f" ({len(bad)} bad rows in all; data_errors: skip leaves them out)"
-        raise UserError(first + more)
-    reasons, counts = np.unique(dropped[(dropped != "") & (dropped != BLANK)].astype(str), return_counts=True)
-    by_reason = dict(zip(reasons.tolist(), counts.tolist(), strict=True))
-    used = int((dropped == "").sum())
-    report = DataReport(used + sum(by_reason.values()), used, by_reason, first)
+        bad = sum(summary.bad for summary in summaries)
+        raise UserError(f"{first} ({bad} bad rows in all; data_errors: skip leaves them out)")
+    dropped = sum((Counter(summary.dropped) for summary in summaries), Counter())
+    used = sum(summary.used for summary in summaries)
+    shortened = sum(summary.shortened for summary in summaries)
+    report = DataReport(used + dropped.total(), used, dict(sorted(dropped.items())), shortened, first)
     if used == 0:
         raise UserError(f"{source.path}: yields nothing to train on: {report.summary()}")
     return report

@@ -71,9 +71,13 @@ class StepLoader:
         steps = _Steps(self, self._start_step, self._num_steps)
         # Its own generator: drawing the workers' seeds would otherwise move the global one, which dropout draws from.
         generator = torch.Generator()
-        return iter(
-            DataLoader(steps, batch_size=None, collate_fn=_as_is, num_workers=self._num_workers, generator=generator)
+        loader = DataLoader(
+            steps, batch_size=None, collate_fn=_as_is, num_workers=self._num_workers, generator=generator
         )
+        for item in loader:
+            if isinstance(item, UserError):
+                raise item
+            yield None if item is None else [Microbatch.from_arrays(arrays) for arrays in item]
 
     def step(self, step: int) -> list[Microbatch] | None:
         """The microbatches of this rank at a step, counted from 0."""
@@ -125,7 +129,11 @@ def validation_batches(
 
 
 class _Steps(Dataset):
-    """Steps as items of a map-style dataset, so that DataLoader's workers keep them in order."""
+    """Steps as items of a map-style dataset, so that DataLoader's workers keep them in order.
+
+    An item holds NumPy arrays, which go through a worker's pipe: each tensor would hold a file descriptor of shared
+    memory open, and a step has hundreds of them.
+    """
 
     def __init__(self, loader: StepLoader, start: int, count: int) -> None:
         self._loader, self._start, self._count = loader, start, count
@@ -133,9 +141,16 @@ class _Steps(Dataset):
     def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, index: int) -> list[Microbatch] | None:
-        return self._loader.step(self._start + index)
+    def __getitem__(self, index: int) -> _Item:
+        try:
+            microbatches = self._loader.step(self._start + index)
+        except UserError as error:  # DataLoader would add a worker's traceback to the message
+            return error
+        return None if microbatches is None else [microbatch.to_arrays() for microbatch in microbatches]
 
 
-def _as_is(microbatches: list[Microbatch] | None) -> list[Microbatch] | None:
-    return microbatches
+_Item = list[dict[str, Any]] | UserError | None
+
+
+def _as_is(item: _Item) -> _Item:
+    return item

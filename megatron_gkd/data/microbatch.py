@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,6 +59,20 @@ class Microbatch:
 
     def to(self, device: torch.device | str) -> Microbatch:
         return replace(self, **{name: value.to(device) for name, value in vars(self).items() if torch.is_tensor(value)})
+
+    def to_arrays(self) -> dict[str, Any]:
+        """Return the fields by name, with NumPy arrays in place of tensors (which must be on the CPU)."""
+        return {name: value.numpy() if torch.is_tensor(value) else value for name, value in vars(self).items()}
+
+    @classmethod
+    def from_arrays(cls, fields: dict[str, Any]) -> Microbatch:
+        """Build a microbatch from what `to_arrays` returns; the tensors share the arrays' memory."""
+        return cls(
+            **{
+                name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+                for name, value in fields.items()
+            }
+        )
 
 
 def collate(samples: Sequence[Sample], *, pad_multiple: int, pad_token_id: int) -> Microbatch:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -25,6 +25,25 @@ def prompt_length(labels: np.ndarray) -> int:
     return int(trained[gaps[-1] + 1] if len(gaps) else trained[0])
 
 
+@dataclass(frozen=True)
+class PromptLimits:
+    """The longest prompts, in tokens, that leave room for a completion.
+
+    Attributes:
+        student: of a row's own prompt.
+        teacher: of its `teacher_prompt`.
+    """
+
+    student: int
+    teacher: int
+
+    @classmethod
+    def from_lengths(cls, max_length: int, teacher_max_length: int, max_completion_length: int) -> PromptLimits:
+        """Reserve `max_completion_length` tokens of each sequence, but at most a quarter of it and at least one."""
+        lengths = (max_length, teacher_max_length)
+        return cls(*(length - max(1, min(max_completion_length, length // 4)) for length in lengths))
+
+
 def room_for_answer(sample: Sample, max_length: int, teacher_max_length: int) -> int:
     """Tokens of an answer that the student's and the teacher's sequences leave room for. UserError if there is none."""
     limits = [("prompt", prompt_of(sample), "data.max_length", max_length)]
@@ -33,8 +52,8 @@ def room_for_answer(sample: Sample, max_length: int, teacher_max_length: int) ->
     for name, tokens, key, limit in limits:
         if len(tokens) >= limit:
             raise UserError(
-                f"row {sample.row_id} of the dataset: its {name} of {len(tokens)} tokens leaves no room for an "
-                f"answer in {key} = {limit}"
+                f"{key} = {limit}: the {name} of row {sample.row_id} of the dataset has {len(tokens)} tokens, which "
+                f"leaves no room for a completion; raise {key}"
             )
     return min(limit - len(tokens) for _, tokens, _, limit in limits)
 

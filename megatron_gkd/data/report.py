@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 TOO_LONG = "longer than max_length"
 TOO_LONG_FOR_TEACHER = "longer than teacher_max_length with its teacher_prompt"
+NO_ROOM = "prompt without room for a completion"
+NO_ROOM_FOR_TEACHER = "teacher_prompt without room for a completion"
 NOTHING_TO_LEARN = "no response token left"
 MASKED = "masked"
 PREPROCESSOR = "dropped by the preprocessor"
@@ -21,12 +23,14 @@ class DataReport:
         rows_read: rows in the files; blank lines are not rows.
         rows_used: rows that became samples.
         dropped: number of dropped rows by reason.
+        shortened: number of used rows whose prompt lost its start, to leave room for a completion.
         first_bad_row: place and reason of the first row that is wrong in itself, if there is one.
     """
 
     rows_read: int
     rows_used: int
     dropped: dict[str, int] = field(default_factory=dict)
+    shortened: int = 0
     first_bad_row: str | None = None
 
     @staticmethod
@@ -39,6 +43,7 @@ class DataReport:
             rows_read=sum(report.rows_read for report in reports),
             rows_used=sum(report.rows_used for report in reports),
             dropped=dict(dropped),
+            shortened=sum(report.shortened for report in reports),
             first_bad_row=next((report.first_bad_row for report in reports if report.first_bad_row), None),
         )
 
@@ -47,6 +52,8 @@ class DataReport:
         line = f"{self.rows_used} of {self.rows_read} rows used"
         if self.dropped:
             line += "; dropped: " + ", ".join(f"{count} {reason}" for reason, count in sorted(self.dropped.items()))
+        if self.shortened:
+            line += f"; prompts shortened to leave room for a completion: {self.shortened}"
         if self.first_bad_row:
             line += f" (first bad row: {self.first_bad_row})"
         return line

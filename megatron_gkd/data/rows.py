@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+_ONLY_ALONE = "only distill.lmbda = 1 takes prompts alone"
+
 
 class BadRow(Exception):
     """A row that cannot be trained on: a `reason`, by which rows are counted, and a `detail` for who has to mend it."""
@@ -91,7 +93,7 @@ def parse_row(row: Any, *, prompts: bool = False) -> Row:
     prompt = _require(row["prompt"], (str, list), "prompt")
     if "response" not in row:
         if not prompts:
-            raise BadRow("no assistant turn", "the row has a prompt but no response")
+            raise BadRow("no assistant turn", f"the row has a prompt but no response; {_ONLY_ALONE}")
         if isinstance(prompt, str):
             return Completion(prompt, None, _teacher_prompt(row))
         return _of_messages(row, _messages(prompt, "prompt"))
@@ -109,7 +111,7 @@ def _conversation(row: dict[str, Any], messages: list[dict[str, Any]], prompts: 
         return _of_messages(row, messages)
     if not assistant_turns:
         roles = ", ".join(message["role"] for message in messages) or "no message at all"
-        raise BadRow("no assistant turn", f"the roles are: {roles}")
+        raise BadRow("no assistant turn", f"the roles are: {roles}; {_ONLY_ALONE}")
     last = assistant_turns[-1]
     if not (messages[last]["content"].strip() or messages[last].get("tool_calls")):
         raise BadRow("empty response", f"messages[{last}] (assistant) has neither content nor tool_calls")
@@ -140,7 +142,7 @@ def _token_ids(row: dict[str, Any], prompts: bool) -> TokenIds:
     names = ("prompt_token_ids", "response_token_ids", "teacher_prompt_token_ids")
     prompt, response, teacher_prompt = (_ids(row[name], name) if name in row else None for name in names)
     if response is None and not prompts:
-        raise BadRow("no assistant turn", "the row has prompt_token_ids but no response_token_ids")
+        raise BadRow("no assistant turn", f"the row has prompt_token_ids but no response_token_ids; {_ONLY_ALONE}")
     return TokenIds(prompt, response, teacher_prompt, _require(row.get("masked", False), bool, "masked"))
 
 

@@ -43,7 +43,7 @@ class RowRenderer:
         tokenizer: the student's fast tokenizer.
         loss_on: "last": only the last assistant turn is trained on; "all": every one.
         template_kwargs: arguments of the chat template; those of a row win over them.
-        vocab_size: rows of token ids have ids below it; None: below the number of the tokenizer's tokens.
+        vocab_size: number of ids that every model of the run can read; None: of the tokenizer's tokens.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -55,16 +55,26 @@ class RowRenderer:
         """Raises BadRow ("chat template", "not Unicode", "foreign token id"): the row cannot be rendered, its turns
         cannot be found, or its ids are of another vocabulary.
         """
+        input_ids, labels = self._tokenize(row)
+        most = (len(self.tokenizer) if self.vocab_size is None else self.vocab_size) - 1
+        foreign = input_ids[(input_ids < 0) | (input_ids > most)]
+        if len(foreign):
+            token = self.tokenizer.convert_ids_to_tokens(int(foreign[0])) if 0 <= foreign[0] < 2**31 else None
+            named = "" if token is None else f" ({token!r})"
+            reason = f"{foreign[0]}{named} is none of the ids that all models of the run have, which are 0 to {most}"
+            raise BadRow("foreign token id", reason)
+        return input_ids, labels
+
+    def _tokenize(self, row: Row) -> tuple[np.ndarray, np.ndarray]:
         if isinstance(row, TokenIds):
             return self._token_ids(row)
         return self._completion(row) if isinstance(row, Completion) else self._conversation(row)
 
     def _token_ids(self, row: TokenIds) -> tuple[np.ndarray, np.ndarray]:
-        input_ids = np.array(row.prompt + (row.response or []), dtype=np.int64)
-        most = (len(self.tokenizer) if self.vocab_size is None else self.vocab_size) - 1
-        foreign = input_ids[(input_ids < 0) | (input_ids > most)]
-        if len(foreign):
-            raise BadRow("foreign token id", f"{foreign[0]} is none of the student's ids, which are 0 to {most}")
+        try:
+            input_ids = np.array(row.prompt + (row.response or []), dtype=np.int64)
+        except OverflowError as error:
+            raise BadRow("foreign token id", "an id is far above those of any tokenizer") from error
         return input_ids, shift_labels(input_ids, np.arange(len(input_ids)) >= len(row.prompt))
 
     def _completion(self, row: Completion) -> tuple[np.ndarray, np.ndarray]:

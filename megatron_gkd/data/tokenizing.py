@@ -1,4 +1,4 @@
-"""The function that `datasets` maps over a source in parallel: raw rows in, token ids, labels and verdicts out."""
+"""The function that is mapped over a source in parallel: raw rows in, token ids, labels and verdicts out."""
 
 from __future__ import annotations
 
@@ -12,8 +12,16 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from megatron_gkd.data.plugins import Preprocessor, find_preprocessor, load_plugins
-from megatron_gkd.data.prompt import prompt_length
-from megatron_gkd.data.report import MASKED, NOTHING_TO_LEARN, PREPROCESSOR, TOO_LONG, TOO_LONG_FOR_TEACHER
+from megatron_gkd.data.prompt import PromptLimits, prompt_length
+from megatron_gkd.data.report import (
+    MASKED,
+    NO_ROOM,
+    NO_ROOM_FOR_TEACHER,
+    NOTHING_TO_LEARN,
+    PREPROCESSOR,
+    TOO_LONG,
+    TOO_LONG_FOR_TEACHER,
+)
 from megatron_gkd.data.rows import BadRow, TokenIds, parse_row, tag_of
 from megatron_gkd.data.sample import IGNORE
 from megatron_gkd.data.sources import TEXT, decode_json, drop_nulls
@@ -33,10 +41,12 @@ FEATURES = datasets.Features(
         "teacher_prompt": datasets.List(datasets.Value("int32")),  # empty where the row has none
         "teacher_length": datasets.Value("int32"),  # of the whole sequence behind it; 0 where the row has none
         "tag": datasets.Value("string"),  # empty where no key is configured
+        "shortened": datasets.Value("bool"),  # the prompt lost its start, to leave room for a completion
         "dropped": datasets.Value("string"),  # why the row is not used; empty for one that is
         "error": datasets.Value("string"),  # what is wrong with the row; empty unless it is a bad row
     }
 )
+VERDICT = ("shortened", "dropped", "error")  # of a row, beside what makes its sample
 
 
 @dataclass
@@ -52,9 +62,10 @@ class RowTokenizer:
     external_plugins: Sequence[str] = ()
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     prompts: bool = False  # a row may be a prompt alone
+    prompt_limits: PromptLimits | None = None  # of rows that the student may answer; None: it answers none
     teacher_max_length: int | None = None  # None: max_length
     tag_key: str | None = None
-    vocab_size: int | None = None  # of rows of token ids; None: the tokenizer's
+    vocab_size: int | None = None  # ids that every model of the run can read; None: the tokenizer's
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         """Columns of `FEATURES` for the columns of a source, one row for each."""
@@ -79,6 +90,13 @@ class RowTokenizer:
                 teacher_prompt = prompt_for_teacher((input_ids, labels), self._render(parsed.for_teacher()))
         except BadRow as bad:
             return _record(dropped=bad.reason, error=str(bad))
+        surplus = max(0, prompt_length(labels) - self.prompt_limits.student) if self.prompt_limits else 0
+        if surplus and self.truncation_strategy == "delete":
+            return _record(dropped=NO_ROOM)
+        if surplus:
+            whole, input_ids, labels = labels, input_ids[surplus:], labels[surplus:]
+            if teacher_prompt is not None:
+                teacher_prompt = cut_like(teacher_prompt, whole, labels, "left")
         cut = truncate(input_ids, labels, self.max_length, self.truncation_strategy)
         if cut is None:
             return _record(dropped=TOO_LONG)
@@ -86,7 +104,9 @@ class RowTokenizer:
             return _record(dropped=NOTHING_TO_LEARN)
         if teacher_prompt is not None:
             teacher_prompt = cut_like(teacher_prompt, labels, cut[1], self.truncation_strategy)
-        record = _record(*cut, teacher_prompt=teacher_prompt, tag=tag)
+        if teacher_prompt is not None and self.prompt_limits and len(teacher_prompt) > self.prompt_limits.teacher:
+            return _record(dropped=NO_ROOM_FOR_TEACHER)
+        record = _record(*cut, teacher_prompt=teacher_prompt, tag=tag, shortened=surplus > 0)
         if record["teacher_length"] > (self.teacher_max_length or self.max_length):
             return _record(dropped=TOO_LONG_FOR_TEACHER)
         return record
@@ -121,6 +141,7 @@ def _record(
     error: str = "",
     teacher_prompt: np.ndarray | None = None,
     tag: str = "",
+    shortened: bool = False,
 ) -> dict[str, Any]:
     response = len(input_ids) - prompt_length(labels)
     return {
@@ -131,6 +152,7 @@ def _record(
         "teacher_prompt": _EMPTY if teacher_prompt is None else teacher_prompt,
         "teacher_length": 0 if teacher_prompt is None else len(teacher_prompt) + response,
         "tag": tag,
+        "shortened": shortened,
         "dropped": dropped,
         "error": error,
     }

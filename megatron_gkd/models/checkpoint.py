@@ -1,43 +1,52 @@
-"""A Hugging Face checkpoint on disk: where it is, what it configures, and which of its features are supported."""
+"""A Hugging Face checkpoint on disk: where it is, what it configures, and which tensors it has."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from megatron_gkd.checkpoint_format.config_file import CheckpointProblem, read_config
+from megatron_gkd.checkpoint_format.weight_files import StoredTensor, read_tensors
 from megatron_gkd.errors import UserError
-
-SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
+from megatron_gkd.models.location import locate
+from megatron_gkd.runtime.nodes import Nodes
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A local directory in Hugging Face's layout."""
+    """A local directory in Hugging Face's layout.
+
+    Attributes:
+        tensors: the parameters in its safetensors files, by name.
+    """
 
     path: Path
     config: PretrainedConfig
+    tensors: dict[str, StoredTensor] = field(repr=False)
 
     @classmethod
-    def open(cls, model: str, *, main_process: bool = True, barrier: Callable[[], None] = lambda: None) -> Checkpoint:
-        """`model` is a directory or a hub id; the main process downloads, the others wait and read its cache.
+    def open(cls, model: str, nodes: Nodes | None = None) -> Checkpoint:
+        """Open a directory or a hub id, which one rank of each node downloads. All ranks of `nodes` must call it.
 
-        Raises UserError for a directory without weights or of an unsupported architecture.
+        Raises UserError for a directory whose config.json is not supported, or whose safetensors files don't hold
+        exactly the parameters that it describes.
         """
-        path = Path(model)
-        if not path.is_dir():
-            if main_process:
-                _download(model)
-            barrier()
-            path = Path(_download(model, local_files_only=not main_process))
-        if not any(path.glob("*.safetensors")):
-            raise UserError(f"{model}: no *.safetensors file in {path}")
-        config = AutoConfig.from_pretrained(path)
-        _check_supported(model, config)
-        return cls(path, config)
+        path = locate(model, nodes or Nodes.alone())
+        try:
+            raw = read_config(path)
+            tensors = read_tensors(path, raw)
+        except CheckpointProblem as problem:
+            raise UserError(f"{model}: {problem}") from problem
+        try:
+            config = AutoConfig.from_pretrained(path)
+        except Exception as error:  # transformers raises many kinds for a wrong value
+            reason = " ".join(str(error).split())
+            raise UserError(f"{model}: its config.json is not a model's configuration ({reason})") from error
+        return cls(path, config, tensors)
 
     @property
     def vocab_size(self) -> int:
@@ -45,10 +54,15 @@ class Checkpoint:
         return self.config.vocab_size
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each of `tensors`."""
+        return {name: tensor.shape for name, tensor in self.tensors.items()}
+
+    @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """The tokens that end a completion: those of generation_config.json, else those of config.json."""
-        has_own = (self.path / GENERATION_CONFIG_NAME).exists()
-        found = (GenerationConfig.from_pretrained(self.path) if has_own else self.config).eos_token_id
+        own = self.path / GENERATION_CONFIG_NAME
+        found = _read_json(own).get("eos_token_id") if own.exists() else self.config.eos_token_id
         return () if found is None else (found,) if isinstance(found, int) else tuple(found)
 
     @property
@@ -65,21 +79,11 @@ class Checkpoint:
             raise UserError(f"{self.path}: no tokenizer can be opened there ({error})") from error
 
 
-def _download(model: str, local_files_only: bool = False) -> str:
-    from huggingface_hub import snapshot_download
-
-    wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+def _read_json(path: Path) -> dict:
     try:
-        return snapshot_download(model, allow_patterns=wanted, local_files_only=local_files_only)
-    except Exception as error:  # the hub's client raises many kinds, all of which mean the same to the user
-        raise UserError(f"{model}: neither a local directory nor a hub model that can be fetched ({error})") from error
-
-
-def _check_supported(model: str, config: PretrainedConfig) -> None:
-    architecture = (config.architectures or ["unknown"])[0]
-    if architecture not in SUPPORTED_ARCHITECTURES:
-        raise UserError(f"{model}: architecture {architecture} is not one of {', '.join(SUPPORTED_ARCHITECTURES)}")
-    if config.model_type == "qwen3_moe" and (config.decoder_sparse_step != 1 or config.mlp_only_layers):
-        raise UserError(f"{model}: only checkpoints whose every layer is a mixture of experts are supported")
-    if getattr(config, "use_sliding_window", False):
-        raise UserError(f"{model}: use_sliding_window is not supported")
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a JSON file ({error})") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: must be a JSON object")
+    return found

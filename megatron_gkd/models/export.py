@@ -5,12 +5,19 @@ from __future__ import annotations
 import contextlib
 import io
 import shutil
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from transformers import GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
+from megatron_gkd.errors import UserError
+from megatron_gkd.models.checkpoint import Checkpoint
 from megatron_gkd.models.megatron_model import MegatronModel
+from megatron_gkd.runtime.agreement import raise_together
 
 
 def export_checkpoint(model: MegatronModel, directory: str | Path) -> Path:
@@ -28,20 +35,67 @@ def export_checkpoint(model: MegatronModel, directory: str | Path) -> Path:
         with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
             model.config.bridge.save_weights(model.chunks, str(unfinished))
     if model.mesh.is_main:
-        _write_companions(model, unfinished)
+        write_companions(model.checkpoint, model.config.params_dtype, unfinished)
         shutil.rmtree(directory, ignore_errors=True)
         unfinished.rename(directory)
     dist.barrier()
     return directory
 
 
-def _write_companions(model: MegatronModel, directory: Path) -> None:
-    source = model.checkpoint
-    config = source.config.__class__.from_pretrained(source.path)
-    config.dtype = model.config.params_dtype
-    config.save_pretrained(directory)
-    if (source.path / "generation_config.json").exists():
-        GenerationConfig.from_pretrained(source.path).save_pretrained(directory)
-    else:
-        GenerationConfig.from_model_config(config).save_pretrained(directory)
-    source.tokenizer().save_pretrained(directory)
+def try_companions(checkpoint: Checkpoint, dtype: torch.dtype, folder: Path, *, is_main: bool) -> None:
+    """Write all files of an export but the weights, once, and delete them. All ranks of the world must call it.
+
+    Args:
+        checkpoint: what the student begins as.
+        dtype: of the student's weights.
+        folder: where exports will be made.
+        is_main: true in the one rank that writes.
+
+    Raises:
+        UserError: in all ranks; one of the files can't be written.
+    """
+    problem = None
+    if is_main:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix="hf-trial.", dir=folder) as trial:
+                write_companions(checkpoint, dtype, Path(trial))
+        except OSError as error:
+            problem = f"output.output_dir = {folder}: no export can be written there ({error})"
+        except UserError as error:
+            problem = str(error)
+    raise_together(problem)
+
+
+def write_companions(checkpoint: Checkpoint, dtype: torch.dtype, directory: Path) -> None:
+    """Write config, generation config and tokenizer of `checkpoint`, for weights of `dtype`, into `directory`.
+
+    Raises:
+        UserError: transformers refuses to write one of them. (A folder that can't be written to is an OSError.)
+    """
+
+    def write_config() -> None:
+        config = checkpoint.config.__class__.from_pretrained(checkpoint.path)
+        config.dtype = dtype
+        config.save_pretrained(directory)
+
+    def write_generation_config() -> None:
+        own = checkpoint.path / GENERATION_CONFIG_NAME
+        if own.exists():  # as it is: transformers refuses to save some that it reads
+            shutil.copyfile(own, directory / GENERATION_CONFIG_NAME)
+        else:
+            GenerationConfig.from_model_config(checkpoint.config).save_pretrained(directory)
+
+    _attempt(write_config, f"{checkpoint.path}/config.json")
+    _attempt(write_generation_config, f"{checkpoint.path}/{GENERATION_CONFIG_NAME}")
+    _attempt(lambda: checkpoint.tokenizer().save_pretrained(directory), f"the tokenizer in {checkpoint.path}")
+
+
+def _attempt(write: Callable[[], None], name: str) -> None:
+    try:
+        write()
+    except (OSError, UserError):
+        raise
+    except Exception as error:  # transformers raises many kinds
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{name}: transformers can't write it into an export ({reason})") from error

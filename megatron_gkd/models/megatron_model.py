@@ -6,9 +6,8 @@ mcore-bridge knows how the parameters of each family map; this module is the onl
 from __future__ import annotations
 
 import contextlib
-import io
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from mcore_bridge import ModelConfig, get_mcore_model, hf_to_mcore_config
@@ -25,9 +24,10 @@ from torch import nn
 from megatron_gkd.data.microbatch import Microbatch
 from megatron_gkd.models.checkpoint import Checkpoint
 from megatron_gkd.models.moe import prepare_experts
+from megatron_gkd.models.weight_loading import read_weights
 from megatron_gkd.runtime import portability
 from megatron_gkd.runtime.mesh import Mesh
-from megatron_gkd.runtime.transformer_engine import torch_attention
+from megatron_gkd.runtime.transformer_engine import choose_attention, torch_attention
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,17 @@ class MegatronModel:
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, mesh: Mesh, options: BuildOptions) -> MegatronModel:
-        """Build this rank's share of the checkpoint and read its weights."""
+        """Build this rank's share of the checkpoint and read its weights. All ranks of the world must call it.
+
+        Raises:
+            UserError: in all ranks; the checkpoint's tensors and the model's parameters do not match.
+        """
+        options = replace(options, attn=choose_attention(options.attn, options.dtype))
         config = _model_config(checkpoint, mesh, options)
         with mesh.virtual_stages(options.virtual_pipeline):
             with torch_attention() if options.attn == "sdpa" else contextlib.nullcontext():
                 chunks = [chunk.to(portability.device()) for chunk in get_mcore_model(config)]
-            with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
-                config.bridge.load_weights(chunks, str(checkpoint.path))
+            read_weights(config.bridge, chunks, checkpoint)
         for chunk in chunks:
             _mark_shards(chunk)
             prepare_experts(chunk)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_gkd.ops.add_product import add_product
 from megatron_gkd.ops.spec import accumulate_dtype
 
 
@@ -32,7 +33,7 @@ class HeadGradient:
     def add(self, logits_gradient: Tensor, hidden: Tensor) -> None:
         """Of one chunk: [n, V'] for the first V' rows, and [n, H]."""
         target = self.weight.main_grad if self.buffer is None else self.buffer
-        _add_product(target[: logits_gradient.shape[1]], logits_gradient.t(), hidden)
+        add_product(target[: logits_gradient.shape[1]], logits_gradient.t(), hidden)
 
     def finish(self, buffer: Tensor | None, factor: Tensor | None) -> Tensor:
         """What backward returns for the weight. `factor`: the gradient of the total, None where it is in `buffer`."""
@@ -43,13 +44,3 @@ class HeadGradient:
         self.weight.grad_added_to_main_grad = True
         make = torch.zeros_like if getattr(self.weight, "zero_out_wgrad", False) else torch.empty_like
         return make(self.weight)
-
-
-def _add_product(target: Tensor, a: Tensor, b: Tensor) -> None:
-    """target += a @ b, without rounding the product to the operands' type where the device can."""
-    if target.dtype == a.dtype:
-        target.addmm_(a, b)
-    elif a.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):
-        torch.addmm(target, a, b, out_dtype=target.dtype, out=target)
-    else:
-        target += a @ b

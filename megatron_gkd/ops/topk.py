@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_gkd.ops.spec import accumulate_dtype
+from megatron_gkd.ops.spec import accumulate_dtype, check_temperature
 from megatron_gkd.ops.vocabulary import VocabShard
 
 MISSING = -1
@@ -137,8 +137,8 @@ def vocab_parallel_topk(
     tokens, width = logits.shape[:-1], logits.shape[-1]
     shard = VocabShard.of(width, group, vocab_size)
     check_k(k, shard)
-    if temperature is not None and not temperature > 0:
-        raise ValueError(f"temperature is {temperature}; allowed are values above 0, and None for no tail")
+    if temperature is not None:
+        check_temperature(temperature)
     topk = choose_topk(logits.reshape(-1, width)[:, : shard.valid], k, shard, temperature)
     return TopK(
         topk.ids.view(*tokens, k),

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_gkd.ops.pointwise import Pointwise, pointwise_divergence, weighted
-from megatron_gkd.ops.spec import accumulate_dtype
+from megatron_gkd.ops.spec import accumulate_dtype, check_temperature
 from megatron_gkd.ops.topk import TopK, finite, max_and_sum, row_blocks
 from megatron_gkd.ops.vocabulary import VocabShard
 
@@ -58,8 +58,7 @@ class TopKSpec:
         divergence: str = "jsd",
     ) -> TopKSpec:
         """For shards of `width` columns, padding included. ValueError for a parameter out of range."""
-        if not temperature > 0:
-            raise ValueError(f"temperature is {temperature}; allowed are values above 0")
+        check_temperature(temperature)
         if tail not in get_args(Tail):
             raise ValueError(f"tail is {tail!r}; allowed are {', '.join(get_args(Tail))}")
         shard = VocabShard.of(width, group, vocab_size)

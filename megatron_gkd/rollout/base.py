@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -11,6 +10,9 @@ from typing import Literal, Protocol, runtime_checkable
 from torch import Tensor
 
 from megatron_gkd.errors import ServiceFailed
+
+# vLLM raises lower temperatures to 0.01. Above the highest, logits of ordinary size differ by rounding errors only.
+TEMPERATURES = (1e-2, 1e3)
 
 
 class RolloutFailed(ServiceFailed):
@@ -23,12 +25,13 @@ class Sampling:
 
     Attributes:
         max_completion_length: most tokens of a completion, its EOS included.
-        temperature: divides the logits; 0 takes the most likely token.
+        temperature: divides the logits, from 0.01 to 1000; 0 takes the most likely token.
         top_k: only that many most likely tokens may be drawn; 0 or None: all.
         top_p: only the smallest set of most likely tokens with at least that mass may be drawn; 1: all.
         stop_token_ids: tokens that end a completion, beside the model's EOS.
         ignore_eos: the model's EOS does not end a completion; `stop_token_ids` and `stop` still do.
         stop: texts that end a completion with the token that completes one of them; it stays in the completion.
+        vocab_size: only ids below it may be drawn, so that every model of the run can read them; None: all.
 
     Raises:
         ValueError: a value is not allowed; the message names it and what is.
@@ -41,12 +44,15 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     stop: tuple[str, ...] = ()
+    vocab_size: int | None = None
 
     def __post_init__(self):
         if self.max_completion_length < 1:
             raise ValueError(f"max_completion_length is {self.max_completion_length}; it must be at least 1")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or a positive number")
+        lowest, highest = TEMPERATURES
+        if not (self.temperature == 0 or lowest <= self.temperature <= highest):
+            allowed = f"0 (greedy) or in [{lowest:g}, {highest:g}]"
+            raise ValueError(f"temperature is {self.temperature}; it must be {allowed}")
         if self.top_k is not None and self.top_k < 0:
             raise ValueError(f"top_k is {self.top_k}; it must be a positive number, or 0 or None for all tokens")
         if not 0 < self.top_p <= 1:
@@ -55,6 +61,12 @@ class Sampling:
             raise ValueError(f"stop_token_ids are {self.stop_token_ids}; token ids are not negative")
         if "" in self.stop:
             raise ValueError(f"stop is {self.stop}; a text that ends completions is not empty")
+        if self.vocab_size is not None and self.vocab_size < 1:
+            raise ValueError(f"vocab_size is {self.vocab_size}; it must be at least 1, or None for all ids")
+
+    def excluded_ids(self, model_vocab_size: int) -> range:
+        """Return the ids of a model with `model_vocab_size` ids that may not be drawn."""
+        return range(model_vocab_size if self.vocab_size is None else self.vocab_size, model_vocab_size)
 
 
 @dataclass(frozen=True)
@@ -63,8 +75,9 @@ class Completion:
 
     Attributes:
         token_ids: without the prompt; with the EOS, stop token or end of a stop string, where one ended it.
-        log_probs: one for each of `token_ids`, in nats: log-softmax of the model's logits as they are, over the whole
-            vocabulary: at temperature 1 and without top-k and top-p, whatever the token was drawn with.
+        log_probs: one for each of `token_ids`, in nats: log-softmax of the model's logits as they are: at temperature 1
+            and without top-k and top-p, whatever the token was drawn with. Where `Sampling.vocab_size` excludes ids,
+            MegatronEngine normalizes over the others, as the loss does; vLLM over the whole vocabulary.
         finish_reason: "stop" if an EOS, stop token or stop string ended it, "length" if `max_completion_length` did.
         version: of the weights that generated it, as given to `load_weights`.
     """
@@ -143,6 +156,16 @@ class BackgroundEngine(RolloutEngine, Protocol):
     def close(self) -> None:
         """Stop whatever else goes on in the background."""
         ...
+
+
+def check_completions(completions: Iterable[Completion], vocab_size: int | None) -> None:
+    """Raise RolloutFailed if one has an id that is not below `vocab_size` (None: any will do)."""
+    for completion in completions:
+        if vocab_size is not None and max(completion.token_ids, default=0) >= vocab_size:
+            raise RolloutFailed(
+                f"the rollout engine drew the token id {max(completion.token_ids)}; student and teacher share 0 to "
+                f"{vocab_size - 1}. Its model has another vocabulary, or it ignores logit_bias"
+            )
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], seeds: Sequence[int], vocab_size: int) -> None:

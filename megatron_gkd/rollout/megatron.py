@@ -156,7 +156,7 @@ class MegatronEngine:
         # One rank draws, rather than all by themselves: were two to differ in a bit, they would part for good.
         drawn = torch.empty(2, len(rows), dtype=torch.float64, device=portability.device())
         if pp.rank() == pp.size() - 1:
-            logits = self._gather_logits(torch.cat(hidden))
+            logits = self._gather_logits(torch.cat(hidden), sampling)
             if logits is not None:
                 seeds = torch.tensor([row.seed for row in rows], device=logits.device)
                 positions = torch.tensor([len(row.token_ids) for row in rows], device=logits.device)
@@ -168,9 +168,10 @@ class MegatronEngine:
         for row, token, log_prob in zip(rows, *drawn.tolist(), strict=True):
             row.append(int(token), log_prob)
 
-    def _gather_logits(self, hidden: Tensor) -> Tensor | None:
-        """[rows, H] -> [rows, V] on the first tensor-parallel rank, None on the others."""
+    def _gather_logits(self, hidden: Tensor, sampling: Sampling) -> Tensor | None:
+        """[rows, H] -> [rows, ids that may be drawn] on the first tensor-parallel rank, None on the others."""
         tp, vocab_size = self.mesh.tp, self.model.checkpoint.vocab_size
+        vocab_size = sampling.excluded_ids(vocab_size).start
         shard = F.linear(hidden, self.model.head_weight)
         if tp.size() == 1:
             return shard[:, :vocab_size]

@@ -7,19 +7,21 @@ that it had when the completion was asked for (`StudentServer.complete`, `Studen
 
 from __future__ import annotations
 
-import json
 import secrets
 import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import httpx
+import msgspec
 
 from megatron_gkd.errors import UserError
 from megatron_gkd.runtime import servers
-from megatron_gkd.runtime.servers import ServerDown, exchange
+from megatron_gkd.runtime.servers import ServedModel, Server, ServerDown
+
+_ROUNDING = 1e-3  # nats by which a log-probability may be above 0
 
 
 class Patience(servers.Patience):
@@ -36,14 +38,66 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class ServedModel:
-    """What a server says about itself. max_model_len: tokens of prompt and completion together."""
+class StudentRequirements:
+    """What a server must still be after a restart: the arguments of `StudentServer.hello`, and what that returned."""
 
-    name: str
-    max_model_len: int
+    max_length: int
+    transfer_backend: str | None
+    model: ServedModel
 
 
-class StudentServer:
+@dataclass(frozen=True)
+class Sampled:
+    """What a server sampled for one request: ids, the log-probability of each in nats, and "stop" or "length"."""
+
+    token_ids: list[int]
+    log_probs: list[float]
+    finish_reason: str
+
+
+class _ModelConfig(msgspec.Struct):
+    logprobs_mode: str
+
+
+class _TransferConfig(msgspec.Struct):
+    backend: str | None = None
+
+
+class _Config(msgspec.Struct):
+    model_config: _ModelConfig
+    weight_transfer_config: _TransferConfig | None = None
+
+
+class _ServerInfo(msgspec.Struct):
+    vllm_config: _Config
+
+
+class _WeightInfo(msgspec.Struct):
+    weight_version: str
+
+
+class _Reset(msgspec.Struct):
+    success: bool
+
+
+class _LogProbs(msgspec.Struct):
+    token_logprobs: list[float | None]
+
+
+class _Choice(msgspec.Struct):
+    finish_reason: str
+    token_ids: list[int] | None = None
+    logprobs: _LogProbs | None = None
+
+
+class _Completion(msgspec.Struct):
+    choices: Annotated[list[_Choice], msgspec.Meta(min_length=1)]
+
+
+_COMPLETION = msgspec.json.Decoder(_Completion)
+
+
+class StudentServer(Server):
     """`http` may be shared between servers and threads. `patience` is in seconds, for each task.
 
     `hand_over(server)` pauses the server and gives it the weights that are `wanted`. It raises ServerDown if that does
@@ -51,13 +105,16 @@ class StudentServer:
     """
 
     def __init__(self, url: str, http: httpx.Client, patience: float, hand_over: Callable[[StudentServer], None]):
-        self.url, self.patience = url.rstrip("/"), patience
+        super().__init__(url, http)
+        self.patience = patience
         self.wanted: Weights | None = None
         self.label: str | None = None
         """What the server said when it was last seen to have the wanted weights."""
         self.lock = threading.Lock()
         """Of whoever looks after the server's weights."""
-        self._http, self._hand_over = http, hand_over
+        self.requirements: StudentRequirements | None = None
+        """What the server is held to each time that it has lost its weights, as it may have been started anew."""
+        self._hand_over = hand_over
 
     def hello(self, max_length: int, transfer_backend: str | None = None) -> ServedModel:
         """Wait until the server answers.
@@ -76,11 +133,12 @@ class StudentServer:
     def _hello(self, max_length: int, transfer_backend: str | None) -> ServedModel:
         model = self._served_model(max_length)
         missing = "start it with VLLM_SERVER_DEV_MODE=1 in its environment"
-        config = self.exchange("GET", "/server_info", params={"config_format": "json"}, hint=missing)["vllm_config"]
-        mode = config["model_config"]["logprobs_mode"]
+        parameters = {"config_format": "json"}
+        config = self.request("GET", "/server_info", _ServerInfo, params=parameters, hint=missing).vllm_config
+        mode = config.model_config.logprobs_mode
         if mode != "raw_logprobs":
             raise UserError(f"{self.url}: gives {mode}; start it with --logprobs-mode raw_logprobs")
-        backend = (config.get("weight_transfer_config") or {}).get("backend")
+        backend = config.weight_transfer_config.backend if config.weight_transfer_config else None
         if transfer_backend not in (None, backend):
             extension = " --worker-extension-cls megatron_gkd.rollout.vllm_worker.WorkerExtension"
             raise UserError(
@@ -88,12 +146,11 @@ class StudentServer:
                 f'start it with --weight-transfer-config \'{{"backend": "{transfer_backend}"}}\''
                 + (extension if transfer_backend == "gloo" else "")
             )
-        self.exchange("GET", "/weight_info", hint="its vLLM is too old: 0.32 is known to have it")
+        self.request("GET", "/weight_info", _WeightInfo, hint="its vLLM is too old: 0.32 is known to have it")
         return model
 
     def _served_model(self, max_length: int) -> ServedModel:
-        card = self.exchange("GET", "/v1/models")["data"][0]
-        model = ServedModel(card["id"], card["max_model_len"])
+        model = self.served_model()
         if model.max_model_len < max_length:
             raise UserError(
                 f"{self.url}: serves sequences of up to {model.max_model_len} tokens, fewer than data.max_length = "
@@ -110,8 +167,8 @@ class StudentServer:
         self.wanted = weights
         self._be_current(Patience(self.patience))
 
-    def complete(self, request: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-        """The answer to a request to /v1/completions (its first choice), and the label that it was asked under.
+    def complete(self, request: dict[str, Any]) -> tuple[str, Sampled]:
+        """Send a request to /v1/completions. Returns the label that it was sent under, and what the server sampled.
 
         Repeated until it succeeds, as it is idempotent; a server that has been restarted is given the weights again.
         """
@@ -120,13 +177,34 @@ class StudentServer:
             label = self.label
             try:
                 if label is not None:
-                    choice = self.exchange("POST", "/v1/completions", json=request)["choices"][0]
-                    if choice["finish_reason"] in ("stop", "length"):
-                        return label, choice
-                    raise ServerDown(f"{self.url}: ended a completion by {choice['finish_reason']!r}")
+                    return label, self._sample(request)
             except ServerDown as error:
                 patience.wait(error)
             self._be_current(patience)
+
+    def _sample(self, request: dict[str, Any]) -> Sampled:
+        path = "/v1/completions"
+        choice = self.request("POST", path, _COMPLETION, json=request).choices[0]
+        if choice.finish_reason not in ("stop", "length"):
+            raise ServerDown(f"{self.url}: ended a completion by {choice.finish_reason!r}")
+        ids, log_probs = choice.token_ids, choice.logprobs.token_logprobs if choice.logprobs else None
+        problem = None
+        if not ids:
+            problem = f"its token_ids are {ids}; expected are the ids of the completion (return_token_ids)"
+        elif min(ids) < 0:
+            problem = f"its token_ids hold {min(ids)}; expected are ids from 0"
+        elif len(ids) > request["max_tokens"]:
+            problem = f"it has {len(ids)} tokens; expected are at most max_tokens = {request['max_tokens']}"
+        elif log_probs is None or len(log_probs) != len(ids):
+            found = "no" if log_probs is None else len(log_probs)
+            problem = f"it has {found} token_logprobs; expected are {len(ids)}, one for each of its token_ids"
+        elif not all(value is not None and value <= _ROUNDING for value in log_probs):
+            problem = (
+                "its token_logprobs are not all numbers up to 0; start the server with --logprobs-mode raw_logprobs"
+            )
+        if problem is not None:
+            raise UserError(f"{self.url}{path}: {problem}")
+        return Sampled(ids, log_probs, choice.finish_reason)
 
     def current_label(self) -> str:
         """Of the newest weights, which the server has afterwards if it had not."""
@@ -152,6 +230,7 @@ class StudentServer:
                 try:
                     label = self.reported_label()
                     if not label.startswith(self.wanted.label + "."):
+                        self._require_unchanged(label)
                         self._hand_over(self)
                         label = self.serve_wanted()
                     self.label = label
@@ -159,33 +238,43 @@ class StudentServer:
                 except ServerDown as error:
                     patience.wait(error)
 
+    def _require_unchanged(self, label: str) -> None:
+        """Repeat the handshake with a server that had this run's weights and has a label of another origin now.
+
+        It has been started anew, perhaps with other options or another model.
+        """
+        needs, run = self.requirements, self.wanted.label.rpartition("-")[0]
+        if needs is None or self.label is None or label.startswith(f"{run}-"):
+            return
+        model = self._hello(needs.max_length, needs.transfer_backend)
+        if model.name != needs.model.name:
+            raise UserError(
+                f"{self.url}: serves {model.name} since it lost the student's weights, and served {needs.model.name} "
+                f"before; start it again as it was (--served-model-name {needs.model.name})"
+            )
+
     def pause(self) -> None:
-        self.exchange("POST", "/pause", params={"mode": "abort"})
+        self.command("/pause", params={"mode": "abort"})
 
     def serve_wanted(self) -> str:
         """Go on, now that the wanted weights are there. Returns the label that says so."""
         # The cache's blocks hold keys and values of the old weights.
-        if not self.exchange("POST", "/reset_prefix_cache")["success"]:
+        if not self.request("POST", "/reset_prefix_cache", _Reset).success:
             raise ServerDown(f"{self.url}: its prefix cache is in use and can't be reset")
-        self.exchange("POST", "/resume")
+        self.command("/resume")
         label = f"{self.wanted.label}.{secrets.token_hex(4)}"
         self.set_label(label)  # last, so that it is there only where all the rest has been done
         return label
 
     def reported_label(self) -> str:
-        return self.exchange("GET", "/weight_info")["weight_version"]
+        return self.request("GET", "/weight_info", _WeightInfo).weight_version
 
     def set_label(self, label: str) -> None:
-        self.exchange("POST", "/update_weight_version", json={"new_version": label})
+        self.command("/update_weight_version", json={"new_version": label})
 
     def is_up(self) -> bool:
         try:
-            self.exchange("GET", "/health")
+            servers.exchange(self._http, "GET", f"{self.url}/health")
         except ServerDown:
             return False
         return True
-
-    def exchange(self, method: str, path: str, *, hint: str = "", **options: Any) -> Any:
-        """One request and its answer, decoded. `hint` is what to do if the server does not know `path`."""
-        content = exchange(self._http, method, self.url + path, hint=hint, **options)
-        return json.loads(content) if content else None

@@ -20,7 +20,7 @@ from megatron_gkd.errors import UserError
 from megatron_gkd.models.checkpoint import Checkpoint
 from megatron_gkd.rollout.base import Completion, RolloutFailed, Sampling, check_prompts
 from megatron_gkd.rollout.vllm_process import ColocatedOptions, VllmProcess
-from megatron_gkd.rollout.vllm_weights import Shapes, check_shapes, tensor_shapes
+from megatron_gkd.rollout.vllm_weights import Shapes, check_shapes
 from megatron_gkd.runtime.mesh import Mesh
 
 _PARTS = ("weights", "kv_cache")
@@ -41,7 +41,7 @@ class VllmColocatedEngine:
         self.is_speaker = mesh.tp.rank() == mesh.pp.rank() == mesh.cp.rank() == 0
         self.engine, self.place = divmod(dist.get_rank(), options.tensor_parallel_size)
         self.num_engines = dist.get_world_size() // options.tensor_parallel_size
-        self.expected = tensor_shapes(checkpoint.path)
+        self.expected = checkpoint.shapes
         self.optional = ("lm_head.weight",) if checkpoint.config.tie_word_embeddings else ()
         self.version: int | None = None
         self.asleep: tuple[str, ...] = ()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
-from megatron_gkd.rollout.vllm_client import Patience, ServedModel, StudentServer
+from megatron_gkd.rollout.vllm_client import Patience, StudentServer
 from megatron_gkd.rollout.vllm_server import VllmServerEngine
+from megatron_gkd.runtime.servers import ServedModel
 
 _LABEL = "as it was started"
 
@@ -16,7 +17,9 @@ class ServerAsStarted(StudentServer):
     """One of them."""
 
     def _hello(self, max_length: int, transfer_backend: str | None) -> ServedModel:
-        return self._served_model(max_length)
+        model = self._served_model(max_length)
+        self.require_running()
+        return model
 
     def _be_current(self, patience: Patience) -> str:
         self.label = _LABEL
@@ -33,6 +36,9 @@ class OwnWeightsEngine(VllmServerEngine):
 
     def _build_sync(self) -> None:
         return None
+
+    def _hand_over(self) -> Callable[[StudentServer], None]:
+        return lambda server: None  # there is nothing to give
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Leaves `named_tensors` alone, on every rank."""

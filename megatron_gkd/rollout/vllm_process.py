@@ -22,6 +22,7 @@ from torch import Tensor
 from megatron_gkd.errors import UserError
 from megatron_gkd.models.checkpoint import Checkpoint
 from megatron_gkd.rollout.base import Sampling
+from megatron_gkd.rollout.logit_bias import logit_bias
 from megatron_gkd.rollout.tied_head import repack_tied_head
 from megatron_gkd.runtime import portability
 
@@ -74,7 +75,7 @@ class VllmProcess:
     def __init__(self, checkpoint: Checkpoint, options: ColocatedOptions):
         if importlib.util.find_spec("vllm") is None:
             raise UserError("rollout.engine = vllm: vLLM is not installed beside the trainer; pip install vllm")
-        self.on_host = portability.builds_on_host()
+        self.on_host, self.vocab_size = portability.builds_on_host(), checkpoint.vocab_size
         self.can_sleep = options.sleep_level > 0 and not self.on_host
         with _guest():
             for name, value in _ENVIRONMENT.items():
@@ -86,6 +87,7 @@ class VllmProcess:
             # It would destroy the world's process group, which is the trainer's.
             core.cleanup_dist_env_and_memory = lambda *args, **kwargs: None
             if self.on_host:
+                require_head_dim(checkpoint, _head_dims_on_cpus())
                 _communicate_by_gloo()
             try:
                 self.llm = LLM(
@@ -129,6 +131,7 @@ class VllmProcess:
 
         if not prompts:
             return []
+        bias = logit_bias(sampling, self.vocab_size)
         parameters = [
             SamplingParams(
                 max_tokens=limit,
@@ -143,6 +146,7 @@ class VllmProcess:
                 skip_special_tokens=False,  # a stop string may be of such tokens
                 logprobs=0,  # of the sampled token alone
                 detokenize=bool(sampling.stop),
+                logit_bias=bias,
             )
             for seed, limit in zip(seeds, max_tokens, strict=True)
         ]
@@ -162,6 +166,30 @@ class VllmProcess:
             portability.empty_cache()  # vLLM maps memory by itself, and torch's cache is none of it
             with _guest():
                 self.llm.wake_up(tags=list(parts))
+
+
+def require_head_dim(checkpoint: Checkpoint, allowed: Sequence[int]) -> None:
+    """Raise UserError if attention heads of the checkpoint's size are not `allowed`; nothing is checked if none is.
+
+    vLLM itself finds out at the first sample.
+    """
+    config = checkpoint.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if allowed and head_dim not in allowed:
+        raise UserError(
+            f"{checkpoint.path}: head_dim = {head_dim}: vLLM can't serve this on CPUs; allowed are "
+            f"{', '.join(map(str, allowed))}; use rollout.engine = megatron, or another model"
+        )
+
+
+def _head_dims_on_cpus() -> list[int]:
+    """Return the sizes of attention heads that vLLM's CPU backend has kernels for; none where this vLLM hides them."""
+    try:
+        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+        return CPUAttentionBackend.get_supported_head_sizes()
+    except (ImportError, AttributeError):  # it has moved
+        return []
 
 
 def _communicate_by_gloo() -> None:

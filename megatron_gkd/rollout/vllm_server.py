@@ -25,12 +25,13 @@ from megatron_gkd.models.checkpoint import Checkpoint
 from megatron_gkd.rollout import vllm_weights
 from megatron_gkd.rollout.background import each, in_background
 from megatron_gkd.rollout.base import Completion, OnCompletion, RolloutFailed, Sampling, check_prompts
-from megatron_gkd.rollout.vllm_client import ServedModel, StudentServer, Weights
-from megatron_gkd.rollout.vllm_weights import WeightFolder, tensor_shapes
+from megatron_gkd.rollout.logit_bias import logit_bias
+from megatron_gkd.rollout.vllm_client import Sampled, StudentRequirements, StudentServer, Weights
+from megatron_gkd.rollout.vllm_weights import WeightFolder
 from megatron_gkd.rollout.weight_transfer import Keeper, WeightTransfer, wait_for_first_rank
 from megatron_gkd.runtime.agreement import raise_together
 from megatron_gkd.runtime.mesh import Mesh
-from megatron_gkd.runtime.servers import open_client
+from megatron_gkd.runtime.servers import ServedModel, open_client
 
 _MOST_ROUNDS = 5  # in which a prompt is asked that a server answered with other weights than the student's
 
@@ -86,10 +87,12 @@ class VllmServerEngine:
         self.models: list[ServedModel] = self._by_first_rank(
             lambda: each(lambda server: server.hello(options.max_length, backend), self.servers)
         )
+        for server, model in zip(self.servers, self.models, strict=False):  # none where no server is asked
+            server.requirements = StudentRequirements(options.max_length, backend, model)
 
     def _build_sync(self) -> WeightFolder | WeightTransfer:
         optional = ("lm_head.weight",) if self.checkpoint.config.tie_word_embeddings else ()
-        expected = tensor_shapes(self.checkpoint.path)
+        expected = self.checkpoint.shapes
         if self.options.weight_sync == "folder":
             return WeightFolder(self.options.weight_sync_dir, expected, optional)
         return WeightTransfer(self.options.weight_sync, expected, optional, self.options.timeout)
@@ -162,9 +165,9 @@ class VllmServerEngine:
 
     def _ask(self, server: StudentServer, request: dict[str, Any], version: int) -> Completion:
         for _ in range(_MOST_ROUNDS):
-            label, choice = server.complete(request)
+            label, sampled = server.complete(request)
             if server.still_has(label):
-                return self._completion(choice, request, version)
+                return self._completion(server, sampled, request, version)
         raise UserError(
             f"{server.url}: lost the student's weights {_MOST_ROUNDS} times while it answered the same prompt; look "
             "into its log, and whether another run uses it"
@@ -173,6 +176,7 @@ class VllmServerEngine:
     def _request(self, model: ServedModel, prompt: Sequence[int], sampling: Sampling, seed: int) -> dict[str, Any]:
         """To /v1/completions. It names what a server would otherwise take from the model's generation_config.json."""
         eos = () if sampling.ignore_eos else self.checkpoint.eos_token_ids
+        bias = logit_bias(sampling, self.checkpoint.vocab_size)
         return {
             "model": model.name,
             "prompt": list(prompt),
@@ -192,17 +196,21 @@ class VllmServerEngine:
             "skip_special_tokens": False,  # a stop string may be of such tokens
             "logprobs": 0,  # of the sampled token alone
             "return_token_ids": True,
-        }
+        } | ({} if bias is None else {"logit_bias": bias})
 
-    def _completion(self, choice: dict[str, Any], request: dict[str, Any], version: int) -> Completion:
-        token_ids = choice["token_ids"]
-        if choice["finish_reason"] == "length" and len(token_ids) < request["max_tokens"]:
+    def _completion(self, server: StudentServer, sampled: Sampled, request: dict[str, Any], version: int) -> Completion:
+        token_ids, allowed = sampled.token_ids, self.checkpoint.vocab_size
+        if sampled.finish_reason == "length" and len(token_ids) < request["max_tokens"]:
             raise UserError(
-                f"a rollout server ended a completion at {len(token_ids)} tokens where {request['max_tokens']} were "
+                f"{server.url}: ended a completion at {len(token_ids)} tokens where {request['max_tokens']} were "
                 "asked for: its generation_config.json has max_new_tokens; start it with --generation-config vllm"
             )
-        log_probs = choice["logprobs"]["token_logprobs"]
-        return Completion(token_ids, log_probs, choice["finish_reason"], version)
+        if max(token_ids) >= allowed:
+            raise UserError(
+                f"{server.url}: sampled the token id {max(token_ids)}; the student's are 0 to {allowed - 1}: does it "
+                "serve the student's architecture?"
+            )
+        return Completion(token_ids, sampled.log_probs, sampled.finish_reason, version)
 
     def _by_first_rank(self, work: Callable[[], T]) -> T:
         """What `work` returns on the world's first rank, on all ranks; or RolloutFailed on all, with its UserError."""

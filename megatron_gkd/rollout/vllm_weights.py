@@ -14,8 +14,9 @@ from torch import Tensor
 
 from megatron_gkd.errors import UserError
 from megatron_gkd.rollout.background import each
-from megatron_gkd.rollout.vllm_client import ServerDown, StudentServer, Weights
+from megatron_gkd.rollout.vllm_client import StudentServer, Weights
 from megatron_gkd.runtime.disk import flush
+from megatron_gkd.runtime.servers import ServerDown
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -104,7 +105,7 @@ def hand_over(server: StudentServer) -> None:
     server.pause()
     call = {"method": "reload_weights", "kwargs": {"weights_path": str(weights.directory)}}
     try:
-        server.exchange("POST", "/collective_rpc", json=call)
+        server.command("/collective_rpc", json=call)
     except ServerDown as error:
         if not server.is_up():  # it went down, for this reason or another; its successor gets its chance
             raise

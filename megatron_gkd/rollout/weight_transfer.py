@@ -15,21 +15,27 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import msgspec
 import torch
 from torch import Tensor
 
 from megatron_gkd.errors import UserError
 from megatron_gkd.rollout.background import each, in_background, together
 from megatron_gkd.rollout.transfer_groups import GlooGroup, NcclGroup, TransferGroup
-from megatron_gkd.rollout.vllm_client import ServerDown, StudentServer, Weights
+from megatron_gkd.rollout.vllm_client import StudentServer, Weights
 from megatron_gkd.rollout.vllm_weights import Shapes, check_shapes
+from megatron_gkd.runtime.servers import ServerDown
 
 Backend = Literal["nccl", "gloo"]
 
 _BUFFER_BYTES = 2**30
 _UNFINISHED = "unfinished"  # a server's label from the first new tensor to the last
+
+
+class _WorldSize(msgspec.Struct):
+    world_size: Annotated[int, msgspec.Meta(ge=1)]
 
 
 @dataclass(frozen=True)
@@ -101,7 +107,7 @@ class Link:
 
     def _meet(self) -> None:
         self.close()
-        size = 1 + self.server.exchange("GET", "/get_world_size")["world_size"]
+        size = 1 + self.server.request("GET", "/get_world_size", _WorldSize).world_size
         if self.backend == "gloo":
             try:
                 group: TransferGroup = GlooGroup(size, self.server.url, self.timeout)
@@ -114,11 +120,11 @@ class Link:
         self._group = group
 
     def _post(self, path: str) -> None:
-        self.server.exchange("POST", path)
+        self.server.command(path)
 
     def _together(self, own: Callable[[], None], path: str, body: dict[str, Any]) -> None:
         """What this rank does while the server does its part. ServerDown as soon as one of them fails."""
-        theirs = in_background(lambda: self.server.exchange("POST", path, json=body))
+        theirs = in_background(lambda: self.server.command(path, json=body))
         try:
             together([theirs, in_background(own)], self.timeout)
         except TimeoutError as error:

@@ -81,9 +81,9 @@ def set_random_state(state: torch.Tensor | None) -> None:
         torch.cuda.set_rng_state(state)
 
 
-def pinned_empty_like(tensor: torch.Tensor) -> torch.Tensor:
-    """An uninitialised host tensor of the same shape and dtype, page-locked where that speeds up copies."""
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device=_CPU, pin_memory=_has_cuda())
+def pinned_bytes(num_bytes: int) -> torch.Tensor:
+    """Return uninitialized host memory as a uint8 tensor, page-locked where that speeds up copies."""
+    return torch.empty(num_bytes, dtype=torch.uint8, device=_CPU, pin_memory=_has_cuda())
 
 
 def make_portable() -> None:

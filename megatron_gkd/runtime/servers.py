@@ -1,12 +1,16 @@
-"""HTTP servers that a run depends on: one exchange with them, and how long to bear with one that fails."""
+"""Client of the vLLM servers that a run depends on: requests, typed responses, and retries.
+
+The clients of rollout servers and of teacher servers derive from `Server`, so that both refuse the same responses.
+"""
 
 from __future__ import annotations
 
 import random
 import time
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import httpx
+import msgspec
 
 from megatron_gkd.errors import UserError
 
@@ -14,9 +18,15 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
 _SHOWN = 500  # characters of a server's error message
 _MAY_PASS = (408, 429)  # beside 5xx: too slow, too many requests
 
+T = TypeVar("T")
+
 
 class ServerDown(Exception):
     """An exchange with a server failed in a way that may pass: no connection, no answer in time, or a status of 5xx."""
+
+
+class RouteMissing(UserError):
+    """The server answers, and has no such route (404)."""
 
 
 class Patience:
@@ -50,19 +60,96 @@ def open_client(timeout: float, connections: int) -> httpx.Client:
 
 
 def exchange(http: httpx.Client, method: str, url: str, *, hint: str = "", **options: Any) -> bytes:
-    """One request and its answer's content. `hint` is what to do if the server does not know the path.
+    """Send one request and return the content of the response. `hint` is what to do if the server lacks the path.
 
     Raises:
         ServerDown: it failed in a way that may pass.
-        UserError: the server refuses it.
+        RouteMissing: the server lacks the path.
+        UserError: the server refuses it, or what listens there does not speak HTTP as it should.
     """
     try:
         response = http.request(method, url, **options)
     except httpx.TransportError as error:
         raise ServerDown(f"{url}: {type(error).__name__}: {error}") from error
-    if not response.is_error:
+    except (httpx.RequestError, httpx.InvalidURL) as error:  # a response that can't be decompressed; a bad address
+        raise UserError(f"{url}: {type(error).__name__}: {error}; expected a response of a vLLM server") from error
+    if response.is_success:
         return response.content
-    text = f"{url}: {response.status_code}: {response.text[:_SHOWN]}"
+    text = f"{url}: {response.status_code}: {' '.join(response.text[:_SHOWN].split())}"
     if response.status_code >= 500 or response.status_code in _MAY_PASS:
         raise ServerDown(text)
-    raise UserError(f"{text}; {hint}" if hint and response.status_code == 404 else text)
+    if response.status_code == 404:
+        raise RouteMissing(f"{text}; {hint}" if hint else text)
+    raise UserError(text)
+
+
+def decode(content: bytes, kind: type[T] | msgspec.json.Decoder[T], url: str) -> T:
+    """Return a response's content as `kind`. Fields that `kind` lacks are ignored.
+
+    Raises:
+        UserError: it is no JSON, or not of this kind.
+    """
+    decoder = kind if isinstance(kind, msgspec.json.Decoder) else msgspec.json.Decoder(kind)
+    try:
+        return decoder.decode(content)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(
+            f"{url}: the response is not that of a vLLM server ({error}): {content[:_SHOWN]!r}; expected the JSON of "
+            "vLLM's route of this name: check the address and what listens there"
+        ) from error
+
+
+class ServedModel(msgspec.Struct, frozen=True):
+    """The model that a server serves: its name, and the longest sequence in tokens, prompt and completion together."""
+
+    max_model_len: int
+    name: str = msgspec.field(name="id")
+
+
+class _Models(msgspec.Struct):
+    data: Annotated[list[ServedModel], msgspec.Meta(min_length=1)]
+
+
+class _Paused(msgspec.Struct):
+    is_paused: bool
+
+
+class Server:
+    """One vLLM server. `http` may be shared between servers and threads.
+
+    All methods raise ServerDown for a failure that may pass, and UserError, in one line that begins with the address,
+    for a response that the server will always give or that is not a vLLM server's.
+    """
+
+    def __init__(self, url: str, http: httpx.Client):
+        self.url = url.rstrip("/")
+        self._http = http
+
+    def request(
+        self, method: str, path: str, kind: type[T] | msgspec.json.Decoder[T], *, hint: str = "", **options: Any
+    ) -> T:
+        """Send one request and return its response as `kind`. `hint` is what to do if the server lacks `path`."""
+        url = self.url + path
+        return decode(exchange(self._http, method, url, hint=hint, **options), kind, url)
+
+    def command(self, path: str, *, hint: str = "", **options: Any) -> None:
+        """POST to a route that acts and returns nothing of interest: a JSON object, or no content."""
+        content = exchange(self._http, "POST", self.url + path, hint=hint, **options)
+        if content:
+            decode(content, dict, self.url + path)
+
+    def served_model(self) -> ServedModel:
+        """Return the first model that the server lists."""
+        return self.request("GET", "/v1/models", _Models, hint="is it a vLLM server?").data[0]
+
+    def require_running(self) -> None:
+        """Raise UserError if generation is paused: requests would wait without an end.
+
+        Only a server in vLLM's development mode can be paused, and it alone has the route.
+        """
+        try:
+            paused = self.request("GET", "/is_paused", _Paused).is_paused
+        except RouteMissing:
+            return
+        if paused:
+            raise UserError(f"{self.url}: generation is paused; resume it (POST /resume) or start the server again")

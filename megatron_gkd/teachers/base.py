@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_gkd.data.microbatch import Microbatch
 from megatron_gkd.data.sample import Sample
 from megatron_gkd.errors import ServiceFailed
+from megatron_gkd.models.sharded_rows import ShardedRows
 from megatron_gkd.ops.topk import TopK
 
 
@@ -23,8 +24,9 @@ class TeacherFailed(ServiceFailed):
 class Hidden:
     """A teacher's last hidden states for one microbatch, from which the loss makes logits chunk by chunk."""
 
-    states: Tensor
-    """[N, H_T] after the final norm, one row for every label of the microbatch (in order)."""
+    states: ShardedRows
+    """[N, H_T] after the final norm, one row for every label of the microbatch (in order). They wait for the loss in
+    shards, one for each tensor-parallel rank."""
     head_weight: Tensor
     """[ceil(V/TP), H_T]: the teacher's LM head over the same ids as the student's shard; shared by all microbatches."""
 
@@ -49,6 +51,28 @@ class Parts:
 TeacherSignal = Hidden | TopK | Parts
 """A `TopK` has [N, k] entries, one row for every label, the same on all tensor-parallel ranks. A row whose entries are
 all missing or of probability zero says nothing: its label does not count."""
+
+
+class ReadOnce(Sequence):
+    """Signals of which each is released as it is read, so that those of finished microbatches take no memory.
+
+    Args:
+        signals: emptied in the course of it.
+    """
+
+    def __init__(self, signals: list[TeacherSignal | None]):
+        self._signals = signals
+        self._is_read = [False] * len(signals)
+
+    def __len__(self) -> int:
+        return len(self._signals)
+
+    def __getitem__(self, index: int) -> TeacherSignal | None:
+        if self._is_read[index]:
+            raise ValueError(f"signal {index} has been read and released already")
+        self._is_read[index] = True
+        signal, self._signals[index] = self._signals[index], None
+        return signal
 
 
 class TeacherSource(Protocol):

@@ -59,7 +59,7 @@ def _entries(signal: TeacherSignal, manifest: Manifest, mesh: Mesh, chunk_tokens
         return _Entries(*(torch.cat(tensors)[order] for tensors in zip(*found, strict=True)))
     if isinstance(signal, TopK):
         return _of_topk(signal, manifest)
-    chunks = [_of_hidden(signal, rows, manifest, mesh) for rows in signal.states.split(chunk_tokens)]
+    chunks = [_of_hidden(signal, rows, manifest, mesh) for rows in signal.states.gather().split(chunk_tokens)]
     return _Entries(*(torch.cat(tensors) for tensors in zip(*chunks, strict=True)))
 
 

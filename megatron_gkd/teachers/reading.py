@@ -19,29 +19,32 @@ from megatron_gkd.data.teacher_view import teacher_view
 from megatron_gkd.models.label_rows import has_label, label_rows
 from megatron_gkd.models.megatron_model import hidden_states
 from megatron_gkd.models.pipeline import forward_only
+from megatron_gkd.models.sharded_rows import ShardedRows
 from megatron_gkd.runtime.mesh import Mesh
 
 _PAD_TOKEN_ID = 0  # padding is never looked at
 
 
 @torch.no_grad()
-def states_at_labels(chunks: list[nn.Module], microbatches: Sequence[Microbatch], mesh: Mesh) -> list[Tensor | None]:
+def states_at_labels(
+    chunks: list[nn.Module], microbatches: Sequence[Microbatch], mesh: Mesh
+) -> list[ShardedRows | None]:
     """Megatron's forward-only pipeline over all microbatches. All ranks call it together.
 
     Returns:
-        On the last stage [N, H] for each microbatch, a row for every label that this context-parallel rank has of it;
-        None elsewhere.
+        On the last stage [N, H] for each microbatch, a row for every label that this context-parallel rank has of it,
+        distributed over the tensor-parallel ranks; None elsewhere.
     """
-
-    def rows(output: Tensor, microbatch: Microbatch) -> Tensor:
-        return label_rows(output, has_label(microbatch), mesh)
-
     readings = _readings(microbatches, mesh, equal_lengths=len(chunks) > 1)
-    collected = forward_only(chunks, readings, hidden_states, rows, mesh)
-    return [
-        states if states is None or reading is microbatch else _moved(states, reading, microbatch, mesh)
-        for states, reading, microbatch in zip(collected, readings, microbatches, strict=True)
-    ]
+    read_by_student = {id(reading): one for reading, one in zip(readings, microbatches, strict=True)}
+
+    def rows(output: Tensor, reading: Microbatch) -> ShardedRows:
+        states, microbatch = label_rows(output, has_label(reading), mesh), read_by_student[id(reading)]
+        if reading is not microbatch:
+            states = _moved(states, reading, microbatch, mesh)
+        return ShardedRows.from_replicated(states, mesh.tp)
+
+    return forward_only(chunks, readings, hidden_states, rows, mesh)
 
 
 def _readings(microbatches: Sequence[Microbatch], mesh: Mesh, *, equal_lengths: bool) -> list[Microbatch]:

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from megatron_gkd.models.host_memory import HostTensors
 from megatron_gkd.models.megatron_model import MegatronModel
 from megatron_gkd.runtime import portability
 
@@ -61,8 +62,8 @@ class InitialWeights:
             for index, chunk in enumerate(model.chunks)
             for name, parameter in chunk.named_parameters()
         }
-        self._held = _host_memory(self._parameters, dtype)
-        self._outside = _host_memory(self._parameters)
+        self._held = HostTensors(self._parameters, dtype)
+        self._outside = HostTensors(self._parameters)
         self._head = model.head_weight
         self.head_weight = None if self._head is None else self._head.detach().clone()
         self._store(self._held)
@@ -83,13 +84,13 @@ class InitialWeights:
     def after_update(self) -> None:
         """Nothing to do."""
 
-    def _store(self, memory: Mapping[str, Tensor]) -> None:
+    def _store(self, memory: HostTensors) -> None:
         for name, parameter in self._parameters.items():
-            memory[name].copy_(parameter.data, non_blocking=True)
+            memory.write(name, parameter.data)
 
-    def _load(self, memory: Mapping[str, Tensor]) -> None:
+    def _load(self, memory: HostTensors) -> None:
         for name, parameter in self._parameters.items():
-            parameter.data.copy_(memory[name].to(parameter.device, non_blocking=True))
+            parameter.data.copy_(memory.read(name, parameter.device))
 
 
 class AverageWeights(InitialWeights):
@@ -106,25 +107,17 @@ class AverageWeights(InitialWeights):
     def after_update(self) -> None:
         self._complete()
         for name, parameter in self._parameters.items():
-            average = self._held[name].to(parameter.device, non_blocking=True)
+            average = self._held.read(name, parameter.device)
             average.lerp_(parameter.data.float(), 1 - self.decay)
-            self._held[name].copy_(average, non_blocking=True)
+            self._held.write(name, average)
 
     def by_parameter(self) -> dict[nn.Parameter, Tensor]:
-        """Return this rank's share of the average by parameter: fp32 on the host, the memory itself."""
+        """Return this rank's share of the average by parameter: fp32 on the host, a copy."""
         portability.synchronize()
-        return {self._parameters[name]: value for name, value in self._held.items()}
+        return {parameter: self._held.read(name, torch.device("cpu")) for name, parameter in self._parameters.items()}
 
-
-def _host_memory(parameters: Mapping[str, nn.Parameter], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Room for every parameter; those of one type share one page-locked buffer."""
-    by_dtype: dict[torch.dtype, list[str]] = {}
-    for name, parameter in parameters.items():
-        by_dtype.setdefault(dtype or parameter.dtype, []).append(name)
-    memory: dict[str, Tensor] = {}
-    for kind, names in by_dtype.items():
-        sizes = [parameters[name].numel() for name in names]
-        flat = portability.pinned_empty_like(torch.empty(sum(sizes), dtype=kind, device="meta"))
-        for name, part in zip(names, flat.split(sizes), strict=True):
-            memory[name] = part.view(parameters[name].shape)
-    return memory
+    def replace(self, tensors: Mapping[nn.Parameter, Tensor]) -> None:
+        """Take over what `by_parameter` returned."""
+        portability.synchronize()
+        for name, parameter in self._parameters.items():
+            self._held.write(name, tensors[parameter])

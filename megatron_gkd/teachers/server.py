@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,12 +27,11 @@ from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.runtime.servers import open_client
 from megatron_gkd.teachers.base import TeacherFailed
 from megatron_gkd.teachers.server_answer import Question, Scores
-from megatron_gkd.teachers.server_client import TeacherServer
+from megatron_gkd.teachers.server_client import TeacherRequirements, TeacherServer, handshake_all
 from megatron_gkd.teachers.server_requests import ScoreRequests
 from megatron_gkd.teachers.server_tokenizer import tokenizer_probes
 
 _MOST_AHEAD = 4  # times the questions of the largest scoring may wait to be collected
-_SAME_MODEL = 0.1  # nats by which servers may differ at a position, on average; bf16 makes a tenth of it
 
 
 @dataclass(frozen=True)
@@ -47,6 +45,7 @@ class ServerOptions:
         concurrency: requests of one replica at the same time, over all servers.
         timeout: seconds that one answer may take.
         patience: seconds that servers may be gone before the run stops.
+        check_interval: scorings from one check to the next that every server still has the same model.
     """
 
     urls: tuple[str, ...]
@@ -55,6 +54,7 @@ class ServerOptions:
     concurrency: int = 64
     timeout: float = 600.0
     patience: float = 300.0
+    check_interval: int = 10
 
 
 class ServerTeacher:
@@ -73,19 +73,21 @@ class ServerTeacher:
         servers: list[TeacherServer] = []
         if self.is_speaker or mesh.is_main:
             http = open_client(options.timeout, options.concurrency)
-            servers = [TeacherServer(url, http, options.k) for url in options.urls]
-        names, problem = None, None
+            needs = TeacherRequirements(options.k, options.max_length, tokenizer_probes(tokenizer))
+            servers = [TeacherServer(url, http, needs) for url in options.urls]
+        identities, problem = None, None
         if mesh.is_main:
             try:
-                names = _greet(servers, tokenizer, options)
+                identities = handshake_all(servers, options.patience)
             except UserError as error:
                 problem = str(error)
         raise_together(problem, TeacherFailed)
-        told = [names]
+        told = [identities]
         dist.broadcast_object_list(told, src=0)
+        self.scorings = 0
         if self.is_speaker:
-            for server, name in zip(servers, told[0], strict=True):
-                server.model = name
+            for server, identity in zip(servers, told[0], strict=True):
+                server.identity = identity
             self.requests = ScoreRequests(
                 servers, concurrency=options.concurrency, patience=options.patience, first=mesh.dp.rank()
             )
@@ -127,12 +129,32 @@ class ServerTeacher:
             self.largest = max(self.largest, len(wanted))
             self.requests.forget_all_but(_MOST_AHEAD * self.largest)
         raise_together(problem, TeacherFailed)
+        self._check_servers()
         if gifts:
             given = {key: scores[key] for key, giver in gifts.items() if giver == me}
             everything: list[dict[bytes, Scores]] = [{} for _ in range(self.mesh.dp.size())]
             dist.all_gather_object(everything, given, group=self.mesh.dp)
             scores |= {key: score for part in everything for key, score in part.items()}
         return scores
+
+    def _check_servers(self) -> None:
+        """Check every `check_interval`-th time that the servers have the same model; each is checked by one replica.
+
+        After the answers, so that those of this scoring are checked, too. All ranks call it together.
+        """
+        self.scorings += 1
+        if self.scorings % self.options.check_interval:
+            return
+        problem = None
+        if self.is_speaker:
+            replica = self.mesh.dp
+            try:
+                for server in self.requests.servers[replica.rank() :: replica.size()]:
+                    server.check()
+            except UserError as error:
+                since = f"; {self.options.check_interval} steps at most were scored since the last check"
+                problem = f"{error}{since if self.options.check_interval > 1 else ''}"
+        raise_together(problem, TeacherFailed)
 
     def _gifts(self, missing: Iterable[bytes], spare: Iterable[bytes]) -> dict[bytes, int]:
         """Who gives what to others: a replica may train on samples that another has begun, as it sampled them.
@@ -174,19 +196,3 @@ class ServerTeacher:
 def _question(sample: Sample) -> Question | None:
     """About what the teacher reads, where it has a prompt of its own; the labels are the same."""
     return Question.of(teacher_view(sample))
-
-
-def _greet(servers: list[TeacherServer], tokenizer: PreTrainedTokenizerBase, options: ServerOptions) -> list[str]:
-    """The names that they serve the teacher under. UserError if one can't judge, or they are of several models."""
-    probes = tokenizer_probes(tokenizer)
-    with ThreadPoolExecutor(len(servers)) as pool:
-        known = list(pool.map(lambda server: server.hello(options.max_length, probes, options.patience), servers))
-    first, *others = (scores.log_probs.max(-1) for scores in known)
-    for server, values in zip(servers[1:], others, strict=True):
-        difference = float(np.abs(np.subtract(values, first, where=values != first, out=np.zeros_like(first))).mean())
-        if difference > _SAME_MODEL:
-            raise UserError(
-                f"{server.url} and {servers[0].url}: serve different models; their log-probabilities of one prompt "
-                f"differ by {difference:.3g} on average"
-            )
-    return [server.model for server in servers]

@@ -56,6 +56,24 @@ class Scores:
     log_probs: np.ndarray
 
 
+def mean_difference(a: Scores, b: Scores) -> float:
+    """Return by how many nats the log-probabilities of the same positions differ, on average over all tokens.
+
+    A token that only one of the two has counts with what it differs by at least: it is not more likely in the other
+    than the least likely token there.
+    """
+    differences = []
+    for row in zip(a.ids, a.log_probs, b.ids, b.log_probs, strict=True):
+        ids_a, values_a, ids_b, values_b = (part.tolist() for part in row)
+        first, second = dict(zip(ids_a, values_a, strict=True)), dict(zip(ids_b, values_b, strict=True))
+        for token in first.keys() | second.keys():
+            x, y = first.get(token, min(values_a)), second.get(token, min(values_b))
+            is_known = token in first and token in second
+            above = x - y if token in first else y - x
+            differences.append(0.0 if x == y else abs(above) if is_known else max(0.0, above))
+    return float(np.mean(differences))
+
+
 class _Entry(msgspec.Struct):
     logprob: float
     rank: int
@@ -70,16 +88,15 @@ class _Answer(msgspec.Struct):
     choices: Annotated[list[_Choice], msgspec.Meta(min_length=1)]
 
 
-_ANSWER = msgspec.json.Decoder(_Answer)
-_ENTRIES = msgspec.json.Decoder(dict[int, _Entry] | None)
+ANSWER = msgspec.json.Decoder(_Answer)
+"""Of the content of a response of /v1/completions."""
+_Token = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+_ENTRIES = msgspec.json.Decoder(dict[_Token, _Entry] | None)
 
 
-def read_answer(content: bytes, question: Question, k: int) -> Scores:
+def read_answer(answer: _Answer, question: Question, k: int) -> Scores:
     """Raises UserError, without the server's address, for anything but k log-probabilities for each position."""
-    try:
-        choice = _ANSWER.decode(content).choices[0]
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise UserError(f"its answer is none of vLLM's /v1/completions ({error}): {content[:200]!r}") from error
+    choice = answer.choices[0]
     if choice.prompt_token_ids != question.token_ids.tolist():
         raise UserError("its answer is about other token ids than it was sent")
     entries = choice.prompt_logprobs
@@ -103,7 +120,7 @@ def _read_position(raw: msgspec.Raw, position: int, token_id: int, ids: np.ndarr
     """Of the token that follows `position`. Its own entry is always there, within the k of highest rank or beside."""
     try:
         entries = _ENTRIES.decode(raw)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"its answer has no log-probabilities at position {position} ({error})") from error
     if entries is None or token_id not in entries:
         raise UserError(f"its answer at position {position} does not have the token {token_id} that follows there")

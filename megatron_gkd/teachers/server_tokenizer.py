@@ -37,9 +37,12 @@ def tokenizer_probes(tokenizer: PreTrainedTokenizerBase) -> list[Probe]:
 def require_same_tokens(probe: Probe, ids: list[int], tokens: list[str]) -> None:
     """UserError, without the server's address, if the server makes something else of the text."""
     if ids != probe.ids:
-        index = next((i for i, (a, b) in enumerate(zip(ids, probe.ids, strict=False)) if a != b), 0)
+        shorter = min(len(ids), len(probe.ids))
+        index = next((i for i in range(shorter) if ids[i] != probe.ids[i]), shorter)
         there, here = ids[index : index + 4], probe.ids[index : index + 4]
         found = f"{probe.text!r} has from its token {index} the ids {there} there and {here} here"
+    elif len(tokens) != len(ids):
+        found = f"{len(ids)} ids have {len(tokens)} names there"
     elif tokens != probe.tokens:
         index = next(i for i, (a, b) in enumerate(zip(tokens, probe.tokens, strict=True)) if a != b)
         found = f"the id {ids[index]} is {tokens[index]!r} there and {probe.tokens[index]!r} here"

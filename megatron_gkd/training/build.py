@@ -12,9 +12,11 @@ from megatron_gkd.config.schema import Recipe, RolloutSection
 from megatron_gkd.data.cutting import Cutting
 from megatron_gkd.data.loader import SampleDataset, StepOrder
 from megatron_gkd.data.policy import OnPolicy
+from megatron_gkd.data.prompt import PromptLimits
 from megatron_gkd.models.checkpoint import Checkpoint
 from megatron_gkd.models.megatron_model import BuildOptions, MegatronModel
 from megatron_gkd.rollout.base import RolloutEngine, Sampling
+from megatron_gkd.rollout.logit_bias import logit_bias
 from megatron_gkd.rollout.megatron import MegatronEngine
 from megatron_gkd.rollout.vllm_colocated import VllmColocatedEngine
 from megatron_gkd.rollout.vllm_process import ColocatedOptions
@@ -91,13 +93,16 @@ def build_rollouts(
     """What samples the steps that `policy` gives to the student. `cut` is what ``batching`` returns."""
     section = recipe.rollout
     cutting = Cutting(**{name: value for name, value in cut.items() if name != "global_batch_size"})
+    sampling = sampling_of(section, student.objective.vocab_size)
+    if section.engine != "megatron":
+        logit_bias(sampling, checkpoint.vocab_size)  # what vLLM can't exclude ends the run before the engine starts
     return Rollouts(
         build_engine(recipe, mesh, student.model, checkpoint),
         policy,
         dataset,
         order,
         cutting,
-        sampling_of(section),
+        sampling,
         global_batch_size=recipe.train.global_batch_size,
         truncated=section.truncated,
         dp=mesh.dp,
@@ -107,8 +112,17 @@ def build_rollouts(
     )
 
 
-def sampling_of(section: RolloutSection) -> Sampling:
-    """How a recipe has completions drawn."""
+def prompt_limits(recipe: Recipe) -> PromptLimits:
+    """Return the longest prompts that leave room for a completion in what the recipe's models and engine read."""
+    data, rollout = recipe.data, recipe.rollout
+    longest = data.max_length
+    if rollout.engine == "vllm" and rollout.vllm_max_model_len is not None:
+        longest = min(longest, rollout.vllm_max_model_len)
+    return PromptLimits.from_lengths(longest, data.teacher_max_length or data.max_length, rollout.max_completion_length)
+
+
+def sampling_of(section: RolloutSection, vocab_size: int | None = None) -> Sampling:
+    """Return how a recipe has completions drawn, of the ids below `vocab_size` (None: of all)."""
     return Sampling(
         max_completion_length=section.max_completion_length,
         temperature=section.rollout_temperature,
@@ -116,6 +130,7 @@ def sampling_of(section: RolloutSection) -> Sampling:
         top_p=section.top_p,
         stop_token_ids=section.stop_token_ids,
         stop=section.stop,
+        vocab_size=vocab_size,
     )
 
 

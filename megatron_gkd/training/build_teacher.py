@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from transformers import PreTrainedTokenizerBase
 
@@ -14,6 +14,7 @@ from megatron_gkd.models.checkpoint import Checkpoint
 from megatron_gkd.models.megatron_model import BuildOptions, MegatronModel
 from megatron_gkd.models.vocabulary import shared_vocab_size
 from megatron_gkd.runtime.mesh import Mesh
+from megatron_gkd.runtime.nodes import Nodes
 from megatron_gkd.teachers.base import TeacherSource
 from megatron_gkd.teachers.cache import CachedTeacher, open_cache, require_rows
 from megatron_gkd.teachers.cache_manifest import Manifest
@@ -26,10 +27,10 @@ from megatron_gkd.training.build import DTYPES
 from megatron_gkd.training.student import Student
 
 
-def open_teachers(section: TeacherSection, *, main_process: bool, barrier: Callable[[], None]) -> dict[str, Checkpoint]:
+def open_teachers(section: TeacherSection, nodes: Nodes) -> dict[str, Checkpoint]:
     """The local teachers' checkpoints, by their places in the recipe."""
     return {
-        place: Checkpoint.open(teacher.teacher_model, main_process=main_process, barrier=barrier)
+        place: Checkpoint.open(teacher.teacher_model, nodes)
         for place, teacher in section.all.items()
         if teacher.source == "local"
     }
@@ -169,6 +170,8 @@ def _server(recipe: Recipe, mesh: Mesh, student: Student | Checkpoint, teacher: 
         concurrency=teacher.teacher_server_concurrency,
         timeout=teacher.teacher_server_timeout_s,
         patience=teacher.teacher_server_patience_s,
+        # A cache outlives the run: nothing is written that was not checked.
+        check_interval=teacher.teacher_server_check_interval if isinstance(student, Student) else 1,
     )
     checkpoint = _checkpoint_of(student)
     vocab_size = student.objective.vocab_size if isinstance(student, Student) else checkpoint.vocab_size

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from megatron_gkd.reporting.metrics_log import rotate
 
 
 @dataclass(frozen=True)
 class Exports:
-    """`save_interval` steps between exports (None: at the end only), of which the newest `save_total_limit` stay."""
+    """The exports of one run. Only what this run has made is ever replaced or deleted.
+
+    Attributes:
+        save_interval: steps between exports; None: at the end only.
+        save_total_limit: how many of this run's step exports stay, the newest; None: all.
+    """
 
     output_dir: Path
     save_interval: int | None = None
     save_total_limit: int | None = None
+    _made: list[Path] = field(default_factory=list, init=False)
 
     @property
     def final_directory(self) -> Path:
@@ -25,10 +33,22 @@ class Exports:
     def is_due(self, step: int) -> bool:
         return self.save_interval is not None and step % self.save_interval == 0
 
+    def claim(self, directory: Path, *, is_main: bool) -> None:
+        """Make `directory`, one of the above, this run's own, before it exports there.
+
+        An earlier run's export in that place is kept: it becomes `hf.1`, the next one `hf.2`, and so on.
+        """
+        if directory in self._made:
+            return
+        self._made.append(directory)
+        if is_main:
+            rotate(directory)
+
     def forget_old(self, is_main: bool) -> None:
-        """Delete all but the newest `save_total_limit` step exports."""
+        """Delete all but the newest `save_total_limit` step exports of this run."""
         if not is_main or self.save_total_limit is None:
             return
-        exports = sorted(path for path in self.output_dir.glob("hf-step-*") if path.name.count(".") == 0)
-        for path in exports[: -self.save_total_limit]:
-            shutil.rmtree(path)
+        steps = [path for path in self._made if path != self.final_directory]
+        for path in steps[: -self.save_total_limit]:
+            shutil.rmtree(path, ignore_errors=True)
+            self._made.remove(path)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,16 +20,20 @@ from megatron_gkd.data.prompt import prompt_of, room_for_answer
 from megatron_gkd.errors import UserError
 from megatron_gkd.models.megatron_model import BuildOptions, MegatronModel
 from megatron_gkd.reporting.progress import Progress
-from megatron_gkd.rollout.base import Completion, RolloutEngine
+from megatron_gkd.rollout.base import BackgroundEngine, Completion, RolloutEngine, check_completions
 from megatron_gkd.rollout.megatron import MegatronEngine
 from megatron_gkd.rollout.vllm_own_weights import OwnWeightsEngine
 from megatron_gkd.runtime.agreement import raise_together
 from megatron_gkd.runtime.mesh import Mesh
+from megatron_gkd.runtime.servers import open_client
+from megatron_gkd.teachers.server_client import TeacherRequirements, TeacherServer, handshake_all
+from megatron_gkd.teachers.server_tokenizer import tokenizer_probes
 from megatron_gkd.training.build import DTYPES, build_engine, sampling_of, server_options
 from megatron_gkd.training.generated_file import GeneratedFile
 from megatron_gkd.training.setup import Models, open_models, open_rows, world_of
 
 Source = Literal["teacher", "student"]
+_KNOWN_TOKENS = 5  # of each distribution of a known prompt, by which a teacher's server is recognized
 _STREAM = 0x67656E  # keeps these draws apart from those of training, which start from the same seed
 
 
@@ -42,18 +47,27 @@ def generate(recipe: Recipe, source: Source, output: str, n: int, chunk_rows: in
         dataset, _ = open_rows(recipe, mesh, models, "train", prompts=True)
         name = _model_name(recipe, source)
         file = GeneratedFile(Path(output).expanduser(), chunk_rows, settings_of(recipe, name, n, dataset))
-        engine = _build_engine(recipe, mesh, models, source)
-        write_answers(file, Answers(recipe, mesh, dataset, engine, models.tokenizer, n, name))
+        engine = build_engine_of(source, recipe, mesh, models)
+        closing = contextlib.closing(engine) if isinstance(engine, BackgroundEngine) else contextlib.nullcontext()
+        with closing:
+            is_served = source == "teacher" and recipe.teacher.source == "server"
+            verify = _verify_teacher(recipe, mesh, models.tokenizer) if is_served else lambda: None
+            answers = Answers(recipe, mesh, dataset, engine, models.tokenizer, n, name, vocab_size=models.vocab_size)
+            write_answers(file, answers, verify)
 
 
-def write_answers(file: GeneratedFile, answers: Answers) -> None:
-    """Append what `file` lacks. All ranks must call it."""
+def write_answers(file: GeneratedFile, answers: Answers, verify: Callable[[], None] = lambda: None) -> None:
+    """Append what `file` lacks. All ranks must call it.
+
+    `verify` raises UserError if the answers that were made last are not the model's; the main rank calls it.
+    """
     mesh, total = answers.mesh, len(answers.dataset)
     first = _on_main(mesh, file.resume) * file.chunk_rows
     with Progress(total, mesh.is_main, description="generating", unit="row") as progress:
         for start in range(first, total, file.chunk_rows):
             rows = range(start, min(start + file.chunk_rows, total))
             found = answers.of(rows)
+            _on_main(mesh, verify)
             _on_main(mesh, lambda found=found: file.append(answers.as_rows(found)))
             progress.update(rows[-1] + 1, {})
         progress.message(f"answers {file.path}: {answers.n} to each of {total} prompts")
@@ -80,25 +94,55 @@ def _model_name(recipe: Recipe, source: Source) -> str:
     return recipe.student.model if source == "student" else teacher.teacher_model or teacher.teacher_model_server[0]
 
 
-def _build_engine(recipe: Recipe, mesh: Mesh, models: Models, source: Source) -> RolloutEngine:
-    """It has its weights. Servers answer with those that they were started with."""
-    if source == "teacher" and recipe.teacher.source == "server":
-        urls = recipe.teacher.teacher_model_server
-        return OwnWeightsEngine(mesh, models.student, server_options(recipe, urls))
-    served = recipe.rollout.engine == "vllm_server"
-    if source == "student" and served:
-        return OwnWeightsEngine(mesh, models.student, server_options(recipe, recipe.rollout.vllm_server_urls))
+def build_engine_of(source: Source, recipe: Recipe, mesh: Mesh, models: Models) -> RolloutEngine:
+    """Build the engine that answers, with the weights of `source` loaded.
+
+    Servers of rollouts get the student's weights as in training, whatever they held before. Servers of a teacher answer
+    with the weights that they were started with.
+    """
+    section = recipe.teacher
+    if source == "teacher" and section.source == "server":
+        return OwnWeightsEngine(mesh, models.student, server_options(recipe, section.teacher_model_server))
     checkpoint = models.student if source == "student" else models.teachers["teacher"]
     model = MegatronModel.load(checkpoint, mesh, BuildOptions(dtype=DTYPES[recipe.train.dtype], attn=recipe.train.attn))
-    if served:  # the servers are the student's
+    if source == "teacher" and recipe.rollout.engine == "vllm_server":  # the servers are the student's
         return MegatronEngine(model, checkpoint.eos_token_ids)
     engine = build_engine(recipe, mesh, model, checkpoint)
     engine.load_weights(model.named_tensors(), version=0)
     return engine
 
 
+def _verify_teacher(recipe: Recipe, mesh: Mesh, tokenizer: PreTrainedTokenizerBase) -> Callable[[], None]:
+    """Make the handshake of scoring with the teacher's servers. All ranks call it together.
+
+    Returns what raises UserError on the main rank if a server has another model since.
+
+    Raises:
+        UserError: in all ranks; a server's tokenizer is not the student's, or the servers have different models.
+    """
+    section, data = recipe.teacher, recipe.data
+    servers: list[TeacherServer] = []
+    if mesh.is_main:
+        http = open_client(section.teacher_server_timeout_s, len(section.teacher_model_server))
+        # The engine has compared the lengths, and needs one token less than scoring.
+        k, max_length = recipe.distill.gkd_logits_topk or _KNOWN_TOKENS, data.max_length - 1
+        needs = TeacherRequirements(k, max_length, tokenizer_probes(tokenizer))
+        servers = [TeacherServer(url, http, needs) for url in section.teacher_model_server]
+    patience = section.teacher_server_patience_s
+    _on_main(mesh, lambda: handshake_all(servers, patience))
+
+    def verify() -> None:
+        for server in servers:
+            server.verify(patience)
+
+    return verify
+
+
 class Answers:
-    """The `n` answers of `model` to some rows, shared out over the data-parallel ranks and known to all of them."""
+    """The `n` answers of `model` to some rows, shared out over the data-parallel ranks and known to all of them.
+
+    `vocab_size`: only ids below it may be in an answer; None: all.
+    """
 
     def __init__(
         self,
@@ -109,10 +153,12 @@ class Answers:
         tokenizer: PreTrainedTokenizerBase,
         n: int,
         model: str,
+        *,
+        vocab_size: int | None = None,
     ):
         self.recipe, self.mesh, self.dataset, self.engine = recipe, mesh, dataset, engine
         self.tokenizer, self.n, self.model = tokenizer, n, model
-        self.sampling = sampling_of(recipe.rollout)
+        self.sampling = sampling_of(recipe.rollout, vocab_size)
 
     def of(self, rows: Sequence[int]) -> list[tuple[int, int, Completion]]:
         """(row, number from 0, answer), in this order. All ranks must call it together.
@@ -139,7 +185,9 @@ class Answers:
         ]
         everything: list[list] = [[] for _ in range(dp.size())]
         dist.all_gather_object(everything, found, group=dp)
-        return sorted((answer for part in everything for answer in part), key=lambda answer: answer[:2])
+        answers = sorted((answer for part in everything for answer in part), key=lambda answer: answer[:2])
+        check_completions((completion for *_, completion in answers), self.sampling.vocab_size)
+        return answers
 
     def _seed(self, row: int, number: int) -> int:
         sequence = np.random.SeedSequence([self.recipe.train.seed, _STREAM, row, number])

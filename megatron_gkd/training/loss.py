@@ -132,7 +132,7 @@ class Objective:
         total, token = fused_linear_divergence(
             student,
             head_weight,
-            None if teacher is None else teacher.states,
+            None if teacher is None else teacher.states.gather(),
             None if teacher is None else teacher.head_weight,
             divergence=self.divergence,
             beta=self.beta,

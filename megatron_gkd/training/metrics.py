@@ -43,13 +43,27 @@ def describe_rollouts(
 ) -> dict[str, float | int | str | None]:
     """What a step with sampled rows adds to its record. `sync_seconds`: that the engine took to get the weights.
 
-    `mismatch_kl` estimates, in nats a token, how far the engine's distribution is from the trainer's: the mean of
-    ln p_engine - ln p_trainer over the sampled tokens, both at temperature 1. It is near 0 where both compute the same.
+    Both KL values estimate, in nats a token and at temperature 1, the divergence of the trainer's distribution from the
+    engine's: the mean of ln p_engine - ln p_trainer over the sampled tokens. One of them is None:
+
+    - `mismatch_kl` where the samples are of the weights that this step trains. It is near 0 where engine and trainer
+      compute the same.
+    - `staleness_kl` where they are of older weights (``steps_ahead``). It contains what the updates in between have
+      changed. ``Rollouts.probe_mismatch`` measures `mismatch_kl` in some of these steps.
+
+    The trainer's probabilities are over the ids that student and teacher share. vLLM's are over all of the student's:
+    there both contain the logarithm of the share of the student's mass that is on shared ids.
     """
     tokens = totals["tokens"] - totals["dataset_tokens"]
-    known = tokens and not totals["dropped_tokens"]  # the engine's sum is over all of them
-    mismatch = (report.log_prob + totals["student_cross_entropy"]) / tokens if known else None
-    return {**report.record(), "sync_time_s": sync_seconds, "mismatch_kl": mismatch}
+    is_known = tokens and not totals["dropped_tokens"]  # the engine's sum is over all of them
+    value = (report.log_prob + totals["student_cross_entropy"]) / tokens if is_known else None
+    is_stale = report.staleness > 0
+    return {
+        **report.record(),
+        "sync_time_s": sync_seconds,
+        "mismatch_kl": None if is_stale else value,
+        "staleness_kl": value if is_stale else None,
+    }
 
 
 class MismatchWarning:

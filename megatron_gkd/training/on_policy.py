@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -24,12 +24,16 @@ from megatron_gkd.rollout.base import (
     RolloutEngine,
     RolloutFailed,
     Sampling,
+    check_completions,
 )
+from megatron_gkd.runtime import portability
 
 if TYPE_CHECKING:
     from megatron_gkd.training.student import Student
 
 Truncated = Literal["keep", "mask", "drop"]
+
+_PROBE_INTERVAL, _PROBE_TOKENS = 10, 64  # steps sampled ahead from one probe to the next; most tokens of a row in one
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,7 @@ class Rollouts:
         """Called by a `BackgroundEngine`'s threads for each sample that is ready while others are not, where one rank
         of each replica asks for them: a teacher may begin with it."""
         self._begun: dict[int, Generation] = {}
+        self._probe_calls = 0
         self._version: int | None = None
         self.teacher_max_length = teacher_max_length or cutting.max_length
 
@@ -146,6 +151,50 @@ class Rollouts:
     def is_early(self, step: int) -> bool:
         """Whether `step` is to begin while the step before it trains. The same on every rank."""
         return self.steps_ahead > 0 and (self.num_steps is None or step < self.num_steps) and self.due(step)
+
+    def probe_mismatch(self, student: Student, step: int) -> float | None:
+        """Return `mismatch_kl` (see ``metrics.describe_rollouts``) of a few rows, sampled from the newest weights.
+
+        Samples that are made ahead are older than the weights that could score them, so steps of them do not measure
+        it. Every tenth call, from the second on, the engine samples the beginnings of some answers of `step`, which the
+        student scores before it changes; None in other calls, or where no token was sampled. All ranks must call it
+        together, once the student's weights are loaded and before `step` begins.
+        """
+        self._probe_calls += 1
+        if self._probe_calls % _PROBE_INTERVAL != 2:
+            return None
+        rows = self.order.rows_of_step(step, self.global_batch_size)
+        cutting = self.cutting
+        count = cutting.micro_batch_size * cutting.dp_size * cutting.microbatch_multiple
+        positions = [int(position) for position in np.flatnonzero(self.policy.rows(step, len(rows)))][:count]
+        short = replace(self.sampling, max_completion_length=min(_PROBE_TOKENS, self.sampling.max_completion_length))
+        completions = self._sample_now(step, positions, short)
+        samples = [answered(self.dataset[rows[position]], done.token_ids) for position, done in completions.items()]
+        samples += [filler(cutting.pad_token_id)] * (count - len(samples))
+        microbatches = cutting.microbatches([len(sample.input_ids) for sample in samples], samples.__getitem__)
+        microbatches = [microbatch.to(portability.device()) for microbatch in microbatches]
+        totals = student.evaluate(microbatches, [None] * len(microbatches))
+        log_prob = sum(sum(done.log_probs) for done in completions.values())
+        return (log_prob + totals["student_cross_entropy"]) / totals["tokens"] if totals["tokens"] else None
+
+    def _sample_now(self, step: int, positions: list[int], sampling: Sampling) -> dict[int, Completion]:
+        """Sample these positions of a step, shared out over the data-parallel ranks; in rising order on all of them."""
+        rows = self.order.rows_of_step(step, self.global_batch_size)
+        mine = positions[self.dp.rank() :: self.dp.size()]
+        prompts = [self._prompt(rows[position]).tolist() for position in mine]
+        with self.engine.resident():
+            found = self.engine.generate(prompts, sampling, [self._seed(step, position) for position in mine])
+        return dict(sorted(self._exchange(rows, mine, found).items()))
+
+    def _exchange(self, rows: list[int], mine: list[int], completions: list[Completion]) -> dict[int, Completion]:
+        """Return the completions of all data-parallel ranks by position, within the room that their rows leave."""
+        found = [
+            (position, completion.within(self._room(self.dataset[rows[position]])))
+            for position, completion in zip(mine, completions, strict=True)
+        ]
+        everything: list[list] = [[] for _ in range(self.dp.size())]
+        dist.all_gather_object(everything, found, group=self.dp)
+        return {position: completion for part in everything for position, completion in part}
 
     def has_begun(self, step: int) -> bool:
         return step in self._begun
@@ -180,7 +229,6 @@ class Rollouts:
             RolloutFailed: there are no samples, or of other weights than it should be.
         """
         rows = self.order.rows_of_step(step, self.global_batch_size)
-        mine = self.policy.rows(step, len(rows))
         samples: dict[int, Sample] = {}
         start = time.perf_counter()
         completions, generation_seconds = self._complete(step)
@@ -191,7 +239,6 @@ class Rollouts:
             samples[position] = sample
             log_prob += sum(completion.log_probs) if trained else 0.0
             answers[position] = Answer(rows[position], self._prompt(rows[position]), completion, trained)
-        require_responses(self.dataset, [rows[position] for position in np.flatnonzero(~mine)], step)
         lengths = [
             len(samples[i].input_ids) if i in samples else int(self.dataset.lengths[row]) for i, row in enumerate(rows)
         ]
@@ -225,13 +272,8 @@ class Rollouts:
             with self.engine.resident():
                 completions = self.engine.generate([prompt.tolist() for prompt in prompts], self.sampling, seeds)
             seconds = time.perf_counter() - start
-        found = [
-            (position, completion.within(self._room(self.dataset[rows[position]])))
-            for position, completion in zip(mine, completions, strict=True)
-        ]
-        everything: list[list] = [[] for _ in range(self.dp.size())]
-        dist.all_gather_object(everything, found, group=self.dp)
-        together = {position: completion for part in everything for position, completion in part}
+        together = self._exchange(rows, mine, completions)
+        check_completions(together.values(), self.sampling.vocab_size)
         for completion in together.values():
             if not step - self.steps_ahead <= completion.version <= step:
                 raise RolloutFailed(
@@ -241,11 +283,17 @@ class Rollouts:
         return together, seconds
 
     def _questions(self, step: int) -> tuple[list[int], list[np.ndarray], list[int]]:
-        """Positions in the global batch that this data-parallel rank samples, and their prompts and seeds."""
+        """Positions in the global batch that this data-parallel rank samples, and their prompts and seeds.
+
+        Raises:
+            UserError: in all ranks, as each checks the rows of all; see ``microbatches``.
+        """
         rows = self.order.rows_of_step(step, self.global_batch_size)
-        positions = [int(position) for position in np.flatnonzero(self.policy.rows(step, len(rows)))]
-        mine = positions[self.dp.rank() :: self.dp.size()]
-        return mine, [self._prompt(rows[position]) for position in mine], [self._seed(step, i) for i in mine]
+        is_sampled = self.policy.rows(step, len(rows))
+        require_responses(self.dataset, [rows[position] for position in np.flatnonzero(~is_sampled)], step)
+        prompts = {int(position): self._prompt(rows[position]) for position in np.flatnonzero(is_sampled)}
+        mine = list(prompts)[self.dp.rank() :: self.dp.size()]
+        return mine, [prompts[position] for position in mine], [self._seed(step, position) for position in mine]
 
     def _prompt(self, row: int) -> np.ndarray:
         sample = self.dataset[row]

@@ -13,9 +13,10 @@ from megatron_gkd.config.schema import Recipe
 from megatron_gkd.data.loader import StepLoader, validation_batches
 from megatron_gkd.data.order import SampleOrder
 from megatron_gkd.data.policy import OnPolicy
+from megatron_gkd.models.export import try_companions
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.teachers.base import ScoresAhead
-from megatron_gkd.training.build import batching, build_rollouts, build_student
+from megatron_gkd.training.build import DTYPES, batching, build_rollouts, build_student
 from megatron_gkd.training.build_teacher import (
     begins_as_student,
     build_teacher,
@@ -43,10 +44,11 @@ def _train(recipe: Recipe, mesh: Mesh) -> None:
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     models = open_models(recipe, mesh)
+    try_companions(models.student, DTYPES[recipe.train.dtype], output_dir, is_main=mesh.is_main)
     manifests = read_manifests(recipe.teacher, models.tokenizer)
     vocab_size = min([models.vocab_size, *(manifest.vocab_size for manifest in manifests)])
 
-    dataset, data_report = open_rows(recipe, mesh, models, "train", prompts=recipe.distill.lmbda > 0)
+    dataset, data_report = open_rows(recipe, mesh, models, "train", prompts=recipe.distill.lmbda == 1)
     check_rows(recipe.teacher, dataset)
     require_cached_rows(recipe.teacher, dataset, "data.dataset")
     order = SampleOrder(

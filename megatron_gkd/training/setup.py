@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,6 +20,8 @@ from megatron_gkd.data.report import DataReport
 from megatron_gkd.models.checkpoint import Checkpoint
 from megatron_gkd.runtime import portability
 from megatron_gkd.runtime.mesh import Layout, Mesh, destroy_mesh, initialize_mesh
+from megatron_gkd.runtime.nodes import Nodes
+from megatron_gkd.training.build import prompt_limits
 from megatron_gkd.training.build_teacher import open_teachers, shared_vocab_size_of_all
 
 
@@ -65,31 +67,35 @@ class Models:
 
 def open_models(recipe: Recipe, mesh: Mesh) -> Models:
     """UserError for a model that isn't supported, or a tokenizer that differs from the student's."""
-    student = Checkpoint.open(recipe.student.model, **_shared(mesh))
-    teachers = open_teachers(recipe.teacher, **_shared(mesh))
+    nodes = Nodes.from_world()
+    student = Checkpoint.open(recipe.student.model, nodes)
+    teachers = open_teachers(recipe.teacher, nodes)
     return Models(student, teachers, student.tokenizer(), shared_vocab_size_of_all(student, teachers))
 
 
 def open_rows(
     recipe: Recipe, mesh: Mesh, models: Models, split: Literal["train", "validation"], *, prompts: bool = False
 ) -> tuple[TokenizedDataset, DataReport]:
-    """The rows of a split as the student's tokens; `prompts`: some may be prompts alone."""
+    """Return the rows of a split as the student's tokens.
+
+    Args:
+        recipe: says also which rows the student may answer: those of "train" where lmbda > 0.
+        prompts: rows of "train" may be prompts alone, for a model to answer.
+    """
+    is_answered = split == "train" and (prompts or recipe.distill.lmbda > 0)
     return build_dataset(
         recipe.data,
         split,
         models.tokenizer,
         prompts=prompts,
+        prompt_limits=prompt_limits(recipe) if is_answered else None,
         tag_key=recipe.teacher.teacher_tag_key,
-        vocab_size=models.student.vocab_size,
-        **_shared(mesh),
+        vocab_size=models.vocab_size,
+        nodes=Nodes.from_world(),
     )
 
 
 def pad_token_id(models: Models) -> int:
-    """Padding is never looked at: without an id of its own it is 0."""
+    """Return the tokenizer's padding id, or 0 where it has none that all models can read; its content has no effect."""
     found = models.tokenizer.pad_token_id
-    return 0 if found is None else found
-
-
-def _shared(mesh: Mesh) -> dict[str, Callable[[], Any] | bool]:
-    return {"main_process": mesh.is_main, "barrier": dist.barrier}
+    return 0 if found is None or found >= models.vocab_size else found

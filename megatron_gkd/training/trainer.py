@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from megatron_gkd.data.loader import StepLoader
@@ -14,7 +14,7 @@ from megatron_gkd.errors import RunStopped, UserError
 from megatron_gkd.models.export import export_checkpoint
 from megatron_gkd.runtime import portability
 from megatron_gkd.runtime.agreement import FailureMeeting, raise_together
-from megatron_gkd.teachers.base import FollowsStudent, TeacherSignal, TeacherSource
+from megatron_gkd.teachers.base import FollowsStudent, ReadOnce, TeacherSignal, TeacherSource
 from megatron_gkd.training.ahead import announce_ahead
 from megatron_gkd.training.bad_steps import BadSteps
 from megatron_gkd.training.completions import Completions
@@ -97,13 +97,14 @@ class Trainer:
     def train_step(self, step: int, microbatches: list[Microbatch] | None) -> None:
         """One step, counted from 1. Without microbatches the student samples them."""
         start = time.perf_counter()
-        sampled, sync_time = None, 0.0
+        sampled, sync_time, probed = None, 0.0, None
         if microbatches is None:
             if not self.rollouts.has_begun(step - 1):
                 sync_time += self.rollouts.load_weights(self.student, step - 1)
             microbatches, sampled = self.rollouts.microbatches(step - 1)
         if self.rollouts is not None and self.rollouts.is_early(step):  # the next one: `rollouts` counts from 0
             sync_time += self.rollouts.load_weights(self.student, step - 1)
+            probed = self.rollouts.probe_mismatch(self.student, step)
             self.rollouts.begin(step)
         rolled_out = time.perf_counter()
         microbatches = [microbatch.to(portability.device()) for microbatch in microbatches]
@@ -130,6 +131,8 @@ class Trainer:
             "teacher_time_s": scored - rolled_out,
             "step_time_s": time.perf_counter() - start,
         }
+        if probed is not None and record.get("mismatch_kl") is None:
+            record["mismatch_kl"] = probed
         completions = None
         if sampled is not None and self.completions is not None:
             completions = self.completions.of_step(step, sampled, microbatches, self.student.token_divergence)
@@ -178,15 +181,16 @@ class Trainer:
                 totals[name] = totals.get(name, 0.0) + value
         self.reporter.validation({"step": step, **summarize(totals, has_teacher=self.teacher is not None)})
 
-    def score(self, microbatches: list[Microbatch]) -> list[TeacherSignal | None]:
+    def score(self, microbatches: list[Microbatch]) -> Sequence[TeacherSignal | None]:
         if self.teacher is None:
             return [None] * len(microbatches)
         with self.teacher.resident():
-            return self.teacher.score(microbatches)
+            return ReadOnce(self.teacher.score(microbatches))
 
     def export(self, directory: Path) -> Path:
         self.student.gather_parameters()
         self.reporter.message(f"exporting to {directory}")
+        self.exports.claim(directory, is_main=self.student.mesh.is_main)
         return export_checkpoint(self.student.model, directory)
 
     def rescue(self) -> Path:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_gkd.config import RecipeError, commands, load
+from megatron_gkd.config import RecipeError, checks, commands, load
 
 
 def test_options_are_taken_from_among_the_overrides():
@@ -29,6 +29,10 @@ def test_what_is_wrong_with_options_is_said(arguments, problems):
     assert all(line.startswith(start) for line, start in zip(found, problems, strict=True))
 
 
+BEHIND_A_SERVER = ["--teacher_model", "null", "--offload_teacher_model", "false"]
+BEHIND_A_SERVER += ["--teacher_model_server", "http://host:8000"]
+
+
 @pytest.mark.parametrize(
     ("command", "arguments", "problems"),
     [
@@ -43,12 +47,15 @@ def test_what_is_wrong_with_options_is_said(arguments, problems):
         ("TEACHER_GENERATES", ["--cache", "not/yet"], []),
         ("TEACHER_GENERATES", ["--kind", "none"], ["teacher.kind = none: must be local or server to generate"]),
         ("STUDENT_GENERATES", ["--kind", "none"], []),
+        ("TEACHER_GENERATES", BEHIND_A_SERVER, []),
+        ("STUDENT_GENERATES", BEHIND_A_SERVER, []),
+        ("TRAIN", BEHIND_A_SERVER, ["distill.gkd_logits_topk = null: must be set with teacher.teacher_model_server"]),
     ],
 )
 def test_what_a_command_asks_of_a_recipe(workspace, command, arguments, problems):
-    found = []
+    found, command_checks = [], getattr(checks if command == "TRAIN" else commands, command)
     try:
-        load(workspace.recipe, arguments, world_size=2, command=getattr(commands, command))
+        load(workspace.recipe, arguments, world_size=2, command=command_checks)
     except RecipeError as error:
         found = error.problems
     assert len(found) == len(problems), found

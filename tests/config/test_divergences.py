@@ -1,12 +1,13 @@
-"""The recipe's divergences are those that exist, and its check of beta is theirs: it does without importing torch."""
+"""The recipe's divergences and bounds are those of the modules that use them, which it does not import."""
 
 from typing import get_args
 
 import pytest
 
 from megatron_gkd.config.checks import _beta
-from megatron_gkd.config.schema import DivergenceName, Recipe
-from megatron_gkd.ops import reference
+from megatron_gkd.config.schema import DistillSection, DivergenceName, Recipe, RolloutSection
+from megatron_gkd.ops import reference, spec
+from megatron_gkd.rollout import base as rollout
 
 RECIPE = {
     "student": {"model": "student"},
@@ -20,6 +21,14 @@ RECIPE = {
 
 def test_names():
     assert get_args(DivergenceName) == tuple(reference.FAMILIES)
+
+
+def test_temperatures():
+    bounds = {}
+    for key, section in (("temperature", DistillSection), ("rollout_temperature", RolloutSection)):
+        limits = section.model_fields[key].metadata
+        bounds[key] = tuple(getattr(limit, name) for limit, name in zip(limits, ("ge", "le"), strict=True))
+    assert bounds == {"temperature": spec.TEMPERATURES, "rollout_temperature": rollout.TEMPERATURES}
 
 
 @pytest.mark.parametrize("divergence", reference.FAMILIES)

@@ -39,7 +39,7 @@ def test_all_problems_are_told_at_once(workspace):
     assert workspace.problems("--temperature", "0", "--dataset", "none.jsonl", "--dtype", "fp16", world_size=3) == [
         "train.lrr: unknown key; did you mean train.lr?",
         "distill.beta = 1.5: must be a number in [0, 1]",
-        "distill.temperature = 0: must be a number > 0",
+        "distill.temperature = 0: must be a number in [0.01, 1000.0]",
         "train.min_lr = -1: must be a number >= 0",
         "train.dtype = fp16: must be one of bf16, fp32",
         "parallel.tensor_model_parallel_size x pipeline_model_parallel_size x context_parallel_size = 2 x 1 x 1 = 2: "

@@ -12,8 +12,8 @@ EP2 = ("--expert_model_parallel_size", "2")
     [
         ({"num_attention_heads": 9, "num_key_value_heads": 1}, [], "parallel.tensor_model_parallel_size = 2: must "
          "divide the 9 attention heads of KEY (NAME)"),
-        ({"num_key_value_heads": 3}, [], "parallel.tensor_model_parallel_size = 2: must divide the 3 key-value heads "
-         "of KEY (NAME), or be a multiple of them"),
+        ({"num_attention_heads": 12, "num_key_value_heads": 3}, [], "parallel.tensor_model_parallel_size = 2: must "
+         "divide the 3 key-value heads of KEY (NAME), or be a multiple of them"),
         ({"intermediate_size": 47}, [], "parallel.tensor_model_parallel_size = 2: must divide the 47 feed-forward rows "
          "of KEY (NAME)"),
         ({"num_hidden_layers": 7}, ["--pipeline_model_parallel_size=2"], "parallel.pipeline_model_parallel_size = 2: "
@@ -127,7 +127,7 @@ def test_what_is_no_hub_id_must_exist(workspace, value):
     [
         ("{", "its config.json is not a model's configuration"),
         ("[]", "its config.json is not a model's configuration"),
-        ('{"architectures": ["LlamaForCausalLM"]}', "its config.json has no "),
+        ('{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}', "its config.json has no hidden_size"),
     ],
 )
 def test_a_broken_config_json(workspace, text, problem):
@@ -140,4 +140,17 @@ def test_a_folder_without_config_json(workspace):
     (workspace.folder / "student" / "config.json").unlink()
     assert workspace.problems() == [
         "student.model = student: must be a Hugging Face folder; there is no config.json in it"
+    ]
+
+
+def test_damaged_weights_of_a_local_model_are_found_before_any_process_starts(workspace):
+    (workspace.folder / "teacher" / "model.safetensors").write_bytes(b"")
+    (problem,) = workspace.problems()
+    assert problem.startswith("teacher.teacher_model = teacher: model.safetensors: not a whole safetensors file of 0 ")
+
+
+def test_a_feature_that_is_not_supported_is_found_before_any_process_starts(workspace):
+    workspace.model("student", {**DENSE, "attention_bias": True})
+    assert workspace.problems() == [
+        "student.model = student: its config.json has attention_bias = true: is not supported; must be false"
     ]

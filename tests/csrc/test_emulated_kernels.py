@@ -208,6 +208,27 @@ def value(kind, a, b, beta):
     }[kind].sum(-1)
 
 
+@pytest.mark.parametrize("beta", [1e-6, 1e-5, 1 - 1e-5, 1 - 1e-6])
+@pytest.mark.parametrize("kind", ["generalized_jsd", "alpha"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=TYPE_IDS[1:])
+def test_16_bit_logits_near_the_ends_of_beta(cuda, cpu, kind, beta, dtype):
+    """Terms are proportional to min(beta, 1 - beta), which the error of a fast logarithm is not."""
+    student, teacher = (x.to(dtype) for x in random_logits(2, 1003, scale=1.0))
+    z = student.double().requires_grad_()
+    expected = value(kind, z.log_softmax(-1), teacher.double().log_softmax(-1), beta)
+    (unscaled,) = torch.autograd.grad(expected.sum(), z)
+    weight = (100 / unscaled.abs().amax(-1)).float()
+    for kernels in (cuda, cpu):
+        normalizers = normalizers_of(kernels.statistics(student, teacher, moments=False))
+        loss, slope_sum = kernels.sums(student, teacher, normalizers, kind=kind, beta=beta).t().contiguous()
+        gradient = torch.empty_like(student)
+        kernels.gradient(gradient, student, teacher, normalizers, slope_sum, weight, kind=kind, beta=beta)
+        assert_same(loss.double(), expected.detach(), rtol=1e-5, atol=0)
+        exact = unscaled * weight[:, None].double()
+        error, stored = ((x.double() - exact).norm() / exact.norm() for x in (gradient, exact.to(dtype)))
+        assert error < 1e-5 + 1.1 * stored
+
+
 @pytest.mark.parametrize("kind", DIVERGENCES)
 def test_loss_and_gradient_of_the_three_passes_against_fp64(cuda, kind):
     temperature, beta = 1.7, 0.3

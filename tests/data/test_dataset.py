@@ -1,20 +1,25 @@
+import json
 import multiprocessing
 import os
+import socket
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
+import torch.distributed as dist
 
 from megatron_gkd.data.dataset import build_dataset
-from megatron_gkd.data.prompt import prompt_of
+from megatron_gkd.data.prompt import PromptLimits, prompt_of, room_for_answer
 from megatron_gkd.data.report import DataReport
 from megatron_gkd.data.sample import IGNORE
+from megatron_gkd.data.teacher_view import teacher_view
 from megatron_gkd.errors import UserError
+from megatron_gkd.runtime.nodes import Nodes
 
 
 def build(section, tokenizer, split="train"):
-    return build_dataset(section, split, tokenizer, main_process=True, barrier=lambda: None)
+    return build_dataset(section, split, tokenizer)
 
 
 @pytest.fixture
@@ -54,7 +59,10 @@ class TestSamples:
         assert report.rows_used == len(dataset) == 9
         assert texts(dataset)[:3] == texts(dataset)[3:6] == texts(dataset)[6:]
 
-    def test_workers_give_the_same_rows_and_line_numbers(self, section, write_jsonl, chat, tokenizer, texts, tmp_path):
+    def test_workers_give_the_same_rows_and_line_numbers(
+        self, section, write_jsonl, chat, tokenizer, texts, tmp_path, monkeypatch
+    ):
+        monkeypatch.setattr("megatron_gkd.data.shards.SHARD_ROWS", 4)
         path = write_jsonl([chat("q", str(index)) for index in range(20)] + ["{"])
         one, report = build(section(path, data_errors="skip"), tokenizer)
         options = dict(data_errors="skip", preprocessing_num_workers=2, dataset_cache_dir=str(tmp_path / "other"))
@@ -109,14 +117,13 @@ class TestDroppedRows:
         assert len(dataset) == 1
         assert report.summary() == (
             "1 of 5 rows used; dropped: 1 empty response, 2 no assistant turn, 1 not JSON "
-            f"(first bad row: {path}, line 2: no assistant turn: the roles are: user)"
+            f"(first bad row: {path}, line 2: no assistant turn: the roles are: user; only distill.lmbda = 1 takes "
+            "prompts alone)"
         )
 
     def test_prompts_alone_are_rows_where_the_student_may_answer_them(self, section, write_jsonl, chat, tokenizer):
         path = write_jsonl([chat("q", "a"), chat("q"), {"prompt": "p q"}])
-        dataset, _ = build_dataset(
-            section(path), "train", tokenizer, prompts=True, main_process=True, barrier=lambda: None
-        )
+        dataset, _ = build_dataset(section(path), "train", tokenizer, prompts=True)
         answered, conversation, text = (dataset[index] for index in range(3))
         assert dataset.num_labels.tolist()[1:] == [0, 0]
         assert prompt_of(answered).tolist() == prompt_of(conversation).tolist() == conversation.input_ids.tolist()
@@ -143,6 +150,77 @@ class TestDroppedRows:
             build(section(path, data_errors="skip"), tokenizer)
 
 
+class TestRoomForACompletion:
+    """Rows that the student may answer: a prompt of n tokens, its last being n, and a response."""
+
+    LIMITS = PromptLimits(student=12, teacher=8)
+
+    def build(self, section, write_jsonl, tokenizer, strategy, rows):
+        data = section(write_jsonl(rows), max_length=16, truncation_strategy=strategy)
+        options = dict(prompts=True, prompt_limits=self.LIMITS)
+        dataset, report = build_dataset(data, "train", tokenizer, **options)
+        for index in range(len(dataset)):
+            assert 0 < room_for_answer(dataset[index], 16, 16)
+        return dataset, report
+
+    def row(self, prompt, response=0, teacher_prompt=0):
+        ids = {"prompt_token_ids": list(range(1, prompt + 1))}
+        if response:
+            ids["response_token_ids"] = list(range(101, 101 + response))
+        if teacher_prompt:
+            ids["teacher_prompt_token_ids"] = list(range(1, teacher_prompt + 1))
+        return ids
+
+    def test_delete_leaves_rows_out_that_fit_but_leave_no_room(self, section, write_jsonl, tokenizer):
+        rows = [self.row(12), self.row(13), self.row(16), self.row(17), self.row(12, 4), self.row(13, 1)]
+        dataset, report = self.build(section, write_jsonl, tokenizer, "delete", [*rows, self.row(12, 5)])
+        assert dataset.lengths.tolist() == [12, 16]
+        assert report == DataReport(7, 2, {"prompt without room for a completion": 4, "longer than max_length": 1})
+
+    @pytest.mark.parametrize("strategy", ["left", "right"])
+    def test_the_others_keep_the_end_of_the_prompt(self, section, write_jsonl, tokenizer, strategy):
+        rows = [self.row(12), self.row(40), self.row(40, 2), self.row(40, 9)]
+        dataset, report = self.build(section, write_jsonl, tokenizer, strategy, rows)
+        assert report == DataReport(4, 4, shortened=3)
+        assert report.summary() == "4 of 4 rows used; prompts shortened to leave room for a completion: 3"
+        expected = [
+            list(range(1, 13)),
+            list(range(29, 41)),
+            [*range(29, 41), 101, 102],
+            [*range(29, 41), *range(101, 105)] if strategy == "right" else [*range(34, 41), *range(101, 110)],
+        ]
+        assert [dataset[index].input_ids.tolist() for index in range(4)] == expected
+        assert prompt_of(dataset[3]).tolist()[-1] == 40 and dataset.num_labels[3] == len(expected[3]) - (
+            12 if strategy == "right" else 7
+        )
+
+    @pytest.mark.parametrize("strategy", ["delete", "left", "right"])
+    def test_a_teachers_prompt_is_never_shortened(self, section, write_jsonl, tokenizer, strategy):
+        rows = [self.row(3, 2, teacher_prompt=8), self.row(3, 2, teacher_prompt=9), self.row(3, 0, teacher_prompt=16)]
+        dataset, report = self.build(section, write_jsonl, tokenizer, strategy, rows)
+        assert report == DataReport(3, 1, {"teacher_prompt without room for a completion": 2})
+        assert dataset[0].teacher_prompt.tolist() == list(range(1, 9))
+
+    def test_turns_that_are_trained_on_keep_their_place_in_both_prompts(self, section, write_jsonl, chat, tokenizer):
+        row = chat("x" * 30, "1.", "y" * 10, "2.", teacher_prompt="z" * 10)
+        data = section(write_jsonl([row]), truncation_strategy="right", loss_on="all")
+        whole, _ = build(data, tokenizer)
+        limit = len(prompt_of(whole[0])) - 5
+        limits = PromptLimits(limit, limit)
+        dataset, _ = build_dataset(data, "train", tokenizer, prompt_limits=limits)
+        assert prompt_of(dataset[0]).tolist() == prompt_of(whole[0]).tolist()[5:]
+        assert dataset[0].teacher_prompt.tolist() == whole[0].teacher_prompt.tolist()[5:]
+        view = teacher_view(dataset[0])
+        assert view.input_ids[np.flatnonzero(view.labels != IGNORE) + 1].tolist() == [
+            label for label in dataset[0].labels.tolist() if label != IGNORE
+        ]
+
+    def test_rows_that_the_student_does_not_answer_need_none(self, section, write_jsonl, tokenizer):
+        data = section(write_jsonl([self.row(15, 1), self.row(3, 2, teacher_prompt=14)]), max_length=16)
+        dataset, report = build(data, tokenizer)
+        assert report == DataReport(2, 2) and dataset.lengths.tolist() == [16, 5]
+
+
 PLUGIN = """
 from megatron_gkd.data import register_preprocessor
 
@@ -156,7 +234,10 @@ def preprocess(row):
 
 class TestPreprocessor:
     @pytest.mark.parametrize("workers", [1, 2])
-    def test_it_changes_and_drops_rows(self, section, write_jsonl, tokenizer, tmp_path, trained_text, workers):
+    def test_it_changes_and_drops_rows(
+        self, section, write_jsonl, tokenizer, tmp_path, trained_text, workers, monkeypatch
+    ):
+        monkeypatch.setattr("megatron_gkd.data.shards.SHARD_ROWS", 2)
         plugin = tmp_path / "plugin.py"
         plugin.write_text(PLUGIN.format(name=f"with_{workers}_workers", one=1))
         options = dict(preprocessor=f"with_{workers}_workers", external_plugins=[str(plugin)], data_errors="skip")
@@ -234,56 +315,123 @@ class TestCache:
             build(section(write_jsonl([chat("q", "a")])), Slow())
 
 
-def _rank(rank, barrier, results, data, tokenizer, own_cache):
-    if own_cache:
-        data.dataset_cache_dir += str(rank)
+def _rank(rank, store, results, data, tokenizer, is_leader):
+    nodes = Nodes(dist.FileStore(store, 2), rank, 2, is_leader=is_leader)
     try:
-        dataset, report = build_dataset(data, "train", tokenizer, main_process=rank == 0, barrier=barrier.wait)
+        dataset, report = build_dataset(data, "train", tokenizer, nodes=nodes)
         results.put((rank, [dataset[i].input_ids.tolist() for i in range(len(dataset))], report.summary()))
     except Exception as error:
         results.put((rank, type(error).__name__, str(error)))
 
 
-class TestTwoProcesses:
-    def run(self, data, tokenizer, own_cache=False):
-        context = multiprocessing.get_context("fork")
-        barrier, results = context.Barrier(2, timeout=30), context.Queue()
-        arguments = (barrier, results, data, tokenizer, own_cache)
-        processes = [context.Process(target=_rank, args=(rank, *arguments)) for rank in range(2)]
-        for process in processes:
-            process.start()
-        answers = sorted(results.get(timeout=30) for _ in processes)
-        for process in processes:
-            process.join()
-        return [answer[1:] for answer in answers]
+def _run(tmp_path, tokenizer, sections, leaders):
+    """What each rank has: its rows and its report, or the error's type and text."""
+    context = multiprocessing.get_context("fork")
+    results, store = context.Queue(), str(tmp_path / f"store.{os.urandom(4).hex()}")
+    processes = [
+        context.Process(target=_rank, args=(rank, store, results, section, tokenizer, rank in leaders))
+        for rank, section in enumerate(sections)
+    ]
+    for process in processes:
+        process.start()
+    answers = sorted(results.get(timeout=30) for _ in processes)
+    for process in processes:
+        process.join()
+    return [answer[1:] for answer in answers]
 
-    def test_one_builds_and_both_read_the_same(self, section, write_jsonl, chat, tokenizer):
-        first, second = self.run(section(write_jsonl([chat("q", "a"), chat("q", "b")])), tokenizer)
+
+class TestTwoProcesses:
+    @pytest.fixture
+    def run(self, tmp_path, tokenizer):
+        return lambda data: _run(tmp_path, tokenizer, [data, data], leaders=[0])
+
+    def test_one_builds_and_both_read_the_same(self, run, section, write_jsonl, chat):
+        first, second = run(section(write_jsonl([chat("q", "a"), chat("q", "b")])))
         assert first == second
         assert len(first[0]) == 2
 
-    def test_a_bad_row_is_the_same_error_in_both(self, section, write_jsonl, chat, tokenizer):
+    def test_a_bad_row_is_the_same_error_in_both(self, run, section, write_jsonl, chat):
         path = write_jsonl([chat("q", "a"), "{"])
-        first, second = self.run(section(path), tokenizer)
+        first, second = run(section(path))
         assert first == second
         assert first[0] == "UserError"
         assert first[1].startswith(f"{path}, line 2: not JSON")
 
-    def test_any_other_failure_stops_both(self, section, write_jsonl, chat, tokenizer, monkeypatch):
+    def test_any_other_failure_stops_both(self, run, section, write_jsonl, chat, monkeypatch):
         def fail(*arguments):
             raise OSError("disk full")
 
         monkeypatch.setattr("megatron_gkd.data.dataset.open_source", fail)
-        first, second = self.run(section(write_jsonl([chat("q", "a")])), tokenizer)
+        first, second = run(section(write_jsonl([chat("q", "a")])))
         assert first == ("OSError", "disk full")
         assert second == ("UserError", "OSError: disk full")
 
-    def test_a_cache_that_is_not_shared_is_named(self, section, write_jsonl, chat, tokenizer):
-        data = section(write_jsonl([chat("q", "a")]))
-        first, second = self.run(data, tokenizer, own_cache=True)
-        assert first[1] == "1 of 1 rows used"
-        assert second[0] == "UserError"
-        assert "dataset_cache_dir must be a folder that every process sees" in second[1]
+    def test_a_cache_that_ranks_of_one_node_do_not_share_is_named(
+        self, tmp_path, section, write_jsonl, chat, tokenizer, monkeypatch
+    ):
+        monkeypatch.setattr("megatron_gkd.data.dataset.VISIBLE_WITHIN_S", 0.2)
+        path = write_jsonl([chat("q", "a")])
+        sections = [section(path, dataset_cache_dir=str(tmp_path / f"cache{rank}")) for rank in range(2)]
+        first, second = _run(tmp_path, tokenizer, sections, leaders=[0])
+        assert first[0] == second[0] == "UserError"
+        assert "cache1: " in second[1] and "name a folder that all ranks of a node see" in second[1]
+        assert first[1].endswith(second[1])
+
+
+class TestTwoNodes:
+    """Two ranks, each with a cache and a copy of the file of its own, whose times of change differ."""
+
+    @pytest.fixture
+    def run(self, tmp_path, section, write_jsonl, tokenizer, monkeypatch):
+        monkeypatch.setattr("megatron_gkd.data.dataset.VISIBLE_WITHIN_S", 0.2)
+
+        def run(*rows_of_node, shared=False, paths=("node0.jsonl", "node1.jsonl")):
+            sections = []
+            for node, rows in enumerate(rows_of_node):
+                path = write_jsonl(rows, paths[node]) if rows else tmp_path / paths[node]
+                if rows:
+                    os.utime(path, (node + 1, node + 1))
+                sections.append(section(path, dataset_cache_dir=str(tmp_path / f"cache{0 if shared else node}")))
+            return _run(tmp_path, tokenizer, sections, leaders=[0, 1])
+
+        return run
+
+    def keys(self, tmp_path, node):
+        return [path.name for path in (tmp_path / f"cache{node}").iterdir()]
+
+    def test_each_builds_its_own_under_the_key_of_rank_0(self, run, chat, tmp_path):
+        rows = [chat("q", "a"), chat("q", "b")]
+        first, second = run(rows, rows)
+        assert first == second and len(first[0]) == 2
+        assert self.keys(tmp_path, 0) == self.keys(tmp_path, 1) and len(self.keys(tmp_path, 0)) == 1
+        first, second = run(rows, rows)  # from the caches
+        assert first == second and len(first[0]) == 2
+
+    def test_the_second_builds_nothing_where_they_share_the_cache(self, run, chat, tmp_path):
+        first, second = run([chat("q", "a")], None, shared=True)  # it has not even the file
+        assert first == second and len(first[0]) == 1
+
+    def test_other_rows_are_an_error_that_names_file_and_node(self, run, chat, tmp_path):
+        first, second = run([chat("q", "a")], [chat("q", "b")])
+        assert first[0] == second[0] == "UserError"
+        assert f"rank 1 on {socket.gethostname()}: {tmp_path}/node1.jsonl: gives other rows on this node" in first[1]
+        assert "\n" not in first[1] and first[1].endswith(second[1])
+        assert self.keys(tmp_path, 1) == [], "wrong rows would be found by the next start"
+
+    def test_a_missing_file_is_an_error_that_names_the_node(self, run, chat, tmp_path):
+        first, second = run([chat("q", "a")], None)
+        assert second == ("UserError", f"{tmp_path}/node1.jsonl: no such file or folder")
+        assert first == ("UserError", f"rank 1 on {socket.gethostname()}: {second[1]}")
+
+    def test_an_old_cache_of_other_rows_is_named(self, run, chat, tmp_path):
+        run([chat("q", "a")], [chat("q", "a")])
+        (key,) = self.keys(tmp_path, 1)
+        report = tmp_path / "cache1" / key / "report.json"
+        stored = json.loads(report.read_text())
+        report.write_text(json.dumps(stored | {"digest": "0"}))
+        first, second = run([chat("q", "a")], [chat("q", "a")])
+        assert second[1].endswith(f"Remove {tmp_path}/cache1/{key} on this node before the next start")
+        assert first[0] == "UserError"
 
 
 class TestRowsOfTokenIds:
@@ -302,6 +450,6 @@ class TestRowsOfTokenIds:
         path = write_jsonl([{**self.ROW, "response_token_ids": [8, 200_000]}])
         with pytest.raises(UserError, match=f"foreign token id: 200000 is .* 0 to {len(tokenizer) - 1}"):
             build(section(path), tokenizer)
-        options = dict(prompts=False, vocab_size=200_001, main_process=True, barrier=lambda: None)
+        options = dict(prompts=False, vocab_size=200_001)
         dataset, _ = build_dataset(section(path), "train", tokenizer, **options)
         assert dataset[0].input_ids.tolist() == [5, 6, 7, 8, 200_000]

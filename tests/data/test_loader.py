@@ -1,3 +1,7 @@
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -106,6 +110,30 @@ def test_iterating_gives_the_steps_in_order_and_leaves_the_random_state_alone(nu
         assert [m.input_ids.tolist() for m in microbatches] == [m.input_ids.tolist() for m in expected]
 
 
+FEW_DESCRIPTORS = """
+import resource
+import test_loader
+import torch
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))
+for microbatches in test_loader.loader(num_workers=2, global_batch_size=64, num_steps=4):
+    assert len(microbatches) == 64
+    assert all(torch.is_tensor(microbatch.to("cpu").input_ids) for microbatch in microbatches)
+"""
+
+
+def test_workers_need_few_file_descriptors_however_many_microbatches_a_step_has():
+    """128 descriptors are 1 for each 2 microbatches that 2 workers hold ready (2 steps each)."""
+    finished = subprocess.run(
+        [sys.executable, "-c", FEW_DESCRIPTORS],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert finished.returncode == 0, finished.stderr
+
+
 @pytest.mark.parametrize("cp_size", [1, 2])
 def test_equal_lengths_are_those_of_the_longest_and_change_no_token(cp_size):
     options = {"cp_size": cp_size, "pad_multiple": 4}
@@ -150,5 +178,9 @@ def test_a_prompt_alone_in_a_step_of_the_dataset_is_an_error():
         num_labels = np.zeros(ROWS, dtype=np.int64)
 
     options = {"global_batch_size": 8, "num_steps": 3} | LAYOUT
+    order = SampleOrder([ROWS], [1.0], seed=0, shuffle=False)
     with pytest.raises(UserError, match="step 1: row 0 of the dataset has no response"):
-        StepLoader(Prompts(), SampleOrder([ROWS], [1.0], seed=0, shuffle=False), **options).step(0)
+        StepLoader(Prompts(), order, **options).step(0)
+    with pytest.raises(UserError) as error:
+        next(iter(StepLoader(Prompts(), order, num_workers=1, **options)))
+    assert "\n" not in str(error.value), "a worker's traceback"

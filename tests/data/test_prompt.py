@@ -3,7 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from megatron_gkd.data.prompt import answered, prompt_of
+from megatron_gkd.data.prompt import PromptLimits, answered, prompt_of
 from megatron_gkd.data.sample import FROM_DATASET, Sample, shift_labels
 
 
@@ -34,3 +34,16 @@ def test_an_answered_prompt():
     assert found.teacher_prompt.tolist() == [5, 6]
     assert prompt_of(found).tolist() == [10, 11, 12]
     assert (answered(row, [1], trained=False).labels == -100).all()
+
+
+@pytest.mark.parametrize(
+    ("lengths", "limits"),
+    [
+        ((2048, 4096, 512), (1536, 3584)),
+        ((2048, 1000, 512), (1536, 750)),
+        ((100, 100, 512), (75, 75)),
+        ((2, 2, 1), (1, 1)),
+    ],
+)
+def test_a_prompt_leaves_room_for_a_completion(lengths, limits):
+    assert PromptLimits.from_lengths(*lengths) == PromptLimits(*limits)

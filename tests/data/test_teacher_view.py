@@ -12,7 +12,7 @@ from megatron_gkd.errors import UserError
 
 
 def build(section, tokenizer, **options):
-    return build_dataset(section, "train", tokenizer, main_process=True, barrier=lambda: None, **options)
+    return build_dataset(section, "train", tokenizer, **options)
 
 
 def sample(trained, teacher_prompt=None):

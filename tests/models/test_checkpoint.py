@@ -4,7 +4,9 @@ import json
 import shutil
 
 import pytest
+import torch
 from checkpoints import tiny_checkpoint
+from safetensors.torch import load_file, save_file
 
 from megatron_gkd.errors import UserError
 from megatron_gkd.models.checkpoint import Checkpoint
@@ -27,17 +29,146 @@ def test_opens_a_directory():
     assert checkpoint.is_moe and checkpoint.vocab_size == 99 and checkpoint.tokenizer().eos_token == "<|im_end|>"
 
 
+MUST = "its config.json has "
+
+
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
-        ("qwen3", {"architectures": ["FalconForCausalLM"]}, "architecture FalconForCausalLM is not one of Llama"),
-        ("qwen3_moe", {"decoder_sparse_step": 2}, "every layer is a mixture of experts"),
-        ("qwen2", {"use_sliding_window": True}, "use_sliding_window is not supported"),
+        ("qwen3", {"architectures": ["FalconForCausalLM"]}, "its architecture (FalconForCausalLM) must be one of "),
+        ("qwen3", {"architectures": ["LlamaForCausalLM"]}, MUST + 'model_type = "qwen3": contradicts architectures = '),
+        ("qwen3", {"model_type": None}, MUST + "model_type = null: contradicts architectures = Qwen3ForCausalLM; must"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, MUST + "decoder_sparse_step = 2: is not supported; must be 1"),
+        ("qwen3_moe", {"mlp_only_layers": [1]}, MUST + "mlp_only_layers = [1]: is not supported; must be []"),
+        ("qwen2", {"use_sliding_window": True}, MUST + "use_sliding_window = true: is not supported; must be false"),
+        ("qwen3", {"layer_types": ["sliding_attention"] * 4}, MUST + "layer_types with sliding_attention; all must be"),
+        ("llama", {"attention_bias": True}, MUST + "attention_bias = true: is not supported; must be false"),
+        ("qwen3", {"attention_bias": True}, MUST + "attention_bias = true: is not supported; must be false"),
+        ("llama", {"mlp_bias": True}, MUST + "mlp_bias = true: is not supported; must be false"),
+        ("llama", {"hidden_act": "gelu"}, MUST + 'hidden_act = "gelu": is not supported; must be "silu"'),
+        ("qwen3", {"quantization_config": {"quant_method": "fp8"}}, MUST + 'quantization_config = {"quant_method"'),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, MUST + 'rope_type = "dynamic", which'),
+        ("llama", {"rope_parameters": {"rope_type": "of my own"}}, MUST + 'rope_type = "of my own", which is not'),
+        ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, MUST + "partial_rotary_factor = 0.5: is not"),
+        ("llama", {"rope_parameters": 8}, MUST + "rotary parameters = 8; must be a JSON object"),
+        ("qwen3", {"num_attention_heads": "4"}, MUST + 'num_attention_heads = "4": must be an integer of at least 1'),
+        ("qwen3", {"num_attention_heads": 0}, MUST + "num_attention_heads = 0: must be an integer of at least 1"),
+        ("qwen3", {"num_hidden_layers": 0}, MUST + "num_hidden_layers = 0: must be an integer of at least 1"),
+        ("qwen3", {"num_key_value_heads": 3}, MUST + "num_key_value_heads = 3: must divide num_attention_heads (4)"),
+        ("qwen3", {"rms_norm_eps": "tiny"}, "its config.json is not a model's configuration ("),
     ],
+)  # fmt: skip
+def test_a_config_that_is_not_supported_is_refused_by_key_and_value(family, changes, message, copy):
+    path = copy(family, **changes)
+    with pytest.raises(UserError) as error:
+        Checkpoint.open(str(path))
+    assert str(error.value).startswith(f"{path}: {message}") and "\n" not in str(error.value)
+
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+O_PROJ = "model.layers.3.self_attn.o_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("changes", "tensors", "message"),
+    [
+        ({}, {EMBEDDING: torch.zeros(90, 32)}, f"{EMBEDDING} has the shape (90, 32), but config.json has vocab_size"),
+        ({"vocab_size": 112}, {}, f"{EMBEDDING} has the shape (99, 32), but config.json has vocab_size = 112"),
+        ({}, {HEAD: torch.zeros(90, 32)}, f"{HEAD} has the shape (90, 32), but config.json has vocab_size = 99"),
+        ({"num_hidden_layers": 3}, {}, "model.layers.3.input_layernorm.weight, model.layers.3.mlp.down_proj.weight, "
+         "model.layers.3.mlp.gate_proj.weight and 8 more tensors: config.json has no use for it (num_hidden_lay"),
+        ({}, {O_PROJ: torch.zeros(32, 32)}, f"{O_PROJ} has the shape (32, 32); must be (32, 64) by config.json"),
+        ({}, {O_PROJ: torch.zeros(32, 64, dtype=torch.int8)}, f"{O_PROJ} is of type I8; must be one of BF16, F16"),
+        ({}, {O_PROJ: torch.zeros(32, 64).to(torch.float8_e4m3fn)}, f"{O_PROJ} is of type F8_E4M3; must be one of "),
+        ({}, {"model.layers.0.self_attn.q_proj.weight_scale_inv": torch.zeros(1, 1)}, "model.layers.0.self_attn.q_proj."
+         "weight_scale_inv: config.json has no use for it (num_hidden_layers = 4)"),
+    ],
+)  # fmt: skip
+def test_tensors_that_config_json_does_not_describe_are_refused(changes, tensors, message, copy):
+    path = copy("qwen3", **changes)
+    save_file(load_file(path / "model.safetensors") | tensors, path / "model.safetensors")
+    with pytest.raises(UserError) as error:
+        Checkpoint.open(str(path))
+    assert str(error.value).startswith(f"{path}: model.safetensors: {message}") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [(HEAD, "; or does config.json lack tie_word_embeddings = true?"), ("model.norm.weight", "")]
 )
-def test_what_is_not_supported_is_refused(family, changes, message, copy):
-    with pytest.raises(UserError, match=message):
-        Checkpoint.open(str(copy(family, **changes)))
+def test_a_missing_tensor_is_named(name, hint, copy):
+    path = copy("qwen3")
+    tensors = load_file(path / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, path / "model.safetensors")
+    with pytest.raises(UserError) as error:
+        Checkpoint.open(str(path))
+    assert str(error.value) == f"{path}: no safetensors file has {name}, which config.json asks for{hint}"
+
+
+def test_a_buffer_of_old_releases_is_no_parameter(copy):
+    path = copy("qwen3")
+    buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8)}
+    save_file(load_file(path / "model.safetensors") | buffer, path / "model.safetensors")
+    assert not buffer.keys() & Checkpoint.open(str(path)).tensors.keys()
+
+
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", None])
+def test_a_damaged_file_is_named(content, copy):
+    path = copy("qwen3")
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100] if content is None else content)
+    with pytest.raises(UserError) as error:
+        Checkpoint.open(str(path))
+    assert str(error.value).startswith(f"{path}: model.safetensors: not a whole safetensors file of ")
+    assert "\n" not in str(error.value)
+
+
+def split(path, **index):
+    """Spread the tensors over two files; `index` replaces entries of the weight map by file names."""
+    tensors = load_file(path / "model.safetensors")
+    (path / "model.safetensors").unlink()
+    names = sorted(tensors)
+    files = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, part in files.items():
+        save_file({name: tensors[name] for name in part}, path / file)
+    weight_map = {name: file for file, part in files.items() for name in part} | index
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def test_several_files_with_an_index_are_one_checkpoint(copy):
+    path = copy("qwen3")
+    before = Checkpoint.open(str(path)).tensors
+    split(path)
+    after = Checkpoint.open(str(path)).tensors
+    assert after.keys() == before.keys() and {one.file for one in after.values()} == {"a.safetensors", "b.safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: (path / "b.safetensors").unlink(), "b.safetensors: no such file in "),
+        (lambda path: (path / "model.safetensors.index.json").unlink(), "model.safetensors: no such file in "),
+        (lambda path: (path / "model.safetensors.index.json").write_text("{"), "model.safetensors.index.json: not an "),
+        (lambda path: shutil.copy(path / "a.safetensors", path / "c.safetensors"), "c.safetensors: not part of the "),
+        (lambda path: shutil.copy(path / "a.safetensors", path / "b.safetensors"), "b.safetensors: lm_head.weight is "
+         "in it, but model.safetensors.index.json says a.safetensors"),
+        (lambda path: save_file({}, path / "a.safetensors"), "a.safetensors: lm_head.weight is not in it, but "),
+    ],
+)  # fmt: skip
+def test_files_that_do_not_go_together_are_refused(damage, message, copy):
+    path = copy("qwen3")
+    split(path)
+    damage(path)
+    with pytest.raises(UserError) as error:
+        Checkpoint.open(str(path))
+    assert str(error.value).startswith(f"{path}: {message}") and "\n" not in str(error.value)
+
+
+def test_a_broken_generation_config_is_named(copy):
+    path = copy("qwen3")
+    (path / "generation_config.json").write_text("{")
+    with pytest.raises(UserError, match=r"generation_config.json: not a JSON file"):
+        Checkpoint.open(str(path)).eos_token_ids  # noqa: B018
 
 
 def test_a_directory_without_weights_is_refused(copy):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -76,6 +77,56 @@ def test_an_untrained_model_comes_back_bit_by_bit(family, gloo_world, tmp_path):
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         assert torch.equal(tensor, after[name]), name
+
+
+def test_a_generation_config_that_transformers_refuses_to_save_is_copied(gloo_world, tmp_path):
+    source, directory = tmp_path / "source", tmp_path / "export"
+    shutil.copytree(tiny_checkpoint("qwen3"), source)
+    text = '{"temperature": 0.6, "top_p": 0.95, "top_k": 20, "eos_token_id": [2, 0], "of_my_own": 1}'
+    (source / "generation_config.json").write_text(text)
+    gloo_world(1).run(export_untrained, source, directory, {})
+    assert (directory / "generation_config.json").read_text() == text
+
+
+def train_with_a_tokenizer_that_can_not_be_saved(rank, world_size, recipe):
+    from transformers import PreTrainedTokenizerBase
+
+    from megatron_gkd.config.schema import Recipe
+    from megatron_gkd.errors import UserError
+    from megatron_gkd.runtime.mesh import Layout, destroy_mesh, initialize_mesh
+    from megatron_gkd.training.run import _train
+
+    def refuse(self, directory):
+        raise ValueError("the chat template\nis of two kinds")
+
+    recipe = Recipe.model_validate(recipe)
+    mesh = initialize_mesh(Layout.from_section(recipe.parallel), seed=1)
+    saved, PreTrainedTokenizerBase.save_pretrained = PreTrainedTokenizerBase.save_pretrained, refuse
+    try:
+        _train(recipe, mesh)
+    except UserError as error:
+        return str(error)
+    finally:
+        PreTrainedTokenizerBase.save_pretrained = saved
+        destroy_mesh()
+
+
+def test_what_can_not_be_exported_ends_the_run_before_its_first_step(gloo_world, tmp_path):
+    source, output = tiny_checkpoint("qwen3"), tmp_path / "run"
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "w1", "response": "w2"}\n')
+    recipe = {
+        "student": {"model": str(source)},
+        "teacher": {"kind": "none"},
+        "distill": {},
+        "parallel": {"tensor_model_parallel_size": 2},
+        "data": {"dataset": [str(tmp_path / "rows.jsonl")], "max_length": 64, "dataset_cache_dir": str(tmp_path / "c")},
+        "train": {"global_batch_size": 1, "train_iters": 1, "dtype": "fp32"},
+        "output": {"output_dir": str(output), "tensorboard": False},
+    }
+    told = gloo_world(2).run(train_with_a_tokenizer_that_can_not_be_saved, recipe)
+    message = "transformers can't write it into an export (ValueError: the chat template is of two kinds)"
+    assert told == [f"the tokenizer in {source}: {message}"] * 2
+    assert [path.name for path in output.iterdir()] == ["recipe.yaml"]
 
 
 @pytest.mark.parametrize("layout", RECIPES)

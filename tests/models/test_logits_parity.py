@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
 import torch.distributed as dist
 from checkpoints import tiny_checkpoint
 from transformers import AutoModelForCausalLM
+
+from megatron_gkd.checkpoint_format.config_file import ROPE_TYPES
 
 FAMILIES = ["llama", "qwen2", "qwen2_tied", "qwen3", "qwen3_tied", "qwen3_moe"]
 LAYOUTS = {
@@ -64,21 +69,15 @@ def megatron_logits(rank, world_size, path, layout):
     return result
 
 
-@pytest.fixture(scope="module")
-def transformers_logits():
-    def of(family):
-        model = AutoModelForCausalLM.from_pretrained(
-            tiny_checkpoint(family), dtype=torch.float32, attn_implementation="eager"
-        )
-        with torch.no_grad():
-            return torch.cat([model(sequence[None]).logits[0] for sequence in sequences()])
-
-    return of
+def logits_of_transformers(path):
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        return torch.cat([model(sequence[None]).logits[0] for sequence in sequences()])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_equal_those_of_transformers(family, gloo_world, transformers_logits):
-    expected = transformers_logits(family)
+def test_logits_equal_those_of_transformers(family, gloo_world):
+    expected = logits_of_transformers(tiny_checkpoint(family))
     for name, (world_size, layout) in LAYOUTS.items():
         if layout.get("expert") and family != "qwen3_moe":
             continue
@@ -91,3 +90,31 @@ def test_logits_equal_those_of_transformers(family, gloo_world, transformers_log
             assert logits.shape == expected.shape
             error = (logits - expected).abs().max() / expected.abs().max()
             assert error < 1e-5, f"{name}: relative error {error:.1e}"
+
+
+ROPES = {
+    "default": {},
+    "linear": {"factor": 4.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 8},
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8,
+    },
+}
+
+
+@pytest.mark.parametrize("rope_type", ROPE_TYPES)
+def test_every_rope_type_that_is_allowed_is_that_of_transformers(rope_type, gloo_world, tmp_path):
+    source = tiny_checkpoint("qwen2")
+    path = tmp_path / "model"
+    shutil.copytree(source, path)
+    config = json.loads((path / "config.json").read_text())
+    rope = {"rope_type": rope_type, "rope_theta": 10000.0, **ROPES[rope_type]}
+    (path / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
+    expected = logits_of_transformers(path)
+    (found,) = gloo_world(1).run(megatron_logits, path, {})
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    if rope_type != "default":
+        assert (expected - logits_of_transformers(source)).abs().max() > 1e-3 * expected.abs().max(), "it must show"

@@ -24,6 +24,12 @@ def _points() -> list[tuple[str, float]]:
 
 
 POINTS = _points()
+# Betas at which terms are as small as the error of a fast logarithm.
+NEAR_THE_ENDS = [
+    (name, beta)
+    for name in ("jsd", "skewed_forward_kl", "skewed_reverse_kl", "alpha")
+    for beta in (1e-6, 1e-5, 1e-3, 1 - 1e-3, 1 - 1e-5, 1 - 1e-6)
+]
 MIDDLES = [(name, 0.5) for name in reference.FAMILIES]
 
 

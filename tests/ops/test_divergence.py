@@ -7,6 +7,7 @@ import torch
 from ops.oracle import (
     BETAS,
     MIDDLES,
+    NEAR_THE_ENDS,
     POINTS,
     TEMPERATURES,
     oracle,
@@ -17,7 +18,8 @@ from ops.oracle import (
     tolerance,
 )
 
-from megatron_gkd.ops import reference, vocab_parallel_divergence
+from megatron_gkd.ops import passes, reference, vocab_parallel_divergence
+from megatron_gkd.ops.spec import TEMPERATURES as TEMPERATURES_ALLOWED
 
 
 def value_and_gradient(student, teacher, upstream, **options):
@@ -43,6 +45,40 @@ def test_value_and_gradient_equal_the_oracle(divergence, beta, temperature, dtyp
     assert relative_error(value, exact_value) < tolerance(dtype, relative_error(own_value, exact_value))
     own_error = relative_error(own_gradient, exact_gradient)
     assert relative_error(gradient, exact_gradient) < tolerance(dtype, own_error) + rounding(dtype)
+
+
+@pytest.mark.parametrize("kernels", ["compiled", "torch"])
+@pytest.mark.parametrize(("divergence", "beta"), NEAR_THE_ENDS)
+@pytest.mark.parametrize("scale", [0.1, 1.0, 3.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_logits_near_the_ends_of_beta(divergence, beta, scale, dtype, kernels, monkeypatch):
+    if kernels == "torch":
+        monkeypatch.setattr(passes, "_kernels", None)
+    s, t = (random_logits(8, 1024, seed=seed, scale=scale, dtype=dtype) for seed in (0, 1))
+    options = {"divergence": divergence, "beta": beta}
+    _, unscaled = oracle(s, t, torch.ones(8), **options)
+    upstream = 1000 / unscaled.abs().amax(-1).float()  # clear of fp16's underflow
+    value, gradient = value_and_gradient(s, t, upstream, **options)
+    exact_value, exact_gradient = oracle(s, t, upstream, **options)
+    own_value, own_gradient = oracle(s, t, upstream, dtype=torch.float32, **options)
+    # A skewed divergence is a difference of larger terms there, which no formula in fp32 keeps exact.
+    own_error = relative_error(own_value, exact_value, scale=0) if "skewed" in divergence else 0
+    assert relative_error(value, exact_value, scale=0) < tolerance(dtype, own_error)
+    own_error = relative_error(own_gradient, exact_gradient) if "skewed" in divergence else 0
+    stored_error = relative_error(exact_gradient.to(dtype), exact_gradient)
+    assert relative_error(gradient, exact_gradient) < tolerance(dtype, own_error) + 1.1 * stored_error
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("temperature", TEMPERATURES_ALLOWED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_lowest_and_the_highest_temperature(beta, temperature, dtype):
+    s, t = (random_logits(32, 257, seed=seed, dtype=dtype) for seed in (0, 1))
+    options = {"beta": beta, "temperature": temperature}
+    value, gradient = value_and_gradient(s, t, torch.ones(32), **options)
+    exact_value, exact_gradient = oracle(s, t, torch.ones(32), **options)
+    assert relative_error(value, exact_value, scale=0) < 0.01
+    assert relative_error(gradient, exact_gradient, scale=1e-4 / temperature) < 0.01
 
 
 @pytest.mark.parametrize(("divergence", "beta"), POINTS)
@@ -213,7 +249,11 @@ def test_the_teacher_gets_no_gradient_and_a_graph_serves_twice():
             {"divergence": "skewed_reverse_kl", "beta": 0.0},
             "beta is 0.0; allowed with skewed_reverse_kl are values above 0 to 1",
         ),
-        ({"temperature": 0.0}, "temperature is 0.0; allowed are values above 0"),
+        ({"temperature": 0.0}, "temperature is 0.0; allowed are values from 0.01 to 1000"),
+        ({"temperature": 1e-40}, "temperature is 1e-40; allowed are values from 0.01 to 1000"),
+        ({"temperature": 1e38}, "temperature is 1e.38; allowed are values from 0.01 to 1000"),
+        ({"temperature": torch.inf}, "temperature is inf; allowed are values from 0.01 to 1000"),
+        ({"temperature": torch.nan}, "temperature is nan; allowed are values from 0.01 to 1000"),
         ({"vocab_size": 6}, "vocab_size is 6; allowed are 1 to 5"),
         ({"vocab_size": 0}, "vocab_size is 0"),
         ({"teacher_logits": torch.zeros(3, 4)}, r"teacher_logits torch.float32 \[3, 4\]; both must have one type"),

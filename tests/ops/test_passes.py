@@ -158,7 +158,11 @@ def test_the_choice_of_implementation(choice, blocked, expected):
         ({"normalizers": torch.zeros(3, 3)}, r"normalizers is Float \[3, 3\]"),
         ({"divergence": "hellinger"}, "no divergence is called hellinger"),
         ({"divergence": "forward_kl"}, "forward_kl has no sums of its own"),
-        ({"temperature": 0.0}, "temperature is 0; allowed are values above 0"),
+        ({"temperature": 0.0}, "temperature is 0; allowed are positive values whose inverse is a normal float"),
+        ({"temperature": 1e-40}, "temperature is 1e-40; allowed are positive values"),
+        ({"temperature": 1e39}, "temperature is 1e.39; allowed are positive values"),
+        ({"temperature": float("inf")}, "temperature is inf; allowed are positive values"),
+        ({"temperature": float("nan")}, "temperature is nan; allowed are positive values"),
     ],
 )
 def test_the_binding_says_what_is_wrong(change, message):

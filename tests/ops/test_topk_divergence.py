@@ -446,7 +446,11 @@ def test_backward_keeps_a_few_numbers_a_token_beside_the_inputs(tail, numbers):
     ("changes", "message"),
     [
         ({"beta": 1.5}, "beta is 1.5; allowed are values from 0 to 1"),
-        ({"temperature": 0.0}, "temperature is 0.0; allowed are values above 0"),
+        ({"temperature": 0.0}, "temperature is 0.0; allowed are values from 0.01 to 1000"),
+        ({"temperature": 1e-40}, "temperature is 1e-40; allowed are values from 0.01 to 1000"),
+        ({"temperature": 1e38}, "temperature is 1e.38; allowed are values from 0.01 to 1000"),
+        ({"temperature": torch.inf}, "temperature is inf; allowed are values from 0.01 to 1000"),
+        ({"temperature": torch.nan}, "temperature is nan; allowed are values from 0.01 to 1000"),
         ({"tail": "drop"}, "tail is 'drop'; allowed are renormalize, bucket"),
         ({"divergence": "distance"}, "divergence is 'distance'; allowed are jsd, "),
         ({"vocab_size": 9}, "vocab_size is 9; allowed are 1 to 8"),

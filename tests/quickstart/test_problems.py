@@ -5,7 +5,16 @@ import re
 from itertools import islice
 
 import pytest
-from quickstart.prepare import SLIPS, make_splits, read_problems, write_for_self, write_problems, write_with_hints
+from quickstart.prepare import (
+    SLIPS,
+    STUDENT,
+    TEACHER,
+    make_splits,
+    read_problems,
+    write_for_self,
+    write_problems,
+    write_with_hints,
+)
 from quickstart.problems import extract_answer, make_problems
 
 GAINS, LOSSES = r"gives \w+ (\d+) more|buys (\d+) more|finds another (\d+)", r"gives (\d+) of|loses (\d+)|sells (\d+)"
@@ -105,3 +114,9 @@ def test_a_hint_has_the_calculations_and_none_of_the_words(tmp_path, splits):
         hint = question["content"].removeprefix(problem.question)
         assert calculations(hint) == calculations(problem.solution) != []
         assert re.findall("[A-Za-z]+", hint) == ["Hint"]
+
+
+@pytest.mark.parametrize("shape", [TEACHER, STUDENT], ids=["teacher", "student"])
+def test_vllm_can_serve_the_models_on_cpus(shape):
+    """Its kernels there have heads of these sizes (vLLM 0.32)."""
+    assert shape["head_dim"] in (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)

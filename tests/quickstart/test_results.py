@@ -12,7 +12,7 @@ from quickstart.report import draw, markdown_table
 from quickstart.rows import FROM_SCRATCH, ON_POLICY
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 8}
 
 
 @pytest.fixture(scope="module")

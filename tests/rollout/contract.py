@@ -55,6 +55,8 @@ REQUESTS = {
     "EOS ignored": Request.of(ALIKE, replace(DRAWN, ignore_eos=True)),
     "stop tokens": Request.of(ALIKE, replace(DRAWN, stop_token_ids=(17, 40, 41, 42, 43), ignore_eos=True)),
     "stop strings": Request.of(ALIKE, replace(DRAWN, stop=("1 w", "w3", "<|"), ignore_eos=True)),
+    "few ids": Request.of(ALIKE, replace(DRAWN, vocab_size=40, ignore_eos=True)),
+    "few ids, greedy": Request.of(ALIKE, replace(GREEDY, vocab_size=40)),
     "filtered": Request.of(ALIKE, replace(DRAWN, temperature=0.7, top_k=5, top_p=0.8)),
 }
 WRONG = {
@@ -171,6 +173,14 @@ class RolloutEngineContract:
             assert ended.finish_reason == ("stop" if found[length - 1] else "length")
             ends.update(found[length - 1])
         assert ends == set(stops)
+
+    @pytest.mark.parametrize("name", ["few ids", "few ids, greedy"])
+    def test_ids_that_other_models_lack_are_never_drawn(self, answers, name):
+        """But they may be in the prompts, which the model reads."""
+        free = {"few ids": "EOS ignored", "few ids, greedy": "greedy"}[name]
+        assert any(token >= 40 for tokens in tokens_of(answers[free]) for token in tokens)
+        drawn = {token for tokens in tokens_of(answers[name]) for token in tokens}
+        assert max(drawn) < 40 and len(drawn) > 5
 
     def test_filters_leave_only_likely_tokens(self, answers):
         """No token is drawn that has 5 likelier ones."""

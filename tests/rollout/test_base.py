@@ -11,7 +11,9 @@ from megatron_gkd.rollout.base import Sampling
     "changes, message",
     [
         ({"max_completion_length": 0}, "max_completion_length is 0; it must be at least 1"),
-        ({"temperature": -0.5}, "temperature is -0.5; it must be 0 .greedy. or a positive number"),
+        ({"temperature": -0.5}, r"temperature is -0.5; it must be 0 \(greedy\) or in \[0.01, 1000\]"),
+        ({"temperature": 1e-40}, "temperature is 1e-40; it must be 0"),
+        ({"temperature": 1e38}, "temperature is 1e.38; it must be 0"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"temperature": float("inf")}, "temperature is inf"),
         ({"top_k": -1}, "top_k is -1; it must be a positive number, or 0 or None"),

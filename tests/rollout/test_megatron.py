@@ -18,6 +18,7 @@ from rollout.contract import (
     answer,
     tokens_of,
     transformers_greedy,
+    transformers_model,
 )
 
 TP2 = {"tensor": 2}
@@ -103,6 +104,14 @@ class TestMegatronEngine(RolloutEngineContract):
     @classmethod
     def one_process(cls, gloo_world):
         return gloo_world(1).run(answers_of, {}, {})[0]
+
+    def test_log_probs_are_over_the_ids_that_may_be_drawn(self, answers):
+        for prompt, completion in zip(REQUESTS["few ids"].prompts, answers["few ids"], strict=True):
+            ids = torch.tensor([prompt + completion.token_ids])
+            with torch.no_grad():
+                logits = transformers_model(CHECKPOINT())(ids).logits[0, len(prompt) - 1 : -1, :40].double()
+            expected = logits.log_softmax(-1).gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0].tolist()
+            assert completion.log_probs == pytest.approx(expected, abs=1e-4)
 
 
 FAMILIES = {

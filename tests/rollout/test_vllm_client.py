@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from megatron_gkd.errors import UserError
-from megatron_gkd.rollout.vllm_client import StudentServer
+from megatron_gkd.rollout.vllm_client import Sampled, StudentRequirements, StudentServer
 from megatron_gkd.rollout.vllm_weights import WeightFolder, hand_over
 
 ANSWER = {"finish_reason": "stop", "token_ids": [5], "logprobs": {"token_logprobs": [-1.0]}}
+SAMPLED = Sampled([5], [-1.0], "stop")
+REQUEST = {"max_tokens": 4}
 
 
 class Scripted:
@@ -20,7 +22,7 @@ class Scripted:
 
     def __init__(self):
         self.label = "default"
-        self.max_model_len, self.logprobs_mode = 64, "raw_logprobs"
+        self.model, self.max_model_len, self.logprobs_mode = "tiny", 64, "raw_logprobs"
         self.calls: list[str] = []
         self.failures: dict[str, list] = {}
 
@@ -36,7 +38,7 @@ class Scripted:
         if path == "/update_weight_version":
             self.label = body["new_version"]
         answers = {
-            "/v1/models": {"data": [{"id": "tiny", "max_model_len": self.max_model_len}]},
+            "/v1/models": {"data": [{"id": self.model, "max_model_len": self.max_model_len}]},
             "/server_info": {"vllm_config": {"model_config": {"logprobs_mode": self.logprobs_mode}}},
             "/weight_info": {"weight_version": self.label},
             "/reset_prefix_cache": {"success": True},
@@ -58,7 +60,7 @@ def scripted():
 @pytest.fixture
 def server(scripted):
     http = httpx.Client(transport=httpx.MockTransport(scripted))
-    return StudentServer("http://server:8000/", http, 0.05, hand_over)
+    return StudentServer("http://server:8000/", http, 0.2, hand_over)
 
 
 @pytest.fixture
@@ -84,7 +86,7 @@ def test_hello_waits_for_a_server_that_is_still_starting(server, scripted):
 @pytest.mark.parametrize("failure", DOWN, ids=str)
 def test_past_the_limit_there_is_a_clear_error(failure, server, scripted):
     scripted.failures["/v1/models"] = [failure] * 1000
-    with pytest.raises(UserError, match=r"http://server:8000/v1/models: .*for 0.05 s \(rollout.server_patience_s\)"):
+    with pytest.raises(UserError, match=r"http://server:8000/v1/models: .*for 0.2 s \(rollout.server_patience_s\)"):
         server.hello(max_length=64)
 
 
@@ -110,7 +112,7 @@ def test_new_weights_come_while_nothing_runs_and_old_keys_and_values_go(server, 
     server.load(weights)
     assert scripted.calls == ["/weight_info", *STEPS]
     assert scripted.label.startswith(f"{weights.label}.")
-    assert server.complete({}) == (scripted.label, ANSWER) == (server.current_label(), ANSWER)
+    assert server.complete(REQUEST) == (scripted.label, SAMPLED) == (server.current_label(), SAMPLED)
 
 
 @pytest.mark.parametrize("path", STEPS)
@@ -149,7 +151,7 @@ def test_bad_weights_are_never_sent(server, scripted, weights):
 def test_a_failed_completion_is_asked_again(failure, server, scripted, weights):
     server.load(weights)
     scripted.failures["/v1/completions"] = [failure] * 2
-    assert server.complete({}) == (scripted.label, ANSWER)
+    assert server.complete(REQUEST) == (scripted.label, SAMPLED)
     assert scripted.calls.count("/v1/completions") == 3 and scripted.calls.count("/collective_rpc") == 1
 
 
@@ -158,7 +160,7 @@ def test_a_restarted_server_is_given_the_weights_again_under_another_label(serve
     before = scripted.label
     scripted.label = "default"
     scripted.failures["/v1/completions"] = [httpx.ReadError("reset")]
-    label, _ = server.complete({})
+    label, _ = server.complete(REQUEST)
     assert label == scripted.label == server.current_label() != before
     assert scripted.calls.count("/collective_rpc") == 2
 
@@ -166,7 +168,7 @@ def test_a_restarted_server_is_given_the_weights_again_under_another_label(serve
 def test_an_answer_of_a_server_that_was_restarted_unnoticed_is_told_by_its_label(server, scripted, weights):
     server.load(weights)
     scripted.label = "default"
-    label, _ = server.complete({})
+    label, _ = server.complete(REQUEST)
     assert label != server.current_label() and scripted.label == server.current_label()
 
 
@@ -174,4 +176,33 @@ def test_a_request_that_is_refused_is_an_error_at_once(server, scripted, weights
     server.load(weights)
     scripted.failures["/v1/completions"] = [httpx.Response(400, text="Token id 999 is out of vocabulary")]
     with pytest.raises(UserError, match="400: Token id 999 is out of vocabulary"):
-        server.complete({})
+        server.complete(REQUEST)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"logprobs_mode": "processed_logprobs"}, "gives processed_logprobs; start it with --logprobs-mode raw_logpr"),
+        ({"max_model_len": 63}, "up to 63 tokens, fewer than data.max_length = 64"),
+        ({"model": "other"}, "serves other since it lost the student's weights, and served tiny before"),
+    ],
+)
+def test_a_server_that_comes_back_as_another_is_refused(change, message, server, scripted, weights):
+    """The label says that it has lost the weights; so the handshake is made again before it gets them."""
+    server.requirements = StudentRequirements(64, None, server.hello(64))
+    server.load(weights)
+    scripted.label, before = "default", scripted.calls.count("/collective_rpc")
+    vars(scripted).update(change)
+    scripted.failures["/v1/completions"] = [httpx.ReadError("reset")]
+    with pytest.raises(UserError, match=message):
+        server.complete(REQUEST)
+    assert scripted.calls.count("/collective_rpc") == before
+
+
+def test_new_weights_alone_need_no_other_handshake(server, scripted, weights, tmp_path):
+    server.requirements = StudentRequirements(64, None, server.hello(64))
+    server.load(weights)
+    folder = WeightFolder(tmp_path / "next", {"a": (2,)})
+    folder.run = weights.label.rpartition("-")[0]
+    server.load(folder.write([("a", torch.ones(2))], version=5))
+    assert scripted.calls.count("/server_info") == 1

@@ -10,6 +10,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from checkpoints import tiny_checkpoint
 from rollout.contract import (
     CHECKPOINT,
     EOS,
@@ -41,6 +42,28 @@ def vllm_process(checkpoint, tensor_parallel_size):
     before = process_state()
     vllm = VllmProcess(Checkpoint.open(str(checkpoint)), options)
     return vllm, options, differences(before, process_state())
+
+
+def start_with_heads_of(rank, world_size, checkpoint):
+    from megatron_gkd.models.checkpoint import Checkpoint
+    from megatron_gkd.rollout.vllm_colocated import VllmColocatedEngine
+    from megatron_gkd.rollout.vllm_process import ColocatedOptions
+    from megatron_gkd.runtime.mesh import Layout, destroy_mesh, initialize_mesh
+
+    mesh = initialize_mesh(Layout(), seed=1)
+    options = ColocatedOptions(torch.float32, 256, kv_cache_memory_bytes=32 << 20)
+    try:
+        VllmColocatedEngine.start(mesh, Checkpoint.open(str(checkpoint)), options)
+    except RolloutFailed as error:
+        return str(error)
+    finally:
+        destroy_mesh()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="GPUs have kernels for more sizes of heads")
+def test_heads_that_vllm_has_no_kernel_for_are_refused_before_the_first_sample(gloo_world):
+    (message,) = gloo_world(1).run(start_with_heads_of, tiny_checkpoint("qwen3", head_dim=24))
+    assert "head_dim = 24: vLLM can't serve this on CPUs; allowed are 32, 64" in message and "\n" not in message
 
 
 def open_engine(mesh, checkpoint, tensor_parallel_size=1):

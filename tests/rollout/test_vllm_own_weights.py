@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from teachers.contract import mesh_of
 
 from megatron_gkd.errors import UserError
 from megatron_gkd.rollout.base import Sampling
+from megatron_gkd.rollout.logit_bias import logit_bias
 
 REQUEST = Request.of([3, 5, 2, 7], Sampling(max_completion_length=6, temperature=0.8))
 
@@ -30,12 +32,15 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         self.server.asked.add(self.path)
-        card = {"id": "big", "max_model_len": 64}
-        self.answer({"data": [card]} if self.path == "/v1/models" else None)
+        answers = {"/v1/models": {"data": [{"id": "big", "max_model_len": 64}]}}
+        if self.server.is_paused is not None:  # an ordinary server has no such route
+            answers["/is_paused"] = {"is_paused": self.server.is_paused}
+        self.answer(answers.get(self.path))
 
     def do_POST(self):
         self.server.asked.add(self.path)
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.biases.append(request.get("logit_bias"))
         assert request["model"] == "big" and request["temperature"] == 0.8 and EOS in request["stop_token_ids"]
         tokens = [*request["prompt"], EOS][: request["max_tokens"]]
         log_probs = {"token_logprobs": [-1.0] * len(tokens)}
@@ -50,14 +55,15 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.asked, server.url = set(), f"http://127.0.0.1:{server.server_address[1]}"
+    server.asked, server.is_paused, server.biases = set(), None, []
+    server.url = f"http://127.0.0.1:{server.server_address[1]}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
     server.server_close()
 
 
-def completions_of(rank, world_size, layout, url, max_length):
+def completions_of(rank, world_size, layout, url, max_length, vocab_size=None):
     from megatron_gkd.models.checkpoint import Checkpoint
     from megatron_gkd.rollout.vllm_own_weights import OwnWeightsEngine
     from megatron_gkd.rollout.vllm_server import ServerOptions
@@ -66,7 +72,8 @@ def completions_of(rank, world_size, layout, url, max_length):
         options = ServerOptions((url,), Path("unused"), max_length=max_length, patience=1)
         engine = OwnWeightsEngine(mesh, Checkpoint.open(str(CHECKPOINT())), options)
         engine.load_weights(iter(()), version=0)
-        return engine.generate(REQUEST.prompts, REQUEST.sampling, REQUEST.seeds)
+        sampling = replace(REQUEST.sampling, vocab_size=vocab_size)
+        return engine.generate(REQUEST.prompts, sampling, REQUEST.seeds)
 
 
 def test_every_rank_of_a_replica_has_the_answers(gloo_world, server):
@@ -75,9 +82,30 @@ def test_every_rank_of_a_replica_has_the_answers(gloo_world, server):
     for completions in ranks:
         assert [one.token_ids for one in completions] == [[*prompt, EOS][:6] for prompt in REQUEST.prompts]
         assert [one.finish_reason for one in completions] == ["stop", "stop", "stop", "length"]
-    assert server.asked == {"/v1/models", "/v1/completions"}
+    assert server.asked == {"/v1/models", "/is_paused", "/v1/completions"} and not any(server.biases)
+
+
+def test_ids_that_may_not_be_drawn_are_named_to_the_server(gloo_world, server):
+    gloo_world(1).run(completions_of, {}, server.url, 64, 97)
+    assert server.biases == [{"97": -100.0, "98": -100.0}] * len(REQUEST.prompts)
+
+
+def test_more_ids_than_vllm_has_room_for_are_refused():
+    assert logit_bias(Sampling(4), 99) is None and logit_bias(Sampling(4, vocab_size=99), 99) is None
+    assert len(logit_bias(Sampling(4, vocab_size=10), 1034)) == 1024
+    message = "has 1035 ids, and student and teacher share 10; vLLM can exclude at most 1024 ids. Use engine = megatron"
+    with pytest.raises(UserError, match=message):
+        logit_bias(Sampling(4, vocab_size=10), 1035)
 
 
 def test_a_server_of_shorter_sequences_is_refused(gloo_world, server):
     with pytest.raises(UserError, match="up to 64 tokens, fewer than data.max_length = 65"):
         gloo_world(1).run(completions_of, {}, server.url, 65)
+
+
+def test_a_server_that_is_paused_is_refused_instead_of_waited_for(gloo_world, server):
+    server.is_paused = True
+    with pytest.raises(UserError, match=f"{server.url}: generation is paused; resume it"):
+        gloo_world(1).run(completions_of, {}, server.url, 64)
+    server.is_paused = False
+    assert len(gloo_world(1).run(completions_of, {}, server.url, 64)[0]) == 4

@@ -66,12 +66,14 @@ class TestVllmServerEngine(RolloutEngineContract):
 
 
 def load_one_after_another(rank, world_size, url, folder, checkpoints, weight_sync="folder", reset=True):
-    from megatron_gkd.rollout.vllm_client import StudentServer
+    from megatron_gkd.runtime import servers
 
-    exchange = StudentServer.exchange
+    exchange = servers.exchange
     if not reset:  # pausing would do it, too
-        StudentServer.exchange = lambda self, method, path, **options: (
-            {"success": True} if path in ("/pause", "/reset_prefix_cache") else exchange(self, method, path, **options)
+        servers.exchange = lambda http, method, url, **options: (
+            b'{"success": true}'
+            if url.endswith(("/pause", "/reset_prefix_cache"))
+            else exchange(http, method, url, **options)
         )
     found = []
     try:
@@ -81,7 +83,7 @@ def load_one_after_another(rank, world_size, url, folder, checkpoints, weight_sy
                 found.append(samples(engine))
                 assert len(list(folder.iterdir())) == (weight_sync == "folder"), "old versions are gone"
     finally:
-        StudentServer.exchange = exchange
+        servers.exchange = exchange
     return found
 
 

@@ -7,6 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from checkpoints import tiny_checkpoint
+
+from megatron_gkd.errors import UserError
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -86,3 +89,70 @@ def test_the_package_can_be_imported_by_name():
     import transformer_engine.pytorch
 
     assert transformer_engine.is_stand_in and isinstance(transformer_engine.pytorch.Linear, type)
+
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize(
+    ("attn", "dtype", "chosen"),
+    [
+        ("auto", BF16, "auto"),
+        ("auto", FP32, "sdpa"),
+        ("sdpa", BF16, "sdpa"),
+        ("sdpa", FP32, "sdpa"),
+        ("flash", BF16, "flash"),
+        ("fused", BF16, "fused"),
+        ("flash", FP32, "train.attn = flash: needs dtype = bf16; auto and sdpa run everywhere"),
+        ("fused", FP32, "train.attn = fused: needs dtype = bf16; auto and sdpa run everywhere"),
+        ("unfused", BF16, "train.attn = unfused: is no attention for packed rows; auto and sdpa run everywhere"),
+    ],
+)
+def test_what_attention_runs_on_a_gpu_with_transformer_engine(attn, dtype, chosen, monkeypatch):
+    from megatron_gkd.runtime import transformer_engine
+
+    monkeypatch.setattr(transformer_engine, "is_real", lambda: True)
+    monkeypatch.setattr(transformer_engine.portability, "builds_on_host", lambda: False)
+    try:
+        assert transformer_engine.choose_attention(attn, dtype) == chosen
+    except UserError as error:
+        assert str(error) == chosen
+
+
+@pytest.mark.parametrize(("on_host", "what"), [(True, "a GPU"), (False, "Transformer Engine, which is not installed")])
+def test_flash_attention_without_what_it_needs_is_refused(on_host, what, monkeypatch):
+    from megatron_gkd.runtime import transformer_engine
+
+    monkeypatch.setattr(transformer_engine, "is_real", lambda: False)
+    monkeypatch.setattr(transformer_engine.portability, "builds_on_host", lambda: on_host)
+    with pytest.raises(UserError, match=f"train.attn = flash: needs {what}"):
+        transformer_engine.choose_attention("flash", BF16)
+    assert transformer_engine.choose_attention("auto", BF16) == "auto", "the fallback's"
+
+
+def attention_of(rank, world_size, path, attn, dtype):
+    """The class of the core attention that is built beside a Transformer Engine with one of its own."""
+    from megatron.core.extensions import transformer_engine_spec_provider as spec_provider
+
+    from megatron_gkd.models.checkpoint import Checkpoint
+    from megatron_gkd.models.megatron_model import BuildOptions, MegatronModel
+    from megatron_gkd.runtime.mesh import Layout, destroy_mesh, initialize_mesh
+    from megatron_gkd.runtime.transformer_engine.attention import TEDotProductAttention
+
+    installed = spec_provider.TEDotProductAttention
+    spec_provider.TEDotProductAttention = type("RealAttention", (TEDotProductAttention,), {})
+    try:
+        mesh = initialize_mesh(Layout(), seed=1)
+        model = MegatronModel.load(Checkpoint.open(str(path)), mesh, BuildOptions(dtype=dtype, attn=attn))
+        return [type(layer.self_attention.core_attention).__name__ for layer in model.chunks[0].decoder.layers]
+    finally:
+        spec_provider.TEDotProductAttention = installed
+        destroy_mesh()
+
+
+@pytest.mark.parametrize(
+    ("attn", "dtype", "name"),
+    [("auto", FP32, "TEDotProductAttention"), ("auto", BF16, "RealAttention"), ("sdpa", BF16, "TEDotProductAttention")],
+)
+def test_fp32_gets_torchs_attention_beside_transformer_engine(attn, dtype, name, gloo_world):
+    assert gloo_world(1).run(attention_of, tiny_checkpoint("qwen3"), attn, dtype) == [[name] * 4]

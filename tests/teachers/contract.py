@@ -72,6 +72,7 @@ class Told(NamedTuple):
     values: Tensor  # fp32 [n, k]
     tail: Tensor | None  # fp32 [n]; see `ops.topk.TopK`
     temperature: float | None
+    held_rows: int | None = None  # of hidden states: for how many this rank has memory
 
 
 @dataclass(frozen=True)
@@ -143,10 +144,13 @@ def tell(signal, microbatch, mesh) -> list[Told] | None:
     told = []
     for rows, part in parts:
         if isinstance(part, Hidden):
-            shards = [torch.empty(len(part.states), len(part.head_weight)) for _ in range(mesh.tp.size())]
-            dist.all_gather(shards, (part.states @ part.head_weight.T).contiguous(), group=mesh.tp)
+            states = part.states.gather()
+            shards = [torch.empty(len(states), len(part.head_weight)) for _ in range(mesh.tp.size())]
+            dist.all_gather(shards, (states @ part.head_weight.T).contiguous(), group=mesh.tp)
             values = torch.cat(shards, 1)[:, :99]
-            told.append(Told(numbers[rows], torch.arange(99).expand_as(values), values, None, None))
+            ids, shard = torch.arange(99).expand_as(values), part.states.shard
+            held_rows = shard.untyped_storage().nbytes() // (shard.element_size() * shard.shape[1])
+            told.append(Told(numbers[rows], ids, values, None, None, held_rows))
         else:
             told.append(Told(numbers[rows], part.ids, part.values, part.tail, part.temperature))
     return told
@@ -210,6 +214,12 @@ class TeacherContract:
     def test_a_signal_does_not_depend_on_the_other_microbatches(self, answers):
         for rank in answers:
             assert_alike(rank.first, rank.alone, 1e-5)
+
+    @pytest.mark.parametrize("name", MICROBATCHES)
+    def test_tensor_parallel_ranks_share_the_memory_of_hidden_states(self, answers, name):
+        for _, parts in last_stages(answers, name):
+            for told in parts:
+                assert told.held_rows in (None, -(-len(told.numbers) // answers[0].sizes[0]))
 
     def test_tensor_parallel_ranks_have_the_same(self, answers):
         by_place: dict[tuple[int, int], list] = {}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch.distributed as dist
+from checkpoints import tiny_checkpoint
 from layouts import DENSE
 from teachers.contract import (
     CHECKPOINT,
@@ -159,6 +162,61 @@ def test_a_server_that_is_gone_for_a_while_loses_nothing(gloo_world, tmp_path):
             assert_close(told, TeacherContract.log_probs(one)[told.numbers])
 
 
+OTHER = functools.partial(tiny_checkpoint, "qwen3", seed=1, head_dim=32)
+
+
+def test_another_model_that_comes_back_under_the_same_name_ends_the_run_on_all_ranks(gloo_world, tmp_path):
+    with FakeServer(CHECKPOINT()) as server:
+        server.delays = [0.05] * 60
+
+        def swap():
+            server.stop()
+            server.checkpoint = OTHER()
+            server.start()
+
+        messages = score_while(swap, server, gloo_world, tmp_path)
+    assert len(set(messages)) == 1 and isinstance(messages[0], str)
+    assert messages[0].startswith(f"{server.url}: serves another model than at the start of the run (as teacher)")
+
+
+def score_step_by_step(rank, world_size, urls, check_interval, swapped):
+    """How many scorings there were until another model was noticed, and the message; the first two are its own."""
+    with mesh_of({}) as mesh:
+        teacher = teacher_of(mesh, urls, check_interval=check_interval)
+        for scorings in range(1, 8):
+            if scorings == 3:
+                dist.barrier()
+                swapped.touch()
+                wait_until(swapped.with_suffix(".done").exists)
+            try:
+                teacher.score([microbatch_of(samples_of(range(1)), mesh)])
+            except TeacherFailed as error:
+                return scorings, str(error)
+    return None, ""
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize(("check_interval", "noticed"), [(1, 3), (4, 4)])
+def test_a_swap_without_a_lost_connection_is_noticed_by_the_next_check(check_interval, noticed, gloo_world, tmp_path):
+    """In both replicas, though one of them checks the server that was swapped."""
+    with FakeServer(CHECKPOINT()) as same, FakeServer(CHECKPOINT()) as server, ThreadPoolExecutor(1) as pool:
+        arguments = ([same.url, server.url], check_interval, tmp_path / "swapped")
+        call = pool.submit(gloo_world(2).run, score_step_by_step, *arguments)
+        wait_until(lambda: (tmp_path / "swapped").exists() or call.done())
+        server.checkpoint = OTHER()
+        (tmp_path / "swapped.done").touch()
+        (first, message), second = call.result()
+    assert second == (first, message) and first == noticed
+    assert message.startswith(f"{server.url}: serves another model") and same.url not in message
+    assert ("; 4 steps at most were scored since the last check" in message) == (check_interval == 4)
+
+
 def garbage(answer):
     return b"<html>no such page</html>"
 
@@ -170,7 +228,7 @@ def fewer_positions(answer):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (garbage, "/v1/completions: its answer is none of vLLM's /v1/completions"),
+        (garbage, "/v1/completions: the response is not that of a vLLM server"),
         (fewer_positions, "/v1/completions: its answer has 12 positions of 14"),
         (None, "that was so for 0.5 s (teacher.teacher_server_patience_s)"),
     ],

@@ -10,7 +10,8 @@ import pytest
 
 from megatron_gkd.data.sample import Sample, shift_labels
 from megatron_gkd.errors import UserError
-from megatron_gkd.teachers.server_answer import Question, read_answer
+from megatron_gkd.runtime.servers import decode
+from megatron_gkd.teachers.server_answer import ANSWER, Question, Scores, mean_difference, read_answer
 
 QUESTION = Question(np.array([5, 6, 7, 8, 9]), np.array([1, 3]))
 
@@ -31,8 +32,12 @@ def answer() -> dict:
     return {"choices": [{"index": 0, "prompt_token_ids": [5, 6, 7, 8, 9], "prompt_logprobs": entries}]}
 
 
+def read(content: bytes) -> Scores:
+    return read_answer(decode(content, ANSWER, "http://server/v1/completions"), QUESTION, k=2)
+
+
 def test_the_top_k_after_each_position():
-    scores = read_answer(json.dumps(answer()).encode(), QUESTION, k=2)
+    scores = read(json.dumps(answer()).encode())
     assert scores.ids.tolist() == [[7, 4], [2, 98]] and scores.ids.dtype == np.int32
     np.testing.assert_allclose(scores.log_probs, np.log([[0.3, 0.6], [0.5, 0.25]]), rtol=1e-6)
 
@@ -41,7 +46,7 @@ def test_what_stands_for_minus_infinity_is_minus_infinity():
     changed = answer()
     for one in changed["choices"][0]["prompt_logprobs"][4].values():
         one["logprob"] = -9999.0
-    scores = read_answer(json.dumps(changed).encode(), QUESTION, k=2)
+    scores = read(json.dumps(changed).encode())
     assert np.isneginf(scores.log_probs).tolist() == [[False, False], [True, True]]
 
 
@@ -58,19 +63,14 @@ def spoil(*path):
 
 LOGS = "prompt_logprobs"
 WRONG = {
-    "no JSON": (b"<html>502</html>", r"none of vLLM's /v1/completions \(.*<html>502"),
-    "no text": (b"\xff\xfe{}", "none of vLLM's /v1/completions"),
-    "cut off": (json.dumps(answer()).encode()[:-20], "none of vLLM's /v1/completions"),
-    "no choice": (b'{"choices": []}', "none of vLLM's /v1/completions"),
-    "an error": (b'{"error": "x"}', "none of vLLM's /v1/completions .*`choices`"),
-    "no log-probabilities": (spoil(LOGS, None), "none of vLLM's /v1/completions"),
     "other ids": (spoil("prompt_token_ids", 4, 3), "other token ids than it was sent"),
     "fewer positions": (spoil(LOGS, answer()["choices"][0][LOGS][:4]), "has 4 positions of 5"),
     "a position without": (spoil(LOGS, 2, None), "at position 1 does not have the token 7"),
     "a position of another kind": (spoil(LOGS, 2, [1]), "no log-probabilities at position 1"),
     "another token": (spoil(LOGS, 4, {"2": entry(0.5, 1), "98": entry(0.2, 2)}), "does not have the token 9 that"),
     "too few tokens": (spoil(LOGS, 4, {"9": entry(0.5, 1)}), "at position 3 has 1 tokens where 2 were asked for"),
-    "NaN": (spoil(LOGS, 2, "7", "logprob", math.nan), "none of vLLM's /v1/completions"),
+    "an id of 70 bits": (spoil(LOGS, 2, {str(2**70): entry(0.5, 1)}), "no log-probabilities at position 1"),
+    "a negative id": (spoil(LOGS, 2, {"-1": entry(0.5, 1), "7": entry(0.2, 2)}), "no log-probabilities at position 1"),
     "null": (spoil(LOGS, 2, "7", "logprob", None), "no log-probabilities at position 1"),
     "text": (spoil(LOGS, 2, "7", "logprob", "x"), "no log-probabilities at position 1"),
     "logits": (spoil(LOGS, 2, "7", "logprob", 3.5), "the largest is 3.5, .* --logprobs-mode raw_logprobs"),
@@ -82,11 +82,11 @@ WRONG = {
 def test_a_wrong_answer_is_a_clear_error(name):
     content, message = WRONG[name]
     with pytest.raises(UserError, match=message):
-        read_answer(content, QUESTION, k=2)
+        read(content)
 
 
 def test_positions_that_do_not_count_are_not_looked_at():
-    read_answer(spoil(LOGS, 1, "nothing"), QUESTION, k=2)
+    read(spoil(LOGS, 1, "nothing"))
 
 
 def sample_of(ids: list[int], trained: list[int]) -> Sample:
@@ -105,3 +105,25 @@ def test_equal_questions_have_one_key_and_others_another():
     assert one.key == Question.of(sample_of([5, 6, 7, 8], trained=[2, 3])).key
     others = [sample_of([5, 6, 7, 8], trained=[3]), sample_of([5, 6, 7, 9], trained=[2, 3])]
     assert len({one.key, *(Question.of(other).key for other in others)}) == 3
+
+
+def scores(*rows: dict[int, float]) -> Scores:
+    ids, log_probs = [list(row) for row in rows], [list(row.values()) for row in rows]
+    return Scores(np.array(ids, dtype=np.int32), np.array(log_probs, dtype=np.float32))
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "difference"),
+    [
+        ({1: -1.0, 2: -2.0}, {2: -2.0, 1: -1.0}, 0.0),
+        ({1: -1.0, 2: -2.0}, {1: -1.5, 2: -2.5}, 0.5),
+        ({1: -1.0, 2: -2.0}, {1: -1.0, 3: -2.0}, 0.0),  # almost equal tokens that change places at the end of the top-k
+        ({1: -1.0, 2: -2.0}, {3: -1.0, 4: -4.0}, (3.0 + 2.0 + 1.0 + 0.0) / 4),
+        ({1: -1.0, 2: -math.inf}, {1: -1.0, 2: -math.inf}, 0.0),
+        ({1: -1.0, 2: -math.inf}, {1: -1.0, 3: -math.inf}, 0.0),
+        ({1: -1.0, 2: -5.0}, {1: -1.0, 2: -math.inf}, math.inf),
+    ],
+)
+def test_the_mean_difference_of_two_models(a, b, difference):
+    assert mean_difference(scores(a), scores(b)) == pytest.approx(difference)
+    assert mean_difference(scores(b), scores(a)) == pytest.approx(difference)

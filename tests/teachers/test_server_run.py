@@ -1,4 +1,4 @@
-"""A whole run by a teacher behind a server that dies for good."""
+"""A whole run by a teacher behind a server that dies for good, or comes back as another."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
 from checkpoints import tiny_checkpoint
 from teachers.contract import CHECKPOINT
 from teachers.fake_server import FakeServer
@@ -41,18 +42,34 @@ def steps_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
 
 
-def test_what_has_been_learnt_is_exported(tmp_path):
+def die(server: FakeServer) -> None:
+    server.stop()
+
+
+def come_back_as_another_model(server: FakeServer) -> None:
+    server.stop()
+    server.checkpoint = tiny_checkpoint("qwen3", seed=1, head_dim=32)
+    server.start()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (die, "for 1 s (teacher.teacher_server_patience_s)"),
+        (come_back_as_another_model, ": serves another model than at the start of the run (as teacher)"),
+    ],
+)
+def test_what_has_been_learnt_is_exported(change, message, tmp_path):
     folder = prepare(tmp_path / "run")
     with FakeServer(CHECKPOINT()) as server, ThreadPoolExecutor(1) as pool:
         run = pool.submit(train, folder, "--teacher_model_server", server.url, "--teacher_server_patience_s", "1")
         while len(steps_of(folder)) < 3:
             assert not run.done(), run.result().stderr
             time.sleep(0.02)
-        server.stop()
+        change(server)
         finished = run.result()
     done = len(steps_of(folder))
     assert finished.returncode != 0 and 3 <= done < 30
-    assert f"{server.url}/v1/completions: " in finished.stderr
-    assert "for 1 s (teacher.teacher_server_patience_s)" in finished.stderr
+    assert server.url in finished.stderr and message in finished.stderr
     assert f"The student of step {done} is in runs/x/hf-step-{done:06}" in finished.stderr
     assert (folder / f"runs/x/hf-step-{done:06}/model.safetensors").exists()

@@ -21,7 +21,7 @@ from training_layouts import train_steps
 
 from megatron_gkd.errors import UserError
 from megatron_gkd.runtime.servers import open_client
-from megatron_gkd.teachers.server_client import TeacherServer
+from megatron_gkd.teachers.server_client import TeacherRequirements, TeacherServer
 from megatron_gkd.teachers.server_tokenizer import tokenizer_probes
 
 pytestmark = pytest.mark.vllm
@@ -62,10 +62,15 @@ def test_what_it_can_not_do_is_refused_at_the_start(options, message, gloo_world
 
 
 def test_its_tokenizer_is_compared(teacher_server):
-    server = TeacherServer(teacher_server.url, open_client(60.0, 4), k=4)
-    server.hello(255, tokenizer_probes(tiny_tokenizer()), patience=5.0)
+    def connect(tokenizer):
+        requirements = TeacherRequirements(4, 255, tokenizer_probes(tokenizer))
+        server = TeacherServer(teacher_server.url, open_client(60.0, 4), requirements)
+        server.hello(patience=5.0)
+        return server
+
+    connect(tiny_tokenizer()).check()
     with pytest.raises(UserError, match="its tokenizer is not the student's"):
-        server.hello(255, tokenizer_probes(tiny_tokenizer(prefix="v")), patience=5.0)
+        connect(tiny_tokenizer(prefix="v"))
 
 
 @pytest.mark.parametrize("tail", TAILS)

@@ -7,19 +7,29 @@ import json
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from unittest import mock
 
+import httpx
 import numpy as np
 import pytest
+import torch
 from checkpoints import tiny_checkpoint, tiny_tokenizer
+from fake_vllm import FakeVllm, transport
 from layouts import DENSE
 from rows import RandomRows
+from safetensors.torch import load_file
+from teachers.fake_server import FakeServer
 from training_layouts import recipe_of
 from world import World
 
+from megatron_gkd.config.schema import RolloutSection
 from megatron_gkd.data.rows import parse_row
 from megatron_gkd.data.sample import IGNORE
 from megatron_gkd.data.template import RowRenderer
 from megatron_gkd.errors import UserError
+from megatron_gkd.rollout.base import Sampling
 from megatron_gkd.training.generated_file import GeneratedFile
 
 COUNT, N = 24, 2
@@ -131,6 +141,100 @@ def _run_until_killed(world, path, count):
         world.run(write, CHECKPOINT(), {}, path, count=count)
     except RuntimeError as error:
         assert "died with exit code -9" in str(error)
+
+
+ALL = Sampling(max_completion_length=9)
+
+
+def answer_by_servers(rank, world_size, checkpoint, folder):
+    """Answers of the student by servers that hold other weights, one of which is paused; and what these hold then."""
+    from megatron_gkd.models.checkpoint import Checkpoint
+    from megatron_gkd.runtime.mesh import Layout, destroy_mesh, initialize_mesh
+    from megatron_gkd.training.generate import build_engine_of
+
+    fakes = {"one": FakeVllm(), "two": FakeVllm()}
+    fakes["one"].weights = {"model.norm.weight": torch.full((32,), 7.0)}
+    fakes["two"].pause()
+    urls = [f"http://{host}:1" for host in fakes]
+    rollout = {"engine": "vllm_server", "vllm_server_urls": urls, "weight_sync_dir": str(folder)}
+    rollout |= {"server_patience_s": 0.2}
+    recipe = recipe_of({}).model_copy(update={"rollout": RolloutSection(**rollout)})
+    mesh = initialize_mesh(Layout.from_section(recipe.parallel), recipe.train.seed)
+    client = httpx.Client
+    try:
+        with mock.patch.object(httpx, "Client", lambda **_: client(transport=transport(fakes))):
+            models = SimpleNamespace(student=Checkpoint.open(str(checkpoint)))
+            engine = build_engine_of("student", recipe, mesh, models)
+        engine.generate([[5, 6]] * 8, ALL, list(range(8)))
+        engine.close()
+    finally:
+        destroy_mesh()
+    return {host: fake.weights for host, fake in fakes.items()}
+
+
+def test_servers_get_the_students_weights_before_they_answer(gloo_world, tmp_path):
+    held = gloo_world(1).run(answer_by_servers, CHECKPOINT(), tmp_path)[0]
+    expected = load_file(CHECKPOINT() / "model.safetensors")
+    for weights in held.values():
+        assert expected.items() and weights.keys() >= expected.keys()
+        for name, tensor in expected.items():
+            torch.testing.assert_close(weights[name], tensor, rtol=0, atol=0)
+
+
+def verify_chunks(rank, world_size, checkpoint, path, url, swapped):
+    """Write chunks of answers while another server takes the place of the teacher's; the error."""
+    from megatron_gkd.models.checkpoint import Checkpoint
+    from megatron_gkd.models.megatron_model import BuildOptions, MegatronModel
+    from megatron_gkd.rollout.megatron import MegatronEngine
+    from megatron_gkd.runtime.mesh import Layout, destroy_mesh, initialize_mesh
+    from megatron_gkd.training.generate import Answers, _verify_teacher, settings_of, write_answers
+
+    recipe = recipe_of({"teacher": {"teacher_model": None, "teacher_model_server": url}})
+    recipe = recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update=ROLLOUT)})
+    mesh = initialize_mesh(Layout.from_section(recipe.parallel), recipe.train.seed)
+    try:
+        verify = _verify_teacher(recipe, mesh, tiny_tokenizer())
+        model = MegatronModel.load(Checkpoint.open(str(checkpoint)), mesh, BuildOptions())
+        rows = RandomRows(count=COUNT)
+        answers = Answers(recipe, mesh, rows, MegatronEngine(model, EOS), tiny_tokenizer(), N, "model")
+        made = answers.of
+
+        def answer(rows):
+            if 7 in rows:  # of the second chunk
+                swapped.touch()
+                while not swapped.with_suffix(".done").exists():
+                    time.sleep(0.01)
+            return made(rows)
+
+        answers.of = answer
+        write_answers(GeneratedFile(path, 7, settings_of(recipe, "model", N, rows)), answers, verify)
+    except UserError as error:
+        return str(error)
+    finally:
+        destroy_mesh()
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_no_answer_of_a_server_that_has_another_model_since_is_written(world_size, gloo_world, tmp_path):
+    path, swapped = tmp_path / "answers.jsonl", tmp_path / "swapped"
+    with FakeServer(CHECKPOINT()) as server, ThreadPoolExecutor(1) as pool:
+        arguments = (CHECKPOINT(), path, server.url, swapped)
+        call = pool.submit(gloo_world(world_size).run, verify_chunks, *arguments)
+        while not swapped.exists():
+            assert not call.done(), call.result()
+            time.sleep(0.01)
+        server.checkpoint = tiny_checkpoint("qwen3_tied", seed=3, num_hidden_layers=2)
+        swapped.with_suffix(".done").touch()
+        messages = call.result()
+    assert len(set(messages)) == 1 and messages[0].startswith(f"{server.url}: serves another model than at the start")
+    assert [row["row"] for row in read(path)[::N]] == list(range(7))
+
+
+def test_a_teachers_server_of_another_tokenizer_is_refused_before_it_answers(gloo_world, tmp_path):
+    with FakeServer(CHECKPOINT(), tiny_tokenizer(prefix="v")) as server:
+        arguments = (CHECKPOINT(), tmp_path / "answers.jsonl", server.url, tmp_path / "swapped")
+        (message,) = gloo_world(1).run(verify_chunks, *arguments)
+    assert message.startswith(f"{server.url}: its tokenizer is not the student's")
 
 
 class TestFile:

@@ -12,11 +12,16 @@ LABELS, V, H = 7, 23, 8
 
 def judge_all(rank, world_size, beta, tail):
     """Total, per-token divergences, what counts, and the gradients, for each of several signals on the same labels."""
+    from megatron_gkd.models.sharded_rows import ShardedRows
     from megatron_gkd.runtime.mesh import Layout, destroy_mesh, initialize_mesh
     from megatron_gkd.teachers.base import Hidden, Part, Parts
     from megatron_gkd.training.loss import Objective
 
     mesh = initialize_mesh(Layout(), seed=1)
+
+    def sharded(rows):
+        return ShardedRows.from_replicated(rows, mesh.tp)
+
     objective = Objective(mesh, V, beta=beta, temperature=0.8, sft_alpha=0.3, tail=tail)
     hidden, head = torch.randn(LABELS, H), torch.randn(V, H)
     states, teacher_head = torch.randn(LABELS, 5), torch.randn(V, 5)
@@ -29,9 +34,9 @@ def judge_all(rank, world_size, beta, tail):
     ids, values = everything.ids.clone(), logits.clone()
     ids[1], values[4] = -1, -torch.inf
     signals = {
-        "hidden": Hidden(states, teacher_head),
+        "hidden": Hidden(sharded(states), teacher_head),
         "top-k of all": everything,
-        "parts": Parts((Part(odd, Hidden(states[odd], teacher_head)), Part(even, _rows(everything, even)))),
+        "parts": Parts((Part(odd, Hidden(sharded(states[odd]), teacher_head)), Part(even, _rows(everything, even)))),
         "silent": TopK(ids, values, nothing, 0.8),
         "beside the silent": _rows(everything, torch.tensor([0, 2, 3, 5, 6])),
     }

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from megatron_gkd.training.metrics import MismatchWarning
+import pytest
+
+from megatron_gkd.training.metrics import MismatchWarning, describe_rollouts
+from megatron_gkd.training.on_policy import RolloutReport
 
 
 def test_a_mismatch_is_told_once_in_a_while():
@@ -16,3 +19,22 @@ def test_a_mismatch_is_told_once_in_a_while():
 
 def test_without_a_threshold_nothing_is_told():
     assert MismatchWarning(None).of_step(1, 5.0) is None
+
+
+def report(staleness: float) -> RolloutReport:
+    counts = {"student_rows": 2, "dataset_rows": 0, "tokens": 10, "truncated": 0}
+    return RolloutReport(
+        **counts, seconds=1.0, generation_seconds=1.0, staleness=staleness, log_prob=-20.0, answers={}, bins=[]
+    )
+
+
+@pytest.mark.parametrize(
+    ("staleness", "mismatch", "stale"), [(0.0, 0.5, None), (1.0, None, 0.5)], ids=["of these weights", "of older ones"]
+)
+def test_what_older_weights_make_is_no_mismatch(staleness, mismatch, stale):
+    totals = {"tokens": 10.0, "dataset_tokens": 0.0, "dropped_tokens": 0.0, "student_cross_entropy": 25.0}
+    record = describe_rollouts(report(staleness), totals, 0.0)
+    assert (record["mismatch_kl"], record["staleness_kl"]) == (mismatch, stale)
+    for unknown in ({"tokens": 0.0}, {"dropped_tokens": 1.0}):
+        record = describe_rollouts(report(staleness), totals | unknown, 0.0)
+        assert record["mismatch_kl"] is record["staleness_kl"] is None

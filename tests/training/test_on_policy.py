@@ -243,6 +243,14 @@ def test_samples_of_older_weights_than_allowed_are_refused(monkeypatch):
     assert rollouts.microbatches(2)[1].record()["staleness"] == 1
 
 
+def test_an_id_that_the_teacher_can_not_read_is_never_trained_on(monkeypatch):
+    """Even if a server ignores which ids it may draw."""
+    rollouts = rollouts_of(monkeypatch)
+    rollouts.sampling = Sampling(max_completion_length=4, vocab_size=20)
+    with pytest.raises(RolloutFailed, match=r"drew the token id \d\d; student and teacher share 0 to 19"):
+        rollouts.microbatches(0)
+
+
 def test_only_steps_that_come_and_that_the_student_answers_are_early(monkeypatch):
     rollouts = rollouts_of(monkeypatch, lmbda=0.5)
     assert not any(rollouts.is_early(step) for step in range(20))
@@ -261,14 +269,16 @@ def test_a_completion_leaves_room_for_what_the_teacher_reads(monkeypatch):
     answers = {sample.row_id: int((sample.labels != -100).sum()) for sample in samples}
     assert answers == {row: 3 if row < 4 else 4 for row in range(8)}
     rollouts.teacher_max_length = 17
-    with pytest.raises(UserError, match="its teacher_prompt of 17 tokens leaves no room for an answer in data.teach"):
+    with pytest.raises(UserError, match="teacher_max_length = 17: the teacher_prompt of row 0 .* 17 tokens, which"):
         rollouts.microbatches(1)
 
 
 def test_a_prompt_that_leaves_no_room_is_an_error(monkeypatch):
     cutting = Cutting(**{**vars(CUTTING), "max_length": 5})
     rows = RandomRows(count=8, longest=40)
-    with pytest.raises(UserError, match="leaves no room for an answer in data.max_length = 5"):
+    with pytest.raises(
+        UserError, match="^data.max_length = 5: the prompt of row . of .* leaves no room for a completion"
+    ):
         rollouts_of(monkeypatch, rows, cutting=cutting).microbatches(0)
 
 
@@ -277,3 +287,27 @@ def test_a_row_without_a_response_that_the_student_does_not_answer_is_an_error(m
     rows.num_labels = np.zeros(8, dtype=np.int64)
     with pytest.raises(UserError, match="the dataset has no response, and in this step the student does not answer it"):
         rollouts_of(monkeypatch, rows, lmbda=0.5, granularity="row").microbatches(0)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_row_that_only_one_replica_samples_is_refused_by_all_before_any_sample(rank, monkeypatch):
+    """Else the other replicas wait for its samples."""
+
+    class Replica:
+        def rank(self):
+            return rank
+
+        def size(self):
+            return 2
+
+    rows = RandomRows(count=8)
+    rows.teacher_prompts[3] = np.arange(70)
+    rollouts = rollouts_of(monkeypatch, rows)
+    rollouts.dp = Replica()
+    with pytest.raises(UserError, match="data.teacher_max_length = 64: the teacher_prompt of row 3 of the dataset"):
+        rollouts.microbatches(0)
+    rows.teacher_prompts[3], rollouts.policy = None, OnPolicy(0.5, "row", seed=3)
+    rows.num_labels = np.zeros(8, dtype=np.int64)
+    with pytest.raises(UserError, match="in this step the student does not answer it"):
+        rollouts.microbatches(0)
+    assert not rollouts.engine.calls

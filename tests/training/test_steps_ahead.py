@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
 
 import httpx
 import pytest
+import torch
 from checkpoints import tiny_checkpoint
 from fake_vllm import FakeVllm, transport
-from layouts import PP2, TP2
+from layouts import DENSE, PP2, TP2
 from rows import RandomRows
 from training_layouts import build, recipe_of
 
+from megatron_gkd.data.policy import OnPolicy
 from megatron_gkd.data.sample import FROM_STUDENT
 
 STEPS = 4
@@ -23,7 +26,6 @@ SEED = 29  # with lambda 0.6 the student answers in steps 0, 2 and 3
 def rollouts_over_fake_servers(mesh, student, changes, folder, before, steps_ahead):
     from megatron_gkd.data.cutting import Cutting
     from megatron_gkd.data.order import SampleOrder
-    from megatron_gkd.data.policy import OnPolicy
     from megatron_gkd.rollout.base import Sampling
     from megatron_gkd.rollout.vllm_server import ServerOptions, VllmServerEngine
     from megatron_gkd.training.build import batching
@@ -144,6 +146,48 @@ def test_one_step_ahead_is_what_it_would_be_by_hand(gloo_world, tmp_path):
     for records, *_ in ranks:
         assert [record["source"] for record in records] == ["student", "dataset", "student", "student"]
         assert [record.get("staleness") for record in records] == [0, None, 1, 1]
+        assert [record.get("staleness_kl") is not None for record in records] == [False, False, True, True]
+        # Of the first step's own samples; and of a few of the newest weights, before the last step begins.
+        assert [record.get("mismatch_kl") is not None for record in records] == [True, False, True, False]
         for record, expected in zip(records, by_hand, strict=True):
             for name, value in expected.items():
                 assert record[name] == pytest.approx(value, rel=1e-6), name
+
+
+def probe(rank, world_size, student, changes, offset, folder):
+    """Mismatch of ten calls, while an engine that has a constant error in its log-probabilities samples."""
+    from megatron_gkd.rollout.megatron import MegatronEngine
+    from megatron_gkd.runtime.mesh import destroy_mesh
+
+    mesh, student, _, _ = build(student, None, changes | {"teacher": {"kind": "none", "teacher_model": None}})
+    rollouts = rollouts_over_fake_servers(mesh, student, changes, folder, lambda path: None, steps_ahead=1)
+    rollouts.policy = OnPolicy(0.4, "row", SEED)
+    engine = rollouts.engine = MegatronEngine(student.model, [3])
+    generate, lengths = engine.generate, []
+
+    def generate_with_error(prompts, sampling, seeds):
+        found = generate(prompts, sampling, seeds)
+        lengths.extend(len(one.token_ids) for one in found)
+        return [replace(one, log_probs=[value + offset for value in one.log_probs]) for one in found]
+
+    engine.generate = generate_with_error
+    before = {name: tensor.clone() for name, tensor in student.model.named_tensors()}
+    found = [rollouts.probe_mismatch(student, step) for step in range(12)]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in student.model.named_tensors())
+    destroy_mesh()
+    return found, lengths
+
+
+@pytest.mark.parametrize("layout", ["micro batch 2", "TP2xPP2", "CP2xDP2, packed"])
+@pytest.mark.parametrize("offset", [0.0, 0.5])
+def test_every_tenth_step_the_engine_is_compared_with_the_weights_that_it_samples_from(
+    offset, layout, gloo_world, tmp_path
+):
+    world_size, changes = DENSE[layout]
+    student = tiny_checkpoint("qwen3_tied", seed=2, num_hidden_layers=2)
+    ranks = gloo_world(world_size).run(probe, student, changes, offset, tmp_path)
+    assert sum(lengths != [] for _, lengths in ranks) > 0
+    for found, lengths in ranks:
+        assert [value is not None for value in found] == [False, True] + 9 * [False] + [True]
+        assert [found[1], found[11]] == pytest.approx([offset, offset], abs=1e-5)
+        assert all(length <= 9 for length in lengths)

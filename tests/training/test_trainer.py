@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from checkpoints import tiny_checkpoint
@@ -31,6 +33,40 @@ def train_on_an_infinite_teacher(rank, world_size, model, directory):
 def test_a_loss_that_is_not_finite_ends_the_run_on_every_rank_before_the_update(gloo_world, tmp_path):
     model = tiny_checkpoint("qwen3", seed=2)
     assert gloo_world(2).run(train_on_an_infinite_teacher, model, tmp_path) == [True, True]
+
+
+def signals_at_each_microbatch(rank, world_size, model, directory):
+    """How many signals of the step there still are when the loss of each microbatch is computed, and after the step."""
+    from megatron_gkd.runtime.mesh import destroy_mesh
+    from megatron_gkd.training.trainer import Trainer
+
+    mesh, student, teacher, batches = build(model, model, {})
+    score, objective = teacher.score, student.objective
+    scored, left = [], []
+
+    def keep(microbatches):
+        scored[:] = score(microbatches)
+        return scored
+
+    def count(*args):
+        left.append(sum(signal is not None for signal in scored))
+        return objective(*args)
+
+    count.vocab_size = objective.vocab_size
+    teacher.score, student.objective = keep, count
+    reporter = SimpleNamespace(step=lambda record: None)
+    exports = Exports(directory)
+    trainer = Trainer(student, teacher, batches, None, reporter, train_iters=3, eval_interval=None, exports=exports)
+    microbatches = next(iter(batches))
+    trainer.train_step(1, microbatches)
+    destroy_mesh()
+    return left, len(microbatches)
+
+
+def test_the_signal_of_a_finished_microbatch_takes_no_memory(gloo_world, tmp_path):
+    model = tiny_checkpoint("qwen3", seed=2)
+    ((left, count),) = gloo_world(1).run(signals_at_each_microbatch, model, tmp_path)
+    assert count > 1 and left == list(reversed(range(count)))
 
 
 def train_until_the_teacher_is_gone(rank, world_size, model, directory, scorings):
@@ -98,9 +134,45 @@ def test_exports_are_due_at_their_interval():
 def test_only_the_newest_step_exports_are_kept(tmp_path):
     exports = Exports(tmp_path, save_interval=1, save_total_limit=2)
     for step in (8, 9, 10, 11):
+        exports.claim(exports.step_directory(step), is_main=True)
         exports.step_directory(step).mkdir()
+    exports.claim(exports.final_directory, is_main=True)
     exports.final_directory.mkdir()
     exports.forget_old(is_main=False)
     assert len(list(tmp_path.iterdir())) == 5
     exports.forget_old(is_main=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "hf-step-000010", "hf-step-000011"]
+
+
+def export_some_steps(rank, world_size, model, directory, steps):
+    from megatron_gkd.runtime.mesh import destroy_mesh
+    from megatron_gkd.training.trainer import Trainer
+
+    _, student, _, batches = build(model, None, {"teacher": {"kind": "none"}})
+    exports = Exports(directory, save_interval=1, save_total_limit=1)
+    reporter = SimpleNamespace(message=lambda text: None)
+    trainer = Trainer(student, None, batches, None, reporter, train_iters=3, eval_interval=None, exports=exports)
+    for step in steps:
+        trainer.export(exports.step_directory(step))
+        exports.forget_old(student.mesh.is_main)
+    trainer.export(exports.final_directory)
+    destroy_mesh()
+
+
+def test_an_earlier_runs_exports_stay(gloo_world, tmp_path):
+    """Whatever the numbers of their steps are; one in the place of a new one has another name afterwards."""
+    earlier = ["hf", "hf-step-000002", "hf-step-000900"]
+    for name in earlier:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_text(name)
+    (tmp_path / "base").symlink_to(tmp_path / "hf-step-000900")
+    model = tiny_checkpoint("qwen3", seed=2)
+    gloo_world(2).run(export_some_steps, model, tmp_path, [1, 2, 3])
+    assert (tmp_path / "hf.1/model.safetensors").read_text() == "hf"
+    assert (tmp_path / "hf-step-000002.1/model.safetensors").read_text() == "hf-step-000002"
+    assert (tmp_path / "hf-step-000900/model.safetensors").read_text() == "hf-step-000900"
+    before = load_file(model / "model.safetensors")
+    for name in ("hf", "hf-step-000003"):
+        after = load_file(tmp_path / name / "model.safetensors")
+        assert all(torch.equal(after[key], before[key]) for key in before)
+    assert not (tmp_path / "hf-step-000001").exists() and not (tmp_path / "hf-step-000002").exists()

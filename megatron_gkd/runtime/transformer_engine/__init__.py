@@ -13,7 +13,11 @@ import importlib.util
 import sys
 import types
 
+import torch
 from torch import nn
+
+from megatron_gkd.errors import UserError
+from megatron_gkd.runtime import portability
 
 _VERSION = "2.8.0"  # the version that the stand-ins behave like
 
@@ -47,6 +51,37 @@ def install() -> bool:
     _fill_modules_that_failed_to_import(extension, stand_ins)
     _register_package()
     return True
+
+
+def is_real() -> bool:
+    """Return whether the models' layers are those of the real Transformer Engine."""
+    return not getattr(sys.modules.get("transformer_engine"), "is_stand_in", False) and (
+        importlib.util.find_spec("transformer_engine") is not None
+    )
+
+
+def choose_attention(attn: str, dtype: torch.dtype) -> str:
+    """Return the attention that a recipe's `attn` means for packed rows of `dtype`: auto, flash, fused or sdpa.
+
+    Of Transformer Engine's implementations the unfused one has no packed rows, and the others no fp32: what is left of
+    `auto` there is torch's.
+
+    Raises:
+        UserError: Transformer Engine's attention is asked for, and it can't run here.
+    """
+    if attn == "auto":
+        return "sdpa" if dtype == torch.float32 else "auto"
+    if attn == "sdpa":
+        return attn
+    for condition, problem in (
+        (attn not in ("flash", "fused"), "is no attention for packed rows"),
+        (dtype == torch.float32, "needs dtype = bf16"),
+        (portability.builds_on_host(), "needs a GPU"),
+        (not is_real(), "needs Transformer Engine, which is not installed here"),
+    ):
+        if condition:
+            raise UserError(f"train.attn = {attn}: {problem}; auto and sdpa run everywhere")
+    return attn
 
 
 @contextlib.contextmanager

@@ -61,8 +61,7 @@ def load(saved: Saved, path: Path, step: int) -> None:
     student.scheduler.num_steps = 0
     student.scheduler.step(step)
     if saved.average is not None:
-        for index, shard in saved.average_state(saved.model_state()).items():
-            shard.data.copy_(found["average"][index])
+        saved.load_average(found["average"])
     if same_layout:
         set_random_states(found["random"])
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from torch import Tensor, nn
 
 from megatron_gkd.runtime import portability
 from megatron_gkd.runtime.mesh import Mesh
@@ -66,11 +67,19 @@ class Saved:
     def average_state(self, model: dict[str, Any]) -> dict[int, Any]:
         """Return the average in fp32, sharded as the parameters that it is of."""
         held = self.average.by_parameter()
-        shards = [shard for shard in nested_values(model) if torch.is_tensor(shard.data) and shard.data in held]
         return {
             index: replace(shard, key=f"average.{shard.key}", data=held[shard.data], dtype=torch.float32)
-            for index, shard in enumerate(shards)
+            for index, shard in enumerate(_shards_of(held, model))
         }
+
+    def load_average(self, found: dict[int, Tensor]) -> None:
+        held = self.average.by_parameter()
+        shards = enumerate(_shards_of(held, self.model_state()))
+        self.average.replace(held | {shard.data: found[index] for index, shard in shards})
+
+
+def _shards_of(held: dict[nn.Parameter, Tensor], model: dict[str, Any]) -> list[Any]:
+    return [shard for shard in nested_values(model) if torch.is_tensor(shard.data) and shard.data in held]
 
 
 def random_states() -> dict[str, Any]:

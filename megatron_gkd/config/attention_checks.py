@@ -1,0 +1,31 @@
+"""Whether the attention that the recipe names can run. All batches are packed, which leaves few implementations."""
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+
+from megatron_gkd.config.schema import Recipe
+
+_OF_TRANSFORMER_ENGINE = ("flash", "fused")
+
+
+def attention_fits_dtype(recipe: Recipe, _: int) -> Iterator[str]:
+    """Find flash or fused attention with a type that they can't compute in."""
+    section = recipe.train
+    if section.attn in _OF_TRANSFORMER_ENGINE and section.dtype == "fp32":
+        yield f"train.attn = {section.attn}: needs dtype = bf16; with dtype = fp32 it must be auto or sdpa"
+
+
+def transformer_engine_is_installed(recipe: Recipe, _: int) -> Iterator[str]:
+    """Find flash or fused attention without the library that has them."""
+    if recipe.train.attn in _OF_TRANSFORMER_ENGINE and not _has_transformer_engine():
+        yield (
+            f"train.attn = {recipe.train.attn}: needs Transformer Engine, which is not installed here (pip install "
+            "transformer-engine[pytorch]); without it it must be auto or sdpa"
+        )
+
+
+def _has_transformer_engine() -> bool:
+    if getattr(sys.modules.get("transformer_engine"), "is_stand_in", False):
+        return False
+    return importlib.util.find_spec("transformer_engine") is not None

@@ -1,0 +1,202 @@
+"""Tokenizes a source in shards, by several processes; what is finished outlives a build that is killed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from datasets.arrow_writer import ArrowWriter
+from datasets.utils import tqdm
+
+from megatron_gkd.data.tokenizing import BLANK, FEATURES, VERDICT, RowTokenizer
+from megatron_gkd.errors import UserError
+from megatron_gkd.runtime.disk import flush
+
+SHARD_ROWS = 2048  # of a source of up to MOST_SHARDS shards; longer shards of a larger one
+MOST_SHARDS = 256  # all of them are open together at the end of a build
+MOST_WORKERS = 16  # where the recipe does not say how many
+_BATCH_ROWS = 256
+_SAMPLE = [name for name in FEATURES if name not in VERDICT]
+
+
+@dataclass(frozen=True)
+class ShardSummary:
+    """What became of the rows of one shard.
+
+    Attributes:
+        used: rows that are in the shard's file.
+        dropped: the other rows, blank lines left out, by reason.
+        shortened: used rows whose prompt was shortened.
+        bad: rows that are wrong in themselves.
+        first_bad: number in the source and error of the first of these.
+        digest: hash of the used rows.
+    """
+
+    used: int
+    dropped: dict[str, int]
+    shortened: int
+    bad: int
+    first_bad: tuple[int, str] | None
+    digest: str
+
+
+@dataclass(frozen=True)
+class ShardWriter:
+    """Tokenizes shards of `table` into files of `folder`."""
+
+    table: datasets.Dataset
+    tokenize: RowTokenizer
+    folder: Path
+
+    @property
+    def count(self) -> int:
+        return -(-len(self.table) // self._rows)
+
+    @property
+    def _rows(self) -> int:
+        return max(SHARD_ROWS, -(-len(self.table) // MOST_SHARDS))
+
+    def path(self, shard: int) -> Path:
+        """Return the Arrow file of the shard's used rows."""
+        return self.folder / f"{shard:05}.arrow"
+
+    def read(self, shard: int) -> ShardSummary | None:
+        """Return the summary of a finished shard; None for one that is not."""
+        try:
+            return ShardSummary(**json.loads(self._summary_path(shard).read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+
+    def write(self, shard: int) -> int:
+        """Tokenize one shard. Its summary appears last, and makes it a finished one. Returns `shard`."""
+        start, end = shard * self._rows, min((shard + 1) * self._rows, len(self.table))
+        unfinished = self.path(shard).with_suffix(f".{os.getpid()}")
+        tally = _Tally()
+        with ArrowWriter(
+            features=datasets.Features({name: FEATURES[name] for name in _SAMPLE}), path=str(unfinished)
+        ) as file:
+            for first in range(start, end, _BATCH_ROWS):
+                columns = self.tokenize(self.table[first : min(first + _BATCH_ROWS, end)])
+                used = tally.add(first, columns)
+                if used:
+                    file.write_batch({name: [columns[name][row] for row in used] for name in _SAMPLE})
+            file.finalize()
+        flush(unfinished)
+        os.replace(unfinished, self.path(shard))
+        unfinished.write_text(json.dumps(asdict(tally.summary())), encoding="utf-8")
+        os.replace(unfinished, self._summary_path(shard))
+        return shard
+
+    def _summary_path(self, shard: int) -> Path:
+        return self.folder / f"{shard:05}.json"
+
+
+def tokenize_shards(writer: ShardWriter, workers: int | None, description: str) -> list[ShardSummary]:
+    """Write the shards that are not finished yet, and return the summaries of all.
+
+    Args:
+        writer: of the source.
+        workers: most processes; None for as many as the cores that this process may use, up to `MOST_WORKERS`.
+        description: of the progress bar.
+
+    Raises:
+        UserError: a process was killed.
+    """
+    missing = [shard for shard in range(writer.count) if writer.read(shard) is None]
+    workers = min(workers or default_workers(), len(missing))
+    with tqdm(total=writer.count, initial=writer.count - len(missing), desc=description, unit="shard") as progress:
+        for _ in map(writer.write, missing) if workers <= 1 else _in_processes(writer, missing, workers):
+            progress.update()
+    return [writer.read(shard) for shard in range(writer.count)]
+
+
+def default_workers() -> int:
+    """Return how many processes tokenize where the recipe does not say it."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MOST_WORKERS)
+
+
+def _in_processes(writer: ShardWriter, shards: Sequence[int], workers: int) -> Iterator[int]:
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+    with ProcessPoolExecutor(workers, context, _start_worker, (writer, os.getpid())) as pool:
+        try:
+            for finished in as_completed([pool.submit(_write, shard) for shard in shards]):
+                yield finished.result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                f"data.preprocessing_num_workers = {workers}: a process that tokenizes was killed, probably for want "
+                "of memory; start again with fewer: what is tokenized is kept"
+            ) from error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+_writer: ShardWriter  # of a worker process
+
+
+def _start_worker(writer: ShardWriter, parent: int) -> None:
+    global _writer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    _writer = writer
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are parallel already
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """End this process after its parent, which may be killed and then closes nothing."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _write(shard: int) -> int:
+    return _writer.write(shard)
+
+
+class _Tally:
+    """Counts the rows of a shard, batch after batch."""
+
+    def __init__(self) -> None:
+        self._used, self._shortened = 0, 0
+        self._dropped: Counter[str] = Counter()
+        self._bad, self._first_bad = 0, None
+        self._digest = hashlib.blake2b(digest_size=16)
+
+    def add(self, first: int, columns: dict[str, list[Any]]) -> list[int]:
+        """Count a batch whose first row has the number `first`. Returns which of its rows are used."""
+        used = [row for row, reason in enumerate(columns["dropped"]) if not reason]
+        self._used += len(used)
+        self._shortened += sum(columns["shortened"][row] for row in used)
+        self._dropped.update(reason for reason in columns["dropped"] if reason and reason != BLANK)
+        for row, error in enumerate(columns["error"]):
+            if error:
+                self._bad += 1
+                self._first_bad = self._first_bad or (first + row, error)
+        for row in used:
+            for name in ("input_ids", "labels", "teacher_prompt"):
+                self._add_to_digest(np.asarray(columns[name][row], dtype="<i4").tobytes())
+            self._add_to_digest(columns["tag"][row].encode())
+        return used
+
+    def _add_to_digest(self, content: bytes) -> None:
+        self._digest.update(len(content).to_bytes(8, "little") + content)
+
+    def summary(self) -> ShardSummary:
+        return ShardSummary(
+            self._used, dict(self._dropped), self._shortened, self._bad, self._first_bad, self._digest.hexdigest()
+        )

@@ -1,0 +1,75 @@
+"""Matrix products that are added to a tensor of a wider type, without rounding to the operands' type in between.
+
+The ways differ in speed and memory, and in which torch has them: ``torch.addmm`` with `out_dtype` came with 2.8, for
+CUDA only, and before 2.10 it refuses an fp32 matrix to add to. So each way is tried on a small problem, once for each
+device and pair of types, and the first one that gives the exact result serves.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+# Where a product needs a temporary, it is computed in blocks of rows whose temporary has at most this size.
+BLOCK_BYTES = 64 << 20
+
+
+def add_product(target: Tensor, a: Tensor, b: Tensor) -> None:
+    """Compute target += a @ b in place, in the type of `target`.
+
+    Args:
+        target: [M, N] of the operands' type, or of a wider one.
+        a: [M, K].
+        b: [K, N] of the same type as `a`.
+    """
+    if target.dtype == a.dtype:
+        target.addmm_(a, b)
+    else:
+        _way(a.device, a.dtype, target.dtype)(target, a, b)
+
+
+def _by_addmm(target: Tensor, a: Tensor, b: Tensor) -> None:
+    torch.addmm(target, a, b, out_dtype=target.dtype, out=target)
+
+
+def _by_mm(target: Tensor, a: Tensor, b: Tensor) -> None:
+    for rows in _row_blocks(target):
+        target[rows] += torch.mm(a[rows], b, out_dtype=target.dtype)
+
+
+def _by_casting(target: Tensor, a: Tensor, b: Tensor) -> None:
+    b = b.to(target.dtype)
+    for rows in _row_blocks(target):
+        target[rows].addmm_(a[rows].to(target.dtype), b)
+
+
+def _row_blocks(target: Tensor) -> Iterator[slice]:
+    rows, columns = target.shape
+    step = max(1, BLOCK_BYTES // max(1, columns * target.element_size()))
+    return (slice(start, start + step) for start in range(0, rows, step))
+
+
+_WAYS = (_by_addmm, _by_mm, _by_casting)  # the fastest one first
+
+
+@functools.cache
+def _way(device: torch.device, operands: torch.dtype, target: torch.dtype) -> Callable[[Tensor, Tensor, Tensor], None]:
+    """Return the first of ``_WAYS`` that gives the exact result on `device`."""
+    return next((way for way in _WAYS[:-1] if _is_exact(way, device, operands, target)), _WAYS[-1])
+
+
+def _is_exact(way: Callable, device: torch.device, operands: torch.dtype, target: torch.dtype) -> bool:
+    """Whether `way` runs and rounds no product: 1 + 16 x² is a number of fp32 here, but of no 16-bit type."""
+    x = 1 + 2.0**-7
+    a, b = (torch.full((16, 16), x, dtype=operands, device=device) for _ in range(2))
+    found = torch.ones(16, 16, dtype=target, device=device)
+    try:
+        way(found, a.t(), b)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError):  # refused, not implemented for this device, or without `out_dtype`
+        return False
+    return bool((found == 1 + 16 * x * x).all())

@@ -1,0 +1,117 @@
+"""What the bridge would leave out in silence ends the load, on all ranks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from checkpoints import tiny_checkpoint
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+PP2 = {"pipeline": 2}
+
+
+def stored_tensors(path, _):
+    """As the files have them, whatever config.json says."""
+    with safe_open(path / "model.safetensors", framework="pt") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}
+        return {
+            name: SimpleNamespace(file="model.safetensors", shape=tuple(one.get_shape()))
+            for name, one in slices.items()
+        }
+
+
+def load(rank, world_size, path, layout):
+    """What each rank is told, or None, of a checkpoint whose files have not been checked."""
+    from megatron_gkd.errors import UserError
+    from megatron_gkd.models import checkpoint
+    from megatron_gkd.models.megatron_model import BuildOptions, MegatronModel
+    from megatron_gkd.runtime.mesh import Layout, destroy_mesh, initialize_mesh
+
+    checks = {"read_tensors": stored_tensors, "read_config": lambda path: None}
+    saved = {name: getattr(checkpoint, name, None) for name in checks}
+    vars(checkpoint).update(checks)
+    mesh = initialize_mesh(Layout(**layout), seed=1)
+    try:
+        MegatronModel.load(checkpoint.Checkpoint.open(str(path)), mesh, BuildOptions())
+    except UserError as error:
+        return str(error)
+    finally:
+        vars(checkpoint).update(saved)
+        destroy_mesh()
+    return None
+
+
+@pytest.fixture
+def changed(tmp_path):
+    """A copy of a tiny checkpoint with other tensors (None: without it) and other keys of config.json."""
+
+    def of(source, tensors, **config):
+        path = tmp_path / "changed"
+        shutil.copytree(source, path)
+        found = load_file(path / "model.safetensors") | tensors
+        save_file({name: x for name, x in found.items() if x is not None}, path / "model.safetensors")
+        written = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps(written | config))
+        return path
+
+    return of
+
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def test_a_tensor_that_no_rank_reads_is_an_error(gloo_world):
+    path = tiny_checkpoint("llama", attention_bias=True)
+    names = [f"model.layers.{layer}.self_attn.o_proj.bias" for layer in range(3)]
+    message = f"{path}: model.safetensors: the model has no place for {', '.join(names)} and 1 more"
+    assert gloo_world(2).run(load, path, PP2) == [message, message]
+
+
+def test_a_layer_too_many_is_an_error(gloo_world, changed):
+    path = changed(tiny_checkpoint("llama"), {}, num_hidden_layers=2)
+    first, second = gloo_world(2).run(load, path, PP2)
+    assert first == second and f"{path}: model.safetensors: the model has no place for model.layers.2." in first
+
+
+def test_a_parameter_that_nothing_fills_is_an_error(gloo_world, changed):
+    path = changed(tiny_checkpoint("qwen3"), {HEAD: None})
+    message = f"{path}: no tensor fills the model's output_layer.weight in rank 1"
+    assert gloo_world(2).run(load, path, PP2) == [message, message]
+
+
+def test_a_tensor_that_one_rank_misses_is_an_error_on_all(gloo_world, changed):
+    path = changed(tiny_checkpoint("qwen3"), {"model.layers.3.self_attn.o_proj.weight": None})
+    message = f"{path}: no safetensors file has the tensor o_proj.weight, which the model needs"
+    assert gloo_world(2).run(load, path, PP2) == [message, message]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_an_error(value, gloo_world, changed):
+    norm = torch.ones(32)
+    norm[5] = value
+    path = changed(tiny_checkpoint("qwen3"), {"model.norm.weight": norm})
+    message = f"{path}: NaN or infinite values in the weights: the model's decoder.final_layernorm.weight in rank 1"
+    assert gloo_world(2).run(load, path, PP2) == [message, message]
+
+
+@pytest.mark.parametrize("difference", [0.0, 1e-3])
+def test_a_tied_head_may_be_there_as_a_copy(difference, gloo_world, changed):
+    source = tiny_checkpoint("qwen3_tied")
+    head = load_file(source / "model.safetensors")[EMBEDDING].clone()
+    head[98, 31] += difference
+    path = changed(source, {HEAD: head})
+    message = (
+        f"{path}: model.safetensors: {HEAD} differs from {EMBEDDING}, but config.json has tie_word_embeddings = true; "
+        "set it to false, or remove the tensor"
+    )
+    assert gloo_world(2).run(load, path, PP2) == [message if difference else None] * 2
+
+
+@pytest.mark.parametrize("layout", [{"tensor": 2, "sequence_parallel": True}, {"expert": 2}, {"context": 2}])
+def test_every_layout_reads_everything(layout, gloo_world):
+    assert gloo_world(2).run(load, tiny_checkpoint("qwen3_moe"), layout) == [None, None]
