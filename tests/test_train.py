@@ -26,7 +26,7 @@ parallel: {{tensor_model_parallel_size: 2, pipeline_model_parallel_size: 1, cont
            expert_model_parallel_size: 1, sequence_parallel: true}}
 data:     {{dataset: [train.jsonl], val_dataset: [val.jsonl], max_length: 256, packing: false}}
 train:    {{micro_batch_size: 1, global_batch_size: 8, train_iters: 4, lr: 1.0e-3, seed: 1234}}
-output:   {{output_dir: runs/x, save_interval: 2, log_interval: 1}}
+output:   {{output_dir: runs/x, export_interval: 2, log_interval: 1}}
 """
 
 
@@ -152,7 +152,7 @@ cli.run()
 
 def test_rollouts_that_fail_for_good_end_the_run_with_what_was_learnt(workspace):
     (workspace / "failing.py").write_text(FAILING)
-    options = ("--lmbda", "1", "--max_completion_length", "12", "--save_interval", "null", "--dtype", "fp32")
+    options = ("--lmbda", "1", "--max_completion_length", "12", "--export_interval", "null", "--dtype", "fp32")
     finished = train(workspace, *options, program=("failing.py",))
     assert finished.returncode != 0
     assert finished.stderr.count("stopped after step 2 of 4: http://server:8000: refused for 300 s") == 1
@@ -197,7 +197,7 @@ cli.run()
 
 def test_a_rank_that_fails_alone_leaves_without_waiting_for_the_others(workspace):
     (workspace / "broken.py").write_text(BROKEN.format(ranks="1"))
-    finished = train(workspace, "--dtype", "fp32", "--save_interval", "null", program=("broken.py",))
+    finished = train(workspace, "--dtype", "fp32", "--export_interval", "null", program=("broken.py",))
     assert finished.returncode != 0
     assert "KeyError: 'a fault of the program'" in finished.stderr
     assert "stopped after step 2 of 4. Not every rank failed within 3 s" in finished.stderr
@@ -211,7 +211,7 @@ def test_one_process_without_a_launcher_needs_no_port_and_saves_before_it_fails(
         except OSError:  # somebody has it, which serves as well
             pass
         (workspace / "broken.py").write_text(BROKEN.format(ranks="0"))
-        options = ("--tensor_model_parallel_size", "1", "--dtype", "fp32", "--save_interval", "null")
+        options = ("--tensor_model_parallel_size", "1", "--dtype", "fp32", "--export_interval", "null")
         finished = run(workspace, [sys.executable, "broken.py", "train", "recipe.yaml", *options])
     assert finished.returncode == 1, finished.stderr
     assert "KeyError: 'a fault of the program'" in finished.stderr and "stopped after step 2 of 4" in finished.stderr

@@ -330,6 +330,14 @@ class TrainSection(Section):
     adam_beta2: float = Field(0.95, ge=0, lt=1, description="decay of Adam's second moment")
     adam_eps: float = Field(1e-8, gt=0, description="Adam's epsilon")
     clip_grad: float = Field(1.0, ge=0, description="largest norm of the whole gradient; 0: no clipping")
+    resume: PathText = Field(
+        "auto",
+        description="auto: go on from the newest whole checkpoint in output_dir, if there is one; never: start anew; or "
+        "the path of a checkpoint or of a run",
+    )
+    init_from: PathText | None = Field(
+        None, description="checkpoint or run whose weights to start from, with a new optimizer and schedule"
+    )
     max_bad_steps: int = Field(
         10,
         ge=1,
@@ -361,10 +369,20 @@ class OutputSection(Section):
     """What a run leaves behind."""
 
     output_dir: PathText = Field(description="folder of metrics, curves, the resolved recipe and the exports")
-    save_interval: int | None = Field(None, ge=1, description="steps between Hugging Face exports; null: only the last")
+    save_interval: int | None = Field(
+        500, ge=1, description="steps between checkpoints, from which a run is resumed; one is saved at the end, too"
+    )
+    export_interval: int | None = Field(
+        None, ge=1, description="steps between Hugging Face exports; null: only the last"
+    )
+    save_optim: bool = Field(
+        True, description="checkpoints hold the optimizer's state (12 bytes a parameter in bf16), which resuming needs"
+    )
+    async_save: bool = Field(True, description="write checkpoints while the training goes on")
     log_interval: int = Field(1, ge=1, description="steps between two lines of progress where there is no terminal")
     tensorboard: bool = Field(True, description="write TensorBoard events beside metrics.jsonl")
-    save_total_limit: int | None = Field(None, ge=1, description="newest step exports of this run to keep; null: all")
+    save_total_limit: int | None = Field(3, ge=1, description="newest checkpoints to keep; null: all")
+    export_total_limit: int | None = Field(None, ge=1, description="newest step exports of this run to keep; null: all")
     log_completions: bool = Field(
         False, description="write what the student says, with the divergence of each token, to completions.jsonl"
     )

@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from megatron_gkd.reporting.metrics_log import rotate
+from megatron_gkd.reporting.metrics_log import open_records
 
 _COLUMNS = ("prompt", "completion", "completion_length", "finish_reason", "version", "divergence")
 _LONGEST = 400  # characters of a prompt's end and of a completion's start in a table
@@ -17,12 +17,11 @@ _LONGEST = 400  # characters of a prompt's end and of a completion's start in a 
 class CompletionsLog:
     """Appends records to `output_dir/completions.jsonl`; a former run's file is kept, as that of `MetricsLog`."""
 
-    def __init__(self, output_dir: str | Path):
+    def __init__(self, output_dir: str | Path, last_step: int | None = None):
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "completions.jsonl"
-        rotate(self.path)
-        self._file = self.path.open("x", encoding="utf-8")
+        self._file = open_records(self.path, last_step)
 
     def write(self, records: Sequence[Mapping[str, Any]]) -> None:
         self._file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)

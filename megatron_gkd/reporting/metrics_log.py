@@ -5,7 +5,9 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
+
+from megatron_gkd.runtime.disk import flush
 
 
 class MetricsLog:
@@ -13,20 +15,23 @@ class MetricsLog:
 
     A former run's file and events in the same folder are kept: they become `metrics.jsonl.1`, `tensorboard.1`, the next
     run's `.2`, and so on; the highest number is the latest of them.
+
+    `last_step`: of a run that is resumed; its records are continued, without those of later steps.
     """
 
-    def __init__(self, output_dir: str | Path, tensorboard: bool = True) -> None:
+    def __init__(self, output_dir: str | Path, tensorboard: bool = True, last_step: int | None = None) -> None:
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
-        rotate(self.path)
-        self._file = self.path.open("x", encoding="utf-8")
+        self._file = open_records(self.path, last_step)
         self._writer = None
-        rotate(folder / "tensorboard")
+        if last_step is None:
+            rotate(folder / "tensorboard")
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(folder / "tensorboard"))
+            purge = None if last_step is None else last_step + 1
+            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Write one record: a flat mapping of names to numbers, text or None; `step` is required.
@@ -71,6 +76,33 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "item"):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def open_records(path: Path, last_step: int | None) -> TextIO:
+    """Open a file of JSON lines to append to. Without `last_step` a former file is rotated away.
+
+    With it the records of steps up to `last_step` stay; later ones, and a line that was not written whole, go.
+    """
+    if last_step is None:
+        rotate(path)
+        return path.open("x", encoding="utf-8")
+    kept = [line for line in _lines(path) if _step_of(line) is not None and _step_of(line) <= last_step]
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text("".join(kept), encoding="utf-8")
+    flush(unfinished)
+    unfinished.replace(path)
+    return path.open("a", encoding="utf-8")
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []
+
+
+def _step_of(line: str) -> int | None:
+    try:
+        return int(json.loads(line)["step"]) if line.endswith("\n") else None
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def rotate(path: Path) -> None:

@@ -14,13 +14,13 @@ class Exports:
     """The exports of one run. Only what this run has made is ever replaced or deleted.
 
     Attributes:
-        save_interval: steps between exports; None: at the end only.
-        save_total_limit: how many of this run's step exports stay, the newest; None: all.
+        interval: steps between exports; None: at the end only.
+        total_limit: how many of this run's step exports stay, the newest; None: all.
     """
 
     output_dir: Path
-    save_interval: int | None = None
-    save_total_limit: int | None = None
+    interval: int | None = None
+    total_limit: int | None = None
     _made: list[Path] = field(default_factory=list, init=False)
 
     @property
@@ -31,7 +31,7 @@ class Exports:
         return self.output_dir / f"hf-step-{step:06d}"
 
     def is_due(self, step: int) -> bool:
-        return self.save_interval is not None and step % self.save_interval == 0
+        return self.interval is not None and step % self.interval == 0
 
     def claim(self, directory: Path, *, is_main: bool) -> None:
         """Make `directory`, one of the above, this run's own, before it exports there.
@@ -45,10 +45,10 @@ class Exports:
             rotate(directory)
 
     def forget_old(self, is_main: bool) -> None:
-        """Delete all but the newest `save_total_limit` step exports of this run."""
-        if not is_main or self.save_total_limit is None:
+        """Delete all but the newest `total_limit` step exports of this run."""
+        if not is_main or self.total_limit is None:
             return
         steps = [path for path in self._made if path != self.final_directory]
-        for path in steps[: -self.save_total_limit]:
+        for path in steps[: -self.total_limit]:
             shutil.rmtree(path, ignore_errors=True)
             self._made.remove(path)

@@ -92,10 +92,19 @@ class MismatchWarning:
 class Reporter:
     """Writes metrics.jsonl and TensorBoard and shows progress, on the main rank; silent on the others."""
 
-    def __init__(self, output_dir: Path, train_iters: int, output: OutputSection, *, is_main: bool):
+    def __init__(
+        self,
+        output_dir: Path,
+        train_iters: int,
+        output: OutputSection,
+        *,
+        is_main: bool,
+        last_step: int | None = None,
+    ):
+        """`last_step`: of a run that is resumed; None for a new one."""
         self.output_dir, self.output, self.is_main = output_dir, output, is_main
-        self.log = MetricsLog(output_dir, tensorboard=output.tensorboard) if is_main else None
-        self.completions_log = CompletionsLog(output_dir) if is_main and output.log_completions else None
+        self.log = MetricsLog(output_dir, tensorboard=output.tensorboard, last_step=last_step) if is_main else None
+        self.completions_log = CompletionsLog(output_dir, last_step) if is_main and output.log_completions else None
         self.progress = Progress(train_iters, enabled=is_main, log_interval=output.log_interval)
 
     def __enter__(self) -> Reporter:

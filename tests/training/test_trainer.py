@@ -126,13 +126,13 @@ def test_before_the_first_step_there_is_nothing_to_export(gloo_world, tmp_path):
 
 
 def test_exports_are_due_at_their_interval():
-    exports = Exports("x", save_interval=3)
+    exports = Exports("x", interval=3)
     assert [step for step in range(1, 10) if exports.is_due(step)] == [3, 6, 9]
     assert not any(Exports("x").is_due(step) for step in range(1, 10))
 
 
 def test_only_the_newest_step_exports_are_kept(tmp_path):
-    exports = Exports(tmp_path, save_interval=1, save_total_limit=2)
+    exports = Exports(tmp_path, interval=1, total_limit=2)
     for step in (8, 9, 10, 11):
         exports.claim(exports.step_directory(step), is_main=True)
         exports.step_directory(step).mkdir()
@@ -149,7 +149,7 @@ def export_some_steps(rank, world_size, model, directory, steps):
     from megatron_gkd.training.trainer import Trainer
 
     _, student, _, batches = build(model, None, {"teacher": {"kind": "none"}})
-    exports = Exports(directory, save_interval=1, save_total_limit=1)
+    exports = Exports(directory, interval=1, total_limit=1)
     reporter = SimpleNamespace(message=lambda text: None)
     trainer = Trainer(student, None, batches, None, reporter, train_iters=3, eval_interval=None, exports=exports)
     for step in steps:

@@ -1,0 +1,81 @@
+"""From where a run goes on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_gkd.config.schema import Recipe
+from megatron_gkd.errors import RunStopped
+from megatron_gkd.reporting.metrics_log import rotate
+from megatron_gkd.runtime.agreement import raise_together
+from megatron_gkd.training.checkpointing.folder import CheckpointFolder, read_run
+from megatron_gkd.training.checkpointing.identity import differences, recipe_identity
+from megatron_gkd.training.checkpointing.loader import newest_intact, verify
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """A whole checkpoint of this run, and the plain values in it.
+
+    Attributes:
+        warnings: what is wrong with newer checkpoints, a line each.
+    """
+
+    path: Path
+    run: dict[str, Any]
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def step(self) -> int:
+        return self.run["progress"]["step"]
+
+    def require_same(self, identity: dict[str, Any]) -> None:
+        """RunStopped, in all ranks, if the run is another than the one that was saved. All ranks must call it."""
+        lines = differences(identity, self.run["identity"], str(self.path))
+        hint = "\nContinue with what it was trained with, or start anew: train.resume = never"
+        raise_together("\n".join(lines) + hint if lines else None, RunStopped)
+
+
+def checkpoint_folder(recipe: Recipe) -> CheckpointFolder:
+    return CheckpointFolder(Path(recipe.output.output_dir) / "checkpoints")
+
+
+def find_resume_point(recipe: Recipe) -> ResumePoint | None:
+    """Find the checkpoint that `train.resume` means, before anything is built; None to start at step 1.
+
+    All ranks must call it.
+
+    Raises:
+        RunStopped: in all ranks; the checkpoint is damaged or of a run with other settings.
+    """
+    folder, wanted = checkpoint_folder(recipe), recipe.train.resume
+    if wanted == "never":
+        if dist.get_rank() == 0:
+            rotate(folder.path)
+        dist.barrier()
+        return None
+    warnings: list[str] = []
+    if wanted == "auto":
+        if dist.get_rank() == 0:
+            folder.remove_leftovers()
+        dist.barrier()
+        path, warnings = newest_intact(folder)
+        if path is None and warnings:
+            raise RunStopped(f"{warnings[0]}; no older checkpoint is whole. Start anew with train.resume = never")
+        if path is None:
+            return None
+    else:
+        path = _checkpoint_at(Path(wanted))
+        raise_together(verify(path), RunStopped)
+    point = ResumePoint(path, read_run(path), tuple(warnings))
+    point.require_same(recipe_identity(recipe))
+    return point
+
+
+def _checkpoint_at(path: Path) -> Path:
+    """A checkpoint itself, or the newest of a run's folder."""
+    return CheckpointFolder(path / "checkpoints").newest() or CheckpointFolder(path).newest() or path
