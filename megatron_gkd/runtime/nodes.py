@@ -113,6 +113,8 @@ class Nodes:
             problem = watch.find_problem()
             if problem is not None:
                 call.set("failure", problem)
+                if not self.is_main:
+                    raise UserError(problem)  # not RunStopped: rank 0, which prints that, may be gone
                 continue
             time.sleep(pause)
             pause = min(1.0, 1.5 * pause)

@@ -354,7 +354,7 @@ class TestTwoProcesses:
         path = write_jsonl([chat("q", "a"), "{"])
         first, second = run(section(path))
         assert first == second
-        assert first[0] == "UserError"
+        assert first[0] == "RunStopped"
         assert first[1].startswith(f"{path}, line 2: not JSON")
 
     def test_any_other_failure_stops_both(self, run, section, write_jsonl, chat, monkeypatch):
@@ -364,7 +364,7 @@ class TestTwoProcesses:
         monkeypatch.setattr("megatron_gkd.data.dataset.open_source", fail)
         first, second = run(section(write_jsonl([chat("q", "a")])))
         assert first == ("OSError", "disk full")
-        assert second == ("UserError", "OSError: disk full")
+        assert second == ("RunStopped", "OSError: disk full")
 
     def test_a_cache_that_ranks_of_one_node_do_not_share_is_named(
         self, tmp_path, section, write_jsonl, chat, tokenizer, monkeypatch
@@ -373,7 +373,7 @@ class TestTwoProcesses:
         path = write_jsonl([chat("q", "a")])
         sections = [section(path, dataset_cache_dir=str(tmp_path / f"cache{rank}")) for rank in range(2)]
         first, second = _run(tmp_path, tokenizer, sections, leaders=[0])
-        assert first[0] == second[0] == "UserError"
+        assert first[0] == second[0] == "RunStopped"
         assert "cache1: " in second[1] and "name a folder that all ranks of a node see" in second[1]
         assert first[1].endswith(second[1])
 
@@ -413,15 +413,15 @@ class TestTwoNodes:
 
     def test_other_rows_are_an_error_that_names_file_and_node(self, run, chat, tmp_path):
         first, second = run([chat("q", "a")], [chat("q", "b")])
-        assert first[0] == second[0] == "UserError"
+        assert first[0] == second[0] == "RunStopped"
         assert f"rank 1 on {socket.gethostname()}: {tmp_path}/node1.jsonl: gives other rows on this node" in first[1]
         assert "\n" not in first[1] and first[1].endswith(second[1])
         assert self.keys(tmp_path, 1) == [], "wrong rows would be found by the next start"
 
     def test_a_missing_file_is_an_error_that_names_the_node(self, run, chat, tmp_path):
         first, second = run([chat("q", "a")], None)
-        assert second == ("UserError", f"{tmp_path}/node1.jsonl: no such file or folder")
-        assert first == ("UserError", f"rank 1 on {socket.gethostname()}: {second[1]}")
+        problem = f"rank 1 on {socket.gethostname()}: {tmp_path}/node1.jsonl: no such file or folder"
+        assert first == second == ("RunStopped", problem)
 
     def test_an_old_cache_of_other_rows_is_named(self, run, chat, tmp_path):
         run([chat("q", "a")], [chat("q", "a")])
@@ -431,7 +431,7 @@ class TestTwoNodes:
         report.write_text(json.dumps(stored | {"digest": "0"}))
         first, second = run([chat("q", "a")], [chat("q", "a")])
         assert second[1].endswith(f"Remove {tmp_path}/cache1/{key} on this node before the next start")
-        assert first[0] == "UserError"
+        assert first[0] == "RunStopped"
 
 
 class TestRowsOfTokenIds:

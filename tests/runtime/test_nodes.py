@@ -95,8 +95,9 @@ def test_what_fails_in_one_rank_is_raised_in_all(ranks, failing, where, error, t
         nodes.on_leaders(work)
 
     answers = ranks.run(calls, leaders=(0, 2))
-    assert answers[failing] == (type(error).__name__, str(error))
-    assert [answer for rank, answer in enumerate(answers) if rank != failing] == [("UserError", where + text)] * 2
+    shared = ("RunStopped", where + text)
+    assert answers[failing] == (("OSError", "full") if isinstance(error, OSError) else shared)
+    assert [answer for rank, answer in enumerate(answers) if rank != failing] == [shared] * 2
 
 
 def test_a_failure_is_not_kept_until_others_have_finished(ranks):
@@ -131,10 +132,11 @@ def test_a_rank_that_dies_ends_the_wait(ranks, dying, monkeypatch):
     ranks.start(calls, leaders=(0, 2))
     answers = ranks.collect(2)
     assert set(answers) == {0, 1, 2} - {dying}
-    assert answers[1] == (
-        "UserError",
-        f"rank {dying} on {HOST} has shown no sign of life for 1 s; it has probably died",
-    )
+    assert {text for _, text in answers.values()} == {
+        f"rank {dying} on {HOST} has shown no sign of life for 1 s; it has probably died"
+    }
+    # Rank 0 prints what all raise together; if it is the dead one, another has to.
+    assert ("UserError" in {kind for kind, _ in answers.values()}) == (dying == 0)
 
 
 def test_a_rank_that_never_comes_ends_the_wait(ranks, monkeypatch):
@@ -144,7 +146,8 @@ def test_a_rank_that_never_comes_ends_the_wait(ranks, monkeypatch):
     ranks.start(lambda nodes, rank: rank == 2 or nodes.on_main(lambda: 1))
     answers = ranks.collect(3)
     assert answers[2] == (True,)
-    assert answers[0] == answers[1] == ("UserError", "only 2 of 3 ranks came to this point within 0 s")
+    assert answers[0][1] == answers[1][1] == "only 2 of 3 ranks came to this point within 0 s"
+    assert {answers[0][0], answers[1][0]} <= {"UserError", "RunStopped"}
 
 
 def test_the_store_goes_with_rank_0(tmp_path):
