@@ -56,6 +56,18 @@ def read_manifests(section: TeacherSection, tokenizer: PreTrainedTokenizerBase) 
     return manifests
 
 
+def averages_of(teacher: TeacherSource | None) -> tuple[AverageWeights, ...]:
+    """Return the moving averages that a teacher's weights are, which change with every step."""
+    match teacher:
+        case SelfTeacher(weights=AverageWeights() as average):
+            return (average,)
+        case SeveralTeachers(teachers=teachers):
+            return tuple(average for one in teachers.values() for average in averages_of(one))
+        case CachedTeacher(rest=rest):
+            return averages_of(rest)
+    return ()
+
+
 def check_rows(section: TeacherSection, dataset: TokenizedDataset) -> None:
     """UserError where the training rows lack what a teacher needs."""
     for place, teacher in section.all.items():

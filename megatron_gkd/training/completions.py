@@ -23,7 +23,7 @@ class Completions:
 
     def __init__(self, mesh: Mesh, tokenizer: PreTrainedTokenizerBase, interval: int):
         self.mesh, self.tokenizer, self.interval = mesh, tokenizer, interval
-        self._sampled_steps = 0
+        self.sampled_steps = 0
 
     def of_step(
         self, step: int, report: RolloutReport, microbatches: Sequence[Microbatch], divergence: Sequence[torch.Tensor]
@@ -33,8 +33,8 @@ class Completions:
         All ranks must call it together, once for every step in which the student answers. `divergence` is the
         student's `token_divergence`.
         """
-        self._sampled_steps += 1
-        if (self._sampled_steps - 1) % self.interval:
+        self.sampled_steps += 1
+        if (self.sampled_steps - 1) % self.interval:
             return []
         by_position = self._gather(report, microbatches, divergence)
         if not self.mesh.is_main:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch.distributed as dist
@@ -86,6 +86,17 @@ class RolloutReport:
             "truncated_share": self.truncated / max(self.student_rows, 1),
             "staleness": self.staleness,
         }
+
+
+@dataclass
+class Finished:
+    """A `Generation` whose completions are there."""
+
+    completions: list[Completion]
+    seconds: float = 0.0
+
+    def result(self) -> list[Completion]:
+        return self.completions
 
 
 class Rollouts:
@@ -216,6 +227,28 @@ class Rollouts:
                 self.on_sample(sample)
 
         return announce
+
+    def progress(self) -> dict[str, Any]:
+        """Return the completions that were begun for later steps, waiting for them. All ranks must call it together.
+
+        Otherwise a resumed run would sample them from newer weights than this one.
+        """
+        begun = {}
+        for step in sorted(self._begun):
+            rows = self.order.rows_of_step(step, self.global_batch_size)
+            mine, _, _ = self._questions(step)
+            generation = self._begun[step]
+            completions = self._exchange(rows, mine, generation.result())
+            self._begun[step] = Finished([completions[position] for position in mine], generation.seconds)
+            begun[str(step)] = {str(position): asdict(one) for position, one in sorted(completions.items())}
+        return {"begun": begun, "probe_calls": self._probe_calls}
+
+    def restore(self, progress: Mapping[str, Any]) -> None:
+        """Go on from what `progress` returned, under any layout."""
+        self._probe_calls = progress["probe_calls"]
+        for step, completions in progress["begun"].items():
+            mine, _, _ = self._questions(int(step))
+            self._begun[int(step)] = Finished([Completion(**completions[str(position)]) for position in mine])
 
     def close(self) -> None:
         if isinstance(self.engine, BackgroundEngine):

@@ -31,7 +31,20 @@ class RunState:
         return self.step - self.updates
 
 
-def stop(error: Exception, meeting: FailureMeeting, state: RunState, export: Callable[[], Path]) -> NoReturn:
+@dataclass(frozen=True)
+class Rescue:
+    """How a run saves itself before it fails. Both are collectives.
+
+    Attributes:
+        save_checkpoint: returns False if there is none to go on from.
+        export: returns the folder of the Hugging Face export.
+    """
+
+    save_checkpoint: Callable[[], bool]
+    export: Callable[[], Path]
+
+
+def stop(error: Exception, meeting: FailureMeeting, state: RunState, rescue: Rescue) -> NoReturn:
     """Save the student, if every rank has failed, and raise `error` with what there is. All ranks that fail call it.
 
     Raises:
@@ -43,7 +56,7 @@ def stop(error: Exception, meeting: FailureMeeting, state: RunState, export: Cal
     if failures is None:
         saved = f"Not every rank failed within {meeting.seconds:g} s, so the student could not be saved"
     else:
-        saved = _save(state, export)
+        saved = _save(state, rescue)
     told = f"stopped after step {state.step} of {state.train_iters}"
     if not isinstance(error, UserError):
         error.add_note(f"{told}. {saved}")
@@ -52,18 +65,22 @@ def stop(error: Exception, meeting: FailureMeeting, state: RunState, export: Cal
     raise kind(f"{told}: {error}\n{saved}") from error
 
 
-def _save(state: RunState, export: Callable[[], Path]) -> str:
-    """Export the student, a collective. Returns what there is, and how to go on."""
+def _save(state: RunState, rescue: Rescue) -> str:
+    """Save and export the student, a collective. Returns what there is, and how to go on."""
     if not state.updates:
         return "Nothing has been learned yet, so nothing is exported"
     if state.is_updating:
         return "The weights are in the middle of an update, so they are not exported"
     try:
-        directory = export()
+        is_resumable = rescue.save_checkpoint()
+        directory = rescue.export()
     except Exception as error:
-        return f"The student could not be exported: {type(error).__name__}: {error}"
+        return f"The student could not be saved: {type(error).__name__}: {error}"
+    there_is = f"The student of step {state.step} is in {directory}"
+    if is_resumable:
+        return f"{there_is}; the same command continues the run from its checkpoint"
     return (
-        f"The student of step {state.step} is in {directory}. A run with --model {directory} and another --output_dir "
-        "starts from its weights, but otherwise anew: at step 1, with a new optimizer and learning-rate schedule, and "
-        "with the same rows in the same order unless train.seed is another"
+        f"{there_is}. A run with --model {directory} and another --output_dir starts from its weights, but otherwise "
+        "anew: at step 1, with a new optimizer and learning-rate schedule, and with the same rows in the same order "
+        "unless train.seed is another"
     )

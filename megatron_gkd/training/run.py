@@ -18,6 +18,7 @@ from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.teachers.base import ScoresAhead
 from megatron_gkd.training.build import DTYPES, batching, build_rollouts, build_student
 from megatron_gkd.training.build_teacher import (
+    averages_of,
     begins_as_student,
     build_teacher,
     check_rows,
@@ -25,6 +26,13 @@ from megatron_gkd.training.build_teacher import (
     read_manifests,
     require_cached_rows,
 )
+from megatron_gkd.training.checkpointing.identity import data_identity, recipe_identity
+from megatron_gkd.training.checkpointing.loader import load, load_weights
+from megatron_gkd.training.checkpointing.resume import checkpoint_folder, find_checkpoint, find_resume_point
+from megatron_gkd.training.checkpointing.run_checkpoints import RunCheckpoints
+from megatron_gkd.training.checkpointing.saver import Saver
+from megatron_gkd.training.checkpointing.state import Saved
+from megatron_gkd.training.checkpointing.workarounds import apply_workarounds
 from megatron_gkd.training.completions import Completions
 from megatron_gkd.training.exports import Exports
 from megatron_gkd.training.metrics import Reporter
@@ -40,6 +48,8 @@ def train(recipe: Recipe) -> None:
 
 def _train(recipe: Recipe, mesh: Mesh) -> None:
     output_dir = Path(recipe.output.output_dir)
+    apply_workarounds()
+    point = find_resume_point(recipe)
     if mesh.is_main:
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
@@ -57,6 +67,10 @@ def _train(recipe: Recipe, mesh: Mesh) -> None:
     train_iters = recipe.train.train_iters or math.ceil(
         recipe.train.num_train_epochs * order.epoch_length / recipe.train.global_batch_size
     )
+    identity = data_identity(dataset, models.tokenizer, train_iters)
+    if point is not None:
+        point.require_same(identity)
+    first_step = 0 if point is None else point.step
     cut = batching(recipe, mesh, pad_token_id(models))
     policy = OnPolicy(recipe.distill.lmbda, recipe.distill.lmbda_granularity, recipe.train.seed)
     batches = StepLoader(
@@ -64,7 +78,8 @@ def _train(recipe: Recipe, mesh: Mesh) -> None:
         order,
         **cut,
         num_workers=recipe.data.dataloader_num_workers,
-        num_steps=train_iters,
+        start_step=first_step,
+        num_steps=max(0, train_iters - first_step),
         skip=partial(policy.any, count=recipe.train.global_batch_size),
     )
     validation = None
@@ -85,10 +100,25 @@ def _train(recipe: Recipe, mesh: Mesh) -> None:
     completions = None
     if rollouts is not None and output.log_completions:
         completions = Completions(mesh, models.tokenizer, output.log_completions_interval)
+    saved = Saved(student, averages_of(teacher), output.save_optim)
+    if point is not None:
+        load(saved, point.path, point.step)
+    elif recipe.train.init_from is not None:
+        load_weights(saved, find_checkpoint(recipe.train.init_from))
     closing = contextlib.nullcontext() if rollouts is None else contextlib.closing(rollouts)
-    with closing, Reporter(output_dir, train_iters, output, is_main=mesh.is_main) as reporter:
+    reporter = Reporter(
+        output_dir, train_iters, output, is_main=mesh.is_main, last_step=None if point is None else point.step
+    )
+    with closing, reporter:
         reporter.message(data_report.summary())
-        exported = Trainer(
+        saver = Saver(
+            checkpoint_folder(recipe),
+            is_asynchronous=output.async_save,
+            most=output.save_total_limit,
+            report=reporter.message,
+        )
+        checkpoints = RunCheckpoints(saver, saved, output.save_interval, recipe_identity(recipe) | identity)
+        trainer = Trainer(
             student,
             teacher,
             batches,
@@ -100,9 +130,16 @@ def _train(recipe: Recipe, mesh: Mesh) -> None:
             teacher_is_student=begins_as_student(recipe.teacher, models.student, models.teachers),
             train_iters=train_iters,
             eval_interval=recipe.train.eval_interval,
-            exports=Exports(output_dir, output.save_interval, output.save_total_limit),
+            exports=Exports(output_dir, output.export_interval, output.export_total_limit),
             max_bad_steps=recipe.train.max_bad_steps,
-        ).run()
+            checkpoints=checkpoints,
+        )
+        if point is not None:
+            trainer.restore(point.run["progress"])
+            for warning in point.warnings:
+                reporter.message(f"warning: {warning}")
+            reporter.message(f"resumed from {point.path}")
+        exported = trainer.run()
         reporter.message(
             f"checkpoint {exported}\nmetrics    {output_dir / 'metrics.jsonl'}\ncurves     {reporter.plot()}"
         )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_gkd.data.loader import StepLoader
 from megatron_gkd.data.microbatch import Microbatch
@@ -17,12 +18,13 @@ from megatron_gkd.runtime.agreement import FailureMeeting, raise_together
 from megatron_gkd.teachers.base import FollowsStudent, ReadOnce, TeacherSignal, TeacherSource
 from megatron_gkd.training.ahead import announce_ahead
 from megatron_gkd.training.bad_steps import BadSteps
+from megatron_gkd.training.checkpointing.run_checkpoints import RunCheckpoints
 from megatron_gkd.training.completions import Completions
 from megatron_gkd.training.exports import Exports
 from megatron_gkd.training.guards import Guards
 from megatron_gkd.training.metrics import MismatchWarning, Reporter, describe_rollouts, summarize
 from megatron_gkd.training.on_policy import Rollouts
-from megatron_gkd.training.rescue import RunState, stop
+from megatron_gkd.training.rescue import Rescue, RunState, stop
 from megatron_gkd.training.student import Student
 
 
@@ -49,6 +51,7 @@ class Trainer:
         eval_interval: int | None,
         exports: Exports,
         max_bad_steps: int = 10,
+        checkpoints: RunCheckpoints | None = None,
     ):
         self.student, self.teacher = student, teacher
         self.batches, self.validation, self.reporter = batches, validation, reporter
@@ -62,6 +65,30 @@ class Trainer:
         self.eval_interval, self.exports = eval_interval, exports
         self.bad_steps = BadSteps(exports.output_dir / "bad_steps", max_bad_steps)
         self.state = RunState(train_iters)
+        self.checkpoints = checkpoints
+        if checkpoints is not None:
+            checkpoints.progress = self.progress
+
+    def progress(self) -> dict[str, Any]:
+        """Return the plain values that a checkpoint needs, the same on all ranks. All ranks must call it."""
+        return {
+            "step": self.state.step,
+            "updates": self.state.updates,
+            "bad_steps_in_a_row": self.bad_steps.in_a_row,
+            "mismatch_warnings": self.mismatch_warning.count,
+            "sampled_steps": 0 if self.completions is None else self.completions.sampled_steps,
+            "rollouts": None if self.rollouts is None else self.rollouts.progress(),
+        }
+
+    def restore(self, progress: Mapping[str, Any]) -> None:
+        """Go on from what `progress` returned."""
+        self.state.step, self.state.updates = progress["step"], progress["updates"]
+        self.bad_steps.in_a_row = progress["bad_steps_in_a_row"]
+        self.mismatch_warning.count = progress["mismatch_warnings"]
+        if self.completions is not None:
+            self.completions.sampled_steps = progress["sampled_steps"]
+        if self.rollouts is not None and progress["rollouts"] is not None:
+            self.rollouts.restore(progress["rollouts"])
 
     def run(self) -> Path:
         """Train to the end. Returns the directory of the final Hugging Face checkpoint. All ranks must call it.
@@ -74,7 +101,7 @@ class Trainer:
         try:
             directory = self._run()
         except Exception as error:
-            stop(error, meeting, self.state, self.rescue)
+            stop(error, meeting, self.state, Rescue(self.save_checkpoint, self.export_now))
         if self.bad_steps.in_a_row:
             self.reporter.plot()
             raise RunStopped(
@@ -84,7 +111,8 @@ class Trainer:
         return directory
 
     def _run(self) -> Path:
-        for step, microbatches in enumerate(announce_ahead(self.batches, self.teacher), start=1):
+        first = self.state.step + 1
+        for step, microbatches in enumerate(announce_ahead(self.batches, self.teacher), start=first):
             self.train_step(step, microbatches)
             last = step == self.state.train_iters
             if self.validation is not None and (last or (self.eval_interval and step % self.eval_interval == 0)):
@@ -92,6 +120,12 @@ class Trainer:
             if not last and self.exports.is_due(step):
                 self.export(self.exports.step_directory(step))
                 self.exports.forget_old(self.student.mesh.is_main)
+            if self.checkpoints is not None:
+                self.checkpoints.poll()
+                if last or self.checkpoints.is_due(step):
+                    self.checkpoints.save(step)
+        if self.checkpoints is not None:
+            self.checkpoints.finish()
         return self.export(self.exports.final_directory)
 
     def train_step(self, step: int, microbatches: list[Microbatch] | None) -> None:
@@ -193,7 +227,13 @@ class Trainer:
         self.exports.claim(directory, is_main=self.student.mesh.is_main)
         return export_checkpoint(self.student.model, directory)
 
-    def rescue(self) -> Path:
+    def save_checkpoint(self) -> bool:
+        """Save a checkpoint of the run as it is, and wait for it. Returns False if it can't. All ranks must call it."""
+        if self.checkpoints is None:
+            return False
+        return self.checkpoints.save(self.state.step) and self.checkpoints.finish()
+
+    def export_now(self) -> Path:
         """Export the student as it is, before the run fails. All ranks must call it."""
         directory = self.export(self.exports.step_directory(self.state.step))
         self.reporter.plot()

@@ -48,22 +48,36 @@ def load(saved: Saved, path: Path, step: int) -> None:
     if not run["with_optimizer"]:
         raise UserError(f"train.resume: {path} has no optimizer state (output.save_optim = false); use train.init_from")
     same_layout = run["layout"] == layout_of(student.mesh)
-    wanted = saved.to_read(same_layout=same_layout)
+    found = _read(path, saved.to_read(same_layout=same_layout))
+    _load_model(saved, found["model"])
+    student.optimizer.load_state_dict(found["optimizer"])
+    separate_steps(student.optimizer)
+    student.scheduler.num_steps = 0
+    student.scheduler.step(step)
+    saved.load_averages(found.get("averages", {}))
+    if same_layout:
+        set_random_states(found["random"])
+
+
+@torch.no_grad()
+def load_weights(saved: Saved, path: Path) -> None:
+    """Load the student's weights alone from a verified checkpoint, into a new student. All ranks must call it.
+
+    UserError in all ranks if it is of another model.
+    """
+    found = _read(path, {"model": saved.model_state()})
+    _load_model(saved, found["model"])
+    saved.student.optimizer.reload_model_params()
+
+
+def _read(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     problem, found = None, {}
     try:
         found = dist_checkpointing.load(wanted, str(path))
     except Exception as error:
         problem = f"{path}: can't be loaded into this model ({type(error).__name__}: {str(error).splitlines()[0]})"
     raise_together(problem)
-    _load_model(saved, found["model"])
-    student.optimizer.load_state_dict(found["optimizer"])
-    separate_steps(student.optimizer)
-    student.scheduler.num_steps = 0
-    student.scheduler.step(step)
-    if saved.average is not None:
-        saved.load_average(found["average"])
-    if same_layout:
-        set_random_states(found["random"])
+    return found
 
 
 def _load_model(saved: Saved, state: dict[str, Any]) -> None:

@@ -69,13 +69,18 @@ def find_resume_point(recipe: Recipe) -> ResumePoint | None:
         if path is None:
             return None
     else:
-        path = _checkpoint_at(Path(wanted))
-        raise_together(verify(path), RunStopped)
+        path = find_checkpoint(wanted)
     point = ResumePoint(path, read_run(path), tuple(warnings))
     point.require_same(recipe_identity(recipe))
     return point
 
 
-def _checkpoint_at(path: Path) -> Path:
-    """A checkpoint itself, or the newest of a run's folder."""
-    return CheckpointFolder(path / "checkpoints").newest() or CheckpointFolder(path).newest() or path
+def find_checkpoint(wanted: str) -> Path:
+    """Return the checkpoint at a path, or the newest one of the run at it. All ranks must call it.
+
+    RunStopped, in all ranks, if it is not whole.
+    """
+    path = Path(wanted)
+    path = CheckpointFolder(path / "checkpoints").newest() or CheckpointFolder(path).newest() or path
+    raise_together(verify(path), RunStopped)
+    return path

@@ -25,12 +25,12 @@ class Saved:
     """The parts of a run whose tensors are saved.
 
     Attributes:
-        average: the moving average of a self-teacher; None without one.
+        averages: the moving averages of self-teachers.
         with_optimizer: recipe key `output.save_optim`.
     """
 
     student: Student
-    average: AverageWeights | None = None
+    averages: tuple[AverageWeights, ...] = ()
     with_optimizer: bool = True
 
     def to_write(self) -> dict[str, Any]:
@@ -52,8 +52,8 @@ class Saved:
             state["optimizer"] = self.student.optimizer.sharded_state_dict(
                 model, is_loading=is_loading, metadata=dict(FORMAT)
             )
-        if self.average is not None:
-            state["average"] = self.average_state(model)
+        if self.averages:
+            state["averages"] = self._average_state(model)
         if same_layout:
             state["random"] = ShardedObject("random", random_states(), (dist.get_world_size(),), (dist.get_rank(),))
         return state
@@ -64,18 +64,25 @@ class Saved:
         with student.mesh.virtual_stages(student.model.config.virtual_pipeline_model_parallel_size):
             return {f"model{index}": chunk.sharded_state_dict() for index, chunk in enumerate(student.model.chunks)}
 
-    def average_state(self, model: dict[str, Any]) -> dict[int, Any]:
-        """Return the average in fp32, sharded as the parameters that it is of."""
-        held = self.average.by_parameter()
-        return {
-            index: replace(shard, key=f"average.{shard.key}", data=held[shard.data], dtype=torch.float32)
-            for index, shard in enumerate(_shards_of(held, model))
-        }
+    def _average_state(self, model: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        """Return the averages in fp32, sharded as the parameters that they are of."""
+        state: dict[str, dict[str, Any]] = {}
+        for number, average in enumerate(self.averages):
+            held = average.by_parameter()
+            state[str(number)] = {
+                str(index): replace(
+                    shard, key=f"average{number}.{shard.key}", data=held[shard.data], dtype=torch.float32
+                )
+                for index, shard in enumerate(_shards_of(held, model))
+            }
+        return state
 
-    def load_average(self, found: dict[int, Tensor]) -> None:
-        held = self.average.by_parameter()
-        shards = enumerate(_shards_of(held, self.model_state()))
-        self.average.replace(held | {shard.data: found[index] for index, shard in shards})
+    def load_averages(self, found: dict[str, dict[str, Tensor]]) -> None:
+        """Take over what was loaded in the place of ``_average_state``."""
+        for number, average in enumerate(self.averages):
+            held = average.by_parameter()
+            shards = enumerate(_shards_of(held, self.model_state()))
+            average.replace(held | {shard.data: found[str(number)][str(index)] for index, shard in shards})
 
 
 def _shards_of(held: dict[nn.Parameter, Tensor], model: dict[str, Any]) -> list[Any]:
