@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_train import run, train, workspace  # noqa: F401  (a fixture)
+from test_train import train, workspace  # noqa: F401  (a fixture)
 
 KILLED = """
 import os
@@ -48,7 +47,7 @@ ON_POLICY = ("--lmbda", "0.5", "--lmbda_granularity", "row", "--max_completion_l
 OPTIONS = {
     "offline TP2": ("--eval_interval", "2"),
     "on-policy": (*ON_POLICY, "--log_completions_interval", "2", "--dtype", "fp32"),
-    "EMA self-teacher": ("--kind", "self", "--teacher_model", "null", "--ema", "0.9", "--offload_teacher_model", "false"),
+    "EMA self-teacher": (*"--kind self --teacher_model null --ema 0.9 --offload_teacher_model false".split(),),
 }
 
 

@@ -332,8 +332,8 @@ class TrainSection(Section):
     clip_grad: float = Field(1.0, ge=0, description="largest norm of the whole gradient; 0: no clipping")
     resume: PathText = Field(
         "auto",
-        description="auto: continue from the newest whole checkpoint in output_dir, if there is one; never: start anew; "
-        "or the path of a checkpoint or of a run",
+        description="auto: continue from the newest whole checkpoint in output_dir, if there is one; never: start "
+        "anew; or the path of a checkpoint or of a run",
     )
     init_from: PathText | None = Field(
         None, description="checkpoint or run whose weights to start from, with a new optimizer and schedule"
