@@ -61,6 +61,7 @@ def train_ahead(rank, world_size, student, teacher, changes, folder):
     No server answers prompts that were sent ahead before the step in between trains.
     """
     from megatron_gkd.runtime.mesh import destroy_mesh
+    from megatron_gkd.training.exports import Exports
     from megatron_gkd.training.trainer import Trainer
 
     mesh, student, teacher, batches = build(student, teacher, changes)
@@ -95,7 +96,7 @@ def train_ahead(rank, world_size, student, teacher, changes, folder):
         rollouts=rollouts,
         train_iters=STEPS,
         eval_interval=None,
-        exports=None,
+        exports=Exports(folder),
     )
     for step in range(STEPS):
         trainer.train_step(step + 1, None if rollouts.due(step) else batches.step(step))
