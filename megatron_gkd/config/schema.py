@@ -370,7 +370,9 @@ class OutputSection(Section):
 
     output_dir: PathText = Field(description="folder of metrics, curves, the resolved recipe and the exports")
     save_interval: int | None = Field(
-        500, ge=1, description="steps between checkpoints, from which a run is resumed; one is saved at the end, too"
+        500,
+        ge=1,
+        description="steps between checkpoints, from which a run is resumed; one is saved at the end, too; null: none",
     )
     export_interval: int | None = Field(
         None, ge=1, description="steps between Hugging Face exports; null: only the last"

@@ -117,7 +117,9 @@ def _train(recipe: Recipe, mesh: Mesh) -> None:
             most=output.save_total_limit,
             report=reporter.message,
         )
-        checkpoints = RunCheckpoints(saver, saved, output.save_interval, recipe_identity(recipe) | identity)
+        checkpoints = None
+        if output.save_interval is not None:
+            checkpoints = RunCheckpoints(saver, saved, output.save_interval, recipe_identity(recipe) | identity)
         trainer = Trainer(
             student,
             teacher,
@@ -127,7 +129,8 @@ def _train(recipe: Recipe, mesh: Mesh) -> None:
             rollouts=rollouts,
             completions=completions,
             mismatch_kl_threshold=recipe.rollout.mismatch_kl_threshold,
-            teacher_is_student=begins_as_student(recipe.teacher, models.student, models.teachers),
+            teacher_is_student=recipe.train.init_from is None
+            and begins_as_student(recipe.teacher, models.student, models.teachers),
             train_iters=train_iters,
             eval_interval=recipe.train.eval_interval,
             exports=Exports(output_dir, output.export_interval, output.export_total_limit),

@@ -84,7 +84,7 @@ def test_a_rank_that_fails_alone_does_not_wait_for_ever(gloo_world):
 
 
 def test_the_user_is_told_that_a_rank_failed_alone(tmp_path):
-    from megatron_gkd.training.rescue import RunState, stop
+    from megatron_gkd.training.rescue import Rescue, RunState, stop
 
     class Alone:
         seconds = 5.0
@@ -96,5 +96,5 @@ def test_the_user_is_told_that_a_rank_failed_alone(tmp_path):
         raise AssertionError("a collective that the other ranks do not join")
 
     with pytest.raises(UserError, match="stopped after step 7 of 9: broken\nNot every rank failed within 5 s") as error:
-        stop(UserError("broken"), Alone(), RunState(9, step=7, updates=7), export)
+        stop(UserError("broken"), Alone(), RunState(9, step=7, updates=7), Rescue(export, export))
     assert type(error.value) is UserError  # so that it is shown on any rank

@@ -23,13 +23,13 @@ class RunCheckpoints:
 
     saver: Saver
     saved: Saved
-    interval: int | None
+    interval: int
     identity: dict[str, Any]
     progress: Callable[[], dict[str, Any]] = field(default=dict)
     saved_step: int = 0
 
     def is_due(self, step: int) -> bool:
-        return self.interval is not None and step % self.interval == 0
+        return step % self.interval == 0
 
     def save(self, step: int) -> bool:
         """Save the run as it is after `step`, once. Returns False if that failed, which is reported."""
