@@ -120,7 +120,7 @@ def _training(
 
     def work() -> None:
         shutil.rmtree(output, ignore_errors=True)
-        overrides = ["--model", start, "--seed", seed, "--output_dir", output]
+        overrides = ["--model", start, "--seed", seed, "--output_dir", output, "--save_interval", "null"]
         overrides += ["--teacher_model", start] if is_own_teacher else []
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         command = [*launcher, "-m", "megatron_gkd", "train", path, *overrides]
