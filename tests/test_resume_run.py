@@ -51,12 +51,16 @@ OPTIONS = {
 }
 
 
+KILLS = {"offline TP2": [(2, 1), (5, 0)], "on-policy": [(5, 0)], "EMA self-teacher": [(5, 1)]}
+"""By kind, the step in which a rank is killed, one run after another."""
+
+
 @pytest.mark.parametrize("kind", OPTIONS)
 def test_a_killed_run_goes_on_bit_by_bit(kind, workspace):  # noqa: F811
     options = (*OPTIONS[kind], "--save_interval", "2", "--train_iters", "5", "--export_interval", "null")
     finished = train(workspace, *options, "--output_dir", "runs/whole")
     assert finished.returncode == 0, finished.stderr
-    for step, rank in ((2, 1), (5, 0)):
+    for step, rank in KILLS[kind]:
         (workspace / "killed.py").write_text(KILLED.format(step=step, rank=rank))
         assert train(workspace, *options, program=("killed.py",)).returncode != 0
         assert not (workspace / "runs/x/hf").exists()
@@ -65,4 +69,14 @@ def test_a_killed_run_goes_on_bit_by_bit(kind, workspace):  # noqa: F811
     assert "resumed from runs/x/checkpoints/step-00000" in finished.stdout
     assert_same(outcome(workspace / "runs/x"), outcome(workspace / "runs/whole"))
     names = {path.name for path in (workspace / "runs/x/checkpoints").iterdir()}
-    assert names == {"step-000002", "step-000004", "step-000005"}, "and no leftovers"
+    assert {"step-000004", "step-000005"} <= names and not any("unfinished" in name for name in names)
+
+
+def test_another_recipe_is_refused_by_key(workspace):  # noqa: F811
+    options = ("--tensor_model_parallel_size", "1", "--train_iters", "2", "--save_interval", "1")
+    assert train(workspace, *options, processes=1).returncode == 0
+    finished = train(workspace, *options, "--lr", "2e-3", processes=1)
+    assert finished.returncode != 0
+    message = "train.lr = 0.002: the checkpoint runs/x/checkpoints/step-000002 was trained with 0.001"
+    assert finished.stderr.count(message) == 1 and "train.resume = never" in finished.stderr
+    assert "in _train" not in finished.stderr, "a traceback of ours"

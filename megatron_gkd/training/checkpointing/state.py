@@ -70,9 +70,7 @@ class Saved:
         for number, average in enumerate(self.averages):
             held = average.by_parameter()
             state[str(number)] = {
-                str(index): replace(
-                    shard, key=f"average{number}.{shard.key}", data=held[shard.data], dtype=torch.float32
-                )
+                str(index): _in_place_of(shard, held[shard.data], f"average{number}")
                 for index, shard in enumerate(_shards_of(held, model))
             }
         return state
@@ -83,6 +81,12 @@ class Saved:
             held = average.by_parameter()
             shards = enumerate(_shards_of(held, self.model_state()))
             average.replace(held | {shard.data: found[str(number)][str(index)] for index, shard in shards})
+
+
+def _in_place_of(shard: Any, data: Tensor, prefix: str) -> Any:
+    """Return a shard that lies like `shard`, of another tensor. A factory of shards has no dtype of its own."""
+    dtype = {"dtype": data.dtype} if hasattr(shard, "dtype") else {}
+    return replace(shard, key=f"{prefix}.{shard.key}", data=data, **dtype)
 
 
 def _shards_of(held: dict[nn.Parameter, Tensor], model: dict[str, Any]) -> list[Any]:
