@@ -20,6 +20,7 @@ from megatron_gkd.runtime.disk import flush
 
 MANIFEST = "manifest.json"
 RUN = "run.json"
+_RUN_KEYS = ("layout", "with_optimizer", "identity", "progress")
 _UNFINISHED = ".unfinished"
 _STEP = re.compile(r"step-(\d+)")
 
@@ -92,11 +93,16 @@ class CheckpointFolder:
 
 
 def read_run(path: Path) -> dict[str, Any]:
-    """Return the plain values that a checkpoint was saved with. UserError if they can't be read."""
+    """Return the plain values that a checkpoint was saved with. UserError if one of them is missing."""
     try:
-        return json.loads((path / RUN).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        run = json.loads((path / RUN).read_text(encoding="utf-8"))
+        missing = [key for key in _RUN_KEYS if key not in run]
+        missing += [] if missing else [f"progress.{key}" for key in ("step", "updates") if key not in run["progress"]]
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path / RUN}: can't be read ({error})") from error
+    if missing:
+        raise UserError(f"{path / RUN}: lacks {', '.join(missing)}; it was not written by this release")
+    return run
 
 
 def digest(path: Path) -> list:
@@ -109,12 +115,12 @@ def digest(path: Path) -> list:
 def find_damage(path: Path, rank: int = 0, world_size: int = 1) -> str | None:
     """Compare this rank's share of the files with the manifest. Returns one line on the first that differs."""
     try:
-        files = json.loads((path / MANIFEST).read_text())["files"]
+        files = sorted(json.loads((path / MANIFEST).read_text())["files"].items())
     except FileNotFoundError:
         return f"{path}: no {MANIFEST} there, so it is no whole checkpoint"
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         return f"{path / MANIFEST}: can't be read ({type(error).__name__}: {error})"
-    for name, expected in sorted(files.items())[rank::world_size]:
+    for name, expected in files[rank::world_size]:
         file = path / name
         if not file.is_file():
             return f"{file}: missing"
