@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
@@ -24,21 +23,28 @@ def export_checkpoint(model: MegatronModel, directory: str | Path) -> Path:
     """Weights, config, generation config and tokenizer of `model` into `directory`. A collective over the whole world.
 
     The checkpoint is written beside its place and moved there when whole, so an interrupted run leaves no half of one.
+
+    Raises:
+        UserError: in all ranks; the folder or a file beside the weights can't be written.
     """
     directory = Path(directory)
     unfinished = directory.with_name(directory.name + ".unfinished")
-    if model.mesh.is_main:
+    is_main = model.mesh.is_main
+
+    def prepare() -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-    dist.barrier()
-    with model.mesh.virtual_stages(model.config.virtual_pipeline_model_parallel_size):
-        with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
-            model.config.bridge.save_weights(model.chunks, str(unfinished))
-    if model.mesh.is_main:
+
+    def publish() -> None:
         write_companions(model.checkpoint, model.config.params_dtype, unfinished)
         shutil.rmtree(directory, ignore_errors=True)
         unfinished.rename(directory)
-    dist.barrier()
+
+    _on_main(prepare, f"{directory}: can't be written to", is_main=is_main)
+    with model.mesh.virtual_stages(model.config.virtual_pipeline_model_parallel_size):
+        with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
+            model.config.bridge.save_weights(model.chunks, str(unfinished))
+    _on_main(publish, f"{directory}: can't be written to", is_main=is_main)
     return directory
 
 
@@ -54,14 +60,23 @@ def try_companions(checkpoint: Checkpoint, dtype: torch.dtype, folder: Path, *, 
     Raises:
         UserError: in all ranks; one of the files can't be written.
     """
+
+    def write() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="hf-trial.", dir=folder) as trial:
+            write_companions(checkpoint, dtype, Path(trial))
+
+    _on_main(write, f"output.output_dir = {folder}: no export can be written there", is_main=is_main)
+
+
+def _on_main(work: Callable[[], None], what: str, *, is_main: bool) -> None:
+    """Run `work` on the main rank while the others wait; all raise the UserError if it fails. `what` begins it."""
     problem = None
     if is_main:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix="hf-trial.", dir=folder) as trial:
-                write_companions(checkpoint, dtype, Path(trial))
+            work()
         except OSError as error:
-            problem = f"output.output_dir = {folder}: no export can be written there ({error})"
+            problem = f"{what} ({error})"
         except UserError as error:
             problem = str(error)
     raise_together(problem)

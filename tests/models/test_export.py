@@ -161,3 +161,22 @@ def test_the_export_has_the_validation_loss_of_the_run(layout, gloo_world, tmp_p
     assert totals["divergence"] == pytest.approx(sums["new"], rel=1e-5)
     assert totals["cross_entropy"] == pytest.approx(sums["cross_entropy"], rel=1e-5)
     assert sums["new"] < 0.99 * sums["old"], "three steps must show"
+
+
+def export_into_a_file(rank, world_size, model, directory):
+    from megatron_gkd.errors import UserError
+    from megatron_gkd.models.export import export_checkpoint
+    from megatron_gkd.runtime.mesh import destroy_mesh
+
+    _, student, _, _ = build(model, None, {"teacher": {"kind": "none"}})
+    with pytest.raises(UserError) as error:
+        export_checkpoint(student.model, directory)
+    destroy_mesh()
+    return str(error.value)
+
+
+def test_a_place_that_can_not_be_written_to_is_the_same_line_in_all_ranks(gloo_world, tmp_path):
+    (tmp_path / "file").write_text("")
+    messages = gloo_world(2).run(export_into_a_file, tiny_checkpoint("qwen3", seed=2), tmp_path / "file/hf", timeout=60)
+    assert messages[0] == messages[1]
+    assert messages[0].startswith(f"{tmp_path}/file/hf: can't be written to (") and "\n" not in messages[0]
