@@ -34,8 +34,9 @@ class CheckpointFolder:
     def final(self, step: int) -> Path:
         return self.path / f"step-{step:06d}"
 
-    def unfinished(self, step: int) -> Path:
-        return self.path / f"step-{step:06d}{_UNFINISHED}"
+    def unfinished(self, step: int, attempt: int = 0) -> Path:
+        """Return a folder of this attempt alone: the thread of one that was given up may still write into its own."""
+        return self.path / f"step-{step:06d}.{attempt}{_UNFINISHED}"
 
     def steps(self) -> list[int]:
         """Return the steps of the whole checkpoints, rising."""
@@ -50,17 +51,17 @@ class CheckpointFolder:
         steps = self.steps()
         return self.final(steps[-1]) if steps else None
 
-    def prepare(self, step: int, run: dict[str, Any]) -> Path:
+    def prepare(self, step: int, run: dict[str, Any], attempt: int = 0) -> Path:
         """Make a folder for the checkpoint of `step`, with `run`, plain values, as ``run.json`` in it."""
-        folder = self.unfinished(step)
+        folder = self.unfinished(step, attempt)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         (folder / RUN).write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
         return folder
 
-    def publish(self, step: int, digests: dict[str, list]) -> Path:
+    def publish(self, step: int, digests: dict[str, list], attempt: int = 0) -> Path:
         """Write the manifest of what `prepare` gave and move it to its place. A checkpoint of the same step goes."""
-        unfinished, final = self.unfinished(step), self.final(step)
+        unfinished, final = self.unfinished(step, attempt), self.final(step)
         manifest = unfinished / MANIFEST
         manifest.write_text(json.dumps({"step": step, "files": digests}, indent=1, sort_keys=True) + "\n")
         flush(manifest)

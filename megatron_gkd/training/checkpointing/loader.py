@@ -13,7 +13,7 @@ from megatron_gkd.errors import UserError
 from megatron_gkd.runtime.agreement import first_problem, raise_together
 from megatron_gkd.training.checkpointing.folder import CheckpointFolder, find_damage, read_run
 from megatron_gkd.training.checkpointing.state import Saved, layout_of, set_random_states
-from megatron_gkd.training.checkpointing.workarounds import apply_workarounds, fill_empty_states, separate_steps
+from megatron_gkd.training.checkpointing.workarounds import apply_workarounds, separate_steps
 
 
 def verify(path: Path) -> str | None:
@@ -43,7 +43,6 @@ def load(saved: Saved, path: Path, step: int) -> None:
     """
     apply_workarounds()
     student = saved.student
-    fill_empty_states(student.optimizer)
     run = read_run(path)
     if not run["with_optimizer"]:
         raise UserError(f"train.resume: {path} has no optimizer state (output.save_optim = false); use train.init_from")

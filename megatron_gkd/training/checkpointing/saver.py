@@ -64,6 +64,7 @@ class Saver:
         self.folder, self.is_asynchronous, self.most = folder, is_asynchronous, most
         self.report, self.seconds = report, seconds
         self._write: _Write | None = None
+        self._attempt = 0
 
     def save(self, step: int, state: dict[str, Any], run: dict[str, Any]) -> bool:
         """Save `state`, a sharded state dict, and `run`, plain values, as those of `step`.
@@ -74,10 +75,11 @@ class Saver:
             False if it failed, which was reported: training can go on.
         """
         self.finish()
+        self._attempt += 1
         problem = None
         if dist.get_rank() == 0:
             try:
-                self.folder.prepare(step, run)
+                self.folder.prepare(step, run, self._attempt)
             except OSError as error:
                 problem = str(error)
         problem = first_problem(problem)
@@ -106,10 +108,13 @@ class Saver:
             return self._publish(write)
         return self._give_up(write)
 
+    def _unfinished(self, step: int) -> Path:
+        return self.folder.unfinished(step, self._attempt)
+
     def _begin(self, step: int, state: dict[str, Any]) -> _Write:
         # Megatron's own queue belongs to a process that it would spawn for it.
         filesystem_async._results_queue = queue.SimpleQueue()
-        request = dist_checkpointing.save(state, str(self.folder.unfinished(step)), async_sharded_save=True)
+        request = dist_checkpointing.save(state, str(self._unfinished(step)), async_sharded_save=True)
         buckets, results = [], None
         if request.async_fn is not None:
             _, buckets, results = request.async_fn_args
@@ -145,8 +150,8 @@ class Saver:
         return True
 
     def _publish_files(self, step: int, digests: dict[str, list]) -> None:
-        own = [path for path in self.folder.unfinished(step).iterdir() if path.name not in digests]
-        self.folder.publish(step, digests | {path.name: digest(path) for path in own})
+        own = [path for path in self._unfinished(step).iterdir() if path.name not in digests]
+        self.folder.publish(step, digests | {path.name: digest(path) for path in own}, self._attempt)
         if self.most is not None:
             self.folder.forget_old(self.most)
 
@@ -156,7 +161,7 @@ class Saver:
 
     def _failed(self, step: int, problem: str) -> bool:
         if dist.get_rank() == 0:
-            shutil.rmtree(self.folder.unfinished(step), ignore_errors=True)
+            shutil.rmtree(self._unfinished(step), ignore_errors=True)
         self.report(f"warning: step {step}: the checkpoint could not be saved: {problem}; training goes on")
         return False
 

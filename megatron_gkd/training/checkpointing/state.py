@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from megatron_gkd.runtime import portability
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.teachers.self_weights import AverageWeights
+from megatron_gkd.training.checkpointing.workarounds import fill_empty_states
 from megatron_gkd.training.student import Student
 
 FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
@@ -49,6 +50,7 @@ class Saved:
         model = self.model_state()
         state: dict[str, Any] = {"model": model}
         if self.with_optimizer:
+            fill_empty_states(self.student.optimizer)  # of a student whose steps were all skipped, or a new one
             state["optimizer"] = self.student.optimizer.sharded_state_dict(
                 model, is_loading=is_loading, metadata=dict(FORMAT)
             )

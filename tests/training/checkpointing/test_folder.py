@@ -30,7 +30,7 @@ def test_only_what_is_published_is_a_checkpoint(folder):
     folder.prepare(20, RUN)
     (folder.final(21)).mkdir()
     assert folder.steps() == [3, 12] and folder.newest() == newest
-    assert {path.name for path in folder.remove_leftovers()} == {"step-000020.unfinished", "step-000021"}
+    assert {path.name for path in folder.remove_leftovers()} == {"step-000020.0.unfinished", "step-000021"}
     assert sorted(path.name for path in folder.path.iterdir()) == ["step-000003", "step-000012"]
     assert find_damage(newest) is None and read_run(newest) == RUN
 

@@ -59,7 +59,8 @@ def save_and_resume(rank, world_size, model, changes, other, directory):
         records.append((totals["loss"], student.update(), student.learning_rate))
         saver.poll()
         if step == 1:
-            saver.save(step, Saved(student).to_write(), Saved(student).description())
+            values = {"identity": {}, "progress": {"step": step, "updates": step}}
+            saver.save(step, Saved(student).to_write(), Saved(student).description() | values)
     assert saver.finish()
     expected = records[1:], weights_of(student), moments_of(student)
     destroy_mesh()
