@@ -23,6 +23,9 @@ def _rank(rank, world_size, store, results, calls, leaders):
         results.put((rank, calls(nodes, rank)))
     except BaseException as error:
         results.put((rank, type(error).__name__, str(error)))
+    results.close()
+    results.join_thread()
+    os._exit(0)  # a fork of pytest's process must not tear down the libraries that it shares with it
 
 
 class Ranks:
