@@ -73,9 +73,12 @@ def _save(state: RunState, rescue: Rescue) -> str:
         return "The weights are in the middle of an update, so they are not exported"
     try:
         is_resumable = rescue.save_checkpoint()
+    except Exception:  # it may wait for the very samples that have failed
+        is_resumable = False
+    try:
         directory = rescue.export()
     except Exception as error:
-        return f"The student could not be saved: {type(error).__name__}: {error}"
+        return f"The student could not be exported: {type(error).__name__}: {error}"
     there_is = f"The student of step {state.step} is in {directory}"
     if is_resumable:
         return f"{there_is}; the same command continues the run from its checkpoint"

@@ -10,7 +10,7 @@ from checkpoints import tiny_checkpoint
 from safetensors.torch import load_file
 from training_layouts import build, trainer_of, weights_of
 
-from megatron_gkd.errors import UserError
+from megatron_gkd.errors import RunStopped, UserError
 
 ERRORS = {
     "memory": torch.OutOfMemoryError("out of memory"),
@@ -98,3 +98,17 @@ def test_the_user_is_told_that_a_rank_failed_alone(tmp_path):
     with pytest.raises(UserError, match="stopped after step 7 of 9: broken\nNot every rank failed within 5 s") as error:
         stop(UserError("broken"), Alone(), RunState(9, step=7, updates=7), Rescue(export, export))
     assert type(error.value) is UserError  # so that it is shown on any rank
+
+
+def test_a_checkpoint_that_can_not_be_saved_leaves_the_export(tmp_path):
+    from megatron_gkd.training.rescue import Rescue, RunState, stop
+
+    class All:
+        def join(self, failure):
+            return [failure, failure]
+
+    def fail():
+        raise UserError("the samples of the next step have failed, too")
+
+    with pytest.raises(RunStopped, match="step 7 is in .*/hf. A run with --model"):
+        stop(UserError("broken"), All(), RunState(9, step=7, updates=7), Rescue(fail, lambda: tmp_path / "hf"))
