@@ -51,17 +51,17 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 
 def events_of(folder: Path) -> list[tuple[str, int, str]]:
-    """Return what TensorBoard shows of the events in a folder: tag, step and number, without times."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    """Return what TensorBoard shows of the events in a folder: tag, step and number or text, without times."""
+    from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+    from tensorboard.util.tensor_util import make_ndarray
 
     for name in ("tensorboard", "tensorflow"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0})
+    events = EventAccumulator(str(folder), tensor_size_guidance={"scalars": 0, "text": 0})
     events.Reload()
-    tags = events.Tags()
-    numbers = [tag for tag in sorted(tags["scalars"]) if tag.rpartition("/")[2] not in TIMES]
-    found = [(tag, event.step, repr(event.value)) for tag in numbers for event in events.Scalars(tag)]
-    return found + [(tag, event.step, "text") for tag in sorted(tags["tensors"]) for event in events.Tensors(tag)]
+    tags = [tag for tag in sorted(events.Tags()["tensors"]) if tag.rpartition("/")[2] not in TIMES]
+    found = [(tag, event) for tag in tags for event in events.Tensors(tag)]
+    return [(tag, event.step, str(make_ndarray(event.tensor_proto).tolist())) for tag, event in found]
 
 
 def tensors_of(checkpoint: Path) -> dict[str, Any]:
