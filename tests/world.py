@@ -176,14 +176,14 @@ def start_process(fn: Callable[..., Any], *args: Any) -> multiprocessing.process
         args: of importable classes, and ``process_queue()``.
     """
     target = (fn.__code__.co_filename, fn.__module__, fn.__qualname__)
-    process = _forkserver().Process(target=_call, args=(*target, *args))
+    process = forkserver().Process(target=_call, args=(*target, *args))
     process.start()
     return process
 
 
 def process_queue() -> multiprocessing.queues.Queue:
     """Return a queue that ``start_process`` takes among its arguments."""
-    return _forkserver().Queue()
+    return forkserver().Queue()
 
 
 def _call(path: str, module_name: str, qualname: str, *args: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,9 @@ def _differences(found: Path, expected: Path) -> Iterator[str]:
     for name in _names(expected / "checkpoints"):
         yield from _checkpoint(found / "checkpoints" / name, expected / "checkpoints" / name)
     yield from _lines("tensorboard", *(events_of(folder / "tensorboard") for folder in (found, expected)))
-    for path in found.rglob("*"):
-        if ".unfinished" in path.name or path.name.startswith("hf-trial."):
-            yield f"{path}: left behind"
+    yield from _lines("the folder", *(_names(folder) for folder in (found, expected)))
+    for path in found.rglob("*.unfinished"):
+        yield f"{path}: left behind"
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
@@ -130,7 +131,8 @@ def _bad_steps(folder: Path) -> list[tuple[str, str]]:
 
 
 def _names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    """Return what is in a folder, without what former runs have left to keep (`metrics.jsonl.1`)."""
+    return sorted(path.name for path in folder.iterdir() if not re.search(r"\.\d+$", path.name))
 
 
 def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
