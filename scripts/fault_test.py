@@ -29,12 +29,14 @@ from faults.points import WEIGHTS  # noqa: E402
 from faults.runs import FaultRuns, KillResult, RunResult  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
+from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 KILLS_PER_RUN = 10
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
+    disable_progress_bar()
     start = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="fault-test-", dir=options.folder))
     results = [
@@ -44,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     made = sum(result.num_kills for result in results)
     exact = sum(result.num_kills for result in results if not result.problems)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 130)
     console.print(table(results))
     console.print(f"{exact} of {made} bit-exact")
     if options.output is not None:

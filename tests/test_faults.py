@@ -20,15 +20,28 @@ from faults.runs import FaultRuns
 from safetensors.torch import load_file, save_file
 
 STEPS, KILLS = 12, 3
-SEEDS = dict.fromkeys(CONFIGURATIONS, 0)
+SEEDS = {
+    "offline TP2": 92,
+    "PP2xVPP2 tied": 10,
+    "MoE EP2": 9,
+    "on-policy megatron": 286,
+    "steps_ahead 1": 64,
+    "EMA self-teacher": 113,
+    "cached teacher": 35,
+}
+"""They draw, of all configurations together, 21 points of seven kinds, which runs of 12 steps come to."""
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_a_run_that_is_killed_three_times_is_the_run_that_was_never_killed(name, tmp_path):
-    runs = FaultRuns(name, tmp_path, steps=STEPS)
-    result = runs.draw_and_run(1, KILLS, SEEDS[name])
-    assert not result.problems, "\n".join(result.problems)
-    assert result.num_kills == KILLS, [one.kill.describe() for one in result.kills if not one.happened]
+    runs, made = FaultRuns(name, tmp_path, steps=STEPS), 0
+    for number in range(1, 4):  # one is enough, unless a save is not published in time for the point that was drawn
+        result = runs.draw_and_run(number, KILLS - made, SEEDS[name])
+        assert not result.problems, "\n".join(result.problems)
+        made += result.num_kills
+        if made == KILLS:
+            return
+    raise AssertionError(f"{made} of {KILLS} points were reached; other SEEDS draw other ones")
 
 
 @pytest.fixture(scope="module")

@@ -91,7 +91,7 @@ CONFIGURATIONS = {
             {"data": VALIDATION["data"] | {"dataloader_num_workers": 1}},
         ),
         frozenset({"validation", "bad steps"}),
-        bad_steps=frozenset({2, 7, 8, 22}),
+        bad_steps=frozenset({2, 7, 8, 11, 22, 39}),
     ),
     "PP2xVPP2 tied": Configuration(
         (
