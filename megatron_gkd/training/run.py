@@ -37,6 +37,7 @@ from megatron_gkd.training.completions import Completions
 from megatron_gkd.training.exports import Exports
 from megatron_gkd.training.metrics import Reporter
 from megatron_gkd.training.setup import open_models, open_rows, pad_token_id, world_of
+from megatron_gkd.training.start import Schedule, describe_start
 from megatron_gkd.training.trainer import Trainer
 
 
@@ -82,9 +83,9 @@ def _train(recipe: Recipe, mesh: Mesh) -> None:
         num_steps=max(0, train_iters - first_step),
         skip=partial(policy.any, count=recipe.train.global_batch_size),
     )
-    validation = None
+    rows, validation = {"training": (dataset, data_report)}, None
     if recipe.data.val_dataset:
-        held_out, _ = open_rows(recipe, mesh, models, "validation")
+        rows["validation"] = held_out, _ = open_rows(recipe, mesh, models, "validation")
         check_tags(recipe.teacher, held_out)
         require_cached_rows(recipe.teacher, held_out, "data.val_dataset")
         validation = validation_batches(held_out, **cut, num_steps=recipe.train.eval_iters)
@@ -110,7 +111,6 @@ def _train(recipe: Recipe, mesh: Mesh) -> None:
         output_dir, train_iters, output, is_main=mesh.is_main, last_step=None if point is None else point.step
     )
     with closing, reporter:
-        reporter.message(data_report.summary())
         saver = Saver(
             checkpoint_folder(recipe),
             is_asynchronous=output.async_save,
@@ -141,7 +141,8 @@ def _train(recipe: Recipe, mesh: Mesh) -> None:
             trainer.restore(point.run["progress"])
             for warning in point.warnings:
                 reporter.message(f"warning: {warning}")
-            reporter.message(f"resumed from {point.path}")
+        schedule = Schedule(train_iters, order.epoch_length, point)
+        reporter.start(describe_start(recipe, models, student.model, rows, schedule))
         exported = trainer.run()
         reporter.message(
             f"checkpoint {exported}\nmetrics    {output_dir / 'metrics.jsonl'}\ncurves     {reporter.plot()}"
