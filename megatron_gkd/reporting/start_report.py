@@ -37,13 +37,11 @@ class ModelLine:
         if self.parameters is not None:
             known.append(f"{format_count(self.parameters)} parameters")
         if self.trainable is not None:
-            known.append("all trainable" if self.trainable == self.parameters else f"{self._trainable()} trainable")
+            count = "all" if self.trainable == self.parameters else format_count(self.trainable)
+            known.append(f"{count} trainable")
         if self.place:
             known.append(self.place)
         return ": ".join(part for part in (self.name, ", ".join(known)) if part)
-
-    def _trainable(self) -> str:
-        return format_count(self.trainable)
 
 
 @dataclass(frozen=True)

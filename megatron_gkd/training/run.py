@@ -26,9 +26,10 @@ from megatron_gkd.training.build_teacher import (
     read_manifests,
     require_cached_rows,
 )
+from megatron_gkd.training.checkpointing.folder import checkpoint_folder
 from megatron_gkd.training.checkpointing.identity import data_identity, recipe_identity
 from megatron_gkd.training.checkpointing.loader import load, load_weights
-from megatron_gkd.training.checkpointing.resume import checkpoint_folder, find_checkpoint, find_resume_point
+from megatron_gkd.training.checkpointing.resume import find_checkpoint, find_resume_point
 from megatron_gkd.training.checkpointing.run_checkpoints import RunCheckpoints
 from megatron_gkd.training.checkpointing.saver import Saver
 from megatron_gkd.training.checkpointing.state import Saved

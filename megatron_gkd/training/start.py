@@ -5,21 +5,25 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 import torch
 
 from megatron_gkd import __version__
 from megatron_gkd.config.layout import describe_layout
 from megatron_gkd.config.schema import OneTeacher, Recipe, TaggedTeacher
-from megatron_gkd.data.dataset import TokenizedDataset
-from megatron_gkd.data.report import DataReport
-from megatron_gkd.models.megatron_model import MegatronModel
 from megatron_gkd.ops import passes
 from megatron_gkd.reporting.start_report import ModelLine, RowsLine, StartReport
 from megatron_gkd.runtime import portability
 from megatron_gkd.teachers.cache_manifest import Manifest
-from megatron_gkd.training.checkpointing.resume import ResumePoint, checkpoint_folder
-from megatron_gkd.training.setup import Models
+from megatron_gkd.training.checkpointing.folder import checkpoint_folder
+
+if TYPE_CHECKING:
+    from megatron_gkd.data.dataset import TokenizedDataset
+    from megatron_gkd.data.report import DataReport
+    from megatron_gkd.models.megatron_model import MegatronModel
+    from megatron_gkd.training.checkpointing.resume import ResumePoint
+    from megatron_gkd.training.setup import Models
 
 _PRECISIONS = {
     "bf16": "bf16 weights and activations, fp32 gradients and optimizer",
@@ -58,7 +62,7 @@ def describe_start(
         rows: of each split, by `training` and `validation`.
         schedule: its steps.
     """
-    parameters = models.student.num_parameters
+    parameters = models.student.num_parameters  # all of them are trained: no key of the recipe freezes any
     return StartReport(
         versions={
             "megatron-gkd": __version__,

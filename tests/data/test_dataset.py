@@ -15,6 +15,7 @@ from megatron_gkd.data.report import DataReport
 from megatron_gkd.data.sample import IGNORE
 from megatron_gkd.data.teacher_view import teacher_view
 from megatron_gkd.errors import UserError
+from megatron_gkd.reporting import phases
 from megatron_gkd.runtime.nodes import Nodes
 
 
@@ -406,6 +407,17 @@ class TestTwoNodes:
         assert self.keys(tmp_path, 0) == self.keys(tmp_path, 1) and len(self.keys(tmp_path, 0)) == 1
         first, second = run(rows, rows)  # from the caches
         assert first == second and len(first[0]) == 2
+
+    def test_rank_0_alone_shows_its_progress(self, run, chat, monkeypatch, capfd):
+        monkeypatch.setattr(phases, "LINE_EVERY_S", 0)
+        rows = [chat("q", "a"), chat("q", "b")]
+        first, second = run(rows, rows)
+        assert first == second, "each has built its own"
+        lines = [line for line in capfd.readouterr().out.splitlines() if "Tokenizing" in line]
+        assert [line.partition(" rows")[0] for line in lines] == [
+            "Tokenizing node0.jsonl: 0 of 2",
+            "Tokenizing node0.jsonl: 2 of 2",
+        ]
 
     def test_the_second_builds_nothing_where_they_share_the_cache(self, run, chat, tmp_path):
         first, second = run([chat("q", "a")], None, shared=True)  # it has not even the file
