@@ -36,9 +36,9 @@ def world(monkeypatch):
     ("teacher", "text"),
     [
         ({"kind": "none"}, "none: cross-entropy on the rows"),
-        ({}, "teacher: llama, 31.8 K parameters, in device memory"),
-        ({"offload_teacher_model": True}, "teacher: llama, 31.8 K parameters, in host memory between scorings"),
-        ({"cache": "c"}, "teacher: llama, 31.8 K parameters, in device memory, for rows that are not in the cache c"),
+        ({}, "teacher: llama, 37.3 K parameters, in device memory"),
+        ({"offload_teacher_model": True}, "teacher: llama, 37.3 K parameters, in host memory between scorings"),
+        ({"cache": "c"}, "teacher: llama, 37.3 K parameters, in device memory, for rows that are not in the cache c"),
         ({"kind": "self"}, "self: the student's own weights, with each row's teacher_prompt"),
         ({"kind": "self", "teacher_model": "student"}, "self: the student's weights at its start"),
         ({"kind": "self", "ema": 0.99}, "self: moving average of the student's weights, decay 0.99"),
@@ -65,7 +65,7 @@ def test_each_of_several_teachers_with_its_tags():
     one, other = {"tags": ["a"], "teacher_model": "first"}, {"tags": ["b", "c"], "teacher_model_server": ["http://a:1"]}
     section = {"teacher_model": None, "teachers": [one, other], "teacher_tag_key": "subject"}
     report = report_of({"teacher": section}, {"teacher.teachers[0]": tiny_checkpoint("llama")})
-    assert report["teachers[0]"] == "first: llama, 31.8 K parameters, in device memory, of rows with the tags a"
+    assert report["teachers[0]"] == "first: llama, 37.3 K parameters, in device memory, of rows with the tags a"
     assert report["teachers[1]"] == "http://a:1: a vLLM server, of rows with the tags b, c"
 
 
