@@ -95,6 +95,8 @@ def test(name: str, kills: int, folder: Path, options: argparse.Namespace) -> li
         results.append(runs.draw_and_run(number, count, options.seed))
         how = "differs" if results[-1].problems else "bit-exact"
         print(f"{name}, run {number}: {how} after {made - before} kills", flush=True)
+        for missed in (one.kill for one in results[-1].kills if not one.happened):
+            print(f"{name}, run {number}: it ended before this point: {missed.describe()}", flush=True)
         if results[-1].problems:
             print("\n".join(results[-1].problems))
             print(f"in {results[-1].folder}; again: python scripts/fault_test.py --configs {name!r} --kills {count} "
@@ -141,6 +143,7 @@ def run_as_json(result: RunResult) -> dict:
             "victims": "all ranks" if one.kill.is_everyone else f"rank {one.kill.rank}",
             "resumed_from": one.resumed_from,
             "killed_in_step": one.where["step"],
+            "is_inside": one.where["is_inside"],
         }
         for one in result.kills
         if one.happened

@@ -110,6 +110,17 @@ class Saver:
             return self._publish(write)
         return self._give_up(write)
 
+    def forget_old(self) -> None:
+        """Delete all but the newest checkpoints. A run that is killed just after it published one leaves this undone.
+
+        At the end of a run alone: its newest checkpoints are its own, and whole.
+        """
+        if dist.get_rank() == 0 and self.most is not None:
+            try:
+                self.folder.forget_old(self.most)
+            except OSError as error:
+                self.report(f"warning: an old checkpoint can't be deleted: {error}")
+
     def _unfinished(self, step: int) -> Path:
         return self.folder.unfinished(step, self._attempt)
 
