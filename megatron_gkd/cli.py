@@ -1,6 +1,6 @@
 """The command line. It answers --help and refuses a wrong recipe without importing torch.
 
-`megatron-gkd train recipe.yaml --beta 1.0`, or `torchrun --nproc-per-node 2 -m megatron_gkd train recipe.yaml`.
+`megatron-gkd train recipe.yaml --nproc 2`, or `torchrun --nproc-per-node 2 -m megatron_gkd train recipe.yaml`.
 """
 
 import difflib
@@ -13,17 +13,21 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_gkd import __version__
 from megatron_gkd.errors import RunStopped, ServiceFailed, UserError
+from megatron_gkd.launch import environment
+from megatron_gkd.launch.failures import end_with_launcher, report_failure
 
 if TYPE_CHECKING:
     from megatron_gkd.config import Recipe
     from megatron_gkd.config.checks import CommandChecks
     from megatron_gkd.config.commands import Option
+    from megatron_gkd.launch.options import LaunchOptions
 
 USAGE = """\
-usage: megatron-gkd train recipe.yaml [--leaf value ...]
+usage: megatron-gkd train recipe.yaml [--nproc N] [--leaf value ...]
        megatron-gkd check recipe.yaml [--nproc N] [--leaf value ...]
-       megatron-gkd score recipe.yaml --output FOLDER [--leaf value ...]
-       megatron-gkd generate recipe.yaml --from teacher|student --output FILE.jsonl [--n N] [--leaf value ...]
+       megatron-gkd score recipe.yaml --output FOLDER [--nproc N] [--leaf value ...]
+       megatron-gkd generate recipe.yaml --from teacher|student --output FILE.jsonl [--n N] [--nproc N]
+                             [--leaf value ...]
 
 train     distill a teacher into a student
 check     read the recipe for N processes (default 1), say all that is wrong with it, print it and its layout
@@ -31,7 +35,8 @@ score     write what the teacher says of each row of the data sets (its gkd_logi
           folder, from which `teacher: {cache: FOLDER}` trains under any layout, without a teacher
 generate  write N answers of a model to each prompt of the data set, as rows of token ids to train on with lmbda 0
 
-All but check run under torchrun too, over its processes.
+All but check start N processes with --nproc N, one for each GPU with --nproc gpu; they run under torchrun too, over its
+processes.
 
 Options: -h, --help (`megatron-gkd train --help` lists the recipe's keys), --version
 """
@@ -41,6 +46,8 @@ Every key of the recipe can be given on the command line as --leaf value or --se
 A true-or-false key may stand alone (--packing); a list takes several values (--dataset a.jsonl b.jsonl).
 """
 
+_NAMES = ("train", "check", "score", "generate")
+
 
 def run() -> NoReturn:
     """Run `main` as the whole process.
@@ -48,14 +55,15 @@ def run() -> NoReturn:
     A rank that fails inside a process group leaves at once: to take the group down it would have to wait for ranks that
     may never come, and the launcher ends these only when it is gone.
     """
+    end_with_launcher()
     try:
         code = main()
     except KeyboardInterrupt:
-        traceback.print_exc()
         code = 130
-    except Exception:
-        traceback.print_exc()
+        report_failure("interrupted by SIGINT", None, code)
+    except Exception as error:
         code = 1
+        report_failure(f"{type(error).__name__}: {error}", traceback.format_exc(), code)
     if code and _has_process_group():
         for child in multiprocessing.active_children():
             child.terminate()
@@ -73,18 +81,12 @@ def _has_process_group() -> bool:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, or 2 where the user has to change something."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    rank = int(os.environ.get("RANK", "0"))
     try:
         return _dispatch(arguments)
     except UserError as error:
-        # Every rank raises these together, so one prints them; another error may be of one rank alone.
+        # Every rank raises these together; another error may be of one rank alone.
         is_shared = isinstance(error, _RecipeRefused | RunStopped | ServiceFailed)
-        if rank == 0 or not is_shared:
-            print(f"rank {rank}: {error}" if rank else error, file=sys.stderr, flush=True)
-        if _has_process_group() and (rank == 0 or is_shared):
-            from megatron_gkd.runtime.agreement import wait_for_message
-
-            wait_for_message()
+        report_failure(str(error), None, 2, is_shared=is_shared)
     return 2
 
 
@@ -100,25 +102,57 @@ def _dispatch(arguments: list[str]) -> int:
         print(f"megatron-gkd {__version__}")
         return 0
     name, *rest = arguments
-    if name not in _COMMANDS:
-        near = difflib.get_close_matches(name, _COMMANDS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(_COMMANDS)}"
+    if name not in _NAMES:
+        near = difflib.get_close_matches(name, _NAMES, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(_NAMES)}"
         raise _RecipeRefused(f"megatron-gkd {name}: unknown command; {hint}")
     if "-h" in rest or "--help" in rest:
         _print(_help(name))
         return 0
     if not rest or rest[0].startswith("-"):
         raise _RecipeRefused(f"megatron-gkd {name}: the recipe's path must come first: megatron-gkd {name} recipe.yaml")
-    _COMMANDS[name](rest[0], rest[1:])
+    path, arguments = rest[0], rest[1:]
+    if name == "check":
+        _check(path, arguments)
+        return 0
+    options, arguments = _launch_options(path, arguments)
+    if options is not None:
+        return _launch(options, name, path, arguments)
+    work = _COMMANDS[name](path, arguments, _world_size())
+    work()
     return 0
+
+
+def _launch_options(path: str, arguments: list[str]) -> "tuple[LaunchOptions | None, list[str]]":
+    from megatron_gkd.config import RecipeError
+    from megatron_gkd.launch.options import take
+
+    try:
+        return take(path, arguments)
+    except RecipeError as error:
+        raise _RecipeRefused(str(error)) from error
+
+
+def _launch(options: "LaunchOptions", name: str, path: str, arguments: list[str]) -> int:
+    """Start the ranks, if the recipe suits as many of them; return the exit code."""
+    if options.nproc != "gpu":
+        _COMMANDS[name](path, arguments, options.nproc * options.min_nodes)  # before torch is imported
+    from megatron_gkd.launch.launcher import launch, processes
+
+    if options.nproc == "gpu":
+        _COMMANDS[name](path, arguments, processes(options) * options.min_nodes)
+    return launch(options, [sys.executable, "-m", "megatron_gkd", name, path, *arguments])
 
 
 def _help(name: str) -> str:
     from megatron_gkd.config import commands
     from megatron_gkd.config.help import recipe_keys
+    from megatron_gkd.launch.options import LAUNCH
 
     options = {"check": commands.CHECK, "score": commands.SCORE, "generate": commands.GENERATE}.get(name)
     own = f"options of {name}:\n{commands.help_of(options)}\n\n" if options else ""
+    if name != "check":
+        own += f"options to start several processes:\n{commands.help_of(LAUNCH)}\n\n"
     return f"{USAGE}\n{own}{OVERRIDES}\n{recipe_keys()}"
 
 
@@ -140,33 +174,45 @@ def _load(path: str, overrides: Sequence[str], world_size: int, command: "Comman
         raise _RecipeRefused("\n".join(f"{path}: {problem}" for problem in error.problems)) from error
 
 
-def _train(path: str, overrides: list[str]) -> None:
-    recipe = _load(path, overrides, _world_size())
-    from megatron_gkd.training.run import train
+def _train(path: str, overrides: list[str], world_size: int) -> "Work":
+    recipe = _load(path, overrides, world_size)
 
-    train(recipe)
+    def work() -> None:
+        from megatron_gkd.training.run import train
+
+        train(recipe)
+
+    return work
 
 
-def _score(path: str, arguments: list[str]) -> None:
+def _score(path: str, arguments: list[str], world_size: int) -> "Work":
     from megatron_gkd.config import commands
 
     options, overrides = _take(arguments, commands.SCORE)
-    recipe = _load(path, overrides, _world_size(), commands.SCORES)
-    from megatron_gkd.training.score import score
+    recipe = _load(path, overrides, world_size, commands.SCORES)
 
-    score(recipe, **options)
+    def work() -> None:
+        from megatron_gkd.training.score import score
+
+        score(recipe, **options)
+
+    return work
 
 
-def _generate(path: str, arguments: list[str]) -> None:
+def _generate(path: str, arguments: list[str], world_size: int) -> "Work":
     from megatron_gkd.config import commands
 
     options, overrides = _take(arguments, commands.GENERATE)
     source = options.pop("from")
     asked = commands.TEACHER_GENERATES if source == "teacher" else commands.STUDENT_GENERATES
-    recipe = _load(path, overrides, _world_size(), asked)
-    from megatron_gkd.training.generate import generate
+    recipe = _load(path, overrides, world_size, asked)
 
-    generate(recipe, source, **options)
+    def work() -> None:
+        from megatron_gkd.training.generate import generate
+
+        generate(recipe, source, **options)
+
+    return work
 
 
 def _check(path: str, arguments: list[str]) -> None:
@@ -179,7 +225,10 @@ def _check(path: str, arguments: list[str]) -> None:
 
 def _world_size() -> int:
     """As the launcher has it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        return environment.world_size()
+    except UserError as error:
+        raise _RecipeRefused(str(error)) from error
 
 
 def _take(arguments: list[str], options: "Mapping[str, Option]") -> tuple[dict[str, Any], list[str]]:
@@ -207,9 +256,6 @@ def _layout(recipe: "Recipe", world_size: int) -> str:
     )
 
 
-_COMMANDS: dict[str, Callable[[str, list[str]], None]] = {
-    "train": _train,
-    "check": _check,
-    "score": _score,
-    "generate": _generate,
-}
+Work = Callable[[], None]
+_COMMANDS: dict[str, Callable[[str, list[str], int], Work]] = {"train": _train, "score": _score, "generate": _generate}
+"""Commands of several processes: each checks the command line for a number of processes, and returns what to run."""

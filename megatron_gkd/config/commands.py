@@ -60,6 +60,8 @@ def take_options(arguments: Sequence[str], options: Mapping[str, Option]) -> tup
     for argument in remaining:
         flag, equals, text = argument.partition("=")
         name = flag.removeprefix("-" if len(flag) == 2 else "--")  # -n as well: torchrun takes --n for its own
+        if name not in options:
+            name = name.replace("_", "-")  # as torchrun, which takes --max_restarts for --max-restarts
         if not flag.startswith("-") or name not in options:
             rest.append(argument)
             continue
