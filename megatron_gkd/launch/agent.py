@@ -31,7 +31,7 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 
 from megatron_gkd.errors import UserError
 from megatron_gkd.launch import failures, report
-from megatron_gkd.launch.deadlines import ENDS_BY_ITSELF_S, Deadlines
+from megatron_gkd.launch.deadlines import ENDS_AFTER_A_KILL_S, ENDS_BY_ITSELF_S, Deadlines
 from megatron_gkd.launch.options import LaunchOptions
 from megatron_gkd.launch.ranks import Ranks
 from megatron_gkd.launch.report import INTERRUPTED, End
@@ -165,14 +165,19 @@ class RankAgent(SimpleElasticAgent):
 
     def _look_around(self, watch: Deadlines) -> bool:
         """Look for failures on other nodes; return whether nodes wait to join."""
-        # The node that holds the store may have ended already, while ranks here still save.
-        with contextlib.suppress(RendezvousError, dist.DistError):
-            if self._store.check(["failed"]) and self.elsewhere is None:
+        if self.elsewhere is not None:
+            return False
+        try:
+            if self._store.check(["failed"]):
                 code, _, text = self._store.get("failed").decode().partition(" ")
                 self.elsewhere = text, int(code)
-                watch.on_failure(ENDS_BY_ITSELF_S)
+                watch.on_failure(ENDS_AFTER_A_KILL_S)
             return not self._received and self._worker_group.spec.rdzv_handler.num_nodes_waiting() > 0
-        return False
+        except (RendezvousError, dist.DistError):
+            self.elsewhere = "lost the connection to the rendezvous; the launcher that holds it has ended", 1
+            if not self._received and not any(end.is_interruption for end in self.ends):
+                watch.on_failure(ENDS_BY_ITSELF_S)
+            return False
 
     def _result(self, worker_group: WorkerGroup) -> RunResult:
         code = self.exit_code
@@ -194,15 +199,21 @@ class RankAgent(SimpleElasticAgent):
     @property
     def exit_code(self) -> int:
         """Return the exit code of this launcher."""
-        if self.elsewhere is not None and all(end.is_consequence for end in report.causes(self.ends)):
-            return self.elsewhere[1]
-        return report.exit_code(self.ends)
+        own = report.exit_code(self.ends)
+        if self.elsewhere is None or own == INTERRUPTED or any(not end.is_consequence for end in self._causes):
+            return own
+        return self.elsewhere[1]
+
+    @property
+    def _causes(self) -> list[End]:
+        return report.causes(self.ends)
 
     def report(self) -> str:
         """Return why the ranks failed, or were interrupted; an empty text where they succeeded."""
         world_size = self._worker_group.workers[0].world_size
-        own = report.describe(self.ends, world_size, self._options.shutdown_timeout)
-        return "\n".join(text for text in (self.elsewhere and self.elsewhere[0], own) if text)
+        elsewhere = self.elsewhere and self.elsewhere[0]
+        own = report.describe(self.ends, world_size, self._options.shutdown_timeout, is_explained=bool(elsewhere))
+        return "\n".join(text for text in (elsewhere, own) if text)
 
     # The end.
 

@@ -14,6 +14,7 @@ from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousHand
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from megatron_gkd.errors import UserError
+from megatron_gkd.launch import meet
 from megatron_gkd.launch.agent import RankAgent
 from megatron_gkd.launch.options import GPU, LaunchOptions
 
@@ -52,7 +53,9 @@ def launch(options: LaunchOptions, command: Sequence[str]) -> int:
 
 
 def _rendezvous(options: LaunchOptions, host: str, port: int, address: str | None) -> RendezvousHandler:
-    is_host = options.node_rank == 0 if options.node_rank is not None else (True if options.rdzv is None else None)
+    is_host = True if options.rdzv is None else meet.is_host(host, port, options.node_rank)
+    if not is_host:
+        meet.wait_for_host(host, port, _JOIN_WITHIN_S)
     parameters = RendezvousParameters(
         backend="c10d",
         endpoint=f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
@@ -61,7 +64,7 @@ def _rendezvous(options: LaunchOptions, host: str, port: int, address: str | Non
         max_nodes=options.max_nodes,
         local_addr=address,
         join_timeout=_JOIN_WITHIN_S,
-        **({} if is_host is None else {"is_host": is_host}),
+        is_host=is_host,
     )
     return get_rendezvous_handler(parameters)
 

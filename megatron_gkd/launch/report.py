@@ -74,21 +74,22 @@ def exit_code(ends: Sequence[End]) -> int:
     return INTERRUPTED if any(end.code for end in ends) else 0
 
 
-def describe(ends: Sequence[End], world_size: int, timeout: float = 0) -> str:
+def describe(ends: Sequence[End], world_size: int, timeout: float = 0, *, is_explained: bool = False) -> str:
     """Return the report: each distinct message once, with its ranks, the likely cause first; empty if none failed.
 
     Args:
         timeout: seconds that ranks had to end after a signal.
+        is_explained: the cause is known, and not among `ends`.
     """
     by_text: dict[tuple[str, str | None], list[End]] = {}
     reported = causes(ends) or [end for end in ends if end.handed_on or (end.code and end.failure)]
-    is_explained = any(not end.is_consequence for end in reported)
+    is_explained = is_explained or any(not end.is_consequence for end in reported)
     for end in reported:
         by_text.setdefault(_text(end, timeout, is_explained=is_explained), []).append(end)
     lines, printed = [], set()
     for (message, traceback), group in by_text.items():
         if message not in printed:
-            lines.append(f"{_prefix(group, world_size)}{message}")
+            lines.append(_line(message, group, world_size))
             printed.add(message)
         if traceback is not None:
             lines.append(traceback.rstrip())
@@ -103,7 +104,7 @@ def _text(end: End, timeout: float, *, is_explained: bool) -> tuple[str, str | N
     if end.failure is not None:
         return end.failure.message, end.failure.traceback
     if end.stopped is Stop.TIMEOUT:
-        return f"did not end within {timeout:g} s after a signal (--shutdown-timeout) and was killed", None
+        return f"was killed for not ending within {timeout:g} s after a signal (--shutdown-timeout)", None
     if end.stopped is Stop.FAILURE_ELSEWHERE:
         return "stopped by the launcher", None
     if end.code < 0:
@@ -119,14 +120,13 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def _prefix(group: Sequence[End], world_size: int) -> str:
-    """Return which ranks have a message; nothing where it is one of the whole run."""
-    is_message = group[0].failure is not None and not group[0].handed_on
-    if is_message and (group[0].failure.is_shared or len(group) == world_size):
-        return ""
-    colon = ": " if is_message else " "
-    ranks = format_ranks([end.rank for end in group])
-    return f"rank{'' if len(group) == 1 else 's'} {ranks} of {world_size}{colon}"
+def _line(message: str, group: Sequence[End], world_size: int) -> str:
+    """Return a message with the ranks that it is about; without them where it is one of the whole run."""
+    subject = f"rank{'' if len(group) == 1 else 's'} {format_ranks(end.rank for end in group)} of {world_size}"
+    failure = group[0].failure
+    if failure is None or failure.message != message:
+        return f"{subject} {message if len(group) == 1 else re.sub('^was ', 'were ', message)}"
+    return message if failure.is_shared or len(group) == world_size else f"{subject}: {message}"
 
 
 def format_ranks(ranks: Iterable[int]) -> str:
