@@ -118,7 +118,7 @@ def _dispatch(arguments: list[str]) -> int:
     options, arguments = _launch_options(path, arguments)
     if options is not None:
         return _launch(options, name, path, arguments)
-    work = _COMMANDS[name](path, arguments, _world_size())
+    work = _COMMANDS[name](path, arguments, environment.world_size())
     work()
     return 0
 
@@ -221,14 +221,6 @@ def _check(path: str, arguments: list[str]) -> None:
     options, overrides = _take(arguments, commands.CHECK)
     recipe = _load(path, overrides, options["nproc"])
     _print(f"{recipe.to_yaml()}\n{_layout(recipe, options['nproc'])}")
-
-
-def _world_size() -> int:
-    """As the launcher has it."""
-    try:
-        return environment.world_size()
-    except UserError as error:
-        raise _RecipeRefused(str(error)) from error
 
 
 def _take(arguments: list[str], options: "Mapping[str, Option]") -> tuple[dict[str, Any], list[str]]:
