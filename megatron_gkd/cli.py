@@ -4,7 +4,6 @@
 """
 
 import difflib
-import multiprocessing
 import os
 import sys
 import traceback
@@ -65,11 +64,9 @@ def run() -> NoReturn:
         code = 1
         report_failure(f"{type(error).__name__}: {error}", traceback.format_exc(), code)
     if code and _has_process_group():
-        for child in multiprocessing.active_children():
-            child.terminate()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        from megatron_gkd.runtime.signals import leave_process
+
+        leave_process(code)
     sys.exit(code)
 
 
@@ -79,15 +76,15 @@ def _has_process_group() -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, or 2 where the user has to change something."""
+    """Run a command and return the exit code: 0, 2 where the user has to change something, 75 of an interrupted run."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         return _dispatch(arguments)
     except UserError as error:
         # Every rank raises these together; another error may be of one rank alone.
         is_shared = isinstance(error, _RecipeRefused | RunStopped | ServiceFailed)
-        report_failure(str(error), None, 2, is_shared=is_shared)
-    return 2
+        report_failure(str(error), None, error.exit_code, is_shared=is_shared)
+        return error.exit_code
 
 
 class _RecipeRefused(UserError):

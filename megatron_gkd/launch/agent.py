@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 from torch.distributed.elastic.agent.server.api import (
@@ -40,7 +40,7 @@ from megatron_gkd.launch.signals import SignalHandlers
 POLL_EVERY_S = 0.05
 LOOK_AROUND_EVERY_S = 1.0
 LEAVES_AFTER_S = {True: 300.0, False: 60.0}  # how long nodes wait for each other after success and after a failure
-_USER_ERROR = 2
+_LAST_NOTE_WITHIN_S = 1.0
 
 
 class RankAgent(SimpleElasticAgent):
@@ -185,7 +185,7 @@ class RankAgent(SimpleElasticAgent):
             return RunResult(
                 WorkerState.SUCCEEDED, return_values={worker.global_rank: None for worker in worker_group.workers}
             )
-        if code in (INTERRUPTED, _USER_ERROR) or self._received:
+        if code in (INTERRUPTED, UserError.exit_code) or self._received:
             self._remaining_restarts = 0  # it would end in the same way
         if self._remaining_restarts > 0:
             number = worker_group.spec.max_restarts - self._remaining_restarts + 1
@@ -263,14 +263,23 @@ class RankAgent(SimpleElasticAgent):
 
     def _hand_on(self, signum: int) -> None:
         if signum == signal.SIGINT and signal.SIGINT in self._received:
-            self._ranks.kill()
-            shutil.rmtree(self._folder, ignore_errors=True)
-            print("second SIGINT: the processes were killed", file=sys.stderr, flush=True)
-            os._exit(128 + signal.SIGINT)
+            self._end_at_once()
         self._received.append(signum)
         self._ranks.send(signum)
         if signum == signal.SIGINT:
             print("SIGINT: stopping after this step; a second Ctrl-C ends at once", file=sys.stderr, flush=True)
+
+    def _end_at_once(self) -> NoReturn:
+        """Hand on a second SIGINT, upon which ranks leave a last note at most, and kill those that are left."""
+        self._ranks.send(signal.SIGINT)
+        deadline = time.monotonic() + _LAST_NOTE_WITHIN_S
+        while self._ranks.running and time.monotonic() < deadline:
+            self._ranks.poll()
+            time.sleep(POLL_EVERY_S)
+        self._ranks.kill()
+        shutil.rmtree(self._folder, ignore_errors=True)
+        print("second SIGINT: ended at once", file=sys.stderr, flush=True)
+        os._exit(128 + signal.SIGINT)
 
 
 class _Phase(Enum):

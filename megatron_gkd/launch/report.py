@@ -8,10 +8,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+from megatron_gkd.errors import Interrupted
 from megatron_gkd.launch.failures import Failure
 
-INTERRUPTED = 75
-"""Exit code of a run that was asked to end and has saved: the same command continues it (EX_TEMPFAIL)."""
+INTERRUPTED = Interrupted.exit_code
 
 _LOST_PEER = re.compile(
     r"connection (closed|reset|refused)|connection to rank \d+ is lost|connection was closed|broken pipe"

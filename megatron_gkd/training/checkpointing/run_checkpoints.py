@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from megatron_gkd.training.checkpointing.saver import Saver
@@ -27,6 +28,9 @@ class RunCheckpoints:
     identity: dict[str, Any]
     progress: Callable[[], dict[str, Any]] = field(default=dict)
     saved_step: int = 0
+
+    def path_of(self, step: int) -> Path:
+        return self.saver.folder.final(step)
 
     def is_due(self, step: int) -> bool:
         return step % self.interval == 0

@@ -63,6 +63,8 @@ class Saver:
     ):
         self.folder, self.is_asynchronous, self.most = folder, is_asynchronous, most
         self.report, self.seconds = report, seconds
+        self.longest: float | None = None
+        """Seconds of the longest save so far, from its snapshot to its publication."""
         self._write: _Write | None = None
         self._attempt = 0
 
@@ -146,6 +148,7 @@ class Saver:
         problem = first_problem(problem)
         if problem is not None:
             return self._failed(write.step, problem)
+        self.longest = max(self.longest or 0.0, time.monotonic() - write.started)
         self.report(f"checkpoint {self.folder.final(write.step)}")
         return True
 
