@@ -4,14 +4,11 @@ import glob
 import os
 import signal
 import socket
-import sys
 import tempfile
 import time
 
 import pytest
-
-sys.path.insert(0, os.path.dirname(__file__))
-from launching import finish, is_alive, notes, run, start, wait_for, write_rank
+from launching import finish, free_port, is_alive, notes, run, start, wait_for, write_rank
 
 WAIT_FOR_A_SIGNAL = """
 received = []
@@ -175,12 +172,6 @@ def test_a_failure_is_tried_again_and_a_mistake_is_not(tmp_path):
     assert err.count("KeyError: 'once'\n") == 2, "a line, and the end of the traceback"
     assert err.count("restart") == 1 and "\nrestart 1 of 3\n" in err
     assert err.splitlines()[-1] == "rank 1 of 2: a mistake"
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def launch_nodes(folder, *options):
