@@ -15,8 +15,11 @@ ROOT = Path(__file__).parents[1]
 LAUNCHER = """
 import sys
 from megatron_gkd import cli
+from megatron_gkd.launch import deadlines
 from megatron_gkd.launch.launcher import launch
 from megatron_gkd.launch.options import take
+
+deadlines.ENDS_BY_ITSELF_S = 5.0
 
 def start(arguments):
     options, command = take("recipe.yaml", arguments)

@@ -7,6 +7,7 @@ import ctypes
 import json
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Mapping
@@ -18,8 +19,9 @@ from megatron_gkd.launch import claims, environment
 FOLDER = "MEGATRON_GKD_FAILURES"
 """The environment variable by which our launcher names the folder for its ranks' failures."""
 LAUNCHER = "MEGATRON_GKD_LAUNCHER_PID"
+"""The environment variable with the number of our launcher's process."""
 
-_FIRST_NODE_PRINTS_WITHIN_S = 8.0
+_FIRST_NODE_ENDS_WITHIN_S = 8.0
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def read_failure(folder: Path, rank: int) -> Failure | None:
 
 def end_with_launcher() -> None:
     """Let the kernel end this process with the launcher that started it. Does nothing without our launcher."""
-    launcher = os.environ.get(LAUNCHER)
+    launcher = os.environ.pop(LAUNCHER, None)  # no message to the processes that this one starts
     if launcher is None:
         return
     if sys.platform == "linux":
@@ -82,14 +84,28 @@ def _print(message: str, *, is_shared: bool) -> None:
     rank, of_torchrun = environment.rank(), "TORCHELASTIC_RUN_ID" in os.environ
     if is_shared and not of_torchrun and rank != 0:
         return
-    if is_shared and of_torchrun and not _is_on_first_node(os.environ):
-        # The first node's ranks print it, and torchrun then ends the ranks here, unless the reason is this node's own.
-        time.sleep(_FIRST_NODE_PRINTS_WITHIN_S)
+    if is_shared and of_torchrun and os.environ.get("GROUP_RANK", "0") != "0" and _has_first_node_ended(os.environ):
+        return  # its ranks have printed it
     claims.print_once(message, prefix="" if is_shared or rank == 0 else f"rank {rank}: ")
 
 
-def _is_on_first_node(variables: Mapping[str, str]) -> bool:
-    return variables.get("GROUP_RANK", "0") == "0"
+def _has_first_node_ended(variables: Mapping[str, str]) -> bool:
+    """Wait for the first node's torchrun to end, as it does after a failure that the nodes share.
+
+    Returns:
+        Whether it has ended. It listens at MASTER_PORT as long as it lives.
+    """
+    deadline = time.monotonic() + _FIRST_NODE_ENDS_WITHIN_S
+    while time.monotonic() < deadline:
+        if variables.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            try:
+                socket.create_connection((variables["MASTER_ADDR"], int(variables["MASTER_PORT"])), timeout=1).close()
+            except ConnectionRefusedError:
+                return True
+            except (OSError, KeyError):
+                pass  # what cannot be known must not cost the message
+        time.sleep(0.2)
+    return False
 
 
 def _file(folder: Path, rank: int) -> Path:

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import socket
 import sys
 
 import pytest
@@ -95,12 +96,19 @@ def test_a_rank_that_dies_between_claim_and_message_does_not_silence_the_others(
     assert capsys.readouterr().err == "a mistake\n"
 
 
-def test_ranks_of_later_nodes_leave_the_first_node_time(variables, capsys):
-    waited = []
-    variables.setattr(failures.time, "sleep", waited.append)
-    torchrun(variables, 2, GROUP_RANK=1)
-    report_failure("no such file on this node", None, 2, is_shared=True)
-    assert waited == [8.0] and capsys.readouterr().err == "no such file on this node\n"
+@pytest.mark.parametrize("is_listening", [True, False])
+def test_a_later_node_prints_only_while_the_first_one_goes_on(variables, capsys, is_listening):
+    variables.setattr(failures, "_FIRST_NODE_ENDS_WITHIN_S", 0.5)
+    with socket.socket() as first_node:
+        first_node.bind(("127.0.0.1", 0))
+        if is_listening:
+            first_node.listen()
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": first_node.getsockname()[1]}
+        torchrun(variables, 2, GROUP_RANK=1, TORCHELASTIC_USE_AGENT_STORE=True, **where)
+        report_failure("no such file", None, 2, is_shared=True)
+        assert capsys.readouterr().err == ("no such file\n" if is_listening else "")
+        report_failure("a row of this rank", None, 2)
+        assert capsys.readouterr().err == "rank 2: a row of this rank\n"
 
 
 def test_a_folder_for_claims_that_cannot_be_made_costs_no_message(variables, tmp_path, capsys):

@@ -174,6 +174,30 @@ def test_a_failure_is_tried_again_and_a_mistake_is_not(tmp_path):
     assert err.splitlines()[-1] == "rank 1 of 2: a mistake"
 
 
+def test_ranks_that_are_started_again_can_meet(tmp_path):
+    body = """
+    import torch
+    import torch.distributed as dist
+    attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    time.sleep(3 * rank * attempt)  # rank 0 would find rank 1's old address in the store of the first attempt
+    dist.init_process_group("gloo")
+    total = torch.ones(1)
+    dist.all_reduce(total)
+    if rank == 1 and attempt == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.all_reduce(total)
+    note("total", total.item())
+    """
+    code, err = run(tmp_path, body, "--nproc", "2", "--max-restarts", "1")
+    assert code == 0, err
+    assert [notes(tmp_path, "total", rank) for rank in (0, 1)] == [["4.0"], ["4.0"]]
+    assert err.splitlines() == [
+        "rank 1 of 2 was killed by SIGKILL (out of memory?)",
+        "rank 0 of 2 stopped, or lost the connection, after that",
+        "restart 1 of 1",
+    ]
+
+
 def launch_nodes(folder, *options):
     nodes = ("--nproc", "2", "--nnodes", "2", "--rdzv", f"127.0.0.1:{free_port()}")
     return [start(folder, *nodes, *options, "--node-rank", str(node), name=f"node{node}") for node in (1, 0)][::-1]
