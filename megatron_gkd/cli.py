@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_gkd import __version__
@@ -175,7 +176,8 @@ def _train(path: str, overrides: list[str], world_size: int) -> "Work":
     recipe = _load(path, overrides, world_size)
 
     def work() -> None:
-        from megatron_gkd.training.run import train
+        with _imports():
+            from megatron_gkd.training.run import train
 
         train(recipe)
 
@@ -189,7 +191,8 @@ def _score(path: str, arguments: list[str], world_size: int) -> "Work":
     recipe = _load(path, overrides, world_size, commands.SCORES)
 
     def work() -> None:
-        from megatron_gkd.training.score import score
+        with _imports():
+            from megatron_gkd.training.score import score
 
         score(recipe, **options)
 
@@ -205,7 +208,8 @@ def _generate(path: str, arguments: list[str], world_size: int) -> "Work":
     recipe = _load(path, overrides, world_size, asked)
 
     def work() -> None:
-        from megatron_gkd.training.generate import generate
+        with _imports():
+            from megatron_gkd.training.generate import generate
 
         generate(recipe, source, **options)
 
@@ -217,7 +221,18 @@ def _check(path: str, arguments: list[str]) -> None:
 
     options, overrides = _take(arguments, commands.CHECK)
     recipe = _load(path, overrides, options["nproc"])
-    _print(f"{recipe.to_yaml()}\n{_layout(recipe, options['nproc'])}")
+    from megatron_gkd.config.layout import describe_layout
+
+    layout = describe_layout(recipe, options["nproc"])
+    lines = [f"{name + ':':8} {text}" for name, text in layout.items()]
+    _print("\n".join([recipe.to_yaml(), *lines]))
+
+
+def _imports() -> AbstractContextManager:
+    """Show the imports of a command as the first phase of its start."""
+    from megatron_gkd.reporting.phases import phase
+
+    return phase(f"Starting megatron-gkd {__version__}", is_main=environment.rank() == 0)
 
 
 def _take(arguments: list[str], options: "Mapping[str, Option]") -> tuple[dict[str, Any], list[str]]:
@@ -228,21 +243,6 @@ def _take(arguments: list[str], options: "Mapping[str, Option]") -> tuple[dict[s
         return take_options(arguments, options)
     except RecipeError as error:
         raise _RecipeRefused(str(error)) from error
-
-
-def _layout(recipe: "Recipe", world_size: int) -> str:
-    """The processes and the step as products, a line each."""
-    p, train, replicas = recipe.parallel, recipe.train, recipe.data_parallel_size(world_size)
-    microbatches = recipe.num_microbatches(world_size)
-    pipeline, packed = p.pipeline_model_parallel_size, "; packing makes them fewer" if recipe.data.packing else ""
-    return (
-        f"layout:  {world_size} processes = tensor {p.tensor_model_parallel_size} x context {p.context_parallel_size} "
-        f"x pipeline {pipeline} x data {replicas}\n"
-        f"experts: {world_size} processes = tensor {p.expert_tensor_parallel_size} x expert "
-        f"{p.expert_model_parallel_size} x pipeline {pipeline} x data {recipe.expert_data_parallel_size(world_size)}\n"
-        f"step:    {train.global_batch_size} rows = data {replicas} x microbatches {microbatches} "
-        f"x rows {train.micro_batch_size}{packed}"
-    )
 
 
 Work = Callable[[], None]

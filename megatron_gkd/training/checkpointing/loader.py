@@ -10,6 +10,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
 from megatron_gkd.errors import UserError
+from megatron_gkd.reporting.phases import phase
 from megatron_gkd.runtime.agreement import first_problem, raise_together
 from megatron_gkd.training.checkpointing.folder import CheckpointFolder, find_damage, read_run
 from megatron_gkd.training.checkpointing.state import Saved, layout_of, set_random_states
@@ -18,7 +19,8 @@ from megatron_gkd.training.checkpointing.workarounds import apply_workarounds, s
 
 def verify(path: Path) -> str | None:
     """Compare all files with the manifest, each rank its share. Returns the first damage on every rank."""
-    return first_problem(find_damage(path, dist.get_rank(), dist.get_world_size()))
+    with phase(f"Verifying the checkpoint {path}", is_main=dist.get_rank() == 0):
+        return first_problem(find_damage(path, dist.get_rank(), dist.get_world_size()))
 
 
 def newest_intact(folder: CheckpointFolder) -> tuple[Path | None, list[str]]:
@@ -72,7 +74,8 @@ def load_weights(saved: Saved, path: Path) -> None:
 def _read(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     problem, found = None, {}
     try:
-        found = dist_checkpointing.load(wanted, str(path))
+        with phase(f"Loading the checkpoint {path}", is_main=dist.get_rank() == 0):
+            found = dist_checkpointing.load(wanted, str(path))
     except Exception as error:
         problem = f"{path}: can't be loaded into this model ({type(error).__name__}: {str(error).splitlines()[0]})"
     raise_together(problem)
