@@ -87,7 +87,8 @@ def help_of(options: Mapping[str, Option]) -> str:
     """Two lines for each option, as those of the recipe's keys."""
     lines = []
     for name, option in options.items():
-        default = "required" if option.required else f"default: {option.default}"
+        default = "optional" if option.default is None else f"default: {option.default}"
+        default = "required" if option.required else default
         lines += [f"  --{name}  {option.allowed}  [{default}]", f"        {option.meaning}"]
     return "\n".join(lines)
 
