@@ -4,11 +4,13 @@
 """
 
 import difflib
+import itertools
 import multiprocessing
 import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_gkd import __version__
@@ -18,20 +20,28 @@ if TYPE_CHECKING:
     from megatron_gkd.config import Recipe
     from megatron_gkd.config.checks import CommandChecks
     from megatron_gkd.config.commands import Option
+    from megatron_gkd.training.checkpointing.inspection import RunFolder
 
 USAGE = """\
 usage: megatron-gkd train recipe.yaml [--leaf value ...]
        megatron-gkd check recipe.yaml [--nproc N] [--leaf value ...]
        megatron-gkd score recipe.yaml --output FOLDER [--leaf value ...]
        megatron-gkd generate recipe.yaml --from teacher|student --output FILE.jsonl [--n N] [--leaf value ...]
+       megatron-gkd checkpoint list RUN
+       megatron-gkd checkpoint verify RUN [STEP]
+       megatron-gkd checkpoint export RUN [STEP] [--output FOLDER] [--leaf value ...]
 
 train     distill a teacher into a student
 check     read the recipe for N processes (default 1), say all that is wrong with it, print it and its layout
 score     write what the teacher says of each row of the data sets (its gkd_logits_topk most likely tokens) into a
           folder, from which `teacher: {cache: FOLDER}` trains under any layout, without a teacher
 generate  write N answers of a model to each prompt of the data set, as rows of token ids to train on with lmbda 0
+checkpoint
+          list the checkpoints of the run in the folder RUN (its output_dir), verify the files of one or all, or export
+          one as a Hugging Face folder: STEP is a number, best or last (the default). An export needs one process,
+          whatever the layout of the run; with a layout in --leaf value it runs under torchrun
 
-All but check run under torchrun too, over its processes.
+train, score, generate and checkpoint export run under torchrun too, over its processes.
 
 Options: -h, --help (`megatron-gkd train --help` lists the recipe's keys), --version
 """
@@ -107,6 +117,10 @@ def _dispatch(arguments: list[str]) -> int:
     if "-h" in rest or "--help" in rest:
         _print(_help(name))
         return 0
+    if name == "checkpoint" and (not rest or rest[0] not in _CHECKPOINT_ACTIONS):
+        found = rest[0] if rest else ""
+        allowed = ", ".join(_CHECKPOINT_ACTIONS)
+        raise _RecipeRefused(f"megatron-gkd checkpoint {found}: what to do must come first: {allowed}")
     if not rest or rest[0].startswith("-"):
         raise _RecipeRefused(f"megatron-gkd {name}: the recipe's path must come first: megatron-gkd {name} recipe.yaml")
     _COMMANDS[name](rest[0], rest[1:])
@@ -117,7 +131,12 @@ def _help(name: str) -> str:
     from megatron_gkd.config import commands
     from megatron_gkd.config.help import recipe_keys
 
-    options = {"check": commands.CHECK, "score": commands.SCORE, "generate": commands.GENERATE}.get(name)
+    options = {
+        "check": commands.CHECK,
+        "score": commands.SCORE,
+        "generate": commands.GENERATE,
+        "checkpoint": commands.EXPORT,
+    }.get(name)
     own = f"options of {name}:\n{commands.help_of(options)}\n\n" if options else ""
     return f"{USAGE}\n{own}{OVERRIDES}\n{recipe_keys()}"
 
@@ -177,6 +196,52 @@ def _check(path: str, arguments: list[str]) -> None:
     _print(f"{recipe.to_yaml()}\n{_layout(recipe, options['nproc'])}")
 
 
+def _checkpoint(action: str, arguments: list[str]) -> None:
+    from megatron_gkd.config import commands
+    from megatron_gkd.training.checkpointing.inspection import RunFolder, list_checkpoints
+
+    options, arguments = _take(arguments, commands.EXPORT) if action == "export" else ({}, arguments)
+    named = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
+    overrides = arguments[len(named) :]
+    if not 1 <= len(named) <= (1 if action == "list" else 2) or (overrides and action != "export"):
+        usage = "RUN" if action == "list" else "RUN [STEP]"
+        raise _RecipeRefused(f"megatron-gkd checkpoint {action} {' '.join(arguments)}: must be {action} {usage}")
+    try:
+        run = RunFolder.find(named[0])
+        if action == "list":
+            _print(list_checkpoints(run))
+            return
+        step = run.choose(named[1] if len(named) > 1 else None)
+    except UserError as error:
+        raise _RecipeRefused(str(error)) from error
+    if action == "verify":
+        _verify_checkpoints(run, [step] if len(named) > 1 or run.step is not None else run.folder.steps())
+    else:
+        _export_checkpoint(run, step, options["output"], overrides)
+
+
+def _verify_checkpoints(run: "RunFolder", steps: Sequence[int]) -> None:
+    from megatron_gkd.training.checkpointing.inspection import verify_checkpoints
+
+    intact, damaged = verify_checkpoints(run, steps)
+    _print("\n".join(intact))
+    if damaged:
+        raise _RecipeRefused("\n".join(damaged))
+
+
+def _export_checkpoint(run: "RunFolder", step: int, output: str | None, overrides: list[str]) -> None:
+    from megatron_gkd.config import commands
+
+    folder = Path(output or run.output_dir / f"hf-step-{step:06d}")
+    if folder.exists():
+        raise _RecipeRefused(f"--output = {folder}: exists already; must be a folder that does not")
+    path = str(run.output_dir / "recipe.yaml")
+    recipe = _load(path, [*commands.one_process(), *overrides], _world_size(), commands.EXPORTS)
+    from megatron_gkd.training.export_checkpoint import export
+
+    export(recipe, run.folder.final(step), folder)
+
+
 def _world_size() -> int:
     """As the launcher has it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -212,4 +277,6 @@ _COMMANDS: dict[str, Callable[[str, list[str]], None]] = {
     "check": _check,
     "score": _score,
     "generate": _generate,
+    "checkpoint": _checkpoint,
 }
+_CHECKPOINT_ACTIONS = ("list", "verify", "export")

@@ -57,8 +57,13 @@ class MegatronModel:
                 chunk.output_layer.forward = _pass_hidden_states
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint, mesh: Mesh, options: BuildOptions) -> MegatronModel:
+    def load(
+        cls, checkpoint: Checkpoint, mesh: Mesh, options: BuildOptions, *, needs_weights: bool = True
+    ) -> MegatronModel:
         """Build this rank's share of the checkpoint and read its weights. All ranks of the world must call it.
+
+        Args:
+            needs_weights: false where all parameters are set afterwards: the checkpoint's are not read then.
 
         Raises:
             UserError: in all ranks; the checkpoint's tensors and the model's parameters do not match.
@@ -68,7 +73,8 @@ class MegatronModel:
         with mesh.virtual_stages(options.virtual_pipeline):
             with torch_attention() if options.attn == "sdpa" else contextlib.nullcontext():
                 chunks = [chunk.to(portability.device()) for chunk in get_mcore_model(config)]
-            read_weights(config.bridge, chunks, checkpoint)
+            if needs_weights:
+                read_weights(config.bridge, chunks, checkpoint)
         for chunk in chunks:
             _mark_shards(chunk)
             prepare_experts(chunk)

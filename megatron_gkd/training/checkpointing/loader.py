@@ -8,12 +8,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from torch.distributed.checkpoint import CheckpointException
 
-from megatron_gkd.errors import UserError
+from megatron_gkd.errors import RunStopped
+from megatron_gkd.models.megatron_model import MegatronModel
 from megatron_gkd.runtime.agreement import first_problem, raise_together
 from megatron_gkd.training.checkpointing.folder import CheckpointFolder, find_damage, read_run
-from megatron_gkd.training.checkpointing.state import Saved, layout_of, set_random_states
+from megatron_gkd.training.checkpointing.state import Saved, layout_of, model_state, set_random_states
 from megatron_gkd.training.checkpointing.workarounds import apply_workarounds, separate_steps
+
+_LONGEST_REASON = 200  # characters; some list all tensors of the model
 
 
 def verify(path: Path) -> str | None:
@@ -39,16 +43,13 @@ def load(saved: Saved, path: Path, step: int) -> None:
     step: that it was saved after.
 
     Raises:
-        UserError: in all ranks, if it is of another model, or has no optimizer state.
+        RunStopped: in all ranks, if it is of another model.
     """
     apply_workarounds()
     student = saved.student
-    run = read_run(path)
-    if not run["with_optimizer"]:
-        raise UserError(f"train.resume: {path} has no optimizer state (output.save_optim = false); use train.init_from")
-    same_layout = run["layout"] == layout_of(student.mesh)
+    same_layout = read_run(path)["layout"] == layout_of(student.mesh)
     found = _read(path, saved.to_read(same_layout=same_layout))
-    _load_model(saved, found["model"])
+    _set_weights(student.model, found["model"])
     student.optimizer.load_state_dict(found["optimizer"])
     separate_steps(student.optimizer)
     student.scheduler.num_steps = 0
@@ -62,11 +63,20 @@ def load(saved: Saved, path: Path, step: int) -> None:
 def load_weights(saved: Saved, path: Path) -> None:
     """Load the student's weights alone from a verified checkpoint, into a new student. All ranks must call it.
 
-    UserError in all ranks if it is of another model.
+    RunStopped in all ranks if it is of another model.
     """
-    found = _read(path, {"model": saved.model_state()})
-    _load_model(saved, found["model"])
+    saved.student.gather_parameters()
+    load_model(saved.student.model, path)
     saved.student.optimizer.reload_model_params()
+
+
+@torch.no_grad()
+def load_model(model: MegatronModel, path: Path) -> None:
+    """Load the weights of a verified checkpoint into a model. All ranks must call it.
+
+    RunStopped in all ranks if it is of another model.
+    """
+    _set_weights(model, _read(path, {"model": model_state(model)})["model"])
 
 
 def _read(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
@@ -74,11 +84,19 @@ def _read(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     try:
         found = dist_checkpointing.load(wanted, str(path))
     except Exception as error:
-        problem = f"{path}: can't be loaded into this model ({type(error).__name__}: {str(error).splitlines()[0]})"
-    raise_together(problem)
+        problem = f"{path}: can't be loaded into this model ({_reason(error)})"
+    raise_together(problem, RunStopped)
     return found
 
 
-def _load_model(saved: Saved, state: dict[str, Any]) -> None:
-    for index, chunk in enumerate(saved.student.model.chunks):
+def _reason(error: Exception) -> str:
+    """Return a short line: torch collects the errors of all ranks with their tracebacks."""
+    while isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]} ..."
+
+
+def _set_weights(model: MegatronModel, state: dict[str, Any]) -> None:
+    for index, chunk in enumerate(model.chunks):
         chunk.load_state_dict(state[f"model{index}"], strict=True)
