@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_gkd.errors import RunStopped
@@ -18,6 +20,7 @@ from megatron_gkd.training.checkpointing.state import Saved, layout_of, model_st
 from megatron_gkd.training.checkpointing.workarounds import apply_workarounds, separate_steps
 
 _LONGEST_REASON = 200  # characters; some list all tensors of the model
+_NO_WEIGHTS = re.compile(r"optimizer\.|average\d+\.|random$")  # these keys need not be wanted
 
 
 def verify(path: Path) -> str | None:
@@ -82,8 +85,13 @@ def load_model(model: MegatronModel, path: Path) -> None:
 def _read(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     problem, found = None, {}
     try:
-        found = dist_checkpointing.load(wanted, str(path))
-    except Exception as error:
+        found, left, lacking = dist_checkpointing.load(wanted, str(path), strict=StrictHandling.RETURN_ALL)
+        # Megatron says nothing of tensors that are left over: an untied head would be ignored by a tied model.
+        strange = sorted(lacking) or sorted(key for key in left if not _NO_WEIGHTS.match(key))
+        if strange:
+            where = "not there" if lacking else "not in the model"
+            problem = f"{path}: can't be loaded into this model: {strange[0]} is {where} (tensors: {len(strange)})"
+    except (Exception, CheckpointException) as error:  # torch's is a BaseException
         problem = f"{path}: can't be loaded into this model ({_reason(error)})"
     raise_together(problem, RunStopped)
     return found

@@ -27,6 +27,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from megatron.core.dist_checkpointing.validation import determine_global_metadata, validate_sharding_integrity
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import WriteItem
 
@@ -50,7 +51,7 @@ def on_all(work: Callable[[], T]) -> T:
     problem, result = None, None
     try:
         result = work()
-    except Exception as error:
+    except (Exception, CheckpointException) as error:  # torch's is a BaseException
         problem = one_line(error)
     problem = first_problem(problem)
     if problem is not None:
