@@ -41,12 +41,12 @@ class CheckpointFolder:
 
     def steps(self) -> list[int]:
         """Return the steps of the whole checkpoints, rising."""
-        found = []
-        for path in self.path.glob("step-*"):
-            match = _STEP.fullmatch(path.name)
-            if match and (path / MANIFEST).is_file():
-                found.append(int(match[1]))
-        return sorted(found)
+        return [step for step in self.published_steps() if (self.final(step) / MANIFEST).is_file()]
+
+    def published_steps(self) -> list[int]:
+        """Return the steps that have a folder under its final name, rising; one may have lost its manifest since."""
+        matches = (_STEP.fullmatch(path.name) for path in self.path.glob("step-*"))
+        return sorted(int(match[1]) for match in matches if match)
 
     def newest(self) -> Path | None:
         steps = self.steps()
@@ -79,7 +79,7 @@ class CheckpointFolder:
         Otherwise they would count as the newest ones. Returns their new places.
         """
         places = []
-        for later in self.steps():
+        for later in self.published_steps():
             if later > step:
                 place = free_place(self.final(later))
                 self.final(later).rename(place)
@@ -87,12 +87,8 @@ class CheckpointFolder:
         return places
 
     def remove_leftovers(self) -> list[Path]:
-        """Delete what interrupted saves have left, and checkpoints without a manifest. Returns what it was."""
-        leftovers = [
-            path
-            for path in self.path.glob("step-*")
-            if path.is_dir() and (path.name.endswith(_UNFINISHED) or not (path / MANIFEST).is_file())
-        ]
+        """Delete what interrupted saves have left. Returns what it was."""
+        leftovers = [path for path in self.path.glob(f"step-*{_UNFINISHED}") if path.is_dir()]
         for path in leftovers:
             shutil.rmtree(path, ignore_errors=True)
         return leftovers

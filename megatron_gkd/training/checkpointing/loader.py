@@ -31,7 +31,7 @@ def verify(path: Path) -> str | None:
 def newest_intact(folder: CheckpointFolder) -> tuple[Path | None, list[str]]:
     """Return the newest checkpoint whose files are all as they were written, and what is wrong with newer ones."""
     problems = []
-    for step in reversed(folder.steps()):
+    for step in reversed(folder.published_steps()):
         problem = verify(folder.final(step))
         if problem is None:
             return folder.final(step), problems
