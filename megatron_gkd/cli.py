@@ -5,7 +5,6 @@
 
 import difflib
 import itertools
-import multiprocessing
 import os
 import sys
 import traceback
@@ -67,11 +66,9 @@ def run() -> NoReturn:
         traceback.print_exc()
         code = 1
     if code and _has_process_group():
-        for child in multiprocessing.active_children():
-            child.terminate()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        from megatron_gkd.runtime.signals import leave_process
+
+        leave_process(code)
     sys.exit(code)
 
 
@@ -81,7 +78,7 @@ def _has_process_group() -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, or 2 where the user has to change something."""
+    """Run a command and return the exit code: 0, 2 where the user has to change something, 75 of an interrupted run."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     rank = int(os.environ.get("RANK", "0"))
     try:
@@ -95,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from megatron_gkd.runtime.agreement import wait_for_message
 
             wait_for_message()
-    return 2
+        return error.exit_code
 
 
 class _RecipeRefused(UserError):

@@ -4,9 +4,18 @@
 class UserError(Exception):
     """Bad input: a wrong recipe, data row or checkpoint. The command line prints it as it is, without a traceback."""
 
+    exit_code = 2
+
 
 class RunStopped(UserError):
     """A run has ended early. All ranks raise it together; the message says why, and what was saved."""
+
+
+class Interrupted(RunStopped):
+    """A signal or the time limit has ended a run, which is saved: the same command continues it."""
+
+    exit_code = 75
+    """EX_TEMPFAIL of sysexits.h: try again. A job script requeues the job on it."""
 
 
 class ServiceFailed(UserError):

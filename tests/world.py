@@ -13,6 +13,7 @@ from __future__ import annotations
 import faulthandler
 import importlib.util
 import multiprocessing
+import multiprocessing.queues
 import os
 import pickle
 import shutil
@@ -163,6 +164,30 @@ def _forkserver() -> multiprocessing.context.BaseContext:
     return context
 
 
+def start_process(fn: Callable[..., Any], *args: Any) -> multiprocessing.process.BaseProcess:
+    """Start a process that calls ``fn(*args)``, and return it.
+
+    A fork of pytest's own process may hang: locks that its other threads hold at that moment stay locked in the child.
+
+    Args:
+        fn: a module-level function of any file, a test module too.
+        args: of importable classes, and ``process_queue()``.
+    """
+    target = (fn.__code__.co_filename, fn.__module__, fn.__qualname__)
+    process = _forkserver().Process(target=_call, args=(*target, *args))
+    process.start()
+    return process
+
+
+def process_queue() -> multiprocessing.queues.Queue:
+    """Return a queue that ``start_process`` takes among its arguments."""
+    return _forkserver().Queue()
+
+
+def _call(path: str, module_name: str, qualname: str, *args: Any) -> None:
+    _find(path, module_name, qualname)(*args)
+
+
 def _serve(connection: Connection, rank: int, size: int, folder: Path) -> None:
     """The life of one rank: join the process group, then answer calls until the connection closes."""
     import torch
@@ -189,9 +214,7 @@ def _answer(call: bytes, rank: int, size: int) -> bytes:
 
     try:
         path, module_name, qualname, arguments = pickle.loads(call)
-        fn: Any = _load(path, module_name)
-        for name in qualname.split("."):
-            fn = getattr(fn, name)
+        fn = _find(path, module_name, qualname)
         args, kwargs = pickle.loads(arguments)  # only now: they may be of classes that the test module defines
         torch.manual_seed(0)
         result = fn(rank, size, *args, **kwargs)
@@ -203,6 +226,13 @@ def _answer(call: bytes, rank: int, size: int) -> bytes:
         except Exception:  # not every exception can be pickled
             error = RuntimeError(f"{type(error).__name__}: {error}")
         return pickle.dumps((False, (error, text)))
+
+
+def _find(path: str, module_name: str, qualname: str) -> Callable[..., Any]:
+    found: Any = _load(path, module_name)
+    for name in qualname.split("."):
+        found = getattr(found, name)
+    return found
 
 
 def _load(path: str, name: str) -> ModuleType:

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
-from megatron_gkd.config.schema import Datasets, PathText, Recipe, ServerUrl, StopText, TokenId
+from megatron_gkd.config.durations import FORMS
+from megatron_gkd.config.schema import Datasets, Duration, PathText, Recipe, ServerUrl, StopText, TokenId
 
 SECTIONS: dict[str, dict[str, FieldInfo]] = {
     name: dict(field.annotation.model_fields) for name, field in Recipe.model_fields.items()
@@ -88,6 +89,8 @@ def allowed(field: FieldInfo) -> str:
     if kind is Literal:
         choices = next(member for member in _alternatives(field.annotation) if get_origin(member) is Literal)
         text = "one of " + ", ".join(get_args(choices))
+    elif Duration in get_args(field.annotation):
+        text = f"a time > 0 ({FORMS})"
     elif kind is tuple:
         text = f"a list of {_ENTRIES.get(get_args(field.annotation)[0], 'mappings')}"
     else:

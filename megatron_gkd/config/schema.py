@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, field_validator
 
 from megatron_gkd.config import yaml_text
+from megatron_gkd.config.durations import parse_duration
 
 PathText = Annotated[str, StringConstraints(min_length=1), AfterValidator(os.path.expanduser)]
 ServerUrl = Annotated[str, StringConstraints(pattern=r"^https?://[^/\s]+/?$")]
@@ -21,6 +22,13 @@ StopText = Annotated[str, StringConstraints(min_length=1)]
 def _as_sequence(value: Any) -> Any:
     """One entry may stand without the brackets: `dataset: train.jsonl`."""
     return [value] if isinstance(value, str | dict | int) else value
+
+
+def _as_seconds(value: Any) -> Any:
+    return parse_duration(value) if isinstance(value, str) else value
+
+
+Duration = Annotated[float, BeforeValidator(_as_seconds)]
 
 
 class Section(BaseModel):
@@ -337,6 +345,12 @@ class TrainSection(Section):
     )
     init_from: PathText | None = Field(
         None, description="checkpoint or run whose weights to start from, with a new optimizer and schedule"
+    )
+    max_runtime: Duration | None = Field(
+        None,
+        gt=0,
+        description="longest time of the run with its start-up; shortly before, the run is saved and ends with exit "
+        "code 75; null: no limit",
     )
     max_bad_steps: int = Field(
         10,

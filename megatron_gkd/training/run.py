@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from megatron_gkd.data.order import SampleOrder
 from megatron_gkd.data.policy import OnPolicy
 from megatron_gkd.models.export import try_companions
 from megatron_gkd.runtime.mesh import Mesh
+from megatron_gkd.runtime.signals import StopSignals
+from megatron_gkd.runtime.time_limit import TimeLimit
 from megatron_gkd.teachers.base import ScoresAhead
 from megatron_gkd.training.build import DTYPES, batching, build_rollouts, build_student
 from megatron_gkd.training.build_teacher import (
@@ -35,23 +38,25 @@ from megatron_gkd.training.checkpointing.state import Saved
 from megatron_gkd.training.checkpointing.workarounds import apply_workarounds
 from megatron_gkd.training.completions import Completions
 from megatron_gkd.training.exports import Exports
+from megatron_gkd.training.interruptions import Interruptions
 from megatron_gkd.training.metrics import Reporter
+from megatron_gkd.training.run_folder import RunFolder
 from megatron_gkd.training.setup import open_models, open_rows, pad_token_id, world_of
 from megatron_gkd.training.trainer import Trainer
 
 
 def train(recipe: Recipe) -> None:
     """Run `recipe` in the world that torchrun describes (one process without it)."""
-    with world_of(recipe) as mesh:
-        _train(recipe, mesh)
+    folder = RunFolder(Path(recipe.output.output_dir), is_main=int(os.environ.get("RANK", "0")) == 0)
+    with StopSignals(folder.leave) as signals, world_of(recipe) as mesh, folder:
+        _train(recipe, mesh, folder, signals)
 
 
-def _train(recipe: Recipe, mesh: Mesh) -> None:
-    output_dir = Path(recipe.output.output_dir)
+def _train(recipe: Recipe, mesh: Mesh, folder: RunFolder, signals: StopSignals | None = None) -> None:
+    output_dir = folder.path
     apply_workarounds()
     point = find_resume_point(recipe)
     if mesh.is_main:
-        output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     models = open_models(recipe, mesh)
     try_companions(models.student, DTYPES[recipe.train.dtype], output_dir, is_main=mesh.is_main)
@@ -120,6 +125,9 @@ def _train(recipe: Recipe, mesh: Mesh) -> None:
         checkpoints = None
         if output.save_interval is not None:
             checkpoints = RunCheckpoints(saver, saved, output.save_interval, recipe_identity(recipe) | identity)
+        limit = None
+        if recipe.train.max_runtime is not None:
+            limit = TimeLimit(recipe.train.max_runtime, longest_save=lambda: saver.longest)
         trainer = Trainer(
             student,
             teacher,
@@ -136,7 +144,9 @@ def _train(recipe: Recipe, mesh: Mesh) -> None:
             exports=Exports(output_dir, output.export_interval, output.export_total_limit),
             max_bad_steps=recipe.train.max_bad_steps,
             checkpoints=checkpoints,
+            interruptions=Interruptions(signals, limit),
         )
+        folder.step = lambda: trainer.state.step
         if point is not None:
             trainer.restore(point.run["progress"])
             for warning in point.warnings:

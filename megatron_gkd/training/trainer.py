@@ -11,7 +11,7 @@ from typing import Any
 from megatron_gkd.data.loader import StepLoader
 from megatron_gkd.data.microbatch import Microbatch
 from megatron_gkd.data.sample import FROM_DATASET
-from megatron_gkd.errors import RunStopped, UserError
+from megatron_gkd.errors import Interrupted, RunStopped, UserError
 from megatron_gkd.models.export import export_checkpoint
 from megatron_gkd.runtime import portability
 from megatron_gkd.runtime.agreement import FailureMeeting, raise_together
@@ -22,6 +22,7 @@ from megatron_gkd.training.checkpointing.run_checkpoints import RunCheckpoints
 from megatron_gkd.training.completions import Completions
 from megatron_gkd.training.exports import Exports
 from megatron_gkd.training.guards import Guards
+from megatron_gkd.training.interruptions import Interruptions
 from megatron_gkd.training.metrics import MismatchWarning, Reporter, describe_rollouts, summarize
 from megatron_gkd.training.on_policy import Rollouts
 from megatron_gkd.training.rescue import Rescue, RunState, stop
@@ -52,6 +53,7 @@ class Trainer:
         exports: Exports,
         max_bad_steps: int = 10,
         checkpoints: RunCheckpoints | None = None,
+        interruptions: Interruptions | None = None,
     ):
         self.student, self.teacher = student, teacher
         self.batches, self.validation, self.reporter = batches, validation, reporter
@@ -65,7 +67,7 @@ class Trainer:
         self.eval_interval, self.exports = eval_interval, exports
         self.bad_steps = BadSteps(exports.output_dir / "bad_steps", max_bad_steps)
         self.state = RunState(train_iters)
-        self.checkpoints = checkpoints
+        self.checkpoints, self.interruptions = checkpoints, interruptions or Interruptions()
         if checkpoints is not None:
             checkpoints.progress = self.progress
 
@@ -94,12 +96,15 @@ class Trainer:
         """Train to the end. Returns the directory of the final Hugging Face checkpoint. All ranks must call it.
 
         Raises:
+            Interrupted: a signal or the time limit has ended the run, which is saved.
             RunStopped: all ranks failed together for a reason that the user can act on. As with every other exception
                 that all ranks reach, the student is exported before.
         """
         meeting = FailureMeeting.create()
         try:
             directory = self._run()
+        except Interrupted:
+            raise
         except Exception as error:
             stop(error, meeting, self.state, Rescue(self.save_checkpoint, self.export_now))
         if self.bad_steps.in_a_row:
@@ -112,6 +117,7 @@ class Trainer:
 
     def _run(self) -> Path:
         first = self.state.step + 1
+        self.interruptions.begin()
         for step, microbatches in enumerate(announce_ahead(self.batches, self.teacher), start=first):
             self.train_step(step, microbatches)
             last = step == self.state.train_iters
@@ -124,9 +130,31 @@ class Trainer:
                 self.checkpoints.poll()
                 if last or self.checkpoints.is_due(step):
                     self.checkpoints.save(step)
+            if not (last and self.checkpoints is None):
+                self.end_if_interrupted()
         if self.checkpoints is not None:
             self.checkpoints.finish()
         return self.export(self.exports.final_directory)
+
+    def end_if_interrupted(self) -> None:
+        """Save the run and end it if a signal or the time limit asks for it. All ranks must call it.
+
+        Raises:
+            Interrupted: it did, and the run is saved.
+        """
+        reason = self.interruptions.agree()
+        if reason is None:
+            return
+        state = self.state
+        self.reporter.message(f"{reason}: saving after step {state.step}")
+        if self.save_checkpoint():
+            saved = f"saved in {self.checkpoints.path_of(state.step)}; the same command continues the run"
+        elif self.checkpoints is not None:  # not an Interrupted: a restart would not find what was learned
+            raise UserError(f"{reason}: the checkpoint of step {state.step} could not be saved")
+        else:
+            saved = f"no checkpoints are kept (output.save_interval = null); the student is in {self.export_now()}"
+        self.reporter.plot()
+        raise Interrupted(f"{reason}: stopped after step {state.step} of {state.train_iters}; {saved}")
 
     def train_step(self, step: int, microbatches: list[Microbatch] | None) -> None:
         """One step, counted from 1. Without microbatches the student samples them."""

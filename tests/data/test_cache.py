@@ -1,8 +1,8 @@
-import multiprocessing
 import os
 import time
 
 import pytest
+from world import start_process
 
 from megatron_gkd.data.cache import CacheFolder
 from megatron_gkd.errors import UserError
@@ -82,10 +82,7 @@ def _build_slowly(cache, calls):
 
 def test_a_second_process_waits_for_the_first(cache, tmp_path):
     calls = tmp_path / "calls"
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=_build_slowly, args=(cache, calls)) for _ in range(3)]
-    for process in processes:
-        process.start()
+    processes = [start_process(_build_slowly, cache, calls) for _ in range(3)]
     for process in processes:
         process.join(timeout=30)
     assert [process.exitcode for process in processes] == [0, 0, 0]

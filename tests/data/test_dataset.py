@@ -1,5 +1,4 @@
 import json
-import multiprocessing
 import os
 import socket
 from pathlib import Path
@@ -8,7 +7,9 @@ import datasets
 import numpy as np
 import pytest
 import torch.distributed as dist
+from world import process_queue, start_process
 
+from megatron_gkd.data import dataset as module
 from megatron_gkd.data.dataset import build_dataset
 from megatron_gkd.data.prompt import PromptLimits, prompt_of, room_for_answer
 from megatron_gkd.data.report import DataReport
@@ -315,7 +316,14 @@ class TestCache:
             build(section(write_jsonl([chat("q", "a")])), Slow())
 
 
-def _rank(rank, store, results, data, tokenizer, is_leader):
+def _no_space(*arguments):
+    raise OSError("disk full")
+
+
+def _rank(rank, store, results, data, tokenizer, is_leader, fails):
+    module.VISIBLE_WITHIN_S = 0.2
+    if fails:
+        module.open_source = _no_space
     nodes = Nodes(dist.FileStore(store, 2), rank, 2, is_leader=is_leader)
     try:
         dataset, report = build_dataset(data, "train", tokenizer, nodes=nodes)
@@ -324,17 +332,14 @@ def _rank(rank, store, results, data, tokenizer, is_leader):
         results.put((rank, type(error).__name__, str(error)))
 
 
-def _run(tmp_path, tokenizer, sections, leaders):
-    """What each rank has: its rows and its report, or the error's type and text."""
-    context = multiprocessing.get_context("fork")
-    results, store = context.Queue(), str(tmp_path / f"store.{os.urandom(4).hex()}")
+def _run(tmp_path, tokenizer, sections, leaders, *, fails=False):
+    """Return what each rank has: its rows and its report, or the error's type and text."""
+    results, store = process_queue(), str(tmp_path / f"store.{os.urandom(4).hex()}")
     processes = [
-        context.Process(target=_rank, args=(rank, store, results, section, tokenizer, rank in leaders))
+        start_process(_rank, rank, store, results, section, tokenizer, rank in leaders, fails)
         for rank, section in enumerate(sections)
     ]
-    for process in processes:
-        process.start()
-    answers = sorted(results.get(timeout=30) for _ in processes)
+    answers = sorted(results.get(timeout=60) for _ in processes)
     for process in processes:
         process.join()
     return [answer[1:] for answer in answers]
@@ -343,7 +348,7 @@ def _run(tmp_path, tokenizer, sections, leaders):
 class TestTwoProcesses:
     @pytest.fixture
     def run(self, tmp_path, tokenizer):
-        return lambda data: _run(tmp_path, tokenizer, [data, data], leaders=[0])
+        return lambda data, **options: _run(tmp_path, tokenizer, [data, data], leaders=[0], **options)
 
     def test_one_builds_and_both_read_the_same(self, run, section, write_jsonl, chat):
         first, second = run(section(write_jsonl([chat("q", "a"), chat("q", "b")])))
@@ -357,19 +362,14 @@ class TestTwoProcesses:
         assert first[0] == "RunStopped"
         assert first[1].startswith(f"{path}, line 2: not JSON")
 
-    def test_any_other_failure_stops_both(self, run, section, write_jsonl, chat, monkeypatch):
-        def fail(*arguments):
-            raise OSError("disk full")
-
-        monkeypatch.setattr("megatron_gkd.data.dataset.open_source", fail)
-        first, second = run(section(write_jsonl([chat("q", "a")])))
+    def test_any_other_failure_stops_both(self, run, section, write_jsonl, chat):
+        first, second = run(section(write_jsonl([chat("q", "a")])), fails=True)
         assert first == ("OSError", "disk full")
         assert second == ("RunStopped", "OSError: disk full")
 
     def test_a_cache_that_ranks_of_one_node_do_not_share_is_named(
-        self, tmp_path, section, write_jsonl, chat, tokenizer, monkeypatch
+        self, tmp_path, section, write_jsonl, chat, tokenizer
     ):
-        monkeypatch.setattr("megatron_gkd.data.dataset.VISIBLE_WITHIN_S", 0.2)
         path = write_jsonl([chat("q", "a")])
         sections = [section(path, dataset_cache_dir=str(tmp_path / f"cache{rank}")) for rank in range(2)]
         first, second = _run(tmp_path, tokenizer, sections, leaders=[0])
@@ -382,9 +382,7 @@ class TestTwoNodes:
     """Two ranks, each with a cache and a copy of the file of its own, whose times of change differ."""
 
     @pytest.fixture
-    def run(self, tmp_path, section, write_jsonl, tokenizer, monkeypatch):
-        monkeypatch.setattr("megatron_gkd.data.dataset.VISIBLE_WITHIN_S", 0.2)
-
+    def run(self, tmp_path, section, write_jsonl, tokenizer):
         def run(*rows_of_node, shared=False, paths=("node0.jsonl", "node1.jsonl")):
             sections = []
             for node, rows in enumerate(rows_of_node):

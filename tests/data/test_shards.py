@@ -1,18 +1,18 @@
 """A build that is killed goes on where it was, and gives the same rows as one that is not."""
 
-import multiprocessing
 import os
 import signal
 import time
 from pathlib import Path
 
 import pytest
+from world import start_process
 
 from megatron_gkd.data import shards
 from megatron_gkd.data.dataset import build_dataset
 from megatron_gkd.errors import UserError
 
-COUNT = 40
+COUNT, SHARD_ROWS = 40, 4
 PLUGIN = """
 import os, signal, time
 from pathlib import Path
@@ -34,9 +34,14 @@ def log(row):
 DIE = "os.kill(os.getpid(), signal.SIGKILL)"
 
 
+def _build(section, tokenizer):
+    shards.SHARD_ROWS = SHARD_ROWS
+    build_dataset(section, "train", tokenizer)
+
+
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    monkeypatch.setattr(shards, "SHARD_ROWS", 4)
+    monkeypatch.setattr(shards, "SHARD_ROWS", SHARD_ROWS)
 
 
 @pytest.fixture
@@ -68,8 +73,7 @@ def contents(dataset):
 
 def run(section, tokenizer):
     """Build in another process; returns its exit code."""
-    process = multiprocessing.get_context("fork").Process(target=build_dataset, args=(section, "train", tokenizer))
-    process.start()
+    process = start_process(_build, section, tokenizer)
     process.join(timeout=60)
     return process.exitcode
 
@@ -107,8 +111,7 @@ def test_a_killed_worker_is_one_line_and_costs_unfinished_shards_only(data, toke
 
 def test_workers_end_with_the_process_that_started_them(data, tokenizer, tmp_path):
     section = data("(FOLDER / 'pids').write_text(f'{os.getpid()} {os.getppid()}'); time.sleep(60)", workers=2)
-    process = multiprocessing.get_context("fork").Process(target=build_dataset, args=(section, "train", tokenizer))
-    process.start()
+    process = start_process(_build, section, tokenizer)
     worker, parent = _wait_for(lambda: (tmp_path / "pids").read_text().split())
     assert int(parent) == process.pid
     process.kill()

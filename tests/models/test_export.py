@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -95,6 +96,7 @@ def train_with_a_tokenizer_that_can_not_be_saved(rank, world_size, recipe):
     from megatron_gkd.errors import UserError
     from megatron_gkd.runtime.mesh import Layout, destroy_mesh, initialize_mesh
     from megatron_gkd.training.run import _train
+    from megatron_gkd.training.run_folder import RunFolder
 
     def refuse(self, directory):
         raise ValueError("the chat template\nis of two kinds")
@@ -103,7 +105,8 @@ def train_with_a_tokenizer_that_can_not_be_saved(rank, world_size, recipe):
     mesh = initialize_mesh(Layout.from_section(recipe.parallel), seed=1)
     saved, PreTrainedTokenizerBase.save_pretrained = PreTrainedTokenizerBase.save_pretrained, refuse
     try:
-        _train(recipe, mesh)
+        with RunFolder(Path(recipe.output.output_dir), is_main=rank == 0) as folder:
+            _train(recipe, mesh, folder)
     except UserError as error:
         return str(error)
     finally:
@@ -126,7 +129,7 @@ def test_what_can_not_be_exported_ends_the_run_before_its_first_step(gloo_world,
     told = gloo_world(2).run(train_with_a_tokenizer_that_can_not_be_saved, recipe)
     message = "transformers can't write it into an export (ValueError: the chat template is of two kinds)"
     assert told == [f"the tokenizer in {source}: {message}"] * 2
-    assert [path.name for path in output.iterdir()] == ["recipe.yaml"]
+    assert sorted(path.name for path in output.iterdir()) == ["exit.json", "recipe.yaml"]
 
 
 @pytest.mark.parametrize("layout", RECIPES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from megatron_gkd.training.checkpointing.saver import Saver
@@ -30,6 +31,9 @@ class RunCheckpoints:
     progress: Callable[[], dict[str, Any]] = field(default=dict)
     saved_step: int = 0
     validation: tuple[int, float | None] = (0, None)
+
+    def path_of(self, step: int) -> Path:
+        return self.saver.folder.final(step)
 
     def is_due(self, step: int) -> bool:
         return step % self.interval == 0

@@ -53,6 +53,8 @@ class Saver:
     ):
         self.folder, self.is_asynchronous, self.most = folder, is_asynchronous, most
         self.report, self.seconds = report, seconds
+        self.longest: float | None = None
+        """Seconds of the longest save so far, from its snapshot to its publication."""
         self._save: _Save | None = None
         self._marks = Marks(folder)
         self._attempt = 0
@@ -102,6 +104,7 @@ class Saver:
             on_main(lambda: self._publish_files(save.step, digests))
         except SaveFailed as error:
             return self._failed(save.step, str(error))
+        self.longest = max(self.longest or 0.0, time.monotonic() - save.started)
         self.report(f"checkpoint {self.folder.final(save.step)}")
         if dist.get_rank() == 0:
             self._keep_order(save.step)

@@ -6,9 +6,11 @@ import pytest
 import torch
 from checkpoints import tiny_checkpoint
 from layouts import CP2, EP2, PP2, SP, TP2
+from rows import RandomRows
 from training_layouts import build, weights_of
 
 VPP2 = {"virtual_pipeline_model_parallel_size": 2}
+EMA = {"teacher": {"kind": "self", "teacher_model": None, "ema": 0.6}}
 LAYOUTS = {
     "one process": (1, {}),
     "TP2": (2, {"parallel": TP2}),
@@ -22,6 +24,12 @@ LAYOUTS = {
     "TP2+SP": (2, {"parallel": TP2 | SP}),
     "TP2+SPxEP2": (2, {"parallel": TP2 | SP | EP2}),
     "TP2xPP2": (4, {"parallel": TP2 | PP2}),
+    "PP2xEP2": (4, {"parallel": PP2 | EP2}),
+    "CP2xEP2": (2, {"parallel": CP2 | EP2}),
+    "TP2, EMA": (2, {"parallel": TP2} | EMA),
+    "PP2, EMA": (2, {"parallel": PP2} | EMA),
+    "EP2, EMA": (2, {"parallel": EP2} | EMA),
+    "PP2xEP2, EMA": (4, {"parallel": PP2 | EP2} | EMA),
 }
 
 
@@ -31,47 +39,67 @@ def moments_of(student) -> list[torch.Tensor]:
     return [state[name].clone() for _, state in adam_states(student.optimizer) for name in sorted(state)]
 
 
-def run_steps(student, batches, first):
-    records = []
-    for step, microbatches in enumerate(batches, start=1):
-        if step >= first:
-            totals = student.compute_gradients(microbatches, [None] * len(microbatches))
-            records.append((totals["loss"], student.update(), student.learning_rate))
-    return records
-
-
-def save_and_resume(rank, world_size, model, changes, other, directory):
-    """Three steps, saved after the first; then two more from the checkpoint, under `other`'s layout if it is given."""
-    from megatron_gkd.runtime.mesh import destroy_mesh
-    from megatron_gkd.training.checkpointing.folder import CheckpointFolder
-    from megatron_gkd.training.checkpointing.loader import load, newest_intact
-    from megatron_gkd.training.checkpointing.saver import Saver
+def build_run(model, changes):
+    """Return the student, its teacher (None without EMA), what is saved of both, and the batches of three steps."""
+    from megatron_gkd.training.build_teacher import averages_of
     from megatron_gkd.training.checkpointing.state import Saved
     from megatron_gkd.training.checkpointing.workarounds import apply_workarounds
 
-    plain = {"teacher": {"kind": "none", "teacher_model": None}}
     apply_workarounds()
-    _, student, _, batches = build(model, None, changes | plain)
-    saver = Saver(CheckpointFolder(directory))
-    records = []
+    plain = {"teacher": {"kind": "none", "teacher_model": None}}
+    _, student, teacher, batches = build(model, None, plain | changes, RandomRows(count=24, privileged=True))
+    return student, teacher, Saved(student, averages_of(teacher)), batches
+
+
+def train_step(student, teacher, microbatches):
+    signals = [None] * len(microbatches)
+    if teacher is not None:
+        with teacher.resident():
+            signals = teacher.score(microbatches)
+    totals = student.compute_gradients(microbatches, signals)
+    record = totals["loss"], student.update(), student.learning_rate
+    if teacher is not None:
+        teacher.after_update()
+    return record
+
+
+def state_of(student, records):
+    """Return the records, weights and moments, and take the run down."""
+    from megatron_gkd.runtime.mesh import destroy_mesh
+
+    found = records, weights_of(student), moments_of(student)
+    destroy_mesh()
+    return found
+
+
+def train_and_save(rank, world_size, model, changes, directory):
+    """Train three steps, and save the run after the first. Returns what the last two gave."""
+    from megatron_gkd.training.checkpointing.folder import CheckpointFolder
+    from megatron_gkd.training.checkpointing.saver import Saver
+
+    student, teacher, saved, batches = build_run(model, changes)
+    saver, records = Saver(CheckpointFolder(directory)), []
     for step, microbatches in enumerate(batches, start=1):
-        totals = student.compute_gradients(microbatches, [None] * len(microbatches))
-        records.append((totals["loss"], student.update(), student.learning_rate))
+        records.append(train_step(student, teacher, microbatches))
         saver.poll()
         if step == 1:
             values = {"identity": {}, "progress": {"step": step, "updates": step}}
-            saver.save(step, Saved(student).to_write(), Saved(student).description() | values)
+            saver.save(step, saved.to_write(), saved.description() | values)
     assert saver.finish()
-    expected = records[1:], weights_of(student), moments_of(student)
-    destroy_mesh()
+    return state_of(student, records[1:])
 
-    _, student, _, batches = build(model, None, (other or changes) | plain)
+
+def resume(rank, world_size, model, changes, directory):
+    """Train the last two steps from the checkpoint of the first."""
+    from megatron_gkd.training.checkpointing.folder import CheckpointFolder
+    from megatron_gkd.training.checkpointing.loader import load, newest_intact
+
+    student, teacher, saved, batches = build_run(model, changes)
     path, problems = newest_intact(CheckpointFolder(directory))
     assert problems == []
-    load(Saved(student), path, step=1)
-    found = run_steps(student, batches, 2), weights_of(student), moments_of(student)
-    destroy_mesh()
-    return expected, found
+    load(saved, path, step=1)
+    records = [train_step(student, teacher, batch) for step, batch in enumerate(batches, start=1) if step > 1]
+    return state_of(student, records)
 
 
 def model_of(changes):
@@ -80,14 +108,36 @@ def model_of(changes):
     return tiny_checkpoint("qwen3_tied", seed=2)
 
 
+def with_dtype(dtype):
+    return {"train": {"lr_decay_style": "linear", "weight_decay": 0.1, "dtype": dtype}}
+
+
 CASES = [(layout, "fp32") for layout in LAYOUTS] + [(layout, "bf16") for layout in ("one process", "PP2", "TP2+SPxEP2")]
 
 
+@pytest.fixture(scope="module")
+def saved_run(gloo_world, tmp_path_factory):
+    """`saved_run(layout, dtype)`: the folder of a run that was saved once, and what its later steps gave each rank."""
+    runs = {}
+
+    def of(layout, dtype):
+        if (layout, dtype) not in runs:
+            size, changes = LAYOUTS[layout]
+            directory = tmp_path_factory.mktemp("checkpoints")
+            arguments = model_of(changes), changes | with_dtype(dtype), directory
+            runs[layout, dtype] = directory, gloo_world(size).run(train_and_save, *arguments)
+        return runs[layout, dtype]
+
+    return of
+
+
 @pytest.mark.parametrize(("layout", "dtype"), CASES)
-def test_the_same_layout_goes_on_bit_by_bit(layout, dtype, gloo_world, tmp_path):
+def test_the_same_layout_goes_on_bit_by_bit(layout, dtype, gloo_world, saved_run):
     size, changes = LAYOUTS[layout]
-    changes = changes | {"train": {"dtype": dtype, "lr_decay_style": "linear", "weight_decay": 0.1}}
-    for expected, found in gloo_world(size).run(save_and_resume, model_of(changes), changes, None, tmp_path):
+    directory, expected_of_ranks = saved_run(layout, dtype)
+    changes = changes | with_dtype(dtype)
+    found_of_ranks = gloo_world(size).run(resume, model_of(changes), changes, directory)
+    for expected, found in zip(expected_of_ranks, found_of_ranks, strict=True):
         assert found[0] == expected[0]
         assert all(torch.equal(found[1][name], tensor) for name, tensor in expected[1].items())
         assert len(expected[2]) > 10 or not expected[2]
@@ -95,17 +145,19 @@ def test_the_same_layout_goes_on_bit_by_bit(layout, dtype, gloo_world, tmp_path)
 
 
 OTHERS = [
-    ("TP2", "PP2"), ("PP2", "TP2+SP"), ("PP2xVPP2", "DP2"), ("DP2", "CP2"), ("CP2", "PP2xVPP2"), ("EP2", "TP2+SPxEP2"),
-    ("TP2+SPxEP2", "EP2"),
+    ("TP2", "PP2"), ("PP2", "TP2+SP"), ("PP2xVPP2", "DP2"), ("DP2", "CP2"), ("CP2", "PP2xVPP2"),
+    ("TP2xPP2", "one process"), ("DP2", "one process"), ("one process", "TP2"), ("one process", "PP2"),
+    ("PP2xVPP2", "one process"), ("CP2", "one process"), ("EP2", "TP2+SPxEP2"), ("TP2+SPxEP2", "PP2xEP2"),
+    ("EP2", "one process"), ("CP2xEP2", "one process"), ("TP2, EMA", "PP2, EMA"), ("EP2, EMA", "PP2xEP2, EMA"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("layout", "other"), OTHERS)
-def test_another_layout_goes_on_to_rounding(layout, other, gloo_world, tmp_path):
-    train = {"train": {"dtype": "fp32"}}
-    (size, changes), (_, then) = LAYOUTS[layout], LAYOUTS[other]
-    results = gloo_world(size).run(save_and_resume, model_of(changes), changes | train, then | train, tmp_path)
-    expected, found = results[0]
+def test_another_layout_goes_on_to_rounding(layout, other, gloo_world, saved_run):
+    directory, (expected, *_) = saved_run(layout, "fp32")
+    size, changes = LAYOUTS[other]
+    model = model_of(LAYOUTS[layout][1])
+    found, *_ = gloo_world(size).run(resume, model, changes | with_dtype("fp32"), directory)
     for a, b in zip(found[0], expected[0], strict=True):
         assert a == pytest.approx(b, rel=1e-6)
     for name, tensor in expected[1].items():

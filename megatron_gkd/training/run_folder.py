@@ -1,0 +1,95 @@
+"""The output folder of a run: kept for one run at a time, with `exit.json` on how the last one ended."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+from megatron_gkd.errors import Interrupted, UserError
+from megatron_gkd.runtime.agreement import raise_together
+from megatron_gkd.runtime.disk import flush
+from megatron_gkd.runtime.run_lock import RunLock
+from megatron_gkd.runtime.signals import leave_process
+
+EXIT_FILE = "exit.json"
+LOCK_FILE = "run.lock"
+ENDED_BY_SECOND_SIGINT = 130  # as shells have it
+
+
+class RunFolder:
+    """The folder of one run. A context manager, which all ranks must enter together, in a world of processes.
+
+    Only rank 0 writes. `exit.json` has the exit code (torchrun hides it), the reason in words, and the newest step; it
+    is deleted when the next run begins.
+
+    Args:
+        path: recipe key `output.output_dir`.
+        is_main: whether this is rank 0.
+
+    Attributes:
+        step: returns the newest step of the run.
+    """
+
+    def __init__(self, path: Path, *, is_main: bool):
+        self.path, self._is_main = path, is_main
+        self._lock = RunLock(path / LOCK_FILE)
+        self._is_mine = False
+        self.step: Callable[[], int] = lambda: 0
+
+    def __enter__(self) -> RunFolder:
+        problem = None
+        if self._is_main:
+            try:
+                self._take()
+            except UserError as error:
+                problem = str(error)
+        raise_together(problem)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self._give_up(0, "finished")
+        else:
+            code = error.exit_code if isinstance(error, UserError) else 1
+            self._give_up(code, str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
+
+    def leave(self, signal_name: str, is_second: bool) -> None:
+        """End this process at once, by a signal before the first step or by a second SIGINT. Callable by any thread."""
+        if is_second:
+            code, reason = ENDED_BY_SECOND_SIGINT, "second SIGINT: ended at once"
+        else:
+            code, reason = Interrupted.exit_code, f"{signal_name} before the first step: nothing has changed"
+        self._give_up(code, reason)
+        if self._is_main:
+            print(reason, file=sys.stderr)
+        leave_process(code)
+
+    def _take(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"output.output_dir = {self.path}: can't be made ({error})") from error
+        self._lock.acquire()
+        self._is_mine = True
+        (self.path / EXIT_FILE).unlink(missing_ok=True)
+
+    def _give_up(self, code: int, reason: str) -> None:
+        if not self._is_mine:
+            return
+        ended = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        record = {"code": code, "reason": reason, "step": self.step(), "ended": ended}
+        unfinished = self.path / f"{EXIT_FILE}.unfinished"
+        try:
+            unfinished.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            flush(unfinished)
+            unfinished.replace(self.path / EXIT_FILE)
+        except OSError as error:  # of a full disk, for example: the exit code still says it
+            print(f"{self.path / EXIT_FILE}: can't be written ({error})", file=sys.stderr)
+        self._lock.release()
+        self._is_mine = False
