@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ class _Save:
 
     step: int
     write: ShardedWrite
-    started: float = field(default_factory=time.monotonic)
+    started: float
 
 
 class Saver:
@@ -69,9 +69,10 @@ class Saver:
         """
         self.finish()
         self._attempt += 1
+        started = time.monotonic()
         try:
             on_main(lambda: self.folder.prepare(step, run, self._attempt))
-            self._save = _Save(step, ShardedWrite(state, self._unfinished(step)))
+            self._save = _Save(step, ShardedWrite(state, self._unfinished(step)), started)
         except SaveFailed as error:
             return self._failed(step, str(error))
         return True if self.is_asynchronous else self.finish()
