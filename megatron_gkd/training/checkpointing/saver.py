@@ -59,6 +59,11 @@ class Saver:
         self._marks = Marks(folder)
         self._attempt = 0
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a save is under way."""
+        return self._save is not None
+
     def save(self, step: int, state: dict[str, Any], run: dict[str, Any]) -> bool:
         """Save `state`, a sharded state dict, and `run`, plain values, as those of `step`.
 
