@@ -62,21 +62,44 @@ def fail_in_each_phase(rank, world_size, model, directory, is_asynchronous):
                 outcome = save(2)
             torch.distributed.barrier()  # the main rank has deleted what it had to
             seen[phase] = outcome, reports.pop(), sorted(path.name for path in directory.iterdir())
+        elsewhere = mock.patch.object(saver, "_unfinished", return_value=directory.with_name("elsewhere"))
+        with elsewhere if rank == 1 else contextlib.nullcontext():
+            unseen = save(2), reports.pop()
         assert save(2)
         newest, problems = newest_intact(saver.folder)
-    return seen, newest.name, problems
+    return seen, unseen, newest.name, problems
 
 
 @pytest.mark.parametrize("is_asynchronous", [True, False])
 def test_a_save_that_fails_in_any_phase_on_one_rank(is_asynchronous, gloo_world, tmp_path):
     model = tiny_checkpoint("qwen3", seed=2, num_hidden_layers=2)
-    for seen, newest, problems in gloo_world(2).run(fail_in_each_phase, model, tmp_path, is_asynchronous):
+    found = gloo_world(2).run(fail_in_each_phase, model, tmp_path / "run", is_asynchronous)
+    for seen, (outcome, report), newest, problems in found:
+        assert outcome is False and "__1_0.distcp was written by another rank into a folder" in report
         assert seen.keys() == PHASES.keys()
         for phase, (outcome, report, there) in seen.items():
             assert outcome is False, phase
             assert report.startswith("warning: step 2: the checkpoint could not be saved: [Errno 28] No space"), phase
             assert there == ["last", "step-000001"], phase
         assert newest == "step-000002" and problems == []
+
+
+def fail_beside_the_save(rank, world_size, model, directory):
+    """Save three steps where links can't be made, and old checkpoints can't be deleted."""
+    with student_and_saver(model, directory, is_asynchronous=False, most=1) as (save, saver, reports):
+        refusal = {"side_effect": OSError(1, "Operation not permitted")}
+        with mock.patch("os.symlink", **refusal), mock.patch(f"{SAVED}.folder.CheckpointFolder._delete", **refusal):
+            outcomes = [save(step) for step in (1, 2, 3)]
+    return outcomes, reports, saver.folder.steps()
+
+
+def test_what_fails_beside_a_save_leaves_it_whole(gloo_world, tmp_path):
+    model = tiny_checkpoint("qwen3", seed=2, num_hidden_layers=2)
+    ((outcomes, reports, steps),) = gloo_world(1).run(fail_beside_the_save, model, tmp_path)
+    assert outcomes == [True, True, True] and steps[-1] == 3
+    warnings = [report for report in reports if report.startswith("warning")]
+    assert sum("the links best and last can't be kept" in line for line in warnings) == 1
+    assert sum("an old checkpoint can't be deleted" in line for line in warnings) == 2 and len(warnings) == 3
 
 
 def hang(rank, world_size, model, directory):
