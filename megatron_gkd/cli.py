@@ -9,6 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -158,7 +159,8 @@ def _load(path: str, overrides: Sequence[str], world_size: int, command: "Comman
 
 def _train(path: str, overrides: list[str]) -> None:
     recipe = _load(path, overrides, _world_size())
-    from megatron_gkd.training.run import train
+    with _imports():
+        from megatron_gkd.training.run import train
 
     train(recipe)
 
@@ -168,7 +170,8 @@ def _score(path: str, arguments: list[str]) -> None:
 
     options, overrides = _take(arguments, commands.SCORE)
     recipe = _load(path, overrides, _world_size(), commands.SCORES)
-    from megatron_gkd.training.score import score
+    with _imports():
+        from megatron_gkd.training.score import score
 
     score(recipe, **options)
 
@@ -180,7 +183,8 @@ def _generate(path: str, arguments: list[str]) -> None:
     source = options.pop("from")
     asked = commands.TEACHER_GENERATES if source == "teacher" else commands.STUDENT_GENERATES
     recipe = _load(path, overrides, _world_size(), asked)
-    from megatron_gkd.training.generate import generate
+    with _imports():
+        from megatron_gkd.training.generate import generate
 
     generate(recipe, source, **options)
 
@@ -190,7 +194,18 @@ def _check(path: str, arguments: list[str]) -> None:
 
     options, overrides = _take(arguments, commands.CHECK)
     recipe = _load(path, overrides, options["nproc"])
-    _print(f"{recipe.to_yaml()}\n{_layout(recipe, options['nproc'])}")
+    from megatron_gkd.config.layout import describe_layout
+
+    layout = describe_layout(recipe, options["nproc"])
+    lines = [f"{name + ':':8} {text}" for name, text in layout.items()]
+    _print("\n".join([recipe.to_yaml(), *lines]))
+
+
+def _imports() -> AbstractContextManager:
+    """Show the imports of a command as the first phase of its start."""
+    from megatron_gkd.reporting.phases import phase
+
+    return phase(f"Starting megatron-gkd {__version__}", is_main=int(os.environ.get("RANK", "0")) == 0)
 
 
 def _checkpoint(action: str, arguments: list[str]) -> None:
@@ -234,7 +249,8 @@ def _export_checkpoint(run: "RunFolder", step: int, output: str | None, override
         raise _RecipeRefused(f"--output = {folder}: exists already; must be a folder that does not")
     path = str(run.output_dir / "recipe.yaml")
     recipe = _load(path, [*commands.one_process(), *overrides], _world_size(), commands.EXPORTS)
-    from megatron_gkd.training.export_checkpoint import export
+    with _imports():
+        from megatron_gkd.training.export_checkpoint import export
 
     export(recipe, run.folder.final(step), folder)
 
@@ -252,21 +268,6 @@ def _take(arguments: list[str], options: "Mapping[str, Option]") -> tuple[dict[s
         return take_options(arguments, options)
     except RecipeError as error:
         raise _RecipeRefused(str(error)) from error
-
-
-def _layout(recipe: "Recipe", world_size: int) -> str:
-    """The processes and the step as products, a line each."""
-    p, train, replicas = recipe.parallel, recipe.train, recipe.data_parallel_size(world_size)
-    microbatches = recipe.num_microbatches(world_size)
-    pipeline, packed = p.pipeline_model_parallel_size, "; packing makes them fewer" if recipe.data.packing else ""
-    return (
-        f"layout:  {world_size} processes = tensor {p.tensor_model_parallel_size} x context {p.context_parallel_size} "
-        f"x pipeline {pipeline} x data {replicas}\n"
-        f"experts: {world_size} processes = tensor {p.expert_tensor_parallel_size} x expert "
-        f"{p.expert_model_parallel_size} x pipeline {pipeline} x data {recipe.expert_data_parallel_size(world_size)}\n"
-        f"step:    {train.global_batch_size} rows = data {replicas} x microbatches {microbatches} "
-        f"x rows {train.micro_batch_size}{packed}"
-    )
 
 
 _COMMANDS: dict[str, Callable[[str, list[str]], None]] = {

@@ -6,7 +6,7 @@ mcore-bridge knows how the parameters of each family map; this module is the onl
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,6 +28,7 @@ from megatron_gkd.models.weight_loading import read_weights
 from megatron_gkd.runtime import portability
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.runtime.transformer_engine import choose_attention, torch_attention
+from megatron_gkd.runtime.transformer_engine.attention import TEDotProductAttention
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,18 @@ class MegatronModel:
 
     @classmethod
     def load(
-        cls, checkpoint: Checkpoint, mesh: Mesh, options: BuildOptions, *, needs_weights: bool = True
+        cls,
+        checkpoint: Checkpoint,
+        mesh: Mesh,
+        options: BuildOptions,
+        report: Callable[[int], None] = lambda read: None,
+        *,
+        needs_weights: bool = True,
     ) -> MegatronModel:
         """Build this rank's share of the checkpoint and read its weights. All ranks of the world must call it.
 
         Args:
+            report: called with the number of tensors that this rank has read so far.
             needs_weights: false where all parameters are set afterwards: the checkpoint's are not read then.
 
         Raises:
@@ -74,11 +82,16 @@ class MegatronModel:
             with torch_attention() if options.attn == "sdpa" else contextlib.nullcontext():
                 chunks = [chunk.to(portability.device()) for chunk in get_mcore_model(config)]
             if needs_weights:
-                read_weights(config.bridge, chunks, checkpoint)
+                read_weights(config.bridge, chunks, checkpoint, report)
         for chunk in chunks:
             _mark_shards(chunk)
             prepare_experts(chunk)
         return cls(checkpoint, chunks, config, mesh)
+
+    @property
+    def has_torch_attention(self) -> bool:
+        """Whether this rank's layers compute their attention with torch, and not with Transformer Engine."""
+        return any(isinstance(module, TEDotProductAttention) for chunk in self.chunks for module in chunk.modules())
 
     @property
     def head_weight(self) -> nn.Parameter | None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_gkd.config.schema import Recipe
 from megatron_gkd.errors import UserError
 from megatron_gkd.runtime.disk import flush, free_place
 
@@ -105,6 +106,11 @@ class CheckpointFolder:
         shutil.rmtree(doomed, ignore_errors=True)
         path.rename(doomed)
         shutil.rmtree(doomed)
+
+
+def checkpoint_folder(recipe: Recipe) -> CheckpointFolder:
+    """Return the folder of a recipe's run."""
+    return CheckpointFolder(Path(recipe.output.output_dir) / "checkpoints")
 
 
 def read_run(path: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megatron_gkd.errors import RunStopped
 from megatron_gkd.models.megatron_model import MegatronModel
+from megatron_gkd.reporting.phases import phase
 from megatron_gkd.runtime.agreement import first_problem, raise_together
 from megatron_gkd.training.checkpointing.folder import CheckpointFolder, find_damage, read_run
 from megatron_gkd.training.checkpointing.state import Saved, layout_of, model_state, set_random_states
@@ -25,7 +26,8 @@ _NO_WEIGHTS = re.compile(r"optimizer\.|average\d+\.|random$")  # these keys need
 
 def verify(path: Path) -> str | None:
     """Compare all files with the manifest, each rank its share. Returns the first damage on every rank."""
-    return first_problem(find_damage(path, dist.get_rank(), dist.get_world_size()))
+    with phase(f"Verifying the checkpoint {path}", is_main=dist.get_rank() == 0):
+        return first_problem(find_damage(path, dist.get_rank(), dist.get_world_size()))
 
 
 def newest_intact(folder: CheckpointFolder) -> tuple[Path | None, list[str]]:
@@ -85,7 +87,8 @@ def load_model(model: MegatronModel, path: Path) -> None:
 def _read(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     problem, found = None, {}
     try:
-        found, left, lacking = dist_checkpointing.load(wanted, str(path), strict=StrictHandling.RETURN_ALL)
+        with phase(f"Loading the checkpoint {path}", is_main=dist.get_rank() == 0):
+            found, left, lacking = dist_checkpointing.load(wanted, str(path), strict=StrictHandling.RETURN_ALL)
         # Megatron says nothing of tensors that are left over: an untied head would be ignored by a tied model.
         strange = sorted(lacking) or sorted(key for key in left if not _NO_WEIGHTS.match(key))
         if strange:

@@ -12,7 +12,7 @@ from megatron_gkd.config.schema import Recipe
 from megatron_gkd.errors import RunStopped, UserError
 from megatron_gkd.reporting.metrics_log import rotate
 from megatron_gkd.runtime.agreement import raise_together
-from megatron_gkd.training.checkpointing.folder import CheckpointFolder, read_run
+from megatron_gkd.training.checkpointing.folder import CheckpointFolder, checkpoint_folder, read_run
 from megatron_gkd.training.checkpointing.identity import differences, recipe_identity
 from megatron_gkd.training.checkpointing.loader import newest_intact, verify
 
@@ -38,10 +38,6 @@ class ResumePoint:
         lines = differences(identity, self.run["identity"], str(self.path))
         hint = "\nContinue with what it was trained with, or start anew: train.resume = never"
         raise_together("\n".join(lines) + hint if lines else None, RunStopped)
-
-
-def checkpoint_folder(recipe: Recipe) -> CheckpointFolder:
-    return CheckpointFolder(Path(recipe.output.output_dir) / "checkpoints")
 
 
 def find_resume_point(recipe: Recipe) -> ResumePoint | None:
