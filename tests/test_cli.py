@@ -128,7 +128,7 @@ def test_a_fault_of_the_program_keeps_its_traceback(workspace, trainer):
     ("arguments", "line"),
     [
         (["trian", "recipe.yaml"], "megatron-gkd trian: unknown command; did you mean train?"),
-        (["zzz"], "megatron-gkd zzz: unknown command; the commands are train, check, score, generate"),
+        (["zzz"], "megatron-gkd zzz: unknown command; the commands are train, check, score, generate, checkpoint"),
         (["train"], "megatron-gkd train: the recipe's path must come first: megatron-gkd train recipe.yaml"),
         (["train", "--beta", "1"],
          "megatron-gkd train: the recipe's path must come first: megatron-gkd train recipe.yaml"),
