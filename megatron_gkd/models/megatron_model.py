@@ -64,10 +64,14 @@ class MegatronModel:
         mesh: Mesh,
         options: BuildOptions,
         report: Callable[[int], None] = lambda read: None,
+        *,
+        needs_weights: bool = True,
     ) -> MegatronModel:
         """Build this rank's share of the checkpoint and read its weights. All ranks of the world must call it.
 
-        `report` is called with the number of tensors that this rank has read so far.
+        Args:
+            report: called with the number of tensors that this rank has read so far.
+            needs_weights: false where all parameters are set afterwards: the checkpoint's are not read then.
 
         Raises:
             UserError: in all ranks; the checkpoint's tensors and the model's parameters do not match.
@@ -77,7 +81,8 @@ class MegatronModel:
         with mesh.virtual_stages(options.virtual_pipeline):
             with torch_attention() if options.attn == "sdpa" else contextlib.nullcontext():
                 chunks = [chunk.to(portability.device()) for chunk in get_mcore_model(config)]
-            read_weights(config.bridge, chunks, checkpoint, report)
+            if needs_weights:
+                read_weights(config.bridge, chunks, checkpoint, report)
         for chunk in chunks:
             _mark_shards(chunk)
             prepare_experts(chunk)

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from torch.distributed.checkpoint import CheckpointException
 
-from megatron_gkd.errors import UserError
+from megatron_gkd.errors import RunStopped
+from megatron_gkd.models.megatron_model import MegatronModel
 from megatron_gkd.reporting.phases import phase
 from megatron_gkd.runtime.agreement import first_problem, raise_together
 from megatron_gkd.training.checkpointing.folder import CheckpointFolder, find_damage, read_run
-from megatron_gkd.training.checkpointing.state import Saved, layout_of, set_random_states
+from megatron_gkd.training.checkpointing.state import Saved, layout_of, model_state, set_random_states
 from megatron_gkd.training.checkpointing.workarounds import apply_workarounds, separate_steps
+
+_LONGEST_REASON = 200  # characters; some list all tensors of the model
+_NO_WEIGHTS = re.compile(r"optimizer\.|average\d+\.|random$")  # these keys need not be wanted
 
 
 def verify(path: Path) -> str | None:
@@ -26,7 +33,7 @@ def verify(path: Path) -> str | None:
 def newest_intact(folder: CheckpointFolder) -> tuple[Path | None, list[str]]:
     """Return the newest checkpoint whose files are all as they were written, and what is wrong with newer ones."""
     problems = []
-    for step in reversed(folder.steps()):
+    for step in reversed(folder.published_steps()):
         problem = verify(folder.final(step))
         if problem is None:
             return folder.final(step), problems
@@ -41,16 +48,13 @@ def load(saved: Saved, path: Path, step: int) -> None:
     step: that it was saved after.
 
     Raises:
-        UserError: in all ranks, if it is of another model, or has no optimizer state.
+        RunStopped: in all ranks, if it is of another model.
     """
     apply_workarounds()
     student = saved.student
-    run = read_run(path)
-    if not run["with_optimizer"]:
-        raise UserError(f"train.resume: {path} has no optimizer state (output.save_optim = false); use train.init_from")
-    same_layout = run["layout"] == layout_of(student.mesh)
+    same_layout = read_run(path)["layout"] == layout_of(student.mesh)
     found = _read(path, saved.to_read(same_layout=same_layout))
-    _load_model(saved, found["model"])
+    _set_weights(student.model, found["model"])
     student.optimizer.load_state_dict(found["optimizer"])
     separate_steps(student.optimizer)
     student.scheduler.num_steps = 0
@@ -64,24 +68,46 @@ def load(saved: Saved, path: Path, step: int) -> None:
 def load_weights(saved: Saved, path: Path) -> None:
     """Load the student's weights alone from a verified checkpoint, into a new student. All ranks must call it.
 
-    UserError in all ranks if it is of another model.
+    RunStopped in all ranks if it is of another model.
     """
-    found = _read(path, {"model": saved.model_state()})
-    _load_model(saved, found["model"])
+    saved.student.gather_parameters()
+    load_model(saved.student.model, path)
     saved.student.optimizer.reload_model_params()
+
+
+@torch.no_grad()
+def load_model(model: MegatronModel, path: Path) -> None:
+    """Load the weights of a verified checkpoint into a model. All ranks must call it.
+
+    RunStopped in all ranks if it is of another model.
+    """
+    _set_weights(model, _read(path, {"model": model_state(model)})["model"])
 
 
 def _read(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     problem, found = None, {}
     try:
         with phase(f"Loading the checkpoint {path}", is_main=dist.get_rank() == 0):
-            found = dist_checkpointing.load(wanted, str(path))
-    except Exception as error:
-        problem = f"{path}: can't be loaded into this model ({type(error).__name__}: {str(error).splitlines()[0]})"
-    raise_together(problem)
+            found, left, lacking = dist_checkpointing.load(wanted, str(path), strict=StrictHandling.RETURN_ALL)
+        # Megatron says nothing of tensors that are left over: an untied head would be ignored by a tied model.
+        strange = sorted(lacking) or sorted(key for key in left if not _NO_WEIGHTS.match(key))
+        if strange:
+            where = "not there" if lacking else "not in the model"
+            problem = f"{path}: can't be loaded into this model: {strange[0]} is {where} (tensors: {len(strange)})"
+    except (Exception, CheckpointException) as error:  # torch's is a BaseException
+        problem = f"{path}: can't be loaded into this model ({_reason(error)})"
+    raise_together(problem, RunStopped)
     return found
 
 
-def _load_model(saved: Saved, state: dict[str, Any]) -> None:
-    for index, chunk in enumerate(saved.student.model.chunks):
+def _reason(error: Exception) -> str:
+    """Return a short line: torch collects the errors of all ranks with their tracebacks."""
+    while isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]} ..."
+
+
+def _set_weights(model: MegatronModel, state: dict[str, Any]) -> None:
+    for index, chunk in enumerate(model.chunks):
         chunk.load_state_dict(state[f"model{index}"], strict=True)

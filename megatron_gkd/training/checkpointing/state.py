@@ -12,6 +12,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor, nn
 
+from megatron_gkd.models.megatron_model import MegatronModel
 from megatron_gkd.runtime import portability
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.teachers.self_weights import AverageWeights
@@ -61,10 +62,9 @@ class Saved:
         return state
 
     def model_state(self) -> dict[str, Any]:
-        student = self.student
-        student.gather_parameters()
-        with student.mesh.virtual_stages(student.model.config.virtual_pipeline_model_parallel_size):
-            return {f"model{index}": chunk.sharded_state_dict() for index, chunk in enumerate(student.model.chunks)}
+        """Return the student's weights alone."""
+        self.student.gather_parameters()
+        return model_state(self.student.model)
 
     def _average_state(self, model: dict[str, Any]) -> dict[str, dict[str, Any]]:
         """Return the averages in fp32, sharded as the parameters that they are of."""
@@ -83,6 +83,12 @@ class Saved:
             held = average.by_parameter()
             shards = enumerate(_shards_of(held, self.model_state()))
             average.replace(held | {shard.data: found[str(number)][str(index)] for index, shard in shards})
+
+
+def model_state(model: MegatronModel) -> dict[str, Any]:
+    """Return the sharded state dict of a model's weights."""
+    with model.mesh.virtual_stages(model.config.virtual_pipeline_model_parallel_size):
+        return {f"model{index}": chunk.sharded_state_dict() for index, chunk in enumerate(model.chunks)}
 
 
 def _in_place_of(shard: Any, data: Tensor, prefix: str) -> Any:
@@ -110,6 +116,6 @@ def set_random_states(states: dict[str, Any]) -> None:
     get_cuda_rng_tracker().set_states(states["tracker"])
 
 
-def layout_of(mesh: Mesh) -> list:
+def layout_of(mesh: Mesh) -> dict[str, Any]:
     """Return what decides how tensors and random states are spread over the ranks."""
-    return [dist.get_world_size(), *vars(mesh.layout).values()]
+    return {"processes": dist.get_world_size(), **vars(mesh.layout)}

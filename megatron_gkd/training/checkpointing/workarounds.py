@@ -89,6 +89,8 @@ def _restore_bucket_padding() -> None:
 
 
 def _with_padding(packed: Tensor, buffer) -> Tensor:
+    if packed.numel() == buffer.numel:
+        return packed  # no copy of what may be many gigabytes
     whole, start = torch.zeros(buffer.numel, dtype=packed.dtype), 0
     for bucket in buffer.buckets:
         end = start + bucket.numel_unpadded
