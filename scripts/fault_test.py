@@ -1,6 +1,6 @@
 """Kill small training runs by SIGKILL at random points, continue them, and compare them with uninterrupted ones.
 
-    python scripts/fault_test.py --kills 100
+    python scripts/fault_test.py --kills 100 --output scripts/fault_test_results/kills100.json
     python scripts/fault_test.py --kills 20 --configs "MoE EP2" "steps_ahead 1" --seed 7
 
 Each run has 40 steps in 2 processes and is killed up to ten times. At its end metrics.jsonl, completions.jsonl, what
@@ -50,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.print(table(results))
     console.print(f"{exact} of {made} bit-exact")
     if options.output is not None:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(as_json(results, options, time.monotonic() - start), indent=1) + "\n")
     if exact == made == options.kills and not any(result.problems for result in results):
         shutil.rmtree(folder)

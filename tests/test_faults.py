@@ -21,15 +21,15 @@ from safetensors.torch import load_file, save_file
 
 STEPS, KILLS = 12, 3
 SEEDS = {
-    "offline TP2": 92,
+    "offline TP2": 20,
     "PP2xVPP2 tied": 10,
     "MoE EP2": 9,
-    "on-policy megatron": 286,
-    "steps_ahead 1": 64,
-    "EMA self-teacher": 113,
-    "cached teacher": 35,
+    "on-policy megatron": 210,
+    "steps_ahead 1": 55,
+    "EMA self-teacher": 242,
+    "cached teacher": 49,
 }
-"""They draw, of all configurations together, 21 points of seven kinds, which runs of 12 steps come to."""
+"""They draw, over all configurations, 20 points of seven kinds, which runs of 12 steps come to."""
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
@@ -70,6 +71,8 @@ POINTS = (
         in_main=True,
     ),
     _point("publishing", "between manifest and rename", f"{_FOLDER}:flush", only="unfinished", most_calls=2,
+           in_main=True),
+    _point("publishing", "the link last made, not put in its place", "pathlib:Path.replace", only="last.new",
            in_main=True),
     _point("publishing", "renamed, older ones not deleted", f"{_FOLDER}:CheckpointFolder.forget_old", in_main=True),
     _point("publishing", "an older one half deleted", "shutil:rmtree", "half removed", only="checkpoints/step-",
@@ -172,29 +175,27 @@ def find(name: str) -> Point:
     return found[0]
 
 
-def draw(
-    generator: random.Random, count: int, *, steps: int, processes: int, has: Collection[str]
-) -> list[Kill]:
-    """Choose `count` kills of one run, in rising order of their steps.
+def draw(generator: random.Random, count: int, *, steps: int, processes: int, has: Collection[str]) -> list[Kill]:
+    """Choose `count` kills of one run, in rising order of their steps. Kinds that it has already become less likely.
 
     Args:
         steps: of the run.
         has: what the run does; see `Point.needs`.
     """
-    kills = []
+    kills: list[Kill] = []
     for target in sorted(generator.randint(1, steps) for _ in range(count)):
         usable = [point for point in POINTS if not point.needs or point.needs in has]
         # A run needs a checkpoint to go on from, and an end is the last that can be killed.
         usable = [point for point in usable if point.phase != "resume" or target > steps / 4]
         usable = [point for point in usable if point.phase != "end" or target > 0.9 * steps]
-        point = _weighted(generator, usable)
+        point = _weighted(generator, usable, Counter(kill.point.kind for kill in kills))
         rank = 0 if point.in_main else generator.randrange(processes)
         call = generator.randint(1, point.most_calls)
         kills.append(Kill(point, rank, generator.random() < 0.5, target, call, generator.random()))
     return kills
 
 
-def _weighted(generator: random.Random, points: list[Point]) -> Point:
+def _weighted(generator: random.Random, points: list[Point], drawn: Counter[str]) -> Point:
     kinds = sorted({point.kind for point in points})
-    (kind,) = generator.choices(kinds, [WEIGHTS[kind] for kind in kinds])
+    (kind,) = generator.choices(kinds, [WEIGHTS[kind] / (1 + 2 * drawn[kind]) for kind in kinds])
     return generator.choice([point for point in points if point.kind == kind])
