@@ -62,6 +62,8 @@ def take_options(arguments: Sequence[str], options: Mapping[str, Option]) -> tup
     for argument in remaining:
         flag, equals, text = argument.partition("=")
         name = flag.removeprefix("-" if len(flag) == 2 else "--")  # -n as well: torchrun takes --n for its own
+        if name not in options:
+            name = name.replace("_", "-")  # as torchrun, which takes --max_restarts for --max-restarts
         if not flag.startswith("-") or name not in options:
             rest.append(argument)
             continue
@@ -87,7 +89,8 @@ def help_of(options: Mapping[str, Option]) -> str:
     """Two lines for each option, as those of the recipe's keys."""
     lines = []
     for name, option in options.items():
-        default = "required" if option.required else f"default: {option.default}"
+        default = "optional" if option.default is None else f"default: {option.default}"
+        default = "required" if option.required else default
         lines += [f"  --{name}  {option.allowed}  [{default}]", f"        {option.meaning}"]
     return "\n".join(lines)
 
