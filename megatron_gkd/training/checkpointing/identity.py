@@ -33,6 +33,7 @@ _MAY_CHANGE = frozenset(
         "rollout.vllm_tensor_parallel_size",
         "rollout.sleep_level",
         "rollout.enforce_eager",
+        "lora.merge_lora",
         "train.attn",
         "train.eval_interval",
         "train.eval_iters",
@@ -56,12 +57,14 @@ _MUST_STAY = frozenset({"parallel.distributed_optimizer"})  # the two kinds of s
 
 def recipe_identity(recipe: Recipe) -> dict[str, Any]:
     """Return the keys of a recipe that decide what a run computes, with their values as JSON has them."""
-    return {
+    found = {
         key: value
         for section, values in recipe.model_dump(mode="json").items()
         for key, value in _flatten(section, values)
         if key in _MUST_STAY or not _may_change(section, key)
     }
+    found.pop("lora", None)  # null as a whole
+    return found | {"train.tuner_type": "full" if recipe.lora is None else "lora"}
 
 
 def data_identity(dataset: TokenizedDataset, tokenizer: PreTrainedTokenizerBase, train_iters: int) -> dict[str, Any]:
