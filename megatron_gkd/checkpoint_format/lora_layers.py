@@ -143,7 +143,7 @@ class LayerRules:
                 return True
             matched = [name for name in layer.hf_names if any(_is_part(e, name) for e in self.target_modules)]
         if matched and len(matched) < len(layer.hf_names):
-            raise LoraProblem(f"{self._shown_targets}: {_describe_joined(layer)}; name all of them or none")
+            raise LoraProblem(f"{self._shown_targets}: {describe_joined(layer)}; name all of them or none")
         return bool(matched)
 
     def _adapt(self, layer: BaseLayer) -> AdaptedLayer:
@@ -185,7 +185,7 @@ def _known(layers: Iterable[BaseLayer]) -> str:
     return ", ".join([*hf_leaves, *experts, *own])
 
 
-def _describe_joined(layer: BaseLayer) -> str:
+def describe_joined(layer: BaseLayer) -> str:
     *first, last = layer.leaves
     joined = f"{', '.join(first)} and {last}" if first else last
     if layer.container:
@@ -214,13 +214,13 @@ def _require_used_keys(leaf: str, pattern: Mapping[str, float], chosen: Sequence
 
 
 def _value_of(layer: BaseLayer, leaf: str, pattern: Mapping[str, float], default: float) -> float:
-    values = {_value_of_name(name, leaf, pattern, default) for name in layer.hf_names}
+    values = {value_of_name(name, leaf, pattern, default) for name in layer.hf_names}
     if len(values) > 1:
-        raise LoraProblem(f"{leaf} = {', '.join(pattern)}: {_describe_joined(layer)}; give all of them the same value")
+        raise LoraProblem(f"{leaf} = {', '.join(pattern)}: {describe_joined(layer)}; give all of them the same value")
     return values.pop()
 
 
-def _value_of_name(name: str, leaf: str, pattern: Mapping[str, float], default: float) -> float:
+def value_of_name(name: str, leaf: str, pattern: Mapping[str, float], default: float) -> float:
     return next((value for key, value in pattern.items() if _matches_pattern(leaf, key, name)), default)
 
 

@@ -1,7 +1,9 @@
 """Whether the keys of the section `lora` go together, and suit the student."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
+from megatron_gkd.checkpoint_format.adapter_files import AdapterFiles, AdapterProblem
 from megatron_gkd.checkpoint_format.lora_layers import ALL_LINEAR, LayerRules, LoraProblem, layers_of_shape
 from megatron_gkd.config import model_checks
 from megatron_gkd.config.schema import LoraSection, Recipe
@@ -64,3 +66,8 @@ def fits_model(recipe: Recipe, _: int) -> Iterator[str]:
     expert_tensor = recipe.parallel.expert_tensor_parallel_size
     if expert_tensor > 1 and any(layer.base.container for layer in layers):
         yield f"parallel.expert_tensor_parallel_size = {expert_tensor}: must be 1 with adapters on experts"
+    if recipe.lora.adapters is not None:
+        try:
+            AdapterFiles.open(Path(recipe.lora.adapters)).require_fit(layers, base_shapes=None)
+        except AdapterProblem as problem:
+            yield f"lora.adapters = {recipe.lora.adapters}: {problem}"

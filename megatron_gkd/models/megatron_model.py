@@ -27,6 +27,7 @@ from megatron_gkd.models.checkpoint import Checkpoint
 from megatron_gkd.models.lora.injection import Adapters, inject_adapters
 from megatron_gkd.models.lora.merged import MergingExport
 from megatron_gkd.models.lora.options import LoraOptions
+from megatron_gkd.models.lora.reading import read_adapters
 from megatron_gkd.models.lora.switch import adapters_disabled
 from megatron_gkd.models.moe import prepare_experts
 from megatron_gkd.models.weight_loading import read_weights
@@ -91,6 +92,8 @@ class MegatronModel:
             adapters = None
             if options.lora is not None:
                 adapters = inject_adapters(chunks, mesh, options.lora, config.num_moe_experts or 0)
+                if options.lora.adapters is not None:
+                    read_adapters(chunks, config, adapters, checkpoint, options.lora.adapters)
         for chunk in chunks:
             _mark_shards(chunk)
             prepare_experts(chunk)
@@ -114,13 +117,13 @@ class MegatronModel:
         Args:
             merged_dtype: of the layers with adapters; None: the model's. In bf16 the smallest updates are rounded away.
         """
-        with self._exporting() as bridge:
+        with self.exporting() as bridge:
             with contextlib.nullcontext() if self._export is None else self._export.of_dtype(merged_dtype):
                 yield from bridge.export_weights(self.chunks)
 
     def base_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """As `named_tensors`, of the model without its adapters: what its checkpoint holds, if it has any."""
-        with self._exporting() as bridge:
+        with self.exporting() as bridge:
             with contextlib.nullcontext() if self._export is None else self._export.base_weights():
                 yield from bridge.export_weights(self.chunks)
 
@@ -129,7 +132,7 @@ class MegatronModel:
 
         Modules that share a factor A have equal ones.
         """
-        with self._exporting() as bridge:
+        with self.exporting() as bridge:
             yield from bridge.export_weights(self.chunks, peft_format=True)
 
     def adapters_disabled(self) -> contextlib.AbstractContextManager[None]:
@@ -137,7 +140,8 @@ class MegatronModel:
         return adapters_disabled(self.chunks)
 
     @contextlib.contextmanager
-    def _exporting(self) -> Iterator[Any]:
+    def exporting(self) -> Iterator[Any]:
+        """Yield mcore-bridge's bridge, which exports merged weights. All ranks must make the same exports."""
         with self.mesh.virtual_stages(self.config.virtual_pipeline_model_parallel_size):
             yield self.config.bridge
 

@@ -23,11 +23,13 @@ class Adapters:
 
     Attributes:
         layers: the adapted layers of the whole model, on whatever rank, in the model's order.
+        base_layers: all layers of the whole model that could be.
         options: what they were made with.
         factors: those on this rank.
     """
 
     layers: tuple[AdaptedLayer, ...]
+    base_layers: tuple[BaseLayer, ...]
     options: LoraOptions
     factors: tuple[Factor, ...]
 
@@ -41,8 +43,9 @@ def inject_adapters(chunks: Sequence[nn.Module], mesh: Mesh, options: LoraOption
         UserError: in all ranks; the options do not suit the model.
     """
     places = {global_name(chunk, name): (chunk, name) for chunk in chunks for name in _adaptable(chunk)}
+    base_layers = _all_layers(list(places), mesh, num_experts)
     try:
-        layers = options.rules.choose(_all_layers(list(places), mesh, num_experts))
+        layers = options.rules.choose(base_layers)
         if mesh.layout.expert_tensor > 1 and any(layer.base.container for layer in layers):
             raise LoraProblem(
                 "target_modules: experts take no adapters with parallel.expert_tensor_parallel_size > 1; set it to 1"
@@ -58,20 +61,20 @@ def inject_adapters(chunks: Sequence[nn.Module], mesh: Mesh, options: LoraOption
         _mark_experts(chunk)
     factors = tuple(factors_of(chunks, mesh.ep.rank()))
     initialize_factors(factors, options, mesh.tp.rank(), mesh.tp.size())
-    return Adapters(layers, options, factors)
+    return Adapters(layers, base_layers, options, factors)
 
 
 def _adaptable(chunk: nn.Module) -> list[str]:
     return [name for name, _ in chunk.named_modules() if can_be_adapted(name)]
 
 
-def _all_layers(names: list[str], mesh: Mesh, num_experts: int) -> list[BaseLayer]:
+def _all_layers(names: list[str], mesh: Mesh, num_experts: int) -> tuple[BaseLayer, ...]:
     """Return the layers of all pipeline stages, in the model's order: some stages may have none that is chosen."""
     parts: list[list[str]] = [[] for _ in range(mesh.pp.size())]
     dist.all_gather_object(parts, names, group=mesh.pp)
     found = [name for part in parts for name in part]
     found.sort(key=lambda name: int(name.split(".")[2]))  # stable: within a layer the order stays
-    return [BaseLayer.from_name(name, num_experts) for name in found]
+    return tuple(BaseLayer.from_name(name, num_experts) for name in found)
 
 
 def _wrap(chunk: nn.Module, name: str, layer: AdaptedLayer, options: LoraOptions) -> None:
