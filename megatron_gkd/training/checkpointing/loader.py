@@ -46,9 +46,10 @@ def load(saved: Saved, path: Path, step: int) -> None:
     run = read_run(path)
     if not run["with_optimizer"]:
         raise UserError(f"train.resume: {path} has no optimizer state (output.save_optim = false); use train.init_from")
+    _require_same_kind(saved, path, run)
     same_layout = run["layout"] == layout_of(student.mesh)
     found = _read(path, saved.to_read(same_layout=same_layout))
-    _load_model(saved, found["model"])
+    saved.load_model(found["model"])
     student.optimizer.load_state_dict(found["optimizer"])
     separate_steps(student.optimizer)
     student.scheduler.num_steps = 0
@@ -64,9 +65,18 @@ def load_weights(saved: Saved, path: Path) -> None:
 
     UserError in all ranks if it is of another model.
     """
+    _require_same_kind(saved, path, read_run(path))
     found = _read(path, {"model": saved.model_state()})
-    _load_model(saved, found["model"])
+    saved.load_model(found["model"])
     saved.student.optimizer.reload_model_params()
+
+
+def _require_same_kind(saved: Saved, path: Path, run: dict[str, Any]) -> None:
+    """UserError, in all ranks, if the checkpoint is of adapters and the student of all parameters, or vice versa."""
+    has, holds = saved.student.model.adapters is not None, run.get("only_adapters", False)
+    if has != holds:
+        kinds = {True: "of adapters (tuner_type = lora)", False: "of all parameters (tuner_type = full)"}
+        raise UserError(f"{path}: a checkpoint {kinds[holds]}; this run trains those {kinds[has]}")
 
 
 def _read(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
@@ -77,8 +87,3 @@ def _read(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
         problem = f"{path}: can't be loaded into this model ({type(error).__name__}: {str(error).splitlines()[0]})"
     raise_together(problem)
     return found
-
-
-def _load_model(saved: Saved, state: dict[str, Any]) -> None:
-    for index, chunk in enumerate(saved.student.model.chunks):
-        chunk.load_state_dict(state[f"model{index}"], strict=True)

@@ -12,6 +12,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor, nn
 
+from megatron_gkd.models.lora.sharded import sharded_factors
 from megatron_gkd.runtime import portability
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.teachers.self_weights import AverageWeights
@@ -40,7 +41,11 @@ class Saved:
 
     def description(self) -> dict[str, Any]:
         """Return what loading has to know of it, for ``run.json``."""
-        return {"layout": layout_of(self.student.mesh), "with_optimizer": self.with_optimizer}
+        return {
+            "layout": layout_of(self.student.mesh),
+            "with_optimizer": self.with_optimizer,
+            "only_adapters": self.student.model.adapters is not None,
+        }
 
     def to_read(self, *, same_layout: bool) -> dict[str, Any]:
         """Return the sharded state dict to load into."""
@@ -61,8 +66,11 @@ class Saved:
         return state
 
     def model_state(self) -> dict[str, Any]:
+        """Return the trained parameters as sharded tensors: those of the adapters, if there are any."""
         student = self.student
         student.gather_parameters()
+        if student.model.adapters is not None:
+            return {"adapters": sharded_factors(student.model.adapters.factors, student.mesh)}
         with student.mesh.virtual_stages(student.model.config.virtual_pipeline_model_parallel_size):
             return {f"model{index}": chunk.sharded_state_dict() for index, chunk in enumerate(student.model.chunks)}
 
@@ -76,6 +84,16 @@ class Saved:
                 for index, shard in enumerate(_shards_of(held, model))
             }
         return state
+
+    def load_model(self, found: dict[str, Any]) -> None:
+        """Take over what was loaded in the place of `model_state`."""
+        model = self.student.model
+        if model.adapters is not None:
+            for factor in model.adapters.factors:
+                factor.parameter.copy_(found["adapters"][factor.name])
+            return
+        for index, chunk in enumerate(model.chunks):
+            chunk.load_state_dict(found[f"model{index}"], strict=True)
 
     def load_averages(self, found: dict[str, dict[str, Tensor]]) -> None:
         """Take over what was loaded in the place of ``_average_state``."""
