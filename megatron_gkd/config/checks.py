@@ -276,7 +276,7 @@ CHECKS = (
     Check(("overlap_param_gather", "distributed_optimizer", "overlap_grad_reduce"), _overlap),
     Check(("attn", "dtype"), attention_checks.attention_fits_dtype),
     Check(("attn",), attention_checks.transformer_engine_is_installed, needs_files=True),
-    Check((*lora_checks.LEAVES, "tuner_type"), lora_checks.keys_go_together),
+    Check((*lora_checks.LEAVES, "tuner_type", "dtype"), lora_checks.keys_go_together),
     Check((*lora_checks.LEAVES, "model", "expert_tensor_parallel_size"), lora_checks.fits_model, needs_files=True),
     Check(("train_iters", "num_train_epochs"), _length_of_run),
     Check(("min_lr", "lr"), _learning_rate),

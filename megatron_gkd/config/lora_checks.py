@@ -39,6 +39,8 @@ def keys_go_together(recipe: Recipe, _: int) -> Iterator[str]:
             f"lora.init_lora_weights = {lora.init_lora_weights}: must be one of {', '.join(_INITIALIZATIONS)}; others "
             "(pissa, olora, corda, eva, loftq) change the base's weights or need data"
         )
+    if lora.lora_dtype == "bf16" and recipe.train.dtype == "fp32":
+        yield "lora.lora_dtype = bf16: must be fp32 or null with train.dtype = fp32"
     if lora.modules_to_save:
         yield (
             f"lora.modules_to_save = {list(lora.modules_to_save)}: must be empty; only adapters are trained beside "

@@ -56,6 +56,7 @@ def test_the_defaults_are_those_of_ms_swift(workspace):
          "(pissa, olora, corda, eva, loftq) change the base's weights or need data"),
         ("--modules_to_save lm_head", "lora.modules_to_save = ['lm_head']: must be empty; only adapters are trained "
          "beside frozen weights"),
+        ("--dtype fp32 --lora_dtype bf16", "lora.lora_dtype = bf16: must be fp32 or null with train.dtype = fp32"),
         ("--lora_bias all", "lora.lora_bias = all: must be one of none"),
         ("--lora_rank 0", "lora.lora_rank = 0: must be an integer >= 1"),
         ("--lora_dropout 1", "lora.lora_dropout = 1: must be a number in [0, 1)"),

@@ -114,6 +114,18 @@ def test_other_objectives(layout, objective, gloo_world, one_process):
     assert_equal_runs(found, one_process("tied", objective))
 
 
+@pytest.mark.parametrize("lora_dtype", [None, "fp32"])
+@pytest.mark.parametrize("layout", ["PP2", "TP2+SP"])
+def test_bf16_stays_as_close_as_rounding_allows(layout, lora_dtype, gloo_world):
+    """Pipeline stages change no order of additions; tensor-parallel ranks do."""
+    runs = []
+    for size, changes in ((1, {}), DENSE[layout]):
+        changes = changes | {"train": {"dtype": "bf16"}}
+        runs.append(run(gloo_world, (size, changes), "tied", lora_dtype=lora_dtype))
+    tolerance = {"PP2": 1e-6, "TP2+SP": 0.06}[layout]
+    assert_equal_runs(runs[1][:1], runs[0][:1], tolerance)
+
+
 def test_a_reduction_that_is_left_out_is_noticed(gloo_world, one_process):
     """The test of the tests above."""
     found = run(gloo_world, DENSE["TP2+SP"], "tied", break_model=leave_out_sequence_parallel_flags)

@@ -138,3 +138,32 @@ def replicated_factors(rank, world_size, student, teacher, changes):
     found = {factor.name: factor.parameter.clone() for factor in factors if factor.sharded_dim is None}
     destroy_mesh()
     return found
+
+
+def answering_model(rank, world_size, model, folder, changes):
+    """The merged weights of a model, whose adapters are exported, and those of what `generate` makes of the export."""
+    from types import SimpleNamespace
+
+    from training_layouts import recipe_of
+
+    from megatron_gkd.models.adapter_export import export_adapters
+    from megatron_gkd.models.checkpoint import Checkpoint
+    from megatron_gkd.runtime.mesh import destroy_mesh
+    from megatron_gkd.training.generate import build_engine_of
+
+    plain = {"teacher": {"kind": "none"}, "student": {"model": str(model)}}
+    mesh, student, _, _ = build_with_random_b(model, None, changes | plain)
+    export_adapters(student.model, folder)
+    expected = {name: tensor.clone() for name, tensor in student.model.named_tensors()}
+    recipe = recipe_of(changes | plain | {"lora": changes["lora"] | {"adapters": str(folder)}})
+    models = SimpleNamespace(student=Checkpoint.open(str(model)), teachers={})
+    engine = build_engine_of("student", recipe, mesh, models)
+    found = {name: tensor.clone() for name, tensor in engine.model.named_tensors()}
+    destroy_mesh()
+    return expected, found
+
+
+def test_generate_answers_with_the_adapters_that_the_recipe_begins_with(gloo_world, tmp_path):
+    path = models("tied")[0]
+    for expected, found in gloo_world(2).run(answering_model, path, tmp_path / "a", with_lora({"parallel": TP2})):
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())

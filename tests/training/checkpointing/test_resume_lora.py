@@ -16,6 +16,7 @@ LORA = {"lora_rank": 4, "lora_alpha": 8, "lora_dropout": 0}
 DROPOUT = LORA | {"lora_dropout": 0.1}
 EMA = {"teacher": {"kind": "self", "teacher_model": None, "ema": 0.6}}
 LAST_STAGE = LORA | {"target_regex": r"model\.layers\.[23]\..*"}
+ONE_LAYER = LORA | {"lora_rank": 1, "target_regex": r"model\.layers\.0\.self_attn\.o_proj"}
 LAYOUTS = {
     "one process": (1, {}),
     "TP2": (2, {"parallel": TP2}),
@@ -25,6 +26,7 @@ LAYOUTS = {
     "DP2": (2, {}),
     "DP2, optimizer not distributed": (2, {"parallel": {"distributed_optimizer": False}}),
     "DP2, overlapped": (2, {"parallel": {"overlap_grad_reduce": True, "overlap_param_gather": True}}),
+    "DP2, fewer numbers than ranks take": (2, {"lora": ONE_LAYER}),
     "EP2": (2, {"parallel": EP2}),
     "TP2+SPxEP2": (2, {"parallel": TP2 | SP | EP2}),
     "PP2xEP2": (4, {"parallel": PP2 | EP2}),
@@ -60,10 +62,11 @@ def saved_run(gloo_world, tmp_path_factory):
 
 
 SAME = [
-    *((layout, "fp32", False) for layout in LAYOUTS if layout not in ("TP2", "CP2", "PP2xEP2", "TP2, last layers")),
-    *(("one process", "bf16", False), ("TP2+SPxEP2", "bf16", False)),
-    *(("TP2+SP", "fp32", True), ("PP2xVPP2", "bf16", True)),
-]
+    ("one process", "fp32", False), ("TP2+SP", "fp32", True), ("PP2xVPP2", "bf16", True), ("DP2", "fp32", False),
+    ("DP2, overlapped", "fp32", False), ("DP2, optimizer not distributed", "bf16", False),
+    ("DP2, fewer numbers than ranks take", "fp32", False), ("TP2+SPxEP2", "bf16", False), ("PP2, EMA", "fp32", False),
+    ("PP2, last layers", "fp32", False), ("PP2, last layers, optimizer not distributed", "fp32", False),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("layout", "dtype", "has_dropout"), SAME)
@@ -78,9 +81,9 @@ def test_the_same_layout_goes_on_bit_by_bit(layout, dtype, has_dropout, gloo_wor
 
 
 OTHERS = [
-    ("TP2", "PP2xVPP2"), ("TP2+SP", "one process"), ("one process", "TP2+SP"), ("PP2xVPP2", "DP2"), ("DP2", "CP2"),
-    ("EP2", "TP2+SPxEP2"), ("TP2+SPxEP2", "PP2xEP2"), ("TP2, EMA", "PP2, EMA"),
-    ("TP2, last layers", "PP2, last layers"), ("PP2, last layers", "TP2, last layers"),
+    ("TP2", "PP2xVPP2"), ("one process", "TP2+SP"), ("DP2", "CP2"), ("DP2", "one process"), ("TP2+SPxEP2", "EP2"),
+    ("EP2", "PP2xEP2"), ("TP2, EMA", "PP2, EMA"), ("TP2, last layers", "PP2, last layers"),
+    ("PP2, last layers", "TP2, last layers"),
 ]  # fmt: skip
 
 
