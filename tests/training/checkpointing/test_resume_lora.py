@@ -26,7 +26,7 @@ LAYOUTS = {
     "DP2": (2, {}),
     "DP2, optimizer not distributed": (2, {"parallel": {"distributed_optimizer": False}}),
     "DP2, overlapped": (2, {"parallel": {"overlap_grad_reduce": True, "overlap_param_gather": True}}),
-    "DP2, fewer numbers than ranks take": (2, {"lora": ONE_LAYER}),
+    "DP4, one rank without parameters": (4, {"lora": ONE_LAYER}),
     "EP2": (2, {"parallel": EP2}),
     "TP2+SPxEP2": (2, {"parallel": TP2 | SP | EP2}),
     "PP2xEP2": (4, {"parallel": PP2 | EP2}),
@@ -64,7 +64,7 @@ def saved_run(gloo_world, tmp_path_factory):
 SAME = [
     ("one process", "fp32", False), ("TP2+SP", "fp32", True), ("PP2xVPP2", "bf16", True), ("DP2", "fp32", False),
     ("DP2, overlapped", "fp32", False), ("DP2, optimizer not distributed", "bf16", False),
-    ("DP2, fewer numbers than ranks take", "fp32", False), ("TP2+SPxEP2", "bf16", False), ("PP2, EMA", "fp32", False),
+    ("DP4, one rank without parameters", "fp32", False), ("TP2+SPxEP2", "bf16", False), ("PP2, EMA", "fp32", False),
     ("PP2, last layers", "fp32", False), ("PP2, last layers, optimizer not distributed", "fp32", False),
 ]  # fmt: skip
 
