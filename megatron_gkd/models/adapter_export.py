@@ -14,11 +14,14 @@ from megatron_gkd.models.export import on_main
 from megatron_gkd.models.megatron_model import MegatronModel
 
 
-def export_adapters(model: MegatronModel, directory: str | Path) -> Path:
+def export_adapters(model: MegatronModel, directory: str | Path, base: str | None = None) -> Path:
     """Write the factors, whole, and adapter_config.json into `directory`. A collective over the whole world.
 
     The files are the same bit by bit under every layout. They are written beside their place and moved there when
     whole.
+
+    Args:
+        base: what the files call the base model, such as a hub id; None: the folder that it was read from.
 
     Raises:
         UserError: in all ranks; the folder can't be written.
@@ -34,10 +37,10 @@ def export_adapters(model: MegatronModel, directory: str | Path) -> Path:
         unfinished.mkdir(parents=True)
 
     def publish() -> None:
-        base = str(model.checkpoint.path)
-        config = adapter_config(adapters.layers, adapters.base_layers, base, adapters.options.rules.rank)
+        name = str(model.checkpoint.path) if base is None else base
+        config = adapter_config(adapters.layers, adapters.base_layers, name, adapters.options.rules.rank)
         (unfinished / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        fingerprint = {"path": base, "weights": weights_fingerprint(model.checkpoint.path)}
+        fingerprint = {"path": name, "weights": weights_fingerprint(model.checkpoint.path)}
         (unfinished / BASE).write_text(json.dumps(fingerprint, indent=2) + "\n", encoding="utf-8")
         shutil.rmtree(directory, ignore_errors=True)
         unfinished.rename(directory)

@@ -108,6 +108,30 @@ def test_only_adapters_and_their_optimizer_state_are_saved(saved_run):
     assert 4 * 4 * numbers <= size < 4 * 4 * numbers + 400_000, "files have headers for each tensor"
 
 
+def adapters_loaded_by(rank, world_size, model, changes, directory, loading):
+    """The adapters of a new student after `loading`, a function of the loader."""
+    from megatron_gkd.runtime.mesh import destroy_mesh
+    from megatron_gkd.training.checkpointing import loader
+    from megatron_gkd.training.checkpointing.folder import CheckpointFolder
+
+    student, _, saved, _ = build_run(model, changes)
+    path, _ = loader.newest_intact(CheckpointFolder(directory))
+    getattr(loader, loading)(saved, path, *([1] if loading == "load" else []))
+    found = {name: tensor.clone() for name, tensor in student.model.adapter_tensors()}
+    destroy_mesh()
+    return found
+
+
+def test_a_new_run_begins_with_the_adapters_of_another(gloo_world, saved_run):
+    """Recipe key `train.init_from`: bit by bit, under any layout."""
+    directory, _ = saved_run("one process", "fp32")
+    (resumed,) = gloo_world(1).run(adapters_loaded_by, *arguments("one process", "fp32")[1], directory, "load")
+    assert any(tensor.any() for name, tensor in resumed.items() if "lora_B" in name)
+    size, of_run = arguments("TP2+SP", "fp32")
+    for found in gloo_world(size).run(adapters_loaded_by, *of_run, directory, "load_weights"):
+        assert all(torch.equal(found[name], tensor) for name, tensor in resumed.items())
+
+
 def resume_as_another_kind(rank, world_size, model, changes, directory):
     from megatron_gkd.runtime.mesh import destroy_mesh
     from megatron_gkd.training.checkpointing.folder import CheckpointFolder
