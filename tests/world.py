@@ -37,6 +37,8 @@ if sys.platform == "linux":
 REPOSITORY = Path(__file__).resolve().parents[1]
 # A missing one is passed over.
 PRELOAD = ["torch", "torch.distributed", "pytest", "hypothesis", "megatron_gkd.runtime.preload", "vllm.entrypoints.llm"]
+PRELOAD += ["megatron_gkd.training.run", "megatron_gkd.training.score", "matplotlib.pyplot"]
+PRELOAD += ["megatron.core.dist_checkpointing.strategies.torch"]
 DEFAULT_TIMEOUT = 300.0
 MOST_THREADS = 150
 STACK_DUMP_SECONDS = 0.5
@@ -116,7 +118,7 @@ class World:
             os.kill(process.pid, number)
 
     def _start(self) -> None:
-        context = _forkserver()
+        context = forkserver()
         self._folder = Path(tempfile.mkdtemp(prefix="gloo_world_"))
         for rank in range(self.size):
             connection, remote = context.Pipe()
@@ -154,7 +156,7 @@ class World:
         return "\n".join(f"rank {rank}:\n{_stack_file(self._folder, rank).read_text()}" for rank in pending.values())
 
 
-def _forkserver() -> multiprocessing.context.BaseContext:
+def forkserver() -> multiprocessing.context.BaseContext:
     """A context whose children are forked from a process that has imported PRELOAD once."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)  # no effect once the server runs
@@ -174,14 +176,14 @@ def start_process(fn: Callable[..., Any], *args: Any) -> multiprocessing.process
         args: of importable classes, and ``process_queue()``.
     """
     target = (fn.__code__.co_filename, fn.__module__, fn.__qualname__)
-    process = _forkserver().Process(target=_call, args=(*target, *args))
+    process = forkserver().Process(target=_call, args=(*target, *args))
     process.start()
     return process
 
 
 def process_queue() -> multiprocessing.queues.Queue:
     """Return a queue that ``start_process`` takes among its arguments."""
-    return _forkserver().Queue()
+    return forkserver().Queue()
 
 
 def _call(path: str, module_name: str, qualname: str, *args: Any) -> None:

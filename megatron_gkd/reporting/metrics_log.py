@@ -30,8 +30,8 @@ class MetricsLog:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            purge = None if last_step is None else last_step + 1
-            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+            # Also for a new run: TensorBoard takes the first start that it finds for no restart, and removes nothing.
+            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=(last_step or 0) + 1)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Write one record: a flat mapping of names to numbers, text or None; `step` is required.

@@ -58,11 +58,11 @@ VOCABULARY, TOKENS, STEPS = 65536, 64, 3
 def main() -> None:
     options = parse()
     recipe = recipe_of(dist_size())
+    environment = describe(portability.device())  # with the load that others make
     with world_of(recipe) as mesh:
         sizes = SIZES | {"num_hidden_layers": options.layers, "vocab_size": VOCABULARY}
         found = measure(mesh, recipe, sizes, options.folder)
         if mesh.is_main:
-            environment = describe(portability.device())
             environment |= {"processes": dist.get_world_size(), "megatron-core": version("megatron-core")}
             print(write({"environment": environment, "checkpoint": found}, options.output))
 
@@ -209,7 +209,9 @@ def section(run: dict) -> Section:
         f"{found['load_s']:.1f} s",
         f"{found['peak_bytes'] / 1e9:.1f} GB, {found['peak_bytes_before'] / 1e9:.1f} GB a process",
     )
-    return Section(f"Checkpoint, bf16, TP{run['environment']['processes']}", columns, [row])
+    environment = run["environment"]
+    load = f"load of {environment['load_average']:.0f} before on {environment['cpu_count']} cores"
+    return Section(f"Checkpoint, bf16, TP{environment['processes']}, {load}", columns, [row])
 
 
 def write(run: dict, output: Path) -> str:

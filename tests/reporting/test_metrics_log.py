@@ -4,6 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from faults.outcome import events_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_gkd.reporting import MetricsLog
@@ -56,3 +57,16 @@ def test_former_runs_are_kept(tmp_path):
     for name, loss in (("tensorboard.1", 0.0), ("tensorboard.2", 1.0), ("tensorboard", 2.0)):
         (event,) = EventAccumulator(str(tmp_path / name)).Reload().Scalars("train/loss")
         assert event.value == loss
+
+
+def test_a_resumed_run_shows_each_step_once(tmp_path):
+    for last_step in (None, 2, 3):
+        with MetricsLog(tmp_path, last_step=last_step) as log:
+            for step in range((last_step or 0) + 1, 5):
+                log.write({"step": step, "loss": float(step)})
+                log.write_text("completions", f"step {step}", step)
+    assert [line["step"] for line in lines(log.path)] == [1, 2, 3, 4]
+    events = events_of(tmp_path / "tensorboard")
+    losses = [(step, float(value)) for tag, step, value in events if tag == "train/loss"]
+    assert losses == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0)]
+    assert [step for tag, step, _ in events if tag.startswith("completions")] == [1, 2, 3, 4]

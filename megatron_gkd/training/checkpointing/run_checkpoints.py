@@ -58,8 +58,10 @@ class RunCheckpoints:
         self.saver.poll()
 
     def finish(self) -> bool:
-        """Wait for the save under way. Returns False if it failed, which is reported."""
+        """Wait for the save under way, the run's last. Returns False if it failed, which is reported."""
         done = self.saver.finish()
-        if not done:
+        if done:
+            self.saver.keep_order()
+        else:
             self.saved_step = 0
         return done

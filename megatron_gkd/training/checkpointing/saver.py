@@ -100,6 +100,22 @@ class Saver:
             return self._publish(save)
         return self._give_up(save)
 
+    def keep_order(self) -> None:
+        """Update `best` and `last`, and delete old checkpoints. What fails here leaves the checkpoints whole.
+
+        A run that is killed just after it has published its last checkpoint leaves it to the end of the next launch.
+        """
+        step = self._marks.last()
+        if dist.get_rank() != 0 or step is None:
+            return
+        for problem in self._marks.update():
+            self.report(f"warning: step {step}: {problem}")
+        try:
+            if self.most is not None:
+                self.folder.forget_old(self.most, keep=self._marks.best())
+        except OSError as error:
+            self.report(f"warning: step {step}: an old checkpoint can't be deleted ({error}); training goes on")
+
     def _unfinished(self, step: int) -> Path:
         return self.folder.unfinished(step, self._attempt)
 
@@ -112,8 +128,7 @@ class Saver:
             return self._failed(save.step, str(error))
         self.longest = max(self.longest or 0.0, time.monotonic() - save.started)
         self.report(f"checkpoint {self.folder.final(save.step)}")
-        if dist.get_rank() == 0:
-            self._keep_order(save.step)
+        self.keep_order()
         return True
 
     def _publish_files(self, step: int, digests: dict[str, list]) -> None:
@@ -125,16 +140,6 @@ class Saver:
         for path in self.folder.set_aside_after(step):
             self.report(f"{path.parent}: the checkpoint of a later step, of what was abandoned, is now {path.name}")
         self.folder.publish(step, digests | {path.name: digest(path) for path in own}, self._attempt)
-
-    def _keep_order(self, step: int) -> None:
-        """Update `best` and `last`, and delete old checkpoints. What fails here leaves the checkpoint whole."""
-        for problem in self._marks.update():
-            self.report(f"warning: step {step}: {problem}")
-        try:
-            if self.most is not None:
-                self.folder.forget_old(self.most, keep=self._marks.best())
-        except OSError as error:
-            self.report(f"warning: step {step}: an old checkpoint can't be deleted ({error}); training goes on")
 
     def _give_up(self, save: _Save) -> bool:
         self._save = None

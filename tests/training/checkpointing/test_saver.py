@@ -194,3 +194,24 @@ def test_a_disk_that_is_full(kind, gloo_world, tmp_path):
     finally:
         if is_mounted:
             subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+def finish_after_a_kill(rank, world_size, directory):
+    """The end of a run that was killed when its last checkpoint was published and older ones were not deleted."""
+    from megatron_gkd.training.checkpointing.folder import CheckpointFolder
+    from megatron_gkd.training.checkpointing.run_checkpoints import RunCheckpoints
+    from megatron_gkd.training.checkpointing.saver import Saver
+
+    folder = CheckpointFolder(directory)
+    if rank == 0:
+        for step in (3, 6, 7):
+            folder.prepare(step, {})
+            folder.publish(step, {})
+    torch.distributed.barrier()
+    assert RunCheckpoints(Saver(folder, most=2), saved=None, interval=3, identity={}).finish()
+    torch.distributed.barrier()
+    return folder.steps()
+
+
+def test_the_end_of_a_run_deletes_what_a_kill_has_left_of_old_checkpoints(gloo_world, tmp_path):
+    assert gloo_world(2).run(finish_after_a_kill, tmp_path) == [[6, 7], [6, 7]]
