@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 from rows import RandomRows
 
+TOLERANCE = 1e-5
 RECIPE = {
     "student": {"model": "student"},
     "teacher": {"teacher_model": "teacher"},
@@ -22,7 +24,8 @@ RECIPE = {
 def recipe_of(changes: dict[str, dict]):
     from megatron_gkd.config.schema import Recipe
 
-    return Recipe.model_validate({section: RECIPE[section] | changes.get(section, {}) for section in RECIPE})
+    sections = {section: RECIPE[section] | changes.get(section, {}) for section in RECIPE}
+    return Recipe.model_validate(sections | {"lora": changes.get("lora")})
 
 
 def build(student, teacher, changes: dict[str, dict], rows: RandomRows | None = None):
@@ -111,3 +114,18 @@ def _drop_sequence_parallel_reduction(student) -> None:
     for chunk in student.model.chunks:
         for parameter in chunk.parameters():
             parameter.sequence_parallel = False
+
+
+def with_beta(changes: dict, beta: float) -> dict:
+    return changes | {"distill": {"beta": beta}}
+
+
+def assert_equal_runs(found, expected, tolerance=TOLERANCE):
+    for step, (a, b) in enumerate(zip(found, expected, strict=True)):
+        for name, value in b["totals"].items():
+            assert a["totals"][name] == pytest.approx(value, rel=tolerance), f"step {step}: {name}"
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=tolerance), f"step {step}: gradient norm"
+        assert a["gradient"].keys() == b["gradient"].keys()
+        for name, gradient in b["gradient"].items():
+            error = (a["gradient"][name] - gradient).norm() / gradient.norm()
+            assert error <= tolerance, f"step {step}: gradient of {name} is off by {error:.1e}"

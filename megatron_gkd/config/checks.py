@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_gkd.config import attention_checks, cache_checks, model_checks, output_checks, teacher_checks
+from megatron_gkd.config import attention_checks, cache_checks, lora_checks, model_checks, output_checks, teacher_checks
 from megatron_gkd.config.schema import Recipe
 
 LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
@@ -276,6 +276,8 @@ CHECKS = (
     Check(("overlap_param_gather", "distributed_optimizer", "overlap_grad_reduce"), _overlap),
     Check(("attn", "dtype"), attention_checks.attention_fits_dtype),
     Check(("attn",), attention_checks.transformer_engine_is_installed, needs_files=True),
+    Check((*lora_checks.LEAVES, "tuner_type", "dtype"), lora_checks.keys_go_together),
+    Check((*lora_checks.LEAVES, "model", "expert_tensor_parallel_size"), lora_checks.fits_model, needs_files=True),
     Check(("train_iters", "num_train_epochs"), _length_of_run),
     Check(("min_lr", "lr"), _learning_rate),
     Check(("lr_warmup_iters", "lr_warmup_fraction", "train_iters"), _warmup),

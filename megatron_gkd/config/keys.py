@@ -8,11 +8,28 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
 from megatron_gkd.config.durations import FORMS
-from megatron_gkd.config.schema import Datasets, Duration, PathText, Recipe, ServerUrl, StopText, TokenId
+from megatron_gkd.config.schema import (
+    Datasets,
+    Duration,
+    ModuleName,
+    PathText,
+    Recipe,
+    Section,
+    ServerUrl,
+    StopText,
+    TokenId,
+)
+
+
+def _section_of(annotation: Any) -> type[Section]:
+    """Return the class of a section, which may be null as a whole."""
+    return next(member for member in (*get_args(annotation), annotation) if member is not type(None))
+
 
 SECTIONS: dict[str, dict[str, FieldInfo]] = {
-    name: dict(field.annotation.model_fields) for name, field in Recipe.model_fields.items()
+    name: dict(_section_of(field.annotation).model_fields) for name, field in Recipe.model_fields.items()
 }
+NULLABLE_SECTIONS = frozenset(name for name, field in Recipe.model_fields.items() if get_args(field.annotation))
 SECTION_OF: dict[str, str] = {leaf: section for section, leaves in SECTIONS.items() for leaf in leaves}
 _ENTRIES = {  # of lists, in words
     get_args(get_args(Datasets)[0])[0]: "paths or {path, weight} with weight > 0",
@@ -20,6 +37,7 @@ _ENTRIES = {  # of lists, in words
     ServerUrl: "addresses (http://host:port)",
     TokenId: "token ids",
     StopText: "texts",
+    ModuleName: "module names",
 }
 
 

@@ -32,6 +32,7 @@ def load(
     Raises RecipeError with all problems, one line each.
     """
     tree = _read(Path(path))
+    _move_tuner_type(tree)
     problems, doubtful = apply_overrides(tree, overrides)
     problems += _drop_unknown(tree, doubtful)
     problems += _drop_invalid(tree, doubtful)
@@ -56,6 +57,19 @@ def _read(path: Path) -> dict[str, Any]:
     return tree
 
 
+def _move_tuner_type(tree: dict[str, Any]) -> None:
+    """Accept `tuner_type` in the section lora, too, unless it is in both."""
+    lora = tree.get("lora")
+    if isinstance(lora, dict) and "tuner_type" in lora:
+        if tree.get("train") is None:
+            tree["train"] = {}
+        train = tree["train"]
+        if isinstance(train, dict) and "tuner_type" not in train:
+            train["tuner_type"] = lora.pop("tuner_type")
+            if not lora and train["tuner_type"] == "full":
+                del tree["lora"]
+
+
 def _drop_unknown(tree: dict[str, Any], doubtful: set[str]) -> list[str]:
     """Take unknown sections and keys out of `tree`, add missing sections; the leaves meant become doubtful."""
     problems: list[str] = []
@@ -70,6 +84,8 @@ def _drop_unknown(tree: dict[str, Any], doubtful: set[str]) -> list[str]:
         del tree[name]
     for section, leaves in keys.SECTIONS.items():
         content = tree.get(section)
+        if content is None and section in keys.NULLABLE_SECTIONS:
+            continue
         if content is not None and not isinstance(content, dict):
             problems.append(f"{section} = {_shown(content)}: must be a mapping with the keys {', '.join(leaves)}")
             doubtful.update(leaves)

@@ -7,7 +7,16 @@ more than one key, or the file system, is in `checks.py` and `model_checks.py`.
 import os
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    field_validator,
+    model_validator,
+)
 
 from megatron_gkd.config import yaml_text
 from megatron_gkd.config.durations import parse_duration
@@ -17,6 +26,9 @@ ServerUrl = Annotated[str, StringConstraints(pattern=r"^https?://[^/\s]+/?$")]
 
 TokenId = Annotated[int, Field(ge=0)]
 StopText = Annotated[str, StringConstraints(min_length=1)]
+ModuleName = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
+
+FULL_LR, LORA_LR = 1e-5, 1e-4
 
 
 def _as_sequence(value: Any) -> Any:
@@ -326,7 +338,10 @@ class TrainSection(Section):
     global_batch_size: int = Field(8, ge=1, description="rows in one optimizer step, over all ranks, packed or not")
     train_iters: int | None = Field(None, ge=1, description="optimizer steps; this or num_train_epochs")
     num_train_epochs: float | None = Field(None, gt=0, description="passes over the training rows; this or train_iters")
-    lr: float = Field(1e-5, gt=0, description="highest learning rate")
+    tuner_type: Literal["lora", "full"] | None = Field(
+        None, description="lora: train adapters; full: all parameters; null: adapters where there is a section lora"
+    )
+    lr: float = Field(FULL_LR, gt=0, description=f"highest learning rate; with adapters {LORA_LR} unless it is set")
     min_lr: float = Field(0.0, ge=0, description="learning rate that the decay ends at")
     lr_decay_style: Literal["cosine", "linear", "constant"] = Field("cosine", description="decay after the warm-up")
     lr_warmup_iters: int = Field(0, ge=0, description="steps of linear warm-up")
@@ -379,6 +394,46 @@ class TrainSection(Section):
     )
 
 
+class LoraSection(Section):
+    """Low-rank adapters in place of training all parameters (Hu et al. 2021, arXiv:2106.09685)."""
+
+    lora_rank: int = Field(8, ge=1, description="rows of the factors A and columns of the factors B")
+    lora_alpha: float = Field(32.0, gt=0, description="the adapters' output is multiplied by lora_alpha / lora_rank")
+    lora_dropout: float = Field(0.05, ge=0, lt=1, description="dropout of the adapters' input, in training")
+    lora_bias: Literal["none"] = Field("none", description="the biases stay as they are")
+    target_modules: Annotated[tuple[ModuleName, ...], BeforeValidator(_as_sequence)] = Field(
+        ("all-linear",),
+        min_length=1,
+        description="layers with adapters: all-linear (attention, MLP and experts), Hugging Face names (q_proj, k_proj "
+        "and v_proj together, o_proj, gate_proj and up_proj together, down_proj, experts) or Megatron-Core's "
+        "(linear_qkv, linear_proj, linear_fc1, linear_fc2)",
+    )
+    target_regex: str | None = Field(
+        None, description="in place of target_modules: an expression that matches whole module names"
+    )
+    modules_to_save: Annotated[tuple[ModuleName, ...], BeforeValidator(_as_sequence)] = Field(
+        (), description="modules to train whole beside the adapters; none can be"
+    )
+    init_lora_weights: str = Field(
+        "kaiming", description="first values of the factors A: kaiming (uniform) or gaussian; B begins as zeros"
+    )
+    use_rslora: bool = Field(False, description="multiply by lora_alpha / sqrt(lora_rank) instead")
+    use_dora: bool = Field(False, description="weight-decomposed adapters; not supported")
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(
+        {}, description="other ranks by Hugging Face names, as PEFT matches them (layers.0.mlp.down_proj: 16)"
+    )
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        {}, description="other alphas by Hugging Face names, as PEFT matches them"
+    )
+    lora_dtype: Literal["bf16", "fp32"] | None = Field(
+        None, description="type of the adapters; null: train.dtype. The optimizer has fp32"
+    )
+    adapters: PathText | None = Field(None, description="folder of PEFT adapters to start from")
+    merge_lora: bool = Field(
+        False, description="exports are whole Hugging Face checkpoints with the adapters merged; else PEFT adapters"
+    )
+
+
 class OutputSection(Section):
     """What a run leaves behind."""
 
@@ -419,6 +474,20 @@ class Recipe(Section):
     data: DataSection
     train: TrainSection
     output: OutputSection
+    lora: LoraSection | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _settle_tuner(cls, tree: Any) -> Any:
+        """Set what follows from training adapters: their section, and the default of `lr`."""
+        train = tree.get("train") if isinstance(tree, dict) else None
+        if not isinstance(train, dict):
+            return tree
+        if train.get("tuner_type") == "lora" and tree.get("lora") is None:
+            tree = tree | {"lora": {}}
+        if tree.get("lora") is not None and "lr" not in train:
+            tree = tree | {"train": train | {"lr": LORA_LR}}
+        return tree
 
     def data_parallel_size(self, world_size: int) -> int:
         """Replicas of the student over `world_size` processes."""

@@ -22,7 +22,8 @@ from megatron_gkd.runtime.agreement import raise_together
 def export_checkpoint(model: MegatronModel, directory: str | Path) -> Path:
     """Weights, config, generation config and tokenizer of `model` into `directory`. A collective over the whole world.
 
-    The checkpoint is written beside its place and moved there when whole, so an interrupted run leaves no half of one.
+    Adapters are merged into the layers that they are of. The checkpoint is written beside its place and moved there
+    when whole, so an interrupted run leaves no half of one.
 
     Raises:
         UserError: in all ranks; the folder or a file beside the weights can't be written.
@@ -40,11 +41,10 @@ def export_checkpoint(model: MegatronModel, directory: str | Path) -> Path:
         shutil.rmtree(directory, ignore_errors=True)
         unfinished.rename(directory)
 
-    _on_main(prepare, f"{directory}: can't be written to", is_main=is_main)
-    with model.mesh.virtual_stages(model.config.virtual_pipeline_model_parallel_size):
-        with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
-            model.config.bridge.save_weights(model.chunks, str(unfinished))
-    _on_main(publish, f"{directory}: can't be written to", is_main=is_main)
+    on_main(prepare, f"{directory}: can't be written to", is_main=is_main)
+    with model.exporting() as bridge, contextlib.redirect_stderr(io.StringIO()):  # its progress bar
+        bridge.save_weights(model.chunks, str(unfinished))
+    on_main(publish, f"{directory}: can't be written to", is_main=is_main)
     return directory
 
 
@@ -66,10 +66,10 @@ def try_companions(checkpoint: Checkpoint, dtype: torch.dtype, folder: Path, *, 
         with tempfile.TemporaryDirectory(prefix="hf-trial.", dir=folder) as trial:
             write_companions(checkpoint, dtype, Path(trial))
 
-    _on_main(write, f"output.output_dir = {folder}: no export can be written there", is_main=is_main)
+    on_main(write, f"output.output_dir = {folder}: no export can be written there", is_main=is_main)
 
 
-def _on_main(work: Callable[[], None], what: str, *, is_main: bool) -> None:
+def on_main(work: Callable[[], None], what: str, *, is_main: bool) -> None:
     """Run `work` on the main rank while the others wait; all raise the UserError if it fails. `what` begins it."""
     problem = None
     if is_main:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from mcore_bridge import ModelConfig, get_mcore_model, hf_to_mcore_config
@@ -23,6 +24,11 @@ from torch import nn
 
 from megatron_gkd.data.microbatch import Microbatch
 from megatron_gkd.models.checkpoint import Checkpoint
+from megatron_gkd.models.lora.injection import Adapters, inject_adapters
+from megatron_gkd.models.lora.merged import MergingExport
+from megatron_gkd.models.lora.options import LoraOptions
+from megatron_gkd.models.lora.reading import read_adapters
+from megatron_gkd.models.lora.switch import adapters_disabled
 from megatron_gkd.models.moe import prepare_experts
 from megatron_gkd.models.weight_loading import read_weights
 from megatron_gkd.runtime import portability
@@ -42,16 +48,29 @@ class BuildOptions:
     recompute_method: str | None = None
     recompute_num_layers: int | None = None
     moe_aux_loss_coeff: float | None = None
+    lora: LoraOptions | None = None
 
 
 class MegatronModel:
     """The chunks of one model that live on this rank (one, or one per virtual pipeline stage).
 
     Their forward ends in the last *hidden states*, after the final norm: the head belongs to the loss.
+
+    Attributes:
+        adapters: None where all parameters are trained.
     """
 
-    def __init__(self, checkpoint: Checkpoint, chunks: list[nn.Module], config: ModelConfig, mesh: Mesh):
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        chunks: list[nn.Module],
+        config: ModelConfig,
+        mesh: Mesh,
+        adapters: Adapters | None = None,
+    ):
         self.checkpoint, self.chunks, self.config, self.mesh = checkpoint, chunks, config, mesh
+        self.adapters = adapters
+        self._export = None if adapters is None else MergingExport(config.bridge)
         for chunk in chunks:
             if chunk.post_process:
                 # Through the module, not around it: hooks on it still wait for its parameters.
@@ -74,7 +93,8 @@ class MegatronModel:
             needs_weights: false where all parameters are set afterwards: the checkpoint's are not read then.
 
         Raises:
-            UserError: in all ranks; the checkpoint's tensors and the model's parameters do not match.
+            UserError: in all ranks; the checkpoint's tensors and the model's parameters do not match, or the options of
+                LoRA do not suit the model.
         """
         options = replace(options, attn=choose_attention(options.attn, options.dtype))
         config = _model_config(checkpoint, mesh, options)
@@ -83,10 +103,15 @@ class MegatronModel:
                 chunks = [chunk.to(portability.device()) for chunk in get_mcore_model(config)]
             if needs_weights:
                 read_weights(config.bridge, chunks, checkpoint, report)
+            adapters = None
+            if options.lora is not None:
+                adapters = inject_adapters(chunks, mesh, options.lora, config.num_moe_experts or 0)
+                if options.lora.adapters is not None:
+                    read_adapters(chunks, config, adapters, checkpoint, options.lora.adapters)
         for chunk in chunks:
             _mark_shards(chunk)
             prepare_experts(chunk)
-        return cls(checkpoint, chunks, config, mesh)
+        return cls(checkpoint, chunks, config, mesh, adapters)
 
     @property
     def has_torch_attention(self) -> bool:
@@ -103,10 +128,41 @@ class MegatronModel:
             return chunk.shared_embedding_or_output_weight()
         return chunk.output_layer.weight
 
-    def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every parameter whole, under its Hugging Face name, one at a time. All ranks must iterate together."""
+    def named_tensors(self, merged_dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every parameter whole, under its Hugging Face name, one at a time. All ranks must iterate together.
+
+        Adapters are merged into the layers that they are of.
+
+        Args:
+            merged_dtype: of the layers with adapters; None: the model's. In bf16 the smallest updates are rounded away.
+        """
+        with self.exporting() as bridge:
+            with contextlib.nullcontext() if self._export is None else self._export.of_dtype(merged_dtype):
+                yield from bridge.export_weights(self.chunks)
+
+    def base_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """As `named_tensors`, of the model without its adapters: what its checkpoint holds, if it has any."""
+        with self.exporting() as bridge:
+            with contextlib.nullcontext() if self._export is None else self._export.base_weights():
+                yield from bridge.export_weights(self.chunks)
+
+    def adapter_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The adapters' factors whole, under PEFT's names, one at a time. All ranks must iterate together.
+
+        Modules that share a factor A have equal ones.
+        """
+        with self.exporting() as bridge:
+            yield from bridge.export_weights(self.chunks, peft_format=True)
+
+    def adapters_disabled(self) -> contextlib.AbstractContextManager[None]:
+        """The model is its base inside, bit by bit; for scoring. Without adapters it always is."""
+        return adapters_disabled(self.chunks)
+
+    @contextlib.contextmanager
+    def exporting(self) -> Iterator[Any]:
+        """Yield mcore-bridge's bridge, which exports merged weights. All ranks must make the same exports."""
         with self.mesh.virtual_stages(self.config.virtual_pipeline_model_parallel_size):
-            yield from self.config.bridge.export_weights(self.chunks)
+            yield self.config.bridge
 
 
 def hidden_states(chunk: nn.Module, microbatch: Microbatch) -> torch.Tensor:

@@ -49,8 +49,26 @@ class CurrentWeights:
         """Nothing to do."""
 
 
+class BaseWeights:
+    """Those of the base model, under the student's adapters: what a student with new adapters begins as."""
+
+    def __init__(self, model: MegatronModel):
+        self._model = model
+
+    @property
+    def head_weight(self) -> Tensor | None:
+        head = self._model.head_weight
+        return None if head is None else head.detach()
+
+    def active(self) -> contextlib.AbstractContextManager[None]:
+        return self._model.adapters_disabled()
+
+    def after_update(self) -> None:
+        """Nothing to do."""
+
+
 class InitialWeights:
-    """Those that the student had when this was made.
+    """Those that the student had when this was made; of a student with adapters, these alone.
 
     They lie in page-locked host memory, of `dtype` (None: the parameters' own), and change places with the student's,
     so that the device holds one model at a time. The head's shard is there twice, since the loss needs both.
@@ -61,6 +79,7 @@ class InitialWeights:
             f"{index}.{name}": parameter
             for index, chunk in enumerate(model.chunks)
             for name, parameter in chunk.named_parameters()
+            if parameter.requires_grad
         }
         self._held = HostTensors(self._parameters, dtype)
         self._outside = HostTensors(self._parameters)

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 
-from megatron_gkd.config.schema import Recipe, RolloutSection
+from megatron_gkd.config.lora_checks import layer_rules
+from megatron_gkd.config.schema import LoraSection, Recipe, RolloutSection
 from megatron_gkd.data.cutting import Cutting
 from megatron_gkd.data.loader import SampleDataset, StepOrder
 from megatron_gkd.data.policy import OnPolicy
 from megatron_gkd.data.prompt import PromptLimits
 from megatron_gkd.models.checkpoint import Checkpoint
+from megatron_gkd.models.lora.options import LoraOptions
 from megatron_gkd.models.megatron_model import BuildOptions, MegatronModel
 from megatron_gkd.reporting.phases import phase
 from megatron_gkd.rollout.base import RolloutEngine, Sampling
@@ -65,6 +67,7 @@ def build_student(recipe: Recipe, mesh: Mesh, checkpoint: Checkpoint, vocab_size
             recompute_method=parallel.recompute_method,
             recompute_num_layers=parallel.recompute_num_layers,
             moe_aux_loss_coeff=section.moe_aux_loss_coeff,
+            lora=None if recipe.lora is None else lora_options(recipe.lora, section.seed),
         ),
     )
     objective = Objective(
@@ -80,6 +83,18 @@ def build_student(recipe: Recipe, mesh: Mesh, checkpoint: Checkpoint, vocab_size
         upstream=1.0,  # there is no loss scaling in bf16 and fp32
     )
     return Student(model, objective, parallel, section, train_iters)
+
+
+def lora_options(section: LoraSection, seed: int) -> LoraOptions:
+    """Return how the student's adapters are made. `seed`: of the run."""
+    return LoraOptions(
+        rules=layer_rules(section),
+        dropout=section.lora_dropout,
+        initialization=section.init_lora_weights,
+        dtype=None if section.lora_dtype is None else DTYPES[section.lora_dtype],
+        seed=seed,
+        adapters=None if section.adapters is None else Path(section.adapters),
+    )
 
 
 def build_rollouts(

@@ -21,7 +21,7 @@ from megatron_gkd.teachers.cache import CachedTeacher, open_cache, require_rows
 from megatron_gkd.teachers.cache_manifest import Manifest
 from megatron_gkd.teachers.local import LocalTeacher
 from megatron_gkd.teachers.self_teacher import SelfTeacher, require_teacher_prompts
-from megatron_gkd.teachers.self_weights import AverageWeights, CurrentWeights, InitialWeights
+from megatron_gkd.teachers.self_weights import AverageWeights, BaseWeights, CurrentWeights, InitialWeights
 from megatron_gkd.teachers.server import ServerOptions, ServerTeacher
 from megatron_gkd.teachers.several import SeveralTeachers, require_teachers
 from megatron_gkd.training.build import DTYPES
@@ -150,7 +150,10 @@ def _live(
 
 def _local(
     recipe: Recipe, mesh: Mesh, student: Student | Checkpoint, teacher: OneTeacher, checkpoint: Checkpoint
-) -> LocalTeacher:
+) -> LocalTeacher | SelfTeacher:
+    if isinstance(student, Student) and student.model.adapters is not None:
+        if student.model.checkpoint.path.resolve() == checkpoint.path.resolve():  # without a second copy
+            return SelfTeacher(student.model, BaseWeights(student.model), student.gather_parameters)
     options = BuildOptions(dtype=DTYPES[recipe.train.dtype], attn=recipe.train.attn)
     model = load_model(f"the teacher {teacher.teacher_model}", checkpoint, mesh, options)
     head_rows = -(-_checkpoint_of(student).vocab_size // mesh.tp.size())
@@ -162,8 +165,10 @@ def _self(student: Student, teacher: OneTeacher) -> SelfTeacher:
     model, complete = student.model, student.gather_parameters
     if teacher.ema is not None:
         weights = AverageWeights(model, teacher.ema, complete)
+    elif teacher.teacher_model is None:
+        weights = CurrentWeights(model)
     else:
-        weights = CurrentWeights(model) if teacher.teacher_model is None else InitialWeights(model)
+        weights = InitialWeights(model) if model.adapters is None else BaseWeights(model)
     return SelfTeacher(model, weights, complete)
 
 

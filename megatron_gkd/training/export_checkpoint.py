@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import megatron_gkd.runtime.preload  # noqa: F401  isort: skip  (before anything that imports Megatron-Core)
@@ -14,7 +15,7 @@ from megatron_gkd.models.megatron_model import BuildOptions, MegatronModel
 from megatron_gkd.runtime.agreement import raise_together
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.runtime.nodes import Nodes
-from megatron_gkd.training.build import DTYPES
+from megatron_gkd.training.build import DTYPES, lora_options
 from megatron_gkd.training.checkpointing.loader import load_model, verify
 from megatron_gkd.training.setup import world_of
 
@@ -38,10 +39,13 @@ def export_student(recipe: Recipe, mesh: Mesh, path: Path, output: Path) -> None
         UserError: in all ranks; the folder can't be written.
     """
     raise_together(verify(path), RunStopped)
+    lora = None if recipe.lora is None else replace(lora_options(recipe.lora, recipe.train.seed), adapters=None)
     options = BuildOptions(
-        dtype=DTYPES[recipe.train.dtype], virtual_pipeline=recipe.parallel.virtual_pipeline_model_parallel_size
+        dtype=DTYPES[recipe.train.dtype],
+        virtual_pipeline=recipe.parallel.virtual_pipeline_model_parallel_size,
+        lora=lora,
     )
     checkpoint = Checkpoint.open(recipe.student.model, Nodes.from_world())
-    model = MegatronModel.load(checkpoint, mesh, options, needs_weights=False)
+    model = MegatronModel.load(checkpoint, mesh, options, needs_weights=lora is not None)
     load_model(model, path)
     export_checkpoint(model, output)

@@ -30,7 +30,7 @@ from megatron_gkd.training.build_teacher import (
     require_cached_rows,
 )
 from megatron_gkd.training.checkpointing.folder import checkpoint_folder
-from megatron_gkd.training.checkpointing.identity import data_identity, recipe_identity
+from megatron_gkd.training.checkpointing.identity import base_identity, data_identity, recipe_identity
 from megatron_gkd.training.checkpointing.loader import load, load_weights
 from megatron_gkd.training.checkpointing.resume import find_checkpoint, find_resume_point
 from megatron_gkd.training.checkpointing.run_checkpoints import RunCheckpoints
@@ -75,6 +75,8 @@ def _train(recipe: Recipe, mesh: Mesh, folder: RunFolder, signals: StopSignals |
         recipe.train.num_train_epochs * order.epoch_length / recipe.train.global_batch_size
     )
     identity = data_identity(dataset, models.tokenizer, train_iters)
+    if recipe.lora is not None:
+        identity |= base_identity(models.student.path, is_main=mesh.is_main)
     if point is not None:
         point.require_same(identity)
     first_step = 0 if point is None else point.step
@@ -139,6 +141,7 @@ def _train(recipe: Recipe, mesh: Mesh, folder: RunFolder, signals: StopSignals |
             completions=completions,
             mismatch_kl_threshold=recipe.rollout.mismatch_kl_threshold,
             teacher_is_student=recipe.train.init_from is None
+            and (recipe.lora is None or recipe.lora.adapters is None)
             and begins_as_student(recipe.teacher, models.student, models.teachers),
             train_iters=train_iters,
             eval_interval=recipe.train.eval_interval,

@@ -6,10 +6,8 @@ import json
 import shutil
 
 import pytest
-import torch
-import torch.distributed as dist
 from checkpoints import tiny_checkpoint
-from transformers import AutoModelForCausalLM
+from logits import logits_of_megatron, logits_of_transformers, relative_error
 
 from megatron_gkd.checkpoint_format.config_file import ROPE_TYPES
 
@@ -22,57 +20,17 @@ LAYOUTS = {
     "CP2": (2, {"context": 2}),
     "EP2": (2, {"expert": 2}),
 }
-LENGTHS = (7, 16, 11)
-
-
-def sequences() -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(7)
-    return [torch.randint(0, 99, (length,), generator=generator) for length in LENGTHS]
 
 
 def megatron_logits(rank, world_size, path, layout):
-    """[tokens, V] of the packed sequences, in order, on the last stage's ranks; None elsewhere."""
-    from megatron_gkd.data.context_parallel import context_parallel_indices
-    from megatron_gkd.data.microbatch import collate, shard_context_parallel
-    from megatron_gkd.data.sample import Sample
     from megatron_gkd.models.checkpoint import Checkpoint
-    from megatron_gkd.models.megatron_model import BuildOptions, MegatronModel, hidden_states
-    from megatron_gkd.models.pipeline import forward_only
+    from megatron_gkd.models.megatron_model import BuildOptions, MegatronModel
     from megatron_gkd.runtime.mesh import Layout, destroy_mesh, initialize_mesh
 
     mesh = initialize_mesh(Layout(**layout), seed=1)
-    model = MegatronModel.load(Checkpoint.open(str(path)), mesh, BuildOptions())
-    for chunk in model.chunks:
-        chunk.eval()
-    samples = [Sample(s.numpy(), s.numpy(), "dataset", i) for i, s in enumerate(sequences())]
-    whole = collate(samples, pad_multiple=mesh.layout.pad_multiple, pad_token_id=0)
-    head = model.head_weight
-
-    def gathered(x, group, dim):
-        parts = [torch.empty_like(x) for _ in range(group.size())]
-        dist.all_gather(parts, x.contiguous(), group=group)
-        return torch.cat(parts, dim)
-
-    def logits(hidden, microbatch):
-        rows = hidden.squeeze(0)
-        if mesh.layout.sequence_parallel:
-            rows = gathered(rows, mesh.tp, 0)
-        own = gathered(rows @ head.T, mesh.tp, 1)[:, : model.checkpoint.vocab_size]
-        in_rank_order = gathered(own, mesh.cp, 0)
-        places = [context_parallel_indices(whole.cu_seqlens, r, mesh.cp.size()) for r in range(mesh.cp.size())]
-        return in_rank_order[torch.cat(places).argsort()][~whole.padding_mask.squeeze(0)]
-
-    with torch.no_grad():
-        microbatch = shard_context_parallel(whole, mesh.cp.rank(), mesh.cp.size())
-        result = forward_only(model.chunks, [microbatch, microbatch], hidden_states, logits, mesh)[-1]
+    result = logits_of_megatron(MegatronModel.load(Checkpoint.open(str(path)), mesh, BuildOptions()))
     destroy_mesh()
     return result
-
-
-def logits_of_transformers(path):
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
-    with torch.no_grad():
-        return torch.cat([model(sequence[None]).logits[0] for sequence in sequences()])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -88,7 +46,7 @@ def test_logits_equal_those_of_transformers(family, gloo_world):
         assert found, f"{name}: no rank had logits"
         for logits in found:
             assert logits.shape == expected.shape
-            error = (logits - expected).abs().max() / expected.abs().max()
+            error = relative_error(logits, expected)
             assert error < 1e-5, f"{name}: relative error {error:.1e}"
 
 

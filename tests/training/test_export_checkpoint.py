@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from checkpoints import tiny_checkpoint
 from layouts import EP2, PP2, SP, TP2
+from safetensors.torch import load_file
 from training_layouts import build, recipe_of
 
 from megatron_gkd.errors import RunStopped
@@ -69,6 +71,22 @@ def test_the_export_is_the_same(family, parallel, other, dtype, gloo_world, tmp_
     assert {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json"} <= expected.keys()
     assert found == expected
     assert found["model.safetensors"] != (model / "model.safetensors").read_bytes()
+
+
+LORA = {"lora_rank": 4, "lora_dropout": 0}
+
+
+@pytest.mark.parametrize(("family", "parallel", "other"), [("qwen3_tied", TP2 | SP, VPP2), ("qwen3_moe", EP2, {})])
+def test_adapters_are_merged_into_the_export(family, parallel, other, gloo_world, tmp_path):
+    model, lora = tiny_checkpoint(family, seed=2), {"lora": LORA, "train": {"dtype": "bf16"}}
+    gloo_world(2).run(save_and_export, model, lora | {"parallel": parallel}, tmp_path)
+    path = tmp_path / "checkpoints/step-000001"
+    gloo_world(2 if other else 1).run(export_alone, model, lora | {"parallel": other}, path, tmp_path / "again")
+    expected, found = contents(tmp_path / "hf"), contents(tmp_path / "again")
+    assert found == expected
+    trained, base = (load_file(folder / "model.safetensors") for folder in (tmp_path / "hf", model))
+    changed = {name for name, tensor in base.items() if not torch.equal(trained[name], tensor.bfloat16())}
+    assert changed == {name for name in base if name.endswith("_proj.weight")}
 
 
 @pytest.mark.parametrize("change", ["wider", "tied"])

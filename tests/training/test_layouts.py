@@ -7,11 +7,10 @@ import functools
 import pytest
 from checkpoints import tiny_checkpoint
 from layouts import DENSE, MOE
-from training_layouts import train_steps
+from training_layouts import TOLERANCE, assert_equal_runs, train_steps, with_beta
 
 from megatron_gkd.ops.reference import FAMILIES
 
-TOLERANCE = 1e-5
 BETAS = [0.0, 0.5, 1.0]
 # Beta is the loss's affair alone: its ends are tried where a rank has a part of the vocabulary, layers or tokens.
 BOTH_ENDS = ["TP2", "TP2+SP", "PP2", "CP2", "TP2+SPxPP2xCP2", "TP2+SP, packed", "TP2+SPxEP2"]
@@ -36,10 +35,6 @@ def models(kind: str):
             return tiny_checkpoint("llama", seed=2, num_hidden_layers=2), tiny_checkpoint("qwen3_moe", seed=1)
 
 
-def with_beta(changes: dict, beta: float) -> dict:
-    return changes | {"distill": {"beta": beta}}
-
-
 def objective(name: str) -> dict:
     return {"distill": OBJECTIVES[name]}
 
@@ -60,17 +55,6 @@ def one_process_of_objective(gloo_world):
         return gloo_world(1).run(train_steps, *models("dense"), objective(name))[0]
 
     return of
-
-
-def assert_equal_runs(found, expected, tolerance=TOLERANCE):
-    for step, (a, b) in enumerate(zip(found, expected, strict=True)):
-        for name, value in b["totals"].items():
-            assert a["totals"][name] == pytest.approx(value, rel=tolerance), f"step {step}: {name}"
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=tolerance), f"step {step}: gradient norm"
-        assert a["gradient"].keys() == b["gradient"].keys()
-        for name, gradient in b["gradient"].items():
-            error = (a["gradient"][name] - gradient).norm() / gradient.norm()
-            assert error <= tolerance, f"step {step}: gradient of {name} is off by {error:.1e}"
 
 
 def with_betas(layouts):

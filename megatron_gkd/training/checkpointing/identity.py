@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
+from megatron_gkd.checkpoint_format.fingerprint import weights_fingerprint
 from megatron_gkd.config.schema import Recipe
 from megatron_gkd.data.cache import hash_tokenizer
 from megatron_gkd.data.dataset import TokenizedDataset
@@ -33,6 +36,7 @@ _MAY_CHANGE = frozenset(
         "rollout.vllm_tensor_parallel_size",
         "rollout.sleep_level",
         "rollout.enforce_eager",
+        "lora.merge_lora",
         "train.attn",
         "train.eval_interval",
         "train.eval_iters",
@@ -56,12 +60,14 @@ _MUST_STAY = frozenset({"parallel.distributed_optimizer"})  # the two kinds of s
 
 def recipe_identity(recipe: Recipe) -> dict[str, Any]:
     """Return the keys of a recipe that decide what a run computes, with their values as JSON has them."""
-    return {
+    found = {
         key: value
         for section, values in recipe.model_dump(mode="json").items()
         for key, value in _flatten(section, values)
         if key in _MUST_STAY or not _may_change(section, key)
     }
+    found.pop("lora", None)  # null as a whole
+    return found | {"train.tuner_type": "full" if recipe.lora is None else "lora"}
 
 
 def data_identity(dataset: TokenizedDataset, tokenizer: PreTrainedTokenizerBase, train_iters: int) -> dict[str, Any]:
@@ -76,6 +82,16 @@ def data_identity(dataset: TokenizedDataset, tokenizer: PreTrainedTokenizerBase,
         "student.model (its tokenizer)": hash_tokenizer(tokenizer),
         "train.train_iters": train_iters,
     }
+
+
+def base_identity(path: Path, *, is_main: bool) -> dict[str, Any]:
+    """Return what a checkpoint of adapters says of the weights under them, which it does not hold.
+
+    All ranks of the world must call it; `is_main` is true in rank 0, which reads the files in `path`.
+    """
+    found = [weights_fingerprint(path) if is_main else None]
+    dist.broadcast_object_list(found, src=0)
+    return {"student.model (its weights)": found[0]}
 
 
 def differences(found: Mapping[str, Any], saved: Mapping[str, Any], where: str) -> list[str]:

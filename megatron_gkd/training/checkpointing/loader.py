@@ -52,9 +52,11 @@ def load(saved: Saved, path: Path, step: int) -> None:
     """
     apply_workarounds()
     student = saved.student
-    same_layout = read_run(path)["layout"] == layout_of(student.mesh)
+    run = read_run(path)
+    _require_same_kind(student.model, path, run)
+    same_layout = run["layout"] == layout_of(student.mesh)
     found = _read(path, saved.to_read(same_layout=same_layout))
-    _set_weights(student.model, found["model"])
+    _set_weights(student.model, found.get("model", {}))
     student.optimizer.load_state_dict(found["optimizer"])
     separate_steps(student.optimizer)
     student.scheduler.num_steps = 0
@@ -81,7 +83,8 @@ def load_model(model: MegatronModel, path: Path) -> None:
 
     RunStopped in all ranks if it is of another model.
     """
-    _set_weights(model, _read(path, {"model": model_state(model)})["model"])
+    _require_same_kind(model, path, read_run(path))
+    _set_weights(model, _read(path, {"model": model_state(model)}).get("model", {}))
 
 
 def _read(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
@@ -108,6 +111,19 @@ def _reason(error: Exception) -> str:
     return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]} ..."
 
 
+def _require_same_kind(model: MegatronModel, path: Path, run: dict[str, Any]) -> None:
+    """RunStopped, in all ranks, if the checkpoint is of adapters and the model has none, or vice versa."""
+    has, holds = model.adapters is not None, run.get("only_adapters", False)
+    if has != holds:
+        kinds = {True: "of adapters (tuner_type = lora)", False: "of all parameters (tuner_type = full)"}
+        raise RunStopped(f"{path}: a checkpoint {kinds[holds]}; this run trains those {kinds[has]}")
+
+
 def _set_weights(model: MegatronModel, state: dict[str, Any]) -> None:
+    """Take over what was loaded in the place of `model_state`: nothing on a pipeline stage without adapters."""
+    if model.adapters is not None:
+        for factor in model.adapters.factors:
+            factor.parameter.copy_(state["adapters"][factor.name])
+        return
     for index, chunk in enumerate(model.chunks):
         chunk.load_state_dict(state[f"model{index}"], strict=True)

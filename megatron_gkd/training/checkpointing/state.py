@@ -12,11 +12,17 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor, nn
 
+from megatron_gkd.models.lora.sharded import sharded_factors
 from megatron_gkd.models.megatron_model import MegatronModel
 from megatron_gkd.runtime import portability
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.teachers.self_weights import AverageWeights
-from megatron_gkd.training.checkpointing.workarounds import fill_empty_states
+from megatron_gkd.training.checkpointing.workarounds import (
+    add_common_step,
+    agree_on_step,
+    fill_empty_states,
+    with_step_of_others,
+)
 from megatron_gkd.training.student import Student
 
 FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
@@ -41,7 +47,11 @@ class Saved:
 
     def description(self) -> dict[str, Any]:
         """Return what loading has to know of it, for ``run.json``."""
-        return {"layout": layout_of(self.student.mesh), "with_optimizer": self.with_optimizer}
+        return {
+            "layout": layout_of(self.student.mesh),
+            "with_optimizer": self.with_optimizer,
+            "only_adapters": self.student.model.adapters is not None,
+        }
 
     def to_read(self, *, same_layout: bool) -> dict[str, Any]:
         """Return the sharded state dict to load into."""
@@ -51,10 +61,13 @@ class Saved:
         model = self.model_state()
         state: dict[str, Any] = {"model": model}
         if self.with_optimizer:
-            fill_empty_states(self.student.optimizer)  # of a student whose steps were all skipped, or a new one
-            state["optimizer"] = self.student.optimizer.sharded_state_dict(
-                model, is_loading=is_loading, metadata=dict(FORMAT)
-            )
+            optimizer = self.student.optimizer
+            fill_empty_states(optimizer)  # of a student whose steps were all skipped, or a new one
+            step = agree_on_step(optimizer)
+            with with_step_of_others(optimizer, step):
+                found = optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=dict(FORMAT))
+            add_common_step(optimizer, found, step)
+            state["optimizer"] = found
         if self.averages:
             state["averages"] = self._average_state(model)
         if same_layout:
@@ -62,7 +75,7 @@ class Saved:
         return state
 
     def model_state(self) -> dict[str, Any]:
-        """Return the student's weights alone."""
+        """Return the trained parameters of the student alone."""
         self.student.gather_parameters()
         return model_state(self.student.model)
 
@@ -86,7 +99,9 @@ class Saved:
 
 
 def model_state(model: MegatronModel) -> dict[str, Any]:
-    """Return the sharded state dict of a model's weights."""
+    """Return the sharded state dict of a model's weights: of its adapters alone, if it has any."""
+    if model.adapters is not None:
+        return {"adapters": sharded_factors(model.adapters.factors, model.mesh)}
     with model.mesh.virtual_stages(model.config.virtual_pipeline_model_parallel_size):
         return {f"model{index}": chunk.sharded_state_dict() for index, chunk in enumerate(model.chunks)}
 

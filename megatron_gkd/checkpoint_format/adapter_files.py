@@ -1,0 +1,180 @@
+"""PEFT adapters on disk: what they adapt, with which ranks and scales, and whether a model's adapters can take them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from megatron_gkd.checkpoint_format.lora_layers import AdaptedLayer, BaseLayer, describe_joined, value_of_name
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+BASE = "base_model.json"
+"""Written beside PEFT's files by this package: the fingerprint of the base model's weights."""
+_PREFIX = "base_model.model."
+_MUST_BE_FALSE = ("use_dora", "lora_bias", "fan_in_fan_out", "modules_to_save", "layer_replication")
+
+Shape = tuple[int, ...]
+
+
+class AdapterProblem(ValueError):
+    """What is wrong with adapters on disk."""
+
+
+def factor_name(hf_name: str, kind: str) -> str:
+    """Return PEFT's name of a factor. `kind`: A or B."""
+    return f"{_PREFIX}{hf_name}.lora_{kind}.weight"
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """PEFT adapters in a folder.
+
+    Attributes:
+        config: adapter_config.json.
+        shapes: of the tensors by name.
+        base: fingerprint of the base model's weights; None if it was not written.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    shapes: Mapping[str, Shape]
+    base: str | None
+
+    @classmethod
+    def open(cls, folder: Path) -> AdapterFiles:
+        """Read the configuration and the headers. AdapterProblem if a file is missing or damaged."""
+        for name in (CONFIG, WEIGHTS):
+            if not (folder / name).is_file():
+                raise AdapterProblem(f"must be a folder of PEFT adapters; there is no {name} in it")
+        try:
+            config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+            rank, alpha = int(config["r"]), float(config["lora_alpha"])
+            own = folder / BASE
+            base = json.loads(own.read_text(encoding="utf-8"))["weights"] if own.is_file() else None
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise AdapterProblem(f"{CONFIG} can't be read ({type(error).__name__}: {error})") from error
+        if rank < 1 or alpha <= 0:
+            raise AdapterProblem(f"{CONFIG} has r = {rank} and lora_alpha = {alpha}; both must be above 0")
+        try:
+            with safe_open(folder / WEIGHTS, framework="np") as file:
+                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise AdapterProblem(f"{WEIGHTS} can't be read ({error})") from error
+        return cls(folder, config, shapes, base)
+
+    def require_fit(self, layers: Sequence[AdaptedLayer], base_shapes: Mapping[str, Shape] | None) -> None:
+        """Compare the files with the adapters that are to take them.
+
+        Args:
+            layers: all adapted layers of the model.
+            base_shapes: the shapes of the model's parameters by Hugging Face name; None: not known.
+
+        Raises:
+            AdapterProblem: they do not fit.
+        """
+        for problem in self._problems(layers, base_shapes):
+            raise AdapterProblem(problem)
+
+    def _problems(self, layers: Sequence[AdaptedLayer], base_shapes: Mapping[str, Shape] | None) -> Iterator[str]:
+        if self.config.get("peft_type", "LORA") != "LORA":
+            yield f"holds adapters of the type {self.config['peft_type']}; must be LORA"
+        for key in _MUST_BE_FALSE:
+            if self.config.get(key):
+                yield f"{CONFIG} has {key} = {self.config[key]}, which is not supported"
+        if self.config.get("bias", "none") != "none":
+            yield f"{CONFIG} has bias = {self.config['bias']}; must be none"
+        expected: set[str] = set()
+        for layer in layers:
+            names = {hf_name: factor_name(hf_name, "A") for hf_name in layer.base.hf_names}
+            expected |= {factor_name(hf_name, kind) for hf_name in names for kind in "AB"}
+            yield from self._missing(layer.base, names)
+            for hf_name in layer.base.hf_names:
+                yield from self._wrong_scale(layer, hf_name)
+                if base_shapes is not None:
+                    yield from self._wrong_shape(layer, hf_name, base_shapes)
+        for name in self.shapes:
+            if name not in expected:
+                yield f"has the tensor {name}, which is of no layer that lora.target_modules names"
+
+    def _missing(self, layer: BaseLayer, names: Mapping[str, str]) -> Iterator[str]:
+        missing = [hf_name for hf_name, name in names.items() if name not in self.shapes]
+        if missing and len(missing) < len(names):
+            yield f"has no factors of {missing[0]}; {describe_joined(layer)}, so all must have them"
+        elif missing:
+            yield f"has no factors of {missing[0]}, which lora.target_modules names"
+        for hf_name in names:
+            if factor_name(hf_name, "B") not in self.shapes:
+                yield f"has no tensor {factor_name(hf_name, 'B')}"
+
+    def _wrong_scale(self, layer: AdaptedLayer, hf_name: str) -> Iterator[str]:
+        rank = self.shapes[factor_name(hf_name, "A")][0]
+        if rank != layer.rank:
+            yield f"has rank {rank} for {hf_name}; lora.lora_rank (or rank_pattern) gives it {layer.rank}"
+        config = self.config
+        alpha = value_of_name(hf_name, "alpha_pattern", config.get("alpha_pattern") or {}, config["lora_alpha"])
+        scaling = alpha / (rank**0.5 if config.get("use_rslora") else rank)
+        if abs(scaling - layer.scaling) > 1e-6 * abs(layer.scaling):
+            yield (
+                f"multiplies the adapters of {hf_name} by {scaling:g}; lora.lora_alpha and lora_rank (or patterns, or "
+                f"use_rslora) multiply them by {layer.scaling:g}"
+            )
+
+    def _wrong_shape(self, layer: AdaptedLayer, hf_name: str, base_shapes: Mapping[str, Shape]) -> Iterator[str]:
+        rows, columns = base_shapes[f"{hf_name}.weight"]
+        for kind, shape in (("A", (layer.rank, columns)), ("B", (rows, layer.rank))):
+            name = factor_name(hf_name, kind)
+            if self.shapes[name] != shape:
+                yield f"{name} is {list(self.shapes[name])}; of this student it would be {list(shape)}"
+
+
+def adapter_config(layers: Sequence[AdaptedLayer], all_layers: Sequence[BaseLayer], base: str, rank: int) -> dict:
+    """Return what adapter_config.json says of a model's adapters.
+
+    rsLoRA is written as plain LoRA of the same scale: peft 0.20 joins the gate and up of a mixture's experts into one
+    factor of twice the rank and twice the alpha, which only plain LoRA's scale does not change.
+
+    Args:
+        layers: the adapted layers.
+        all_layers: all layers of the model that could be.
+        base: path or hub id of the base model.
+        rank: that of most layers.
+    """
+    usual = next((layer for layer in layers if layer.rank == rank), layers[0])
+    ranks, alphas = {}, {}
+    for layer in layers:
+        for hf_name in layer.base.hf_names:
+            if layer.rank != usual.rank:
+                ranks[hf_name] = layer.rank
+            if layer.alpha != usual.alpha:
+                alphas[hf_name] = layer.alpha
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": usual.rank,
+        "lora_alpha": usual.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": _target_modules(layers, all_layers),
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
+        "inference_mode": True,
+    }
+
+
+def _target_modules(layers: Sequence[AdaptedLayer], all_layers: Sequence[BaseLayer]) -> list[str]:
+    """Return last parts of names where all modules with them are adapted, and whole names elsewhere."""
+    adapted = {layer.base.name for layer in layers}
+    partly = {leaf for layer in all_layers if layer.name not in adapted for leaf in layer.leaves}
+    names = {
+        hf_name if leaf in partly else leaf
+        for layer in layers
+        for hf_name in layer.base.hf_names
+        for leaf in [hf_name.rpartition(".")[2]]
+    }
+    return sorted(names)

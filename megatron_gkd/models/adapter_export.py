@@ -1,0 +1,52 @@
+"""Write a model's adapters as a folder that `PeftModel.from_pretrained` opens."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+from pathlib import Path
+
+from megatron_gkd.checkpoint_format.adapter_files import BASE, CONFIG, adapter_config
+from megatron_gkd.checkpoint_format.fingerprint import weights_fingerprint
+from megatron_gkd.models.export import on_main
+from megatron_gkd.models.megatron_model import MegatronModel
+
+
+def export_adapters(model: MegatronModel, directory: str | Path, base: str | None = None) -> Path:
+    """Write the factors, whole, and adapter_config.json into `directory`. A collective over the whole world.
+
+    The files are the same bit by bit under every layout. They are written beside their place and moved there when
+    whole.
+
+    Args:
+        base: what the files call the base model, such as a hub id; None: the folder that it was read from.
+
+    Raises:
+        UserError: in all ranks; the folder can't be written.
+    """
+    directory = Path(directory)
+    unfinished = directory.with_name(directory.name + ".unfinished")
+    is_main, adapters = model.mesh.is_main, model.adapters
+    if adapters is None:
+        raise ValueError("a model without adapters has none to export")
+
+    def prepare() -> None:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+
+    def publish() -> None:
+        name = str(model.checkpoint.path) if base is None else base
+        config = adapter_config(adapters.layers, adapters.base_layers, name, adapters.options.rules.rank)
+        (unfinished / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        fingerprint = {"path": name, "weights": weights_fingerprint(model.checkpoint.path)}
+        (unfinished / BASE).write_text(json.dumps(fingerprint, indent=2) + "\n", encoding="utf-8")
+        shutil.rmtree(directory, ignore_errors=True)
+        unfinished.rename(directory)
+
+    on_main(prepare, f"{directory}: can't be written to", is_main=is_main)
+    with model.exporting() as bridge, contextlib.redirect_stderr(io.StringIO()):  # its progress bar
+        bridge.save_weights(model.chunks, str(unfinished), peft_format=True)
+    on_main(publish, f"{directory}: can't be written to", is_main=is_main)
+    return directory

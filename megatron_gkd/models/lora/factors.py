@@ -1,0 +1,96 @@
+"""The factors A and B of a chunk's adapters: what they are called in the whole model, and how they are sharded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from mcore_bridge.tuners.lora import LoraParallelLinear
+from torch import Tensor, nn
+
+ADAPTER = "default"  # the name that PEFT gives to a model's one adapter
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One factor of one adapted layer, or of one of its experts.
+
+    Attributes:
+        layer: the adapted layer's name in the whole model.
+        expert: the expert's number in the whole model; None of a dense layer.
+        parameter: this rank's share.
+        key: the parameter's name in the chunk's state dict.
+        sharded_dim: the dimension that tensor parallelism divides; None: every rank has the whole.
+        has_halves: the rows are those of gate and up, one after the other, and each half is divided.
+    """
+
+    layer: str
+    kind: Literal["A", "B"]
+    expert: int | None
+    parameter: nn.Parameter
+    key: str
+    sharded_dim: int | None
+    has_halves: bool
+
+    @property
+    def name(self) -> str:
+        """The factor's name in the whole model."""
+        expert = "" if self.expert is None else f".{self.expert}"
+        return f"{self.layer}{expert}.lora_{self.kind}"
+
+    def whole_shape(self, tp_size: int) -> list[int]:
+        return [n * tp_size if dim == self.sharded_dim else n for dim, n in enumerate(self.parameter.shape)]
+
+    def shard_of(self, whole: Tensor, tp_rank: int, tp_size: int) -> Tensor:
+        """Return this rank's share of the whole factor."""
+        if self.sharded_dim is None:
+            return whole
+        if not self.has_halves:
+            return whole.chunk(tp_size, self.sharded_dim)[tp_rank]
+        return whole.unflatten(0, (2, tp_size, -1))[:, tp_rank].flatten(0, 1)
+
+
+def global_name(chunk: nn.Module, name: str) -> str:
+    """Return the name in the whole model of a module below `chunk.decoder.layers`, whose numbers are the chunk's."""
+    prefix, number, rest = name.removeprefix("decoder.").split(".", 2)
+    return f"decoder.{prefix}.{chunk.decoder.layers[int(number)].layer_number - 1}.{rest}"
+
+
+def lora_modules(chunk: nn.Module) -> Iterator[tuple[str, LoraParallelLinear]]:
+    """Yield the adapted layers of a chunk with their names in it."""
+    for name, module in chunk.named_modules():
+        if isinstance(module, LoraParallelLinear):
+            yield name, module
+
+
+def weights_of(linear: nn.Module) -> list[nn.Parameter]:
+    """Return the weight of a linear layer, or those of its experts."""
+    count = getattr(linear, "num_gemms", None)
+    return [linear.weight] if count is None else [getattr(linear, f"weight{index}") for index in range(count)]
+
+
+def factors_of(chunks: Sequence[nn.Module], expert_rank: int) -> Iterator[Factor]:
+    """Yield all factors on this rank. `expert_rank`: its place in the expert-parallel group."""
+    for chunk in chunks:
+        for name, module in lora_modules(chunk):
+            yield from _factors(global_name(chunk, name), name, module, expert_rank)
+
+
+def _factors(layer: str, name: str, module: LoraParallelLinear, expert_rank: int) -> Iterator[Factor]:
+    for kind, linear in (("A", module.lora_A[ADAPTER]), ("B", module.lora_B[ADAPTER])):
+        sharded_dim = None
+        if not module.is_grouped and (kind == "A") == module.is_parallel_a:  # experts' tensor parallelism is 1
+            sharded_dim = 1 if kind == "A" else 0
+        weights = weights_of(linear)
+        for index, weight in enumerate(weights):
+            suffix = str(index) if module.is_grouped else ""
+            yield Factor(
+                layer=layer,
+                kind=kind,
+                expert=expert_rank * len(weights) + index if module.is_grouped else None,
+                parameter=weight,
+                key=f"{name}.lora_{kind}.{ADAPTER}.weight{suffix}",
+                sharded_dim=sharded_dim,
+                has_halves=kind == "B" and name.endswith("linear_fc1"),
+            )

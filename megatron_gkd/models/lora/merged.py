@@ -1,0 +1,71 @@
+"""Exports of a model with adapters: the merged weights, unless the base's are asked for.
+
+mcore-bridge exports the base's weights of a model with adapters, without a warning; and PEFT's `merge` and `unmerge`
+leave rounding errors in the base. Here a layer's parameters point to a merged copy while that layer is exported, so
+that one layer is copied at a time and the base's memory is never written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_gkd.models.lora.factors import ADAPTER, lora_modules, weights_of
+
+
+class MergingExport:
+    """Makes a bridge export merged weights from now on, whoever calls it.
+
+    Attributes:
+        is_merging: false inside of `base_weights`.
+        dtype: of the merged weights; None: the base's. fp32 keeps what the base's type would round away.
+    """
+
+    def __init__(self, bridge: Any):
+        self.is_merging, self.dtype = True, None
+        self._bridge, self._set_layer_state = bridge, bridge._set_layer_state
+        bridge._set_layer_state = self._export_layer
+
+    @contextlib.contextmanager
+    def base_weights(self) -> Iterator[None]:
+        """The bridge exports the base's weights inside."""
+        self.is_merging = False
+        try:
+            yield
+        finally:
+            self.is_merging = True
+
+    @contextlib.contextmanager
+    def of_dtype(self, dtype: torch.dtype | None) -> Iterator[None]:
+        """The bridge exports adapted layers in `dtype` inside."""
+        before, self.dtype = self.dtype, dtype
+        try:
+            yield
+        finally:
+            self.dtype = before
+
+    def _export_layer(self, layer: nn.Module | None, hf_state: Any, prefix: str, index: int, to_mcore: bool) -> Any:
+        is_merged = self.is_merging and not to_mcore and not self._bridge._peft_format and layer is not None
+        with _merged(layer, self.dtype) if is_merged else contextlib.nullcontext():
+            return self._set_layer_state(layer, hf_state, prefix, index, to_mcore)
+
+
+@contextlib.contextmanager
+def _merged(layer: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    saved: list[tuple[nn.Parameter, Tensor]] = []
+    try:
+        for _, module in lora_modules(layer):
+            scaling = module.scaling[ADAPTER]
+            factors = (weights_of(linear[ADAPTER]) for linear in (module.lora_A, module.lora_B))
+            for weight, a, b in zip(weights_of(module.base_layer), *factors, strict=True):
+                base = weight.data
+                saved.append((weight, base))
+                weight.data = (b.float() @ a.float()).mul_(scaling).add_(base).to(dtype or base.dtype)
+        yield
+    finally:
+        for weight, base in saved:
+            weight.data = base
