@@ -280,7 +280,7 @@ CHECKS = (
     Check(("external_plugins",), _plugins_exist, needs_files=True),
     Check(("output_dir",), _output_is_writable, needs_files=True),
     Check(
-        ("output_dir", "model", *teacher_checks.LEAVES, "dataset", "val_dataset"),
+        ("output_dir", "model", "adapters", *teacher_checks.LEAVES, "dataset", "val_dataset"),
         output_checks.sources_are_kept,
         needs_files=True,
     ),

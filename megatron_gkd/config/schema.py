@@ -430,7 +430,9 @@ class LoraSection(Section):
     )
     adapters: PathText | None = Field(None, description="folder of PEFT adapters to start from")
     merge_lora: bool = Field(
-        False, description="exports are whole Hugging Face checkpoints with the adapters merged; else PEFT adapters"
+        False,
+        description="export a whole Hugging Face checkpoint with the adapters merged, in output_dir/hf, beside the "
+        "PEFT adapters, which are always in output_dir/adapters",
     )
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from megatron_gkd.checkpoint_format.adapter_files import BASE, CONFIG, adapter_config
 from megatron_gkd.checkpoint_format.fingerprint import weights_fingerprint
-from megatron_gkd.models.export import on_main
+from megatron_gkd.models.export import on_main, write_tokenizer
 from megatron_gkd.models.megatron_model import MegatronModel
 
 
 def export_adapters(model: MegatronModel, directory: str | Path) -> Path:
-    """Write the factors, whole, and adapter_config.json into `directory`. A collective over the whole world.
+    """Write the factors, whole, adapter_config.json and the tokenizer into `directory`. A collective over the world.
 
     The files are the same bit by bit under every layout. They are written beside their place and moved there when
     whole.
@@ -39,6 +39,7 @@ def export_adapters(model: MegatronModel, directory: str | Path) -> Path:
         (unfinished / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         fingerprint = {"path": base, "weights": weights_fingerprint(model.checkpoint.path)}
         (unfinished / BASE).write_text(json.dumps(fingerprint, indent=2) + "\n", encoding="utf-8")
+        write_tokenizer(model.checkpoint, unfinished)
         shutil.rmtree(directory, ignore_errors=True)
         unfinished.rename(directory)
 
