@@ -125,11 +125,24 @@ class AdapterFiles:
             )
 
     def _wrong_shape(self, layer: AdaptedLayer, hf_name: str, base_shapes: Mapping[str, Shape]) -> Iterator[str]:
-        rows, columns = base_shapes[f"{hf_name}.weight"]
-        for kind, shape in (("A", (layer.rank, columns)), ("B", (rows, layer.rank))):
-            name = factor_name(hf_name, kind)
+        for name, shape in _shapes_of_module(layer, hf_name, base_shapes).items():
             if self.shapes[name] != shape:
                 yield f"{name} is {list(self.shapes[name])}; of this student it would be {list(shape)}"
+
+
+def factor_shapes(layers: Sequence[AdaptedLayer], base_shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    """Return the shapes of all factors of a model's adapters, by PEFT's names."""
+    return {
+        name: shape
+        for layer in layers
+        for hf_name in layer.base.hf_names
+        for name, shape in _shapes_of_module(layer, hf_name, base_shapes).items()
+    }
+
+
+def _shapes_of_module(layer: AdaptedLayer, hf_name: str, base_shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    rows, columns = base_shapes[f"{hf_name}.weight"]
+    return {factor_name(hf_name, "A"): (layer.rank, columns), factor_name(hf_name, "B"): (rows, layer.rank)}
 
 
 def adapter_config(layers: Sequence[AdaptedLayer], all_layers: Sequence[BaseLayer], base: str, rank: int) -> dict:
