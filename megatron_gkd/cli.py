@@ -1,36 +1,47 @@
 """The command line. It answers --help and refuses a wrong recipe without importing torch.
 
-`megatron-gkd train recipe.yaml --beta 1.0`, or `torchrun --nproc-per-node 2 -m megatron_gkd train recipe.yaml`.
+`megatron-gkd train recipe.yaml --nproc 2`, or `torchrun --nproc-per-node 2 -m megatron_gkd train recipe.yaml`.
 """
 
 import difflib
-import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NoReturn
 
 from megatron_gkd import __version__
-from megatron_gkd.errors import RunStopped, ServiceFailed, UserError
+from megatron_gkd.commands import COMMANDS
+from megatron_gkd.commands.checkpoint import ACTIONS
+from megatron_gkd.commands.parts import print_text
+from megatron_gkd.errors import CommandRefused, RunStopped, ServiceFailed, UserError
+from megatron_gkd.launch import environment
+from megatron_gkd.launch.failures import end_with_launcher, report_failure
 
 if TYPE_CHECKING:
-    from megatron_gkd.config import Recipe
-    from megatron_gkd.config.checks import CommandChecks
-    from megatron_gkd.config.commands import Option
+    from megatron_gkd.launch.options import LaunchOptions
 
 USAGE = """\
-usage: megatron-gkd train recipe.yaml [--leaf value ...]
+usage: megatron-gkd train recipe.yaml [--nproc N] [--leaf value ...]
        megatron-gkd check recipe.yaml [--nproc N] [--leaf value ...]
-       megatron-gkd score recipe.yaml --output FOLDER [--leaf value ...]
-       megatron-gkd generate recipe.yaml --from teacher|student --output FILE.jsonl [--n N] [--leaf value ...]
+       megatron-gkd score recipe.yaml --output FOLDER [--nproc N] [--leaf value ...]
+       megatron-gkd generate recipe.yaml --from teacher|student --output FILE.jsonl [--n N] [--nproc N]
+                             [--leaf value ...]
+       megatron-gkd checkpoint list RUN
+       megatron-gkd checkpoint verify RUN [STEP]
+       megatron-gkd checkpoint export RUN [STEP] [--output FOLDER] [--nproc N] [--leaf value ...]
 
 train     distill a teacher into a student
 check     read the recipe for N processes (default 1), say all that is wrong with it, print it and its layout
 score     write what the teacher says of each row of the data sets (its gkd_logits_topk most likely tokens) into a
           folder, from which `teacher: {cache: FOLDER}` trains under any layout, without a teacher
 generate  write N answers of a model to each prompt of the data set, as rows of token ids to train on with lmbda 0
+checkpoint
+          list the checkpoints of the run in the folder RUN (its output_dir), verify the files of one or all, or export
+          one as a Hugging Face folder: STEP is a number, best or last (the default). An export needs one process,
+          whatever the layout of the run
 
-All but check run under torchrun too, over its processes.
+train, score, generate and checkpoint export start N processes with --nproc N, one for each GPU with --nproc gpu. They
+run under torchrun too, over its processes.
 
 Options: -h, --help (`megatron-gkd train --help` lists the recipe's keys), --version
 """
@@ -40,6 +51,8 @@ Every key of the recipe can be given on the command line as --leaf value or --se
 A true-or-false key may stand alone (--packing); a list takes several values (--dataset a.jsonl b.jsonl).
 """
 
+_WITHOUT_PROCESSES = ("check", "checkpoint list", "checkpoint verify")
+
 
 def run() -> NoReturn:
     """Run `main` as the whole process.
@@ -47,14 +60,15 @@ def run() -> NoReturn:
     A rank that fails inside a process group leaves at once: to take the group down it would have to wait for ranks that
     may never come, and the launcher ends these only when it is gone.
     """
+    end_with_launcher()
     try:
         code = main()
     except KeyboardInterrupt:
-        traceback.print_exc()
         code = 130
-    except Exception:
-        traceback.print_exc()
+        report_failure("interrupted by SIGINT", None, code)
+    except Exception as error:
         code = 1
+        report_failure(f"{type(error).__name__}: {error}", traceback.format_exc(), code)
     if code and _has_process_group():
         from megatron_gkd.runtime.signals import leave_process
 
@@ -70,23 +84,13 @@ def _has_process_group() -> bool:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return the exit code: 0, 2 where the user has to change something, 75 of an interrupted run."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    rank = int(os.environ.get("RANK", "0"))
     try:
         return _dispatch(arguments)
     except UserError as error:
-        # Every rank raises these together, so one prints them; another error may be of one rank alone.
-        is_shared = isinstance(error, _RecipeRefused | RunStopped | ServiceFailed)
-        if rank == 0 or not is_shared:
-            print(f"rank {rank}: {error}" if rank else error, file=sys.stderr, flush=True)
-        if _has_process_group() and (rank == 0 or is_shared):
-            from megatron_gkd.runtime.agreement import wait_for_message
-
-            wait_for_message()
+        # Every rank raises these together; another error may be of one rank alone.
+        is_shared = isinstance(error, CommandRefused | RunStopped | ServiceFailed)
+        report_failure(str(error), None, error.exit_code, is_shared=is_shared)
         return error.exit_code
-
-
-class _RecipeRefused(UserError):
-    """A wrong command line or recipe, known before the ranks differ."""
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -97,116 +101,62 @@ def _dispatch(arguments: list[str]) -> int:
         print(f"megatron-gkd {__version__}")
         return 0
     name, *rest = arguments
-    if name not in _COMMANDS:
-        near = difflib.get_close_matches(name, _COMMANDS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(_COMMANDS)}"
-        raise _RecipeRefused(f"megatron-gkd {name}: unknown command; {hint}")
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
+        raise CommandRefused(f"megatron-gkd {name}: unknown command; {hint}")
     if "-h" in rest or "--help" in rest:
-        _print(_help(name))
+        print_text(_help(name))
         return 0
     if not rest or rest[0].startswith("-"):
-        raise _RecipeRefused(f"megatron-gkd {name}: the recipe's path must come first: megatron-gkd {name} recipe.yaml")
-    _COMMANDS[name](rest[0], rest[1:])
+        first = f"what to do must come first: {', '.join(ACTIONS)}"
+        if name != "checkpoint":
+            first = f"the recipe's path must come first: megatron-gkd {name} recipe.yaml"
+        raise CommandRefused(f"megatron-gkd {name}: {first}")
+    subject, arguments = rest[0], rest[1:]
+    options = None
+    if name not in _WITHOUT_PROCESSES and f"{name} {subject}" not in _WITHOUT_PROCESSES:
+        options, arguments = _launch_options(subject, arguments)
+    if options is not None:
+        return _launch(options, name, subject, arguments)
+    work = COMMANDS[name](subject, arguments, environment.world_size())
+    work()
     return 0
+
+
+def _launch_options(path: str, arguments: list[str]) -> "tuple[LaunchOptions | None, list[str]]":
+    from megatron_gkd.config import RecipeError
+    from megatron_gkd.launch.options import take
+
+    try:
+        return take(path, arguments)
+    except RecipeError as error:
+        raise CommandRefused(str(error)) from error
+
+
+def _launch(options: "LaunchOptions", name: str, path: str, arguments: list[str]) -> int:
+    """Start the ranks, if the recipe suits as many of them; return the exit code."""
+    if options.nproc != "gpu":
+        COMMANDS[name](path, arguments, options.nproc * options.min_nodes)  # before torch is imported
+    from megatron_gkd.launch.launcher import launch, processes
+
+    if options.nproc == "gpu":
+        COMMANDS[name](path, arguments, processes(options) * options.min_nodes)
+    return launch(options, [sys.executable, "-m", "megatron_gkd", name, path, *arguments])
 
 
 def _help(name: str) -> str:
     from megatron_gkd.config import commands
     from megatron_gkd.config.help import recipe_keys
+    from megatron_gkd.launch.options import LAUNCH
 
-    options = {"check": commands.CHECK, "score": commands.SCORE, "generate": commands.GENERATE}.get(name)
+    options = {
+        "check": commands.CHECK,
+        "score": commands.SCORE,
+        "generate": commands.GENERATE,
+        "checkpoint": commands.EXPORT,
+    }.get(name)
     own = f"options of {name}:\n{commands.help_of(options)}\n\n" if options else ""
+    if name != "check":
+        own += f"options to start several processes:\n{commands.help_of(LAUNCH)}\n\n"
     return f"{USAGE}\n{own}{OVERRIDES}\n{recipe_keys()}"
-
-
-def _print(text: str) -> None:
-    """Print to a reader that may stop reading (`| head`)."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at exit
-
-
-def _load(path: str, overrides: Sequence[str], world_size: int, command: "CommandChecks | None" = None) -> "Recipe":
-    from megatron_gkd.config import RecipeError, load
-    from megatron_gkd.config.checks import TRAIN
-
-    try:
-        return load(path, overrides, world_size=world_size, command=command or TRAIN)
-    except RecipeError as error:
-        raise _RecipeRefused("\n".join(f"{path}: {problem}" for problem in error.problems)) from error
-
-
-def _train(path: str, overrides: list[str]) -> None:
-    recipe = _load(path, overrides, _world_size())
-    from megatron_gkd.training.run import train
-
-    train(recipe)
-
-
-def _score(path: str, arguments: list[str]) -> None:
-    from megatron_gkd.config import commands
-
-    options, overrides = _take(arguments, commands.SCORE)
-    recipe = _load(path, overrides, _world_size(), commands.SCORES)
-    from megatron_gkd.training.score import score
-
-    score(recipe, **options)
-
-
-def _generate(path: str, arguments: list[str]) -> None:
-    from megatron_gkd.config import commands
-
-    options, overrides = _take(arguments, commands.GENERATE)
-    source = options.pop("from")
-    asked = commands.TEACHER_GENERATES if source == "teacher" else commands.STUDENT_GENERATES
-    recipe = _load(path, overrides, _world_size(), asked)
-    from megatron_gkd.training.generate import generate
-
-    generate(recipe, source, **options)
-
-
-def _check(path: str, arguments: list[str]) -> None:
-    from megatron_gkd.config import commands
-
-    options, overrides = _take(arguments, commands.CHECK)
-    recipe = _load(path, overrides, options["nproc"])
-    _print(f"{recipe.to_yaml()}\n{_layout(recipe, options['nproc'])}")
-
-
-def _world_size() -> int:
-    """As the launcher has it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def _take(arguments: list[str], options: "Mapping[str, Option]") -> tuple[dict[str, Any], list[str]]:
-    from megatron_gkd.config import RecipeError
-    from megatron_gkd.config.commands import take_options
-
-    try:
-        return take_options(arguments, options)
-    except RecipeError as error:
-        raise _RecipeRefused(str(error)) from error
-
-
-def _layout(recipe: "Recipe", world_size: int) -> str:
-    """The processes and the step as products, a line each."""
-    p, train, replicas = recipe.parallel, recipe.train, recipe.data_parallel_size(world_size)
-    microbatches = recipe.num_microbatches(world_size)
-    pipeline, packed = p.pipeline_model_parallel_size, "; packing makes them fewer" if recipe.data.packing else ""
-    return (
-        f"layout:  {world_size} processes = tensor {p.tensor_model_parallel_size} x context {p.context_parallel_size} "
-        f"x pipeline {pipeline} x data {replicas}\n"
-        f"experts: {world_size} processes = tensor {p.expert_tensor_parallel_size} x expert "
-        f"{p.expert_model_parallel_size} x pipeline {pipeline} x data {recipe.expert_data_parallel_size(world_size)}\n"
-        f"step:    {train.global_batch_size} rows = data {replicas} x microbatches {microbatches} "
-        f"x rows {train.micro_batch_size}{packed}"
-    )
-
-
-_COMMANDS: dict[str, Callable[[str, list[str]], None]] = {
-    "train": _train,
-    "check": _check,
-    "score": _score,
-    "generate": _generate,
-}

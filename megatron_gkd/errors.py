@@ -7,6 +7,10 @@ class UserError(Exception):
     exit_code = 2
 
 
+class CommandRefused(UserError):
+    """A wrong command line or recipe, known before the ranks differ: all raise it."""
+
+
 class RunStopped(UserError):
     """A run has ended early. All ranks raise it together; the message says why, and what was saved."""
 

@@ -20,7 +20,7 @@ OWN = {"score": ["--output", "x"], "generate": ["--output", "x", "--from", "stud
 def workspace(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("RANK", "0")
     return Workspace(tmp_path)
 
 
@@ -68,17 +68,48 @@ def test_only_rank_0_tells_of_a_wrong_recipe(workspace, trainer, capsys, monkeyp
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("command", ["train", "score", "generate"])
+@pytest.mark.parametrize(("name", "text"), [("WORLD_SIZE", "two"), ("RANK", ""), ("LOCAL_RANK", "x"), ("RANK", "2")])
+def test_what_a_launcher_says_is_checked(workspace, trainer, capsys, monkeypatch, command, name, text):
+    monkeypatch.setenv(name, text)
+    assert cli.main([command, "recipe.yaml", *OWN.get(command, [])]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{name} = " in line and "must be" in line
+
+
+def test_processes_are_started_only_for_a_recipe_that_suits_them(workspace, capsys, monkeypatch):
+    monkeypatch.delenv("RANK")
+    monkeypatch.delenv("WORLD_SIZE")
+    launcher = types.ModuleType("megatron_gkd.launch.launcher")
+    launched = []
+    launcher.launch = lambda options, command: launched.append((options, command)) or 75
+    launcher.processes = lambda options: 2
+    monkeypatch.setitem(sys.modules, "megatron_gkd.launch.launcher", launcher)
+    assert cli.main(["train", "recipe.yaml", "--nproc", "3"]) == 2
+    assert "must divide the number of processes (3)" in capsys.readouterr().err and launched == []
+    nodes = ["--nnodes", "2", "--rdzv", "node0:29400"]
+    assert cli.main(["train", "recipe.yaml", "--nproc", "1", *nodes, "--beta", "1"]) == 75
+    ((options, command),) = launched
+    assert (options.nproc, options.max_nodes, options.rdzv) == (1, 2, ("node0", 29400))
+    assert command == [sys.executable, "-m", "megatron_gkd", "train", "recipe.yaml", "--beta", "1"]
+    assert cli.main(["generate", "recipe.yaml", "--nproc", "gpu", "--n", "4", *OWN["generate"]]) == 75
+    assert launched[1][1][4:] == ["recipe.yaml", "--n", "4", *OWN["generate"]]
+    assert cli.main(["score", "recipe.yaml", "--nproc", "2"]) == 2
+    assert capsys.readouterr().err.startswith("--output: missing; ")
+
+
 def test_the_world_size_comes_from_the_launcher(workspace, trainer, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert cli.main(["train", "recipe.yaml"]) == 2
     assert "must divide the number of processes (3)" in capsys.readouterr().err
     monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.delenv("RANK")
     assert cli.main(["train", "recipe.yaml"]) == 2
     assert "must divide the number of processes (1)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("rank", "line"), [("0", "train.jsonl:3: not JSON\n"), ("5", "rank 5: train.jsonl:3: not JSON\n")]
+    ("rank", "line"), [("0", "train.jsonl:3: not JSON\n"), ("1", "rank 1: train.jsonl:3: not JSON\n")]
 )
 def test_a_user_error_of_the_run_is_one_line_on_any_rank(workspace, trainer, capsys, monkeypatch, rank, line):
     monkeypatch.setenv("RANK", rank)
@@ -97,11 +128,15 @@ def test_a_fault_of_the_program_keeps_its_traceback(workspace, trainer):
     ("arguments", "line"),
     [
         (["trian", "recipe.yaml"], "megatron-gkd trian: unknown command; did you mean train?"),
-        (["zzz"], "megatron-gkd zzz: unknown command; the commands are train, check, score, generate"),
+        (["zzz"], "megatron-gkd zzz: unknown command; the commands are train, check, score, generate, checkpoint"),
         (["train"], "megatron-gkd train: the recipe's path must come first: megatron-gkd train recipe.yaml"),
         (["train", "--beta", "1"],
          "megatron-gkd train: the recipe's path must come first: megatron-gkd train recipe.yaml"),
         (["train", "no.yaml"], "no.yaml: can't be read: No such file or directory"),
+        (["train", "recipe.yaml", "--nproc", "2"],
+         "--nproc = 2: RANK is set, so a launcher has started this process already; remove --nproc or unset RANK"),
+        (["train", "recipe.yaml", "--nnodes", "2"],
+         "--nnodes: needs --nproc N, the number of processes to start on this node"),
         (["check", "recipe.yaml", "--nproc", "two"], "--nproc = two: must be an integer >= 1"),
         (["check", "recipe.yaml", "--nproc"], "--nproc = : must be an integer >= 1"),
     ],
@@ -151,6 +186,8 @@ def test_train_help_names_every_key_in_under_a_second_of_work():
         assert f"  --{leaf}  {keys.allowed(field)}  [" in below
         assert field.description in below
     assert "--beta  a number in [0, 1]  [default: 0.5]" in done.stdout
+    for option in ("nproc", "nnodes", "node-rank", "rdzv", "rdzv-id", "max-restarts", "shutdown-timeout"):
+        assert f"\n  --{option}  " in done.stdout
     assert "--model  a text  [required]" in done.stdout
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
 
@@ -167,11 +204,15 @@ def test_a_command_names_its_own_options(command, capsys):
     assert f"options of {command}:\n" in text and "  --output  " in text and "  --beta  " in text
 
 
+@pytest.mark.parametrize("nproc", [(), ("--nproc", "2")])
 @pytest.mark.parametrize("command", ["train", "check", "score", "generate"])
-def test_a_wrong_recipe_needs_no_torch(workspace, command):
+def test_a_wrong_recipe_needs_no_torch(workspace, monkeypatch, command, nproc):
+    if nproc:
+        monkeypatch.delenv("RANK")
+        monkeypatch.delenv("WORLD_SIZE")
     program = (
         "import sys; from megatron_gkd.cli import main\n"
-        f"code = main([{command!r}, 'recipe.yaml', '--beta', '2', *{OWN.get(command, [])}])\n"
+        f"code = main([{command!r}, 'recipe.yaml', '--beta', '2', *{[*OWN.get(command, []), *nproc]}])\n"
         "heavy = {'torch', 'transformers', 'megatron.core', 'numpy', 'matplotlib'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else code)"
     )

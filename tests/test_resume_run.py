@@ -47,11 +47,12 @@ ON_POLICY = ("--lmbda", "0.5", "--lmbda_granularity", "row", "--max_completion_l
 OPTIONS = {
     "offline TP2": ("--eval_interval", "2"),
     "on-policy": (*ON_POLICY, "--log_completions_interval", "2", "--dtype", "fp32"),
+    "adapters": (*ON_POLICY, *"--tuner_type lora --lora_rank 4 --dtype fp32".split()),
     "EMA self-teacher": (*"--kind self --teacher_model null --ema 0.9 --offload_teacher_model false".split(),),
 }
 
 
-KILLS = {"offline TP2": [(2, 1), (5, 0)], "on-policy": [(5, 0)], "EMA self-teacher": [(5, 1)]}
+KILLS = {"offline TP2": [(2, 1), (5, 0)], "on-policy": [(5, 0)], "adapters": [(5, 1)], "EMA self-teacher": [(5, 1)]}
 """By kind, the step in which a rank is killed, one run after another."""
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import socket
 import subprocess
 import sys
@@ -17,6 +18,8 @@ import torch
 import yaml
 from checkpoints import tiny_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron_gkd import __version__
 
 RECIPE = """
 student:  {{model: {student}}}
@@ -98,6 +101,25 @@ def test_a_recipe_becomes_a_checkpoint_metrics_and_curves(workspace):
     for path in ("runs/x/hf", "runs/x/metrics.jsonl", "runs/x/curves.png"):
         assert path in finished.stdout + finished.stderr
     assert "Traceback" not in finished.stderr
+    before, _, _ = finished.stdout.partition("step 1/4")
+    for line in (
+        rf"megatron-gkd  {re.escape(__version__)} \(torch {re.escape(torch.__version__)}, megatron-core \S+\)",
+        "device        .+, 2 processes on 1 node",
+        "layout        2 processes = tensor 2 x context 1 x pipeline 1 x data 1",
+        "step          8 rows = data 1 x microbatches 8 x rows 1",
+        "precision     fp32 weights, activations, gradients and optimizer",
+        r"kernels       (compiled \(.+\)|plain torch)",
+        r"attention     sdpa \(torch\)",
+        r"student       /.+: qwen3, 46\.6 K parameters, all trainable",
+        "teacher       /.+: qwen3, 107 K parameters, in host memory between scorings",
+        r"rows          training: \d+ tokens; 40 of 40 rows used",
+        r"              validation: \d+ tokens; 11 of 11 rows used",
+        r"steps         4 \(0\.8 epochs\), starting at step 1",
+        "checkpoints   every 500 steps in runs/x/checkpoints, the newest 3 kept",
+        "output        runs/x",
+    ):
+        assert len(re.findall(f"^{line}$", before, re.MULTILINE)) == 1, line
+    assert before.count("Starting megatron-gkd") <= 2, "one rank shows the phases"
 
 
 @pytest.mark.parametrize("granularity", ["step", "row"])

@@ -26,10 +26,14 @@ class Check:
 
 @dataclass(frozen=True)
 class CommandChecks:
-    """What a command asks of a recipe beyond what `train` does, and which checks of `CHECKS` it leaves out."""
+    """What a command asks of a recipe beyond what `train` does, and which checks of `CHECKS` it leaves out.
+
+    has_own: it makes those of `extra` alone.
+    """
 
     extra: tuple[Check, ...] = ()
     left_out: tuple[Callable[[Recipe, int], Iterator[str]], ...] = ()
+    has_own: bool = False
 
 
 TRAIN = CommandChecks()
@@ -44,7 +48,7 @@ def run(
     """
     return [
         problem
-        for check in (*CHECKS, *command.extra)
+        for check in (*(() if command.has_own else CHECKS), *command.extra)
         if doubtful.isdisjoint(check.leaves) and (require_paths or not check.needs_files)
         if check.find not in command.left_out
         for problem in check.find(recipe, world_size)
@@ -241,6 +245,13 @@ def _output_is_writable(recipe: Recipe, _: int) -> Iterator[str]:
         yield f"{key}: {parent} is not writable; must be a folder that is, or one that can be made"
 
 
+LAYOUT_CHECKS = (
+    Check(LAYOUT, _layout_divides),
+    Check(
+        ("expert_tensor_parallel_size", "expert_model_parallel_size", "pipeline_model_parallel_size"), _experts_divide
+    ),
+    Check(("virtual_pipeline_model_parallel_size", "pipeline_model_parallel_size"), _virtual_stages),
+)
 CHECKS = (
     Check(teacher_checks.LEAVES, teacher_checks.teachers_are_named),
     Check(
@@ -258,12 +269,8 @@ CHECKS = (
     Check(("engine", "vllm_tensor_parallel_size"), _vllm_ranks),
     Check(("vllm_max_model_len", "max_length"), _vllm_length),
     Check(("engine",), _vllm_is_installed, needs_files=True),
-    Check(LAYOUT, _layout_divides),
-    Check(
-        ("expert_tensor_parallel_size", "expert_model_parallel_size", "pipeline_model_parallel_size"), _experts_divide
-    ),
+    *LAYOUT_CHECKS,
     Check((*LAYOUT, "virtual_pipeline_model_parallel_size", "global_batch_size", "micro_batch_size"), _batch_divides),
-    Check(("virtual_pipeline_model_parallel_size", "pipeline_model_parallel_size"), _virtual_stages),
     Check(("packing", "micro_batch_size"), _packing),
     Check(("recompute_granularity", "recompute_method", "recompute_num_layers"), _recompute),
     Check(("overlap_param_gather", "distributed_optimizer", "overlap_grad_reduce"), _overlap),

@@ -1,13 +1,14 @@
 """The commands beside train: their own options on the command line, and what they ask of a recipe."""
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_gkd.config import cache_checks, output_checks, teacher_checks
+from megatron_gkd.config import cache_checks, checks, model_checks, output_checks, teacher_checks
 from megatron_gkd.config.checks import Check, CommandChecks
 from megatron_gkd.config.errors import RecipeError
-from megatron_gkd.config.schema import OneTeacher, Recipe
+from megatron_gkd.config.schema import OneTeacher, ParallelSection, Recipe, TeacherSection
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ GENERATE = {
         "an integer >= 1", "prompts that are answered together; a run that is killed loses no more", 256, positive
     ),
 }
+EXPORT = {"output": Option("a folder that does not exist", "of the export; RUN/hf-step-NNNNNN where it is left out")}
 CHECK = {"nproc": Option("an integer >= 1", "processes that the layout must fit", 1, positive)}
 
 
@@ -60,6 +62,8 @@ def take_options(arguments: Sequence[str], options: Mapping[str, Option]) -> tup
     for argument in remaining:
         flag, equals, text = argument.partition("=")
         name = flag.removeprefix("-" if len(flag) == 2 else "--")  # -n as well: torchrun takes --n for its own
+        if name not in options:
+            name = name.replace("_", "-")  # as torchrun, which takes --max_restarts for --max-restarts
         if not flag.startswith("-") or name not in options:
             rest.append(argument)
             continue
@@ -85,9 +89,16 @@ def help_of(options: Mapping[str, Option]) -> str:
     """Two lines for each option, as those of the recipe's keys."""
     lines = []
     for name, option in options.items():
-        default = "required" if option.required else f"default: {option.default}"
+        default = "optional" if option.default is None else f"default: {option.default}"
+        default = "required" if option.required else default
         lines += [f"  --{name}  {option.allowed}  [{default}]", f"        {option.meaning}"]
     return "\n".join(lines)
+
+
+def one_process() -> list[str]:
+    """Return overrides that take a recipe's layout back to the defaults, whatever it was trained under."""
+    layout = [f"--{name}={json.dumps(field.default)}" for name, field in ParallelSection.model_fields.items()]
+    return [*layout, "--attn=auto"]  # another may need a device that is not there
 
 
 def _is_fixed(teacher: OneTeacher) -> bool:
@@ -103,6 +114,11 @@ def _score_has_teachers(recipe: Recipe, _: int) -> Iterator[str]:
 def _score_has_k(recipe: Recipe, _: int) -> Iterator[str]:
     if recipe.distill.gkd_logits_topk is None:
         yield "distill.gkd_logits_topk = null: must be set to score: how many tokens of each distribution are kept"
+
+
+def _student_fits(recipe: Recipe, world_size: int) -> Iterator[str]:
+    alone = recipe.model_copy(update={"teacher": TeacherSection(kind="none")})
+    yield from model_checks.models_fit(alone, world_size)
 
 
 def _generate_has_a_teacher(recipe: Recipe, _: int) -> Iterator[str]:
@@ -123,4 +139,13 @@ _WITHOUT_SCORES = (*_TRAINING_ALONE, teacher_checks.servers_tell_enough)
 STUDENT_GENERATES = CommandChecks(left_out=_WITHOUT_SCORES)
 TEACHER_GENERATES = CommandChecks(
     extra=(Check(teacher_checks.LEAVES, _generate_has_a_teacher),), left_out=_WITHOUT_SCORES
+)
+# Only the student is built.
+EXPORTS = CommandChecks(
+    extra=(
+        *checks.LAYOUT_CHECKS,
+        Check(("model",), model_checks.student_is_readable, needs_files=True),
+        Check(("model", *ParallelSection.model_fields), _student_fits, needs_files=True),
+    ),
+    has_own=True,
 )

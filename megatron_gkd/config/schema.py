@@ -461,7 +461,7 @@ class OutputSection(Section):
     async_save: bool = Field(True, description="write checkpoints while the training goes on")
     log_interval: int = Field(1, ge=1, description="steps between two lines of progress where there is no terminal")
     tensorboard: bool = Field(True, description="write TensorBoard events beside metrics.jsonl")
-    save_total_limit: int | None = Field(3, ge=1, description="newest checkpoints to keep; null: all")
+    save_total_limit: int | None = Field(3, ge=1, description="newest checkpoints to keep, beside the best; null: all")
     export_total_limit: int | None = Field(None, ge=1, description="newest step exports of this run to keep; null: all")
     log_completions: bool = Field(
         False, description="write what the student says, with the divergence of each token, to completions.jsonl"

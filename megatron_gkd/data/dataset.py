@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -27,6 +26,7 @@ from megatron_gkd.data.shards import ShardSummary, ShardWriter, tokenize_shards
 from megatron_gkd.data.sources import Source, open_source
 from megatron_gkd.data.tokenizing import RowTokenizer
 from megatron_gkd.errors import UserError
+from megatron_gkd.reporting.phases import phase
 from megatron_gkd.runtime.nodes import Nodes
 
 VISIBLE_WITHIN_S = 5.0  # that another node takes to see a folder on a file system they share
@@ -134,7 +134,7 @@ def build_dataset(
 
     def build() -> list[str]:
         for path, cache in zip(paths, caches, strict=True):
-            cache.build(partial(tokenization.write, path))
+            cache.build(partial(tokenization.write, path, is_main=True))
         return [_read_report(cache).digest for cache in caches]
 
     def build_unseen() -> None:
@@ -144,7 +144,8 @@ def build_dataset(
                 cache.build(partial(tokenization.write, path, digest=digest))
 
     digests = nodes.on_main(build)
-    nodes.on_leaders(build_unseen)
+    with phase("Waiting for the other nodes to tokenize the rows", is_main=nodes.is_main):
+        nodes.on_leaders(build_unseen)
     return nodes.on_all(lambda: _open(paths, caches, digests))
 
 
@@ -211,25 +212,29 @@ class _Tokenization:
             "vocab_size": self.vocab_size,
         }
 
-    def write(self, path: str, parts: Path, out: Path, digest: str | None = None) -> None:
+    def write(self, path: str, parts: Path, out: Path, *, is_main: bool = False, digest: str | None = None) -> None:
         """Write the samples of the source at `path`, and its report, into `out`.
 
         Args:
             path: file or folder of rows.
             parts: what is finished stays there if this process is killed.
             out: an empty folder.
+            is_main: whether this rank shows its progress.
             digest: what the samples must have; None: any.
         """
         section = self.section
         load_plugins(section.external_plugins)
         if section.preprocessor:
             find_preprocessor(section.preprocessor)  # an unknown name is an error here, not in each worker
-        with _progress_bars_on_terminal_only():
-            source = open_source(path, str(parts.parent / "source"))
+        name = Path(path).name
+        with _without_progress_bars():
+            with phase(f"Reading {name}", is_main=is_main):
+                source = open_source(path, str(parts.parent / "source"))
             if len(source.table) == 0:
                 raise UserError(f"{path}: yields nothing to train on: it has no rows")
             writer = ShardWriter(source.table, self._row_tokenizer(source.is_json), parts)
-            summaries = tokenize_shards(writer, section.preprocessing_num_workers, f"Tokenizing {Path(path).name}")
+            with phase(f"Tokenizing {name}", is_main=is_main, unit="rows") as shown:
+                summaries = tokenize_shards(writer, section.preprocessing_num_workers, shown.update)
             try:
                 report = _report(source, summaries, section.data_errors)
                 stored = _StoredReport(report, hash_texts(summary.digest for summary in summaries))
@@ -284,8 +289,9 @@ def _column(rows: datasets.Dataset, name: str) -> np.ndarray:
 
 
 @contextmanager
-def _progress_bars_on_terminal_only() -> Iterator[None]:
-    hide = not sys.stderr.isatty() and not datasets.are_progress_bars_disabled()
+def _without_progress_bars() -> Iterator[None]:
+    """Silence the bars of `datasets`, which count batches of its own."""
+    hide = not datasets.are_progress_bars_disabled()
     if hide:
         datasets.disable_progress_bars()
     try:

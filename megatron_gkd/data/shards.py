@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -21,7 +21,6 @@ from typing import Any
 import datasets
 import numpy as np
 from datasets.arrow_writer import ArrowWriter
-from datasets.utils import tqdm
 
 from megatron_gkd.data.tokenizing import BLANK, FEATURES, VERDICT, RowTokenizer
 from megatron_gkd.errors import UserError
@@ -71,6 +70,10 @@ class ShardWriter:
     def _rows(self) -> int:
         return max(SHARD_ROWS, -(-len(self.table) // MOST_SHARDS))
 
+    def rows_of(self, shard: int) -> range:
+        """Return the numbers in the source of the shard's rows."""
+        return range(shard * self._rows, min((shard + 1) * self._rows, len(self.table)))
+
     def path(self, shard: int) -> Path:
         """Return the Arrow file of the shard's used rows."""
         return self.folder / f"{shard:05}.arrow"
@@ -84,14 +87,14 @@ class ShardWriter:
 
     def write(self, shard: int) -> int:
         """Tokenize one shard. Its summary appears last, and makes it a finished one. Returns `shard`."""
-        start, end = shard * self._rows, min((shard + 1) * self._rows, len(self.table))
+        rows = self.rows_of(shard)
         unfinished = self.path(shard).with_suffix(f".{os.getpid()}")
         tally = _Tally()
         with ArrowWriter(
             features=datasets.Features({name: FEATURES[name] for name in _SAMPLE}), path=str(unfinished)
         ) as file:
-            for first in range(start, end, _BATCH_ROWS):
-                columns = self.tokenize(self.table[first : min(first + _BATCH_ROWS, end)])
+            for first in range(rows.start, rows.stop, _BATCH_ROWS):
+                columns = self.tokenize(self.table[first : min(first + _BATCH_ROWS, rows.stop)])
                 used = tally.add(first, columns)
                 if used:
                     file.write_batch({name: [columns[name][row] for row in used] for name in _SAMPLE})
@@ -106,22 +109,27 @@ class ShardWriter:
         return self.folder / f"{shard:05}.json"
 
 
-def tokenize_shards(writer: ShardWriter, workers: int | None, description: str) -> list[ShardSummary]:
+def tokenize_shards(
+    writer: ShardWriter, workers: int | None, report: Callable[[int, int], None] = lambda done, total: None
+) -> list[ShardSummary]:
     """Write the shards that are not finished yet, and return the summaries of all.
 
     Args:
         writer: of the source.
         workers: most processes; None for as many as the cores that this process may use, up to `MOST_WORKERS`.
-        description: of the progress bar.
+        report: called at the start and after each shard, with the number of rows that are done and of all rows.
 
     Raises:
         UserError: a process was killed.
     """
     missing = [shard for shard in range(writer.count) if writer.read(shard) is None]
     workers = min(workers or default_workers(), len(missing))
-    with tqdm(total=writer.count, initial=writer.count - len(missing), desc=description, unit="shard") as progress:
-        for _ in map(writer.write, missing) if workers <= 1 else _in_processes(writer, missing, workers):
-            progress.update()
+    total = len(writer.table)
+    done = total - sum(len(writer.rows_of(shard)) for shard in missing)
+    report(done, total)
+    for shard in map(writer.write, missing) if workers <= 1 else _in_processes(writer, missing, workers):
+        done += len(writer.rows_of(shard))
+        report(done, total)
     return [writer.read(shard) for shard in range(writer.count)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from megatron_gkd.checkpoint_format.config_file import CheckpointProblem, read_config
-from megatron_gkd.checkpoint_format.weight_files import StoredTensor, read_tensors
+from megatron_gkd.checkpoint_format.weight_files import HEAD, StoredTensor, read_tensors
 from megatron_gkd.errors import UserError
 from megatron_gkd.models.location import locate
 from megatron_gkd.runtime.nodes import Nodes
@@ -57,6 +58,12 @@ class Checkpoint:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each of `tensors`."""
         return {name: tensor.shape for name, tensor in self.tensors.items()}
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of the model's parameters over all ranks; a head that is the embedding counts once."""
+        is_tied = self.config.tie_word_embeddings
+        return sum(math.prod(shape) for name, shape in self.shapes.items() if not (is_tied and name == HEAD))
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:

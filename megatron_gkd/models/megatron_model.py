@@ -6,7 +6,7 @@ mcore-bridge knows how the parameters of each family map; this module is the onl
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,6 +34,7 @@ from megatron_gkd.models.weight_loading import read_weights
 from megatron_gkd.runtime import portability
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.runtime.transformer_engine import choose_attention, torch_attention
+from megatron_gkd.runtime.transformer_engine.attention import TEDotProductAttention
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,20 @@ class MegatronModel:
                 chunk.output_layer.forward = _pass_hidden_states
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint, mesh: Mesh, options: BuildOptions) -> MegatronModel:
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        mesh: Mesh,
+        options: BuildOptions,
+        report: Callable[[int], None] = lambda read: None,
+        *,
+        needs_weights: bool = True,
+    ) -> MegatronModel:
         """Build this rank's share of the checkpoint and read its weights. All ranks of the world must call it.
+
+        Args:
+            report: called with the number of tensors that this rank has read so far.
+            needs_weights: false where all parameters are set afterwards: the checkpoint's are not read then.
 
         Raises:
             UserError: in all ranks; the checkpoint's tensors and the model's parameters do not match, or the options of
@@ -88,7 +101,8 @@ class MegatronModel:
         with mesh.virtual_stages(options.virtual_pipeline):
             with torch_attention() if options.attn == "sdpa" else contextlib.nullcontext():
                 chunks = [chunk.to(portability.device()) for chunk in get_mcore_model(config)]
-            read_weights(config.bridge, chunks, checkpoint)
+            if needs_weights:
+                read_weights(config.bridge, chunks, checkpoint, report)
             adapters = None
             if options.lora is not None:
                 adapters = inject_adapters(chunks, mesh, options.lora, config.num_moe_experts or 0)
@@ -98,6 +112,11 @@ class MegatronModel:
             _mark_shards(chunk)
             prepare_experts(chunk)
         return cls(checkpoint, chunks, config, mesh, adapters)
+
+    @property
+    def has_torch_attention(self) -> bool:
+        """Whether this rank's layers compute their attention with torch, and not with Transformer Engine."""
+        return any(isinstance(module, TEDotProductAttention) for chunk in self.chunks for module in chunk.modules())
 
     @property
     def head_weight(self) -> nn.Parameter | None:

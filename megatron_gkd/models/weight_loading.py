@@ -44,8 +44,19 @@ class Bridge(Protocol):
     ) -> None: ...
 
 
-def read_weights(bridge: Bridge, chunks: Sequence[nn.Module], checkpoint: Checkpoint) -> None:
+def read_weights(
+    bridge: Bridge,
+    chunks: Sequence[nn.Module],
+    checkpoint: Checkpoint,
+    report: Callable[[int], None] = lambda read: None,
+) -> None:
     """Read this rank's share of `checkpoint` into `chunks`. All ranks of the world must call it.
+
+    Args:
+        bridge: of the model.
+        chunks: the model's.
+        checkpoint: its weights.
+        report: called with the number of tensors that this rank has read so far.
 
     Raises:
         UserError: in all ranks; a tensor can't be read or was not used by any rank, or a parameter was not filled or
@@ -60,7 +71,7 @@ def read_weights(bridge: Bridge, chunks: Sequence[nn.Module], checkpoint: Checkp
         for parameter in parameters.values():
             parameter.fill_(torch.nan)  # what is still there afterwards was not filled
     read: set[str] = set()
-    problem = _load(bridge, chunks, checkpoint.path, read) or _describe_unfilled(parameters)
+    problem = _load(bridge, chunks, checkpoint.path, read, report) or _describe_unfilled(parameters)
     raise_together(None if problem is None else f"{checkpoint.path}: {problem}")
     unused = _unused_everywhere(sorted(checkpoint.tensors), read)
     problem = None
@@ -70,21 +81,25 @@ def read_weights(bridge: Bridge, chunks: Sequence[nn.Module], checkpoint: Checkp
 
 
 class _RecordedTensor:
-    """Passes on mcore-bridge's lazy tensor, and adds its name to `read` when it is loaded."""
+    """Passes on mcore-bridge's lazy tensor; adds its name to `read`, and reports their number, when it is loaded."""
 
-    def __init__(self, name: str, tensor: LazyTensor, read: set[str]):
-        self._name, self._tensor, self._read = name, tensor, read
+    def __init__(self, name: str, tensor: LazyTensor, read: set[str], report: Callable[[int], None]):
+        self._name, self._tensor, self._read, self._report = name, tensor, read, report
 
     def load(self) -> Tensor:
         self._read.add(self._name)
-        return self._tensor.load()
+        tensor = self._tensor.load()
+        self._report(len(self._read))
+        return tensor
 
 
-def _load(bridge: Bridge, chunks: Sequence[nn.Module], path: Path, read: set[str]) -> str | None:
+def _load(
+    bridge: Bridge, chunks: Sequence[nn.Module], path: Path, read: set[str], report: Callable[[int], None]
+) -> str | None:
     """Load the weights and add the names of the tensors to `read`. Returns what went wrong."""
 
     def record(name: str, tensor: LazyTensor) -> tuple[str, LazyTensor]:
-        return name, _RecordedTensor(name, tensor, read)
+        return name, _RecordedTensor(name, tensor, read, report)
 
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # its progress bar

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from megatron_gkd.runtime.disk import flush
+from megatron_gkd.runtime.disk import flush, free_place
 
 
 class MetricsLog:
@@ -107,9 +107,5 @@ def _step_of(line: str) -> int | None:
 
 def rotate(path: Path) -> None:
     """Move `path` out of the way, to the first number that is free."""
-    if not path.exists():
-        return
-    number = 1
-    while (kept := path.with_name(f"{path.name}.{number}")).exists():
-        number += 1
-    path.rename(kept)
+    if path.exists():
+        path.rename(free_place(path))

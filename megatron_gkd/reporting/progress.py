@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -10,6 +10,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
+from rich.text import Text
+
+from megatron_gkd.reporting.start_report import Line, format_lines
 
 _FORMATS = {
     "loss": "loss {:.4f}",
@@ -92,6 +95,18 @@ class Progress:
             self._bar.console.print(table)
         elif self._enabled:
             Console(file=sys.stdout, width=_LINE).print(table)
+
+    def show_lines(self, lines: Sequence[Line]) -> None:
+        """Show names and texts in two columns."""
+        if self._bar is None:
+            self.message(format_lines(lines))
+            return
+        table = Table.grid(padding=(0, 2))
+        table.add_column(style="bold", no_wrap=True)
+        table.add_column(overflow="fold")
+        for name, text in lines:
+            table.add_row(name, Text(text))
+        self._bar.console.print(table)
 
     def _eta(self, step: int) -> str:
         """Time left as mm:ss or h:mm:ss, at the mean pace so far."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import secrets
 
@@ -73,18 +72,6 @@ class FailureMeeting:
             return [store.get(key).decode() for key in keys]
         except RuntimeError:  # time-out, or the store's rank is gone
             return None
-
-
-def wait_for_message(seconds: float = 10.0) -> None:
-    """On the first rank, note that it has printed why the run ends; on the others, wait for that.
-
-    A launcher ends all ranks when the first one leaves: without waiting, the message could be lost.
-    """
-    with contextlib.suppress(RuntimeError):  # time-out, or the first rank is gone
-        if dist.get_rank() == 0:
-            _store().set("message/printed", "")
-        else:
-            _store().wait(["message/printed"], datetime.timedelta(seconds=seconds))
 
 
 def _store() -> dist.Store:

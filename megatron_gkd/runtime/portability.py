@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import platform
+import re
 import resource
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -28,6 +31,15 @@ def _has_cuda() -> bool:
 def device() -> torch.device:
     """The device that this process computes on."""
     return torch.device("cuda", torch.cuda.current_device()) if _has_cuda() else _CPU
+
+
+def device_name() -> str:
+    """Return the product name of the GPU, or of the processor where there is none."""
+    if _has_cuda():
+        return torch.cuda.get_device_name()
+    described = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.+)", described.read_text()) if described.exists() else None
+    return f"CPU ({found[1] if found else platform.processor() or platform.machine()})"
 
 
 def backend() -> str:

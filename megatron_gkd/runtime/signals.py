@@ -1,4 +1,4 @@
-"""Signals that ask a run to end: SIGTERM, SIGUSR1 and SIGINT.
+"""Signals that ask a run to end: SIGTERM, SIGUSR1, SIGINT, and SIGHUP of a terminal that closes.
 
 A Python signal handler runs in the main thread between two bytecodes, which a rank that waits in a collective or reads
 a large file does not reach. Here a thread reads the signals' numbers from the pipe that the interpreter's own handler
@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from types import TracebackType
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1)
 SAME_KEYSTROKE_S = 0.5  # a launcher and the terminal may both deliver one Ctrl-C
 _CLOSE = 0  # no signal has this number
 
@@ -49,7 +49,7 @@ class StopSignals:
         os.set_blocking(self._writer, False)
         self._previous_fd = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         for number in STOP_SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as a shell sets SIGINT for jobs in the background
+            if signal.getsignal(number) is not signal.SIG_IGN:  # by nohup, or by a shell for jobs in the background
                 self._previous[number] = signal.signal(number, _ignore)
         self._thread = threading.Thread(target=self._read, name="signals", daemon=True)
         self._thread.start()

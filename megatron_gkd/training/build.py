@@ -21,6 +21,7 @@ from megatron_gkd.data.prompt import PromptLimits
 from megatron_gkd.models.checkpoint import Checkpoint
 from megatron_gkd.models.lora.options import LoraOptions
 from megatron_gkd.models.megatron_model import BuildOptions, MegatronModel
+from megatron_gkd.reporting.phases import phase
 from megatron_gkd.rollout.base import RolloutEngine, Sampling
 from megatron_gkd.rollout.logit_bias import logit_bias
 from megatron_gkd.rollout.megatron import MegatronEngine
@@ -28,6 +29,7 @@ from megatron_gkd.rollout.vllm_colocated import VllmColocatedEngine
 from megatron_gkd.rollout.vllm_process import ColocatedOptions
 from megatron_gkd.rollout.vllm_server import ServedAdapters, ServerOptions, VllmServerEngine
 from megatron_gkd.runtime.mesh import Mesh
+from megatron_gkd.training.load_model import load_model
 from megatron_gkd.training.loss import Objective
 from megatron_gkd.training.on_policy import Rollouts
 from megatron_gkd.training.student import Student
@@ -57,7 +59,8 @@ def batching(recipe: Recipe, mesh: Mesh, pad_token_id: int) -> dict[str, Any]:
 def build_student(recipe: Recipe, mesh: Mesh, checkpoint: Checkpoint, vocab_size: int, train_iters: int) -> Student:
     """The model with its optimizer and its loss, over the ids below `vocab_size`."""
     parallel, distill, section = recipe.parallel, recipe.distill, recipe.train
-    model = MegatronModel.load(
+    model = load_model(
+        f"the student {recipe.student.model}",
         checkpoint,
         mesh,
         BuildOptions(
@@ -169,6 +172,11 @@ def sampling_of(section: RolloutSection, vocab_size: int | None = None) -> Sampl
 
 def build_engine(recipe: Recipe, mesh: Mesh, model: MegatronModel, checkpoint: Checkpoint) -> RolloutEngine:
     """What samples from `model`, which began as `checkpoint`, once it has been given its weights."""
+    with phase(f"Starting the rollout engine {recipe.rollout.engine}", is_main=mesh.is_main):
+        return _build_engine(recipe, mesh, model, checkpoint)
+
+
+def _build_engine(recipe: Recipe, mesh: Mesh, model: MegatronModel, checkpoint: Checkpoint) -> RolloutEngine:
     section = recipe.rollout
     if section.engine == "megatron":
         return MegatronEngine(model, checkpoint.eos_token_ids)

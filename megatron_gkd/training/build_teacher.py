@@ -11,8 +11,9 @@ from megatron_gkd.data.cache import hash_tokenizer
 from megatron_gkd.data.dataset import TokenizedDataset
 from megatron_gkd.errors import UserError
 from megatron_gkd.models.checkpoint import Checkpoint
-from megatron_gkd.models.megatron_model import BuildOptions, MegatronModel
+from megatron_gkd.models.megatron_model import BuildOptions
 from megatron_gkd.models.vocabulary import shared_vocab_size
+from megatron_gkd.reporting.phases import phase
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.runtime.nodes import Nodes
 from megatron_gkd.teachers.base import TeacherSource
@@ -24,16 +25,18 @@ from megatron_gkd.teachers.self_weights import AverageWeights, BaseWeights, Curr
 from megatron_gkd.teachers.server import ServerOptions, ServerTeacher
 from megatron_gkd.teachers.several import SeveralTeachers, require_teachers
 from megatron_gkd.training.build import DTYPES
+from megatron_gkd.training.load_model import load_model
 from megatron_gkd.training.student import Student
 
 
 def open_teachers(section: TeacherSection, nodes: Nodes) -> dict[str, Checkpoint]:
     """The local teachers' checkpoints, by their places in the recipe."""
-    return {
-        place: Checkpoint.open(teacher.teacher_model, nodes)
-        for place, teacher in section.all.items()
-        if teacher.source == "local"
-    }
+    opened = {}
+    for place, teacher in section.all.items():
+        if teacher.source == "local":
+            with phase(f"Opening the teacher {teacher.teacher_model}", is_main=nodes.is_main):
+                opened[place] = Checkpoint.open(teacher.teacher_model, nodes)
+    return opened
 
 
 def shared_vocab_size_of_all(student: Checkpoint, teachers: Mapping[str, Checkpoint]) -> int:
@@ -152,7 +155,7 @@ def _local(
         if student.model.checkpoint.path.resolve() == checkpoint.path.resolve():  # without a second copy
             return SelfTeacher(student.model, BaseWeights(student.model), student.gather_parameters)
     options = BuildOptions(dtype=DTYPES[recipe.train.dtype], attn=recipe.train.attn)
-    model = MegatronModel.load(checkpoint, mesh, options)
+    model = load_model(f"the teacher {teacher.teacher_model}", checkpoint, mesh, options)
     head_rows = -(-_checkpoint_of(student).vocab_size // mesh.tp.size())
     return LocalTeacher(model, head_rows=head_rows, offload=teacher.offload_teacher_model)
 
@@ -171,7 +174,8 @@ def _self(student: Student, teacher: OneTeacher) -> SelfTeacher:
 
 def _initial(recipe: Recipe, mesh: Mesh, student: Checkpoint) -> SelfTeacher:
     """The student as it begins, of which nothing is trained."""
-    model = MegatronModel.load(student, mesh, BuildOptions(dtype=DTYPES[recipe.train.dtype], attn=recipe.train.attn))
+    options = BuildOptions(dtype=DTYPES[recipe.train.dtype], attn=recipe.train.attn)
+    model = load_model(f"the student {recipe.student.model}", student, mesh, options)
     return SelfTeacher(model, CurrentWeights(model), lambda: None)
 
 

@@ -18,7 +18,7 @@ from megatron_gkd.config.schema import Recipe
 from megatron_gkd.data.loader import SampleDataset
 from megatron_gkd.data.prompt import prompt_of, room_for_answer
 from megatron_gkd.errors import UserError
-from megatron_gkd.models.megatron_model import BuildOptions, MegatronModel
+from megatron_gkd.models.megatron_model import BuildOptions
 from megatron_gkd.reporting.progress import Progress
 from megatron_gkd.rollout.base import BackgroundEngine, Completion, RolloutEngine, check_completions
 from megatron_gkd.rollout.megatron import MegatronEngine
@@ -30,6 +30,7 @@ from megatron_gkd.teachers.server_client import TeacherRequirements, TeacherServ
 from megatron_gkd.teachers.server_tokenizer import tokenizer_probes
 from megatron_gkd.training.build import DTYPES, build_engine, sampling_of, server_options
 from megatron_gkd.training.generated_file import GeneratedFile
+from megatron_gkd.training.load_model import load_model
 from megatron_gkd.training.setup import Models, open_models, open_rows, world_of
 
 Source = Literal["teacher", "student"]
@@ -104,7 +105,8 @@ def build_engine_of(source: Source, recipe: Recipe, mesh: Mesh, models: Models) 
     if source == "teacher" and section.source == "server":
         return OwnWeightsEngine(mesh, models.student, server_options(recipe, section.teacher_model_server))
     checkpoint = models.student if source == "student" else models.teachers["teacher"]
-    model = MegatronModel.load(checkpoint, mesh, BuildOptions(dtype=DTYPES[recipe.train.dtype], attn=recipe.train.attn))
+    options = BuildOptions(dtype=DTYPES[recipe.train.dtype], attn=recipe.train.attn)
+    model = load_model(f"the {source} {_model_name(recipe, source)}", checkpoint, mesh, options)
     if source == "teacher" and recipe.rollout.engine == "vllm_server":  # the servers are the student's
         return MegatronEngine(model, checkpoint.eos_token_ids)
     engine = build_engine(recipe, mesh, model, checkpoint)

@@ -10,6 +10,7 @@ from megatron_gkd.reporting.completions_log import CompletionsLog, console_table
 from megatron_gkd.reporting.curves import plot_curves
 from megatron_gkd.reporting.metrics_log import MetricsLog
 from megatron_gkd.reporting.progress import Progress
+from megatron_gkd.reporting.start_report import StartReport
 from megatron_gkd.runtime import portability
 from megatron_gkd.training.on_policy import RolloutReport
 
@@ -117,6 +118,10 @@ class Reporter:
             self.log.close()
         if self.completions_log is not None:
             self.completions_log.close()
+
+    def start(self, report: StartReport) -> None:
+        """Show what the run starts with."""
+        self.progress.show_lines(report.lines())
 
     def step(self, record: dict) -> None:
         record = {

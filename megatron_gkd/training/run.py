@@ -29,9 +29,10 @@ from megatron_gkd.training.build_teacher import (
     read_manifests,
     require_cached_rows,
 )
+from megatron_gkd.training.checkpointing.folder import checkpoint_folder
 from megatron_gkd.training.checkpointing.identity import base_identity, data_identity, recipe_identity
 from megatron_gkd.training.checkpointing.loader import load, load_weights
-from megatron_gkd.training.checkpointing.resume import checkpoint_folder, find_checkpoint, find_resume_point
+from megatron_gkd.training.checkpointing.resume import find_checkpoint, find_resume_point
 from megatron_gkd.training.checkpointing.run_checkpoints import RunCheckpoints
 from megatron_gkd.training.checkpointing.saver import Saver
 from megatron_gkd.training.checkpointing.state import Saved
@@ -42,6 +43,7 @@ from megatron_gkd.training.interruptions import Interruptions
 from megatron_gkd.training.metrics import Reporter
 from megatron_gkd.training.run_folder import RunFolder
 from megatron_gkd.training.setup import open_models, open_rows, pad_token_id, world_of
+from megatron_gkd.training.start import Schedule, describe_start
 from megatron_gkd.training.trainer import Trainer
 
 
@@ -89,9 +91,9 @@ def _train(recipe: Recipe, mesh: Mesh, folder: RunFolder, signals: StopSignals |
         num_steps=max(0, train_iters - first_step),
         skip=partial(policy.any, count=recipe.train.global_batch_size),
     )
-    validation = None
+    rows, validation = {"training": (dataset, data_report)}, None
     if recipe.data.val_dataset:
-        held_out, _ = open_rows(recipe, mesh, models, "validation")
+        rows["validation"] = held_out, _ = open_rows(recipe, mesh, models, "validation")
         check_tags(recipe.teacher, held_out)
         require_cached_rows(recipe.teacher, held_out, "data.val_dataset")
         validation = validation_batches(held_out, **cut, num_steps=recipe.train.eval_iters)
@@ -117,7 +119,6 @@ def _train(recipe: Recipe, mesh: Mesh, folder: RunFolder, signals: StopSignals |
         output_dir, train_iters, output, is_main=mesh.is_main, last_step=None if point is None else point.step
     )
     with closing, reporter:
-        reporter.message(data_report.summary())
         saver = Saver(
             checkpoint_folder(recipe),
             is_asynchronous=output.async_save,
@@ -154,7 +155,8 @@ def _train(recipe: Recipe, mesh: Mesh, folder: RunFolder, signals: StopSignals |
             trainer.restore(point.run["progress"])
             for warning in point.warnings:
                 reporter.message(f"warning: {warning}")
-            reporter.message(f"resumed from {point.path}")
+        schedule = Schedule(train_iters, order.epoch_length, point)
+        reporter.start(describe_start(recipe, models, student.model, rows, schedule))
         exported = trainer.run()
         reporter.message(
             f"{exported.describe()}\nmetrics    {output_dir / 'metrics.jsonl'}\ncurves     {reporter.plot()}"

@@ -18,6 +18,7 @@ from megatron_gkd.config.schema import Recipe
 from megatron_gkd.data.dataset import TokenizedDataset, build_dataset
 from megatron_gkd.data.report import DataReport
 from megatron_gkd.models.checkpoint import Checkpoint
+from megatron_gkd.reporting.phases import phase
 from megatron_gkd.runtime import portability
 from megatron_gkd.runtime.mesh import Layout, Mesh, destroy_mesh, initialize_mesh
 from megatron_gkd.runtime.nodes import Nodes
@@ -35,8 +36,11 @@ def world_of(recipe: Recipe) -> Iterator[Mesh]:
     options: dict[str, Any] = {"backend": portability.backend(), "timeout": datetime.timedelta(minutes=30)}
     if "RANK" not in os.environ:
         options |= _world_of_one_process()
-    dist.init_process_group(**options)
-    yield initialize_mesh(Layout.from_section(recipe.parallel), recipe.train.seed)
+    is_main = os.environ.get("RANK") == "0"
+    with phase(f"Connecting {os.environ['WORLD_SIZE']} processes", is_main=is_main):
+        dist.init_process_group(**options)
+        mesh = initialize_mesh(Layout.from_section(recipe.parallel), recipe.train.seed)
+    yield mesh
     destroy_mesh()
     dist.destroy_process_group()
 
@@ -68,7 +72,8 @@ class Models:
 def open_models(recipe: Recipe, mesh: Mesh) -> Models:
     """UserError for a model that isn't supported, or a tokenizer that differs from the student's."""
     nodes = Nodes.from_world()
-    student = Checkpoint.open(recipe.student.model, nodes)
+    with phase(f"Opening the student {recipe.student.model}", is_main=mesh.is_main):
+        student = Checkpoint.open(recipe.student.model, nodes)
     teachers = open_teachers(recipe.teacher, nodes)
     return Models(student, teachers, student.tokenizer(), shared_vocab_size_of_all(student, teachers))
 

@@ -241,7 +241,10 @@ class Trainer:
             microbatches = [microbatch.to(portability.device()) for microbatch in microbatches]
             for name, value in self.student.evaluate(microbatches, self.score(microbatches)).items():
                 totals[name] = totals.get(name, 0.0) + value
-        self.reporter.validation({"step": step, **summarize(totals, has_teacher=self.teacher is not None)})
+        record = summarize(totals, has_teacher=self.teacher is not None)
+        self.reporter.validation({"step": step, **record})
+        if self.checkpoints is not None:
+            self.checkpoints.validation = step, record["loss" if self.teacher is None else "divergence"]
 
     def score(self, microbatches: list[Microbatch]) -> Sequence[TeacherSignal | None]:
         if self.teacher is None:

@@ -1,6 +1,7 @@
 import json
 import os
 import socket
+import sys
 from pathlib import Path
 
 import datasets
@@ -16,6 +17,7 @@ from megatron_gkd.data.report import DataReport
 from megatron_gkd.data.sample import IGNORE
 from megatron_gkd.data.teacher_view import teacher_view
 from megatron_gkd.errors import UserError
+from megatron_gkd.reporting import phases
 from megatron_gkd.runtime.nodes import Nodes
 
 
@@ -322,6 +324,8 @@ def _no_space(*arguments):
 
 def _rank(rank, store, results, data, tokenizer, is_leader, fails):
     module.VISIBLE_WITHIN_S = 0.2
+    phases.LINE_EVERY_S, phases.ANNOUNCE_AFTER_S = 0, 1000  # progress alone
+    sys.stdout = Path(store).with_name(f"printed{rank}").open("w")
     if fails:
         module.open_source = _no_space
     nodes = Nodes(dist.FileStore(store, 2), rank, 2, is_leader=is_leader)
@@ -404,6 +408,17 @@ class TestTwoNodes:
         assert self.keys(tmp_path, 0) == self.keys(tmp_path, 1) and len(self.keys(tmp_path, 0)) == 1
         first, second = run(rows, rows)  # from the caches
         assert first == second and len(first[0]) == 2
+
+    def test_rank_0_alone_shows_its_progress(self, run, chat, tmp_path):
+        rows = [chat("q", "a"), chat("q", "b")]
+        first, second = run(rows, rows)
+        assert first == second and len(first[0]) == 2, "each has built its own"
+        first, second = ((tmp_path / f"printed{rank}").read_text().splitlines() for rank in range(2))
+        assert [line.partition(" rows")[0] for line in first] == [
+            "Tokenizing node0.jsonl: 0 of 2",
+            "Tokenizing node0.jsonl: 2 of 2",
+        ]
+        assert second == []
 
     def test_the_second_builds_nothing_where_they_share_the_cache(self, run, chat, tmp_path):
         first, second = run([chat("q", "a")], None, shared=True)  # it has not even the file

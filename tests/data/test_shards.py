@@ -1,6 +1,7 @@
 """A build that is killed goes on where it was, and gives the same rows as one that is not."""
 
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ from world import start_process
 from megatron_gkd.data import shards
 from megatron_gkd.data.dataset import build_dataset
 from megatron_gkd.errors import UserError
+from megatron_gkd.reporting import phases
 
 COUNT, SHARD_ROWS = 40, 4
 PLUGIN = """
@@ -166,3 +168,19 @@ def test_few_rows_start_no_process(section, write_jsonl, chat, tokenizer, monkey
     monkeypatch.setattr(shards, "ProcessPoolExecutor", None)
     data = section(write_jsonl([chat("q", "a")] * 100), preprocessing_num_workers=None)
     assert len(build_dataset(data, "train", tokenizer)[0]) == 100
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_progress_counts_rows_shard_by_shard(data, tokenizer, tmp_path, workers, monkeypatch, capsys):
+    """A build that is continued begins with what is finished."""
+    monkeypatch.setattr(phases, "LINE_EVERY_S", 0)
+    section = data(DIE)
+    run(section, tokenizer)
+    capsys.readouterr()
+    section.preprocessing_num_workers = workers
+    build_dataset(section, "train", tokenizer)
+    name = Path(section.dataset[0].path).name
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(f"Tokenizing {name}: ")]
+    counts = [line.removeprefix(f"Tokenizing {name}: ").partition(" rows")[0] for line in lines]
+    assert counts == [f"{done} of 40" for done in (20, 24, 28, 32, 36, 40)]
+    assert all(re.search(r" rows \(\d+(\.\d)? rows/s\)$", line) for line in lines[1:])

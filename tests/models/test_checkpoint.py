@@ -7,6 +7,7 @@ import pytest
 import torch
 from checkpoints import tiny_checkpoint
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from megatron_gkd.errors import UserError
 from megatron_gkd.models.checkpoint import Checkpoint
@@ -27,6 +28,17 @@ def copy(tmp_path):
 def test_opens_a_directory():
     checkpoint = Checkpoint.open(str(tiny_checkpoint("qwen3_moe")))
     assert checkpoint.is_moe and checkpoint.vocab_size == 99 and checkpoint.tokenizer().eos_token == "<|im_end|>"
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_tied", "qwen3_moe"])
+def test_parameters_are_counted_as_transformers_does(family, copy):
+    path = copy(family)
+    if family == "qwen3_tied":  # files may have the head as a copy
+        tensors = load_file(path / "model.safetensors")
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        save_file(tensors, path / "model.safetensors")
+    expected = AutoModelForCausalLM.from_pretrained(path).num_parameters()
+    assert Checkpoint.open(str(path)).num_parameters == expected
 
 
 MUST = "its config.json has "

@@ -46,6 +46,52 @@ def load(rank, world_size, path, layout):
     return None
 
 
+def reads(rank, world_size, path, layout):
+    """What this rank prints, once it has loaded a checkpoint, and the counts that it has reported."""
+    import contextlib
+    import io
+
+    from megatron_gkd.models.checkpoint import Checkpoint
+    from megatron_gkd.models.megatron_model import BuildOptions
+    from megatron_gkd.reporting import phases
+    from megatron_gkd.runtime.mesh import Layout, destroy_mesh, initialize_mesh
+    from megatron_gkd.training.load_model import load_model
+
+    mesh, seconds = initialize_mesh(Layout(**layout), seed=1), (phases.ANNOUNCE_AFTER_S, phases.LINE_EVERY_S)
+    try:
+        phases.ANNOUNCE_AFTER_S = phases.LINE_EVERY_S = 0
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            load_model("the student x", Checkpoint.open(str(path)), mesh, BuildOptions())
+    finally:
+        phases.ANNOUNCE_AFTER_S, phases.LINE_EVERY_S = seconds
+        destroy_mesh()
+    return printed.getvalue().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("family", "layout", "reads_all"),
+    [
+        ("qwen3_tied", {"tensor": 2}, True),
+        ("qwen3_moe", {}, True),
+        ("qwen3_moe", {"expert": 2}, False),
+        ("qwen3", {"pipeline": 2}, False),
+    ],
+)
+def test_progress_counts_the_tensors_that_rank_0_reads(family, layout, reads_all, gloo_world):
+    path = tiny_checkpoint(family)
+    with safe_open(path / "model.safetensors", framework="pt") as file:
+        total = len(file.keys())
+    lines, other = gloo_world(2).run(reads, path, layout)
+    assert other == [], "rank 1 prints nothing"
+    *progress, last = (line for line in lines if line != "Loading the student x ...")
+    count = len(progress) - 1  # the first line says 0
+    assert count == total if reads_all else 0 < count < total
+    of_total = f" of {total}" if reads_all else ""
+    for done, line in enumerate(progress):
+        assert line.startswith(f"Loading the student x: {done}{of_total} tensors")
+    assert last.startswith(f"Loading the student x: {count} tensors in ")
+
+
 @pytest.fixture
 def changed(tmp_path):
     """A copy of a tiny checkpoint with other tensors (None: without it) and other keys of config.json."""

@@ -39,7 +39,7 @@ def events():
     return Events()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_the_first_one_ends_a_process_that_does_not_train_yet(number, events):
     with StopSignals(events):
         os.kill(os.getpid(), number)

@@ -11,12 +11,14 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_gkd.config.schema import Recipe
 from megatron_gkd.errors import UserError
-from megatron_gkd.runtime.disk import flush
+from megatron_gkd.runtime.disk import flush, free_place
 
 MANIFEST = "manifest.json"
 RUN = "run.json"
@@ -40,12 +42,12 @@ class CheckpointFolder:
 
     def steps(self) -> list[int]:
         """Return the steps of the whole checkpoints, rising."""
-        found = []
-        for path in self.path.glob("step-*"):
-            match = _STEP.fullmatch(path.name)
-            if match and (path / MANIFEST).is_file():
-                found.append(int(match[1]))
-        return sorted(found)
+        return [step for step in self.published_steps() if (self.final(step) / MANIFEST).is_file()]
+
+    def published_steps(self) -> list[int]:
+        """Return the steps that have a folder under its final name, rising; one may have lost its manifest since."""
+        matches = (_STEP.fullmatch(path.name) for path in self.path.glob("step-*"))
+        return sorted(int(match[1]) for match in matches if match)
 
     def newest(self) -> Path | None:
         steps = self.steps()
@@ -60,37 +62,55 @@ class CheckpointFolder:
         return folder
 
     def publish(self, step: int, digests: dict[str, list], attempt: int = 0) -> Path:
-        """Write the manifest of what `prepare` gave and move it to its place. A checkpoint of the same step goes."""
+        """Write the manifest of what `prepare` gave and move it to its place, in which a former one is deleted."""
         unfinished, final = self.unfinished(step, attempt), self.final(step)
         manifest = unfinished / MANIFEST
         manifest.write_text(json.dumps({"step": step, "files": digests}, indent=1, sort_keys=True) + "\n")
         flush(manifest)
         flush(unfinished)
-        shutil.rmtree(final, ignore_errors=True)
+        if final.exists():
+            self._delete(final)
         unfinished.rename(final)
         flush(self.path)
         return final
 
+    def set_aside_after(self, step: int) -> list[Path]:
+        """Rename the checkpoints of steps after `step`: a run that went back to it has abandoned them.
+
+        Otherwise they would count as the newest ones. Returns their new places.
+        """
+        places = []
+        for later in self.published_steps():
+            if later > step:
+                place = free_place(self.final(later))
+                self.final(later).rename(place)
+                places.append(place)
+        return places
+
     def remove_leftovers(self) -> list[Path]:
-        """Delete what interrupted saves have left, and checkpoints without a manifest. Returns what it was."""
-        leftovers = [
-            path
-            for path in self.path.glob("step-*")
-            if path.is_dir() and (path.name.endswith(_UNFINISHED) or not (path / MANIFEST).is_file())
-        ]
+        """Delete what interrupted saves have left. Returns what it was."""
+        leftovers = [path for path in self.path.glob(f"step-*{_UNFINISHED}") if path.is_dir()]
         for path in leftovers:
             shutil.rmtree(path, ignore_errors=True)
         return leftovers
 
-    def forget_old(self, most: int) -> None:
-        """Delete all but the newest `most` checkpoints."""
+    def forget_old(self, most: int, keep: int | None = None) -> None:
+        """Delete all but the newest `most` checkpoints and that of step `keep`."""
         for step in self.steps()[:-most]:
-            # Not a checkpoint any more before its files go, whenever this is interrupted.
-            path = self.final(step)
-            doomed = path.with_name(path.name + _UNFINISHED)
-            shutil.rmtree(doomed, ignore_errors=True)
-            path.rename(doomed)
-            shutil.rmtree(doomed)
+            if step != keep:
+                self._delete(self.final(step))
+
+    def _delete(self, path: Path) -> None:
+        # Not a checkpoint any more before its files are deleted, whenever this is interrupted.
+        doomed = path.with_name(path.name + _UNFINISHED)
+        shutil.rmtree(doomed, ignore_errors=True)
+        path.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def checkpoint_folder(recipe: Recipe) -> CheckpointFolder:
+    """Return the folder of a recipe's run."""
+    return CheckpointFolder(Path(recipe.output.output_dir) / "checkpoints")
 
 
 def read_run(path: Path) -> dict[str, Any]:
@@ -113,24 +133,45 @@ def digest(path: Path) -> list:
         return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
 
 
-def find_damage(path: Path, rank: int = 0, world_size: int = 1) -> str | None:
-    """Compare this rank's share of the files with the manifest. Returns one line on the first that differs."""
+def read_manifest(path: Path) -> dict[str, list]:
+    """Return [bytes, SHA-256] of each file of a checkpoint. UserError if there is no manifest, or it can't be read."""
     try:
-        files = sorted(json.loads((path / MANIFEST).read_text())["files"].items())
-    except FileNotFoundError:
-        return f"{path}: no {MANIFEST} there, so it is no whole checkpoint"
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        return f"{path / MANIFEST}: can't be read ({type(error).__name__}: {error})"
+        files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+        return {name: [int(expected[0]), str(expected[1])] for name, expected in sorted(files.items())}
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no {MANIFEST} there, so it is no whole checkpoint") from error
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise UserError(f"{path / MANIFEST}: can't be read ({type(error).__name__}: {error})") from error
+
+
+def find_misfit(file: Path, size: int) -> str | None:
+    """Return one line if a file is missing or has another size, which takes no time to see."""
+    if not file.is_file():
+        return f"{file}: missing"
+    if file.stat().st_size != size:
+        return f"{file}: has {file.stat().st_size} bytes; it was written with {size}"
+    return None
+
+
+def damages(path: Path, rank: int = 0, world_size: int = 1) -> Iterator[str]:
+    """Compare this rank's share of the files with the manifest. Yields one line for each that differs."""
+    try:
+        files = list(read_manifest(path).items())
+    except UserError as error:
+        yield str(error)
+        return
     for name, expected in files[rank::world_size]:
         file = path / name
-        if not file.is_file():
-            return f"{file}: missing"
-        if file.stat().st_size != expected[0]:
-            return f"{file}: has {file.stat().st_size} bytes; it was written with {expected[0]}"
         try:
-            found = digest(file)
+            problem = find_misfit(file, expected[0])
+            if problem is None and digest(file) != expected:
+                problem = f"{file}: damaged: its SHA-256 is not the one that it was written with"
         except OSError as error:
-            return f"{file}: can't be read ({error})"
-        if found != expected:
-            return f"{file}: damaged: its SHA-256 is not the one that it was written with"
-    return None
+            problem = f"{file}: can't be read ({error})"
+        if problem is not None:
+            yield problem
+
+
+def find_damage(path: Path, rank: int = 0, world_size: int = 1) -> str | None:
+    """Return the first of `damages`."""
+    return next(damages(path, rank, world_size), None)

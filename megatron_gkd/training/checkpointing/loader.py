@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from torch.distributed.checkpoint import CheckpointException
 
-from megatron_gkd.errors import UserError
+from megatron_gkd.errors import RunStopped
+from megatron_gkd.models.megatron_model import MegatronModel
+from megatron_gkd.reporting.phases import phase
 from megatron_gkd.runtime.agreement import first_problem, raise_together
 from megatron_gkd.training.checkpointing.folder import CheckpointFolder, find_damage, read_run
-from megatron_gkd.training.checkpointing.state import Saved, layout_of, set_random_states
+from megatron_gkd.training.checkpointing.state import Saved, layout_of, model_state, set_random_states
 from megatron_gkd.training.checkpointing.workarounds import apply_workarounds, separate_steps
+
+_LONGEST_REASON = 200  # characters; some list all tensors of the model
+_NO_WEIGHTS = re.compile(r"optimizer\.|average\d+\.|random$")  # these keys need not be wanted
 
 
 def verify(path: Path) -> str | None:
     """Compare all files with the manifest, each rank its share. Returns the first damage on every rank."""
-    return first_problem(find_damage(path, dist.get_rank(), dist.get_world_size()))
+    with phase(f"Verifying the checkpoint {path}", is_main=dist.get_rank() == 0):
+        return first_problem(find_damage(path, dist.get_rank(), dist.get_world_size()))
 
 
 def newest_intact(folder: CheckpointFolder) -> tuple[Path | None, list[str]]:
     """Return the newest checkpoint whose files are all as they were written, and what is wrong with newer ones."""
     problems = []
-    for step in reversed(folder.steps()):
+    for step in reversed(folder.published_steps()):
         problem = verify(folder.final(step))
         if problem is None:
             return folder.final(step), problems
@@ -39,17 +48,15 @@ def load(saved: Saved, path: Path, step: int) -> None:
     step: that it was saved after.
 
     Raises:
-        UserError: in all ranks, if it is of another model, or has no optimizer state.
+        RunStopped: in all ranks, if it is of another model.
     """
     apply_workarounds()
     student = saved.student
     run = read_run(path)
-    if not run["with_optimizer"]:
-        raise UserError(f"train.resume: {path} has no optimizer state (output.save_optim = false); use train.init_from")
-    _require_same_kind(saved, path, run)
+    _require_same_kind(student.model, path, run)
     same_layout = run["layout"] == layout_of(student.mesh)
     found = _read(path, saved.to_read(same_layout=same_layout))
-    saved.load_model(found["model"])
+    _set_weights(student.model, found.get("model", {}))
     student.optimizer.load_state_dict(found["optimizer"])
     separate_steps(student.optimizer)
     student.scheduler.num_steps = 0
@@ -63,27 +70,60 @@ def load(saved: Saved, path: Path, step: int) -> None:
 def load_weights(saved: Saved, path: Path) -> None:
     """Load the student's weights alone from a verified checkpoint, into a new student. All ranks must call it.
 
-    UserError in all ranks if it is of another model.
+    RunStopped in all ranks if it is of another model.
     """
-    _require_same_kind(saved, path, read_run(path))
-    found = _read(path, {"model": saved.model_state()})
-    saved.load_model(found["model"])
+    saved.student.gather_parameters()
+    load_model(saved.student.model, path)
     saved.student.optimizer.reload_model_params()
 
 
-def _require_same_kind(saved: Saved, path: Path, run: dict[str, Any]) -> None:
-    """UserError, in all ranks, if the checkpoint is of adapters and the student of all parameters, or vice versa."""
-    has, holds = saved.student.model.adapters is not None, run.get("only_adapters", False)
-    if has != holds:
-        kinds = {True: "of adapters (tuner_type = lora)", False: "of all parameters (tuner_type = full)"}
-        raise UserError(f"{path}: a checkpoint {kinds[holds]}; this run trains those {kinds[has]}")
+@torch.no_grad()
+def load_model(model: MegatronModel, path: Path) -> None:
+    """Load the weights of a verified checkpoint into a model. All ranks must call it.
+
+    RunStopped in all ranks if it is of another model.
+    """
+    _require_same_kind(model, path, read_run(path))
+    _set_weights(model, _read(path, {"model": model_state(model)}).get("model", {}))
 
 
 def _read(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     problem, found = None, {}
     try:
-        found = dist_checkpointing.load(wanted, str(path))
-    except Exception as error:
-        problem = f"{path}: can't be loaded into this model ({type(error).__name__}: {str(error).splitlines()[0]})"
-    raise_together(problem)
+        with phase(f"Loading the checkpoint {path}", is_main=dist.get_rank() == 0):
+            found, left, lacking = dist_checkpointing.load(wanted, str(path), strict=StrictHandling.RETURN_ALL)
+        # Megatron says nothing of tensors that are left over: an untied head would be ignored by a tied model.
+        strange = sorted(lacking) or sorted(key for key in left if not _NO_WEIGHTS.match(key))
+        if strange:
+            where = "not there" if lacking else "not in the model"
+            problem = f"{path}: can't be loaded into this model: {strange[0]} is {where} (tensors: {len(strange)})"
+    except (Exception, CheckpointException) as error:  # torch's is a BaseException
+        problem = f"{path}: can't be loaded into this model ({_reason(error)})"
+    raise_together(problem, RunStopped)
     return found
+
+
+def _reason(error: Exception) -> str:
+    """Return a short line: torch collects the errors of all ranks with their tracebacks."""
+    while isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]} ..."
+
+
+def _require_same_kind(model: MegatronModel, path: Path, run: dict[str, Any]) -> None:
+    """RunStopped, in all ranks, if the checkpoint is of adapters and the model has none, or vice versa."""
+    has, holds = model.adapters is not None, run.get("only_adapters", False)
+    if has != holds:
+        kinds = {True: "of adapters (tuner_type = lora)", False: "of all parameters (tuner_type = full)"}
+        raise RunStopped(f"{path}: a checkpoint {kinds[holds]}; this run trains those {kinds[has]}")
+
+
+def _set_weights(model: MegatronModel, state: dict[str, Any]) -> None:
+    """Take over what was loaded in the place of `model_state`: nothing on a pipeline stage without adapters."""
+    if model.adapters is not None:
+        for factor in model.adapters.factors:
+            factor.parameter.copy_(state["adapters"][factor.name])
+        return
+    for index, chunk in enumerate(model.chunks):
+        chunk.load_state_dict(state[f"model{index}"], strict=True)

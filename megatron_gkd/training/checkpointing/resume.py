@@ -9,10 +9,10 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_gkd.config.schema import Recipe
-from megatron_gkd.errors import RunStopped
+from megatron_gkd.errors import RunStopped, UserError
 from megatron_gkd.reporting.metrics_log import rotate
 from megatron_gkd.runtime.agreement import raise_together
-from megatron_gkd.training.checkpointing.folder import CheckpointFolder, read_run
+from megatron_gkd.training.checkpointing.folder import CheckpointFolder, checkpoint_folder, read_run
 from megatron_gkd.training.checkpointing.identity import differences, recipe_identity
 from megatron_gkd.training.checkpointing.loader import newest_intact, verify
 
@@ -38,10 +38,6 @@ class ResumePoint:
         lines = differences(identity, self.run["identity"], str(self.path))
         hint = "\nContinue with what it was trained with, or start anew: train.resume = never"
         raise_together("\n".join(lines) + hint if lines else None, RunStopped)
-
-
-def checkpoint_folder(recipe: Recipe) -> CheckpointFolder:
-    return CheckpointFolder(Path(recipe.output.output_dir) / "checkpoints")
 
 
 def find_resume_point(recipe: Recipe) -> ResumePoint | None:
@@ -70,9 +66,25 @@ def find_resume_point(recipe: Recipe) -> ResumePoint | None:
             return None
     else:
         path = find_checkpoint(wanted)
-    point = ResumePoint(path, read_run(path), tuple(warnings))
+    point = ResumePoint(path, _read_resumable(path), tuple(warnings))
     point.require_same(recipe_identity(recipe))
     return point
+
+
+def _read_resumable(path: Path) -> dict[str, Any]:
+    """Return the plain values of a checkpoint that has all that a run needs. RunStopped, in all ranks, otherwise."""
+    run, problem = {}, None
+    try:
+        run = read_run(path)
+        if not run["with_optimizer"]:
+            problem = (
+                f"train.resume: {path} has no optimizer state (it was saved with output.save_optim = false); start a "
+                "new run from its weights: train.init_from"
+            )
+    except UserError as error:
+        problem = str(error)
+    raise_together(problem, RunStopped)
+    return run
 
 
 def find_checkpoint(wanted: str) -> Path:

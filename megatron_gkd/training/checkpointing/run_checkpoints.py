@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ class RunCheckpoints:
         identity: what must be the same to continue; see ``identity``.
         progress: returns the run's plain values, the same on all ranks.
         saved_step: the newest step that a save began for.
+        validation: the newest validation's step and divergence, or loss where there is no teacher.
     """
 
     saver: Saver
@@ -28,6 +30,7 @@ class RunCheckpoints:
     identity: dict[str, Any]
     progress: Callable[[], dict[str, Any]] = field(default=dict)
     saved_step: int = 0
+    validation: tuple[int, float | None] = (0, None)
 
     def path_of(self, step: int) -> Path:
         return self.saver.folder.final(step)
@@ -39,7 +42,12 @@ class RunCheckpoints:
         """Save the run as it is after `step`, once. Returns False if that failed, which is reported."""
         if step == self.saved_step:
             return True
-        run = self.saved.description() | {"identity": self.identity, "progress": self.progress()}
+        validated_step, score = self.validation
+        run = self.saved.description() | {
+            "identity": self.identity,
+            "progress": self.progress(),
+            "validation": score if validated_step == step and score is not None and math.isfinite(score) else None,
+        }
         if not self.saver.save(step, self.saved.to_write(), run):
             return False
         self.saved_step = step

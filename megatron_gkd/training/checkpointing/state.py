@@ -13,10 +13,16 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor, nn
 
 from megatron_gkd.models.lora.sharded import sharded_factors
+from megatron_gkd.models.megatron_model import MegatronModel
 from megatron_gkd.runtime import portability
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.teachers.self_weights import AverageWeights
-from megatron_gkd.training.checkpointing.workarounds import fill_empty_states
+from megatron_gkd.training.checkpointing.workarounds import (
+    add_common_step,
+    agree_on_step,
+    fill_empty_states,
+    with_step_of_others,
+)
 from megatron_gkd.training.student import Student
 
 FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
@@ -55,10 +61,13 @@ class Saved:
         model = self.model_state()
         state: dict[str, Any] = {"model": model}
         if self.with_optimizer:
-            fill_empty_states(self.student.optimizer)  # of a student whose steps were all skipped, or a new one
-            state["optimizer"] = self.student.optimizer.sharded_state_dict(
-                model, is_loading=is_loading, metadata=dict(FORMAT)
-            )
+            optimizer = self.student.optimizer
+            fill_empty_states(optimizer)  # of a student whose steps were all skipped, or a new one
+            step = agree_on_step(optimizer)
+            with with_step_of_others(optimizer, step):
+                found = optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=dict(FORMAT))
+            add_common_step(optimizer, found, step)
+            state["optimizer"] = found
         if self.averages:
             state["averages"] = self._average_state(model)
         if same_layout:
@@ -66,13 +75,9 @@ class Saved:
         return state
 
     def model_state(self) -> dict[str, Any]:
-        """Return the trained parameters as sharded tensors: those of the adapters, if there are any."""
-        student = self.student
-        student.gather_parameters()
-        if student.model.adapters is not None:
-            return {"adapters": sharded_factors(student.model.adapters.factors, student.mesh)}
-        with student.mesh.virtual_stages(student.model.config.virtual_pipeline_model_parallel_size):
-            return {f"model{index}": chunk.sharded_state_dict() for index, chunk in enumerate(student.model.chunks)}
+        """Return the trained parameters of the student alone."""
+        self.student.gather_parameters()
+        return model_state(self.student.model)
 
     def _average_state(self, model: dict[str, Any]) -> dict[str, dict[str, Any]]:
         """Return the averages in fp32, sharded as the parameters that they are of."""
@@ -85,22 +90,20 @@ class Saved:
             }
         return state
 
-    def load_model(self, found: dict[str, Any]) -> None:
-        """Take over what was loaded in the place of `model_state`."""
-        model = self.student.model
-        if model.adapters is not None:
-            for factor in model.adapters.factors:
-                factor.parameter.copy_(found["adapters"][factor.name])
-            return
-        for index, chunk in enumerate(model.chunks):
-            chunk.load_state_dict(found[f"model{index}"], strict=True)
-
     def load_averages(self, found: dict[str, dict[str, Tensor]]) -> None:
         """Take over what was loaded in the place of ``_average_state``."""
         for number, average in enumerate(self.averages):
             held = average.by_parameter()
             shards = enumerate(_shards_of(held, self.model_state()))
             average.replace(held | {shard.data: found[str(number)][str(index)] for index, shard in shards})
+
+
+def model_state(model: MegatronModel) -> dict[str, Any]:
+    """Return the sharded state dict of a model's weights: of its adapters alone, if it has any."""
+    if model.adapters is not None:
+        return {"adapters": sharded_factors(model.adapters.factors, model.mesh)}
+    with model.mesh.virtual_stages(model.config.virtual_pipeline_model_parallel_size):
+        return {f"model{index}": chunk.sharded_state_dict() for index, chunk in enumerate(model.chunks)}
 
 
 def _in_place_of(shard: Any, data: Tensor, prefix: str) -> Any:
@@ -128,6 +131,6 @@ def set_random_states(states: dict[str, Any]) -> None:
     get_cuda_rng_tracker().set_states(states["tracker"])
 
 
-def layout_of(mesh: Mesh) -> list:
+def layout_of(mesh: Mesh) -> dict[str, Any]:
     """Return what decides how tensors and random states are spread over the ranks."""
-    return [dist.get_world_size(), *vars(mesh.layout).values()]
+    return {"processes": dist.get_world_size(), **vars(mesh.layout)}

@@ -5,12 +5,18 @@ Two of them are silent: without the repair a run goes on with a wrong optimizer 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
+
+from megatron_gkd.runtime import portability
 
 _MARK = "_megatron_gkd_repaired"
 
@@ -26,7 +32,7 @@ def apply_workarounds() -> None:
 
 def adam_states(optimizer: MegatronOptimizer) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
     """Yield the parameters of torch's Adam with their states. Other implementations have no `step` to a parameter."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in _parts(optimizer):
         adam = getattr(part, "optimizer", None)
         if isinstance(adam, torch.optim.Adam | torch.optim.AdamW):
             yield from ((p, adam.state[p]) for group in adam.param_groups for p in group["params"])
@@ -38,6 +44,57 @@ def fill_empty_states(optimizer: MegatronOptimizer) -> None:
         if not state:
             state["step"] = torch.tensor(0.0)
             state |= {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+
+
+def agree_on_step(optimizer: MegatronOptimizer) -> float:
+    """Return how many updates Adam has made, on ranks without parameters too. All ranks must call it."""
+    own = max((float(state["step"]) for _, state in adam_states(optimizer) if state), default=0.0)
+    step = torch.tensor(own, dtype=torch.float64, device=portability.device())
+    dist.all_reduce(step, op=dist.ReduceOp.MAX)
+    return step.item()
+
+
+@contextlib.contextmanager
+def with_step_of_others(optimizer: MegatronOptimizer, step: float) -> Iterator[None]:
+    """Ranks whose share of the distributed optimizer is empty report `step` inside.
+
+    A pipeline stage without adapters has no parameters, and few adapters are not enough for all data-parallel ranks.
+    `DistributedOptimizer.state_dict` asserts that there is a parameter with a step; and what is common to all ranks is
+    saved by rank 0, which may be one of these.
+    """
+    empty = [
+        part.optimizer
+        for part in _parts(optimizer)
+        if isinstance(part, DistributedOptimizer) and not part.is_stub_optimizer and not part.optimizer.state
+    ]
+    for adam in empty:
+        adam.state_dict = partial(_state_with_step, adam.state_dict, step)
+    try:
+        yield
+    finally:
+        for adam in empty:
+            del adam.state_dict
+
+
+def add_common_step(optimizer: MegatronOptimizer, state: dict[Any, Any], step: float) -> None:
+    """Add `step` to the state of optimizers that are not distributed.
+
+    Megatron leaves it out in a rank without parameters, of which rank 0 saves what all ranks load, and where it is 0.
+    """
+    parts = _parts(optimizer)
+    states = [state] if len(parts) == 1 else [state[index] for index in range(len(parts))]
+    for part, own in zip(parts, states, strict=True):
+        if not isinstance(part, DistributedOptimizer):
+            inner = own["optimizer"] if "optimizer" in own else own
+            inner["state"].setdefault("common_step", torch.tensor(step))
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[Any]:
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def _state_with_step(state_dict: Callable[[], dict[str, Any]], step: float) -> dict[str, Any]:
+    return state_dict() | {"state": {0: {"step": torch.tensor(step)}}}
 
 
 def separate_steps(optimizer: MegatronOptimizer) -> None:
@@ -89,6 +146,8 @@ def _restore_bucket_padding() -> None:
 
 
 def _with_padding(packed: Tensor, buffer) -> Tensor:
+    if packed.numel() == buffer.numel:
+        return packed  # no copy of what may be many gigabytes
     whole, start = torch.zeros(buffer.numel, dtype=packed.dtype), 0
     for bucket in buffer.buckets:
         end = start + bucket.numel_unpadded

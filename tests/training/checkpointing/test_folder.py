@@ -30,8 +30,8 @@ def test_only_what_is_published_is_a_checkpoint(folder):
     folder.prepare(20, RUN)
     (folder.final(21)).mkdir()
     assert folder.steps() == [3, 12] and folder.newest() == newest
-    assert {path.name for path in folder.remove_leftovers()} == {"step-000020.0.unfinished", "step-000021"}
-    assert sorted(path.name for path in folder.path.iterdir()) == ["step-000003", "step-000012"]
+    assert [path.name for path in folder.remove_leftovers()] == ["step-000020.0.unfinished"]
+    assert sorted(path.name for path in folder.path.iterdir()) == ["step-000003", "step-000012", "step-000021"]
     assert find_damage(newest) is None and read_run(newest) == RUN
 
 
@@ -39,6 +39,18 @@ def test_a_step_that_is_saved_again_replaces_the_former(folder):
     write(folder, 3)
     path = write(folder, 3, RUN | {"layout": [2]})
     assert read_run(path)["layout"] == [2] and find_damage(path) is None
+
+
+def test_later_steps_are_set_aside(folder):
+    """Also one that has lost its manifest, and where an earlier one lies there already."""
+    for step in (3, 6, 9):
+        write(folder, step)
+    assert folder.set_aside_after(9) == []
+    assert folder.set_aside_after(6) == [folder.path / "step-000009.1"]
+    (write(folder, 9) / MANIFEST).unlink()
+    assert folder.set_aside_after(3) == [folder.path / "step-000006.1", folder.path / "step-000009.2"]
+    assert folder.published_steps() == folder.steps() == [3]
+    assert folder.remove_leftovers() == [] and find_damage(folder.path / "step-000009.1") is None
 
 
 def test_the_newest_are_kept(folder):

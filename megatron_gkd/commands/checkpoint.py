@@ -1,0 +1,59 @@
+"""The command that a run's folder is given to: checkpoint list, verify and export."""
+
+import itertools
+from functools import partial
+from pathlib import Path
+
+from megatron_gkd.commands.parts import Work, imports, load_recipe, print_text, take
+from megatron_gkd.errors import CommandRefused, UserError
+from megatron_gkd.training.checkpointing.inspection import RunFolder, list_checkpoints, verify_checkpoints
+
+ACTIONS = ("list", "verify", "export")
+
+
+def checkpoint(action: str, arguments: list[str], world_size: int) -> Work:
+    from megatron_gkd.config import commands
+
+    if action not in ACTIONS:
+        raise CommandRefused(f"megatron-gkd checkpoint {action}: what to do must come first: {', '.join(ACTIONS)}")
+    options, arguments = take(arguments, commands.EXPORT) if action == "export" else ({}, arguments)
+    named = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
+    overrides = arguments[len(named) :]
+    if not 1 <= len(named) <= (1 if action == "list" else 2) or (overrides and action != "export"):
+        usage = "RUN" if action == "list" else "RUN [STEP]"
+        raise CommandRefused(f"megatron-gkd checkpoint {action} {' '.join(arguments)}: must be {action} {usage}")
+    try:
+        run = RunFolder.find(named[0])
+        if action == "list":
+            return lambda: print_text(list_checkpoints(run))
+        step = run.choose(named[1] if len(named) > 1 else None)
+    except UserError as error:
+        raise CommandRefused(str(error)) from error
+    if action == "export":
+        return _export(run, step, options["output"], overrides, world_size)
+    return partial(_verify, run, [step] if len(named) > 1 or run.step is not None else run.folder.steps())
+
+
+def _verify(run: RunFolder, steps: list[int]) -> None:
+    intact, damaged = verify_checkpoints(run, steps)
+    print_text("\n".join(intact))
+    if damaged:
+        raise CommandRefused("\n".join(damaged))
+
+
+def _export(run: RunFolder, step: int, output: str | None, overrides: list[str], world_size: int) -> Work:
+    from megatron_gkd.config import commands
+
+    folder = Path(output or run.output_dir / f"hf-step-{step:06d}")
+    if folder.exists():
+        raise CommandRefused(f"--output = {folder}: exists already; must be a folder that does not")
+    path = str(run.output_dir / "recipe.yaml")
+    recipe = load_recipe(path, [*commands.one_process(), *overrides], world_size, commands.EXPORTS)
+
+    def work() -> None:
+        with imports():
+            from megatron_gkd.training.export_checkpoint import export
+
+        export(recipe, run.folder.final(step), folder)
+
+    return work

@@ -1,0 +1,55 @@
+"""When the launcher ends ranks that outlive a failure or a signal."""
+
+from __future__ import annotations
+
+import signal
+import time
+
+from megatron_gkd.launch.ranks import Ranks
+from megatron_gkd.launch.report import End, Stop
+
+ENDS_BY_ITSELF_S = 10.0  # ranks that fail together do so within this time of each other, with their messages
+ENDS_AFTER_A_KILL_S = 2.0  # the same, where a rank was killed: the others can only lose their connections
+ENDS_AFTER_SIGTERM_S = 30.0
+
+
+class Deadlines:
+    """Send SIGTERM and SIGKILL to ranks that still run after one of them has failed or the launcher has got a signal.
+
+    Attributes:
+        stopped: why ranks that end now do so; None as long as none was ended here.
+    """
+
+    def __init__(self, shutdown_timeout: float) -> None:
+        self._shutdown_timeout = shutdown_timeout
+        self._terminate_at = self._kill_at = float("inf")
+        self._is_terminated = False
+        self.stopped: Stop | None = None
+
+    def on_end(self, end: End) -> None:
+        """Note the end of a rank."""
+        if end.code == 0:
+            return
+        if end.is_interruption:
+            self.on_signal()
+        else:
+            self.on_failure(ENDS_AFTER_A_KILL_S if end.code < 0 else ENDS_BY_ITSELF_S)
+
+    def on_signal(self) -> None:
+        """Note that the ranks were asked to end, which gives them the shutdown time-out to save."""
+        self._kill_at = min(self._kill_at, time.monotonic() + self._shutdown_timeout)
+
+    def on_failure(self, seconds: float) -> None:
+        """Note a failure; the other ranks have `seconds` to end by themselves."""
+        self._terminate_at = min(self._terminate_at, time.monotonic() + seconds)
+
+    def act(self, ranks: Ranks) -> None:
+        """Send the signals that are due."""
+        now = time.monotonic()
+        if now >= self._terminate_at and not self._is_terminated:
+            self._is_terminated, self.stopped = True, Stop.FAILURE_ELSEWHERE
+            self._kill_at = min(self._kill_at, now + ENDS_AFTER_SIGTERM_S)
+            ranks.send(signal.SIGTERM)
+        if now >= self._kill_at:
+            self.stopped = self.stopped or Stop.TIMEOUT
+            ranks.kill()

@@ -1,0 +1,140 @@
+"""The launcher's one report of a failed run, and its exit code."""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from megatron_gkd.errors import Interrupted
+from megatron_gkd.launch.failures import Failure
+
+INTERRUPTED = Interrupted.exit_code
+
+_LOST_PEER = re.compile(
+    r"connection (closed|reset|refused)|connection to rank \d+ is lost|connection was closed|broken pipe"
+    r"|remote process (exited|has)|failed to (recv|send)|recvValue failed|sendBytes failed|communicator was aborted"
+    r"|^\w*(DistBackendError|DistNetworkError|DistStoreError)\b|DistNetworkError|DistStoreError|socket timeout",
+    re.IGNORECASE,
+)
+"""What a rank says when another one, which it communicates with, has ended."""
+
+
+class Stop(Enum):
+    """Why the launcher ended a rank."""
+
+    FAILURE_ELSEWHERE = "another rank failed"
+    TIMEOUT = "it did not end in time after a signal"
+
+
+@dataclass(frozen=True)
+class End:
+    """The end of a rank's process.
+
+    Attributes:
+        code: exit code, or minus the number of the signal that killed it.
+        time: seconds since the epoch, of its failure or else of its end.
+        stopped: why the launcher killed it; None if it did not.
+        handed_on: the signal, received by the launcher and handed on, that it died of; 0 for none.
+    """
+
+    rank: int
+    code: int
+    time: float
+    failure: Failure | None = None
+    stopped: Stop | None = None
+    handed_on: int = 0
+
+    @property
+    def is_interruption(self) -> bool:
+        return self.code == INTERRUPTED or self.handed_on != 0
+
+    @property
+    def is_consequence(self) -> bool:
+        """Whether the rank most likely failed since another one did."""
+        if self.failure is None:
+            return self.stopped is Stop.FAILURE_ELSEWHERE
+        return _LOST_PEER.search(self.failure.message) is not None
+
+
+def causes(ends: Iterable[End]) -> list[End]:
+    """Return the ends that are failures, the likely cause first."""
+    failed = [end for end in ends if end.code != 0 and not end.is_interruption]
+    return sorted(failed, key=lambda end: (end.is_consequence, end.time, end.rank))
+
+
+def exit_code(ends: Sequence[End]) -> int:
+    """Return the launcher's exit code: the first failing rank's, as a shell has it; else 75 for an interruption."""
+    failed = causes(ends)
+    if failed:
+        code = failed[0].code
+        return code if code > 0 else 128 - code
+    return INTERRUPTED if any(end.code for end in ends) else 0
+
+
+def describe(ends: Sequence[End], world_size: int, timeout: float = 0, *, is_explained: bool = False) -> str:
+    """Return the report: each distinct message once, with its ranks, the likely cause first; empty if none failed.
+
+    Args:
+        timeout: seconds that ranks had to end after a signal.
+        is_explained: the cause is known, and not among `ends`.
+    """
+    by_text: dict[tuple[str, str | None], list[End]] = {}
+    reported = causes(ends) or [end for end in ends if end.handed_on or (end.code and end.failure)]
+    is_explained = is_explained or any(not end.is_consequence for end in reported)
+    for end in reported:
+        by_text.setdefault(_text(end, timeout, is_explained=is_explained), []).append(end)
+    lines, printed = [], set()
+    for (message, traceback), group in by_text.items():
+        if message not in printed:
+            lines.append(_line(message, group, world_size))
+            printed.add(message)
+        if traceback is not None:
+            lines.append(traceback.rstrip())
+    return "\n".join(lines)
+
+
+def _text(end: End, timeout: float, *, is_explained: bool) -> tuple[str, str | None]:
+    if end.handed_on:
+        return f"ended by {_signal_name(end.handed_on)} before saving was possible", None
+    if end.is_consequence and is_explained:
+        return "stopped, or lost the connection, after that", None
+    if end.failure is not None:
+        return end.failure.message, end.failure.traceback
+    if end.stopped is Stop.TIMEOUT:
+        return f"was killed for not ending within {timeout:g} s after a signal (--shutdown-timeout)", None
+    if end.stopped is Stop.FAILURE_ELSEWHERE:
+        return "stopped by the launcher", None
+    if end.code < 0:
+        hint = " (out of memory?)" if end.code == -signal.SIGKILL else ""
+        return f"was killed by {_signal_name(-end.code)}{hint}", None
+    return f"ended with exit code {end.code} without a message", None
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _line(message: str, group: Sequence[End], world_size: int) -> str:
+    """Return a message with the ranks that it is about; without them where it is one of the whole run."""
+    subject = f"rank{'' if len(group) == 1 else 's'} {format_ranks(end.rank for end in group)} of {world_size}"
+    failure = group[0].failure
+    if failure is None or failure.message != message:
+        return f"{subject} {message if len(group) == 1 else re.sub('^was ', 'were ', message)}"
+    return message if failure.is_shared or len(group) == world_size else f"{subject}: {message}"
+
+
+def format_ranks(ranks: Iterable[int]) -> str:
+    """Return ranks as ranges: "0, 2-5"."""
+    ranges: list[list[int]] = []
+    for rank in sorted(ranks):
+        if ranges and rank == ranges[-1][1] + 1:
+            ranges[-1][1] = rank
+        else:
+            ranges.append([rank, rank])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)

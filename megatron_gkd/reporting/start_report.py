@@ -1,0 +1,150 @@
+"""What a run starts with, in a few aligned lines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from megatron_gkd.reporting.numbers import format_count
+
+Line = tuple[str, str]  # a name and what it is; the name is empty where the line belongs to the one above
+
+_NO_TEACHER: Line = ("teacher", "none: cross-entropy on the rows")
+
+
+@dataclass(frozen=True)
+class ModelLine:
+    """A model of the run.
+
+    Attributes:
+        role: `student`, `teacher`, or the place of one of several teachers.
+        name: as the recipe names it.
+        architecture: its model_type; None for one that is not loaded here.
+        parameters: all of them, as in its checkpoint; None for one that is not loaded here.
+        trainable: those that are trained; None for a teacher.
+        place: where it is, for a teacher: `in device memory`.
+    """
+
+    role: str
+    name: str
+    architecture: str | None = None
+    parameters: int | None = None
+    trainable: int | None = None
+    place: str = ""
+
+    def text(self) -> str:
+        known = [self.architecture] if self.architecture else []
+        if self.parameters is not None:
+            known.append(f"{format_count(self.parameters)} parameters")
+        if self.trainable is not None:
+            count = "all" if self.trainable == self.parameters else format_count(self.trainable)
+            known.append(f"{count} trainable")
+        if self.place:
+            known.append(self.place)
+        return ": ".join(part for part in (self.name, ", ".join(known)) if part)
+
+
+@dataclass(frozen=True)
+class RowsLine:
+    """The rows of a split.
+
+    Attributes:
+        split: `training` or `validation`.
+        summary: how many rows are used, and why others are not.
+        tokens: of the used rows, prompts included.
+    """
+
+    split: str
+    summary: str
+    tokens: int
+
+    def text(self) -> str:
+        return f"{self.split}: {format_count(self.tokens)} tokens; {self.summary}"
+
+
+@dataclass(frozen=True)
+class StartReport:
+    """What is known of a run before its first step.
+
+    Attributes:
+        versions: of this package and of those that decide what it computes, by name.
+        device: name of the main rank's device.
+        processes: ranks of the world.
+        nodes: machines that they run on; None where the launcher does not say.
+        layout: how processes and rows are divided, by name (`config.layout`).
+        precision: of weights, gradients and optimizer.
+        kernels: what computes the divergence.
+        attention: what computes the attention.
+        student: the model that is trained.
+        teachers: in the recipe's order; empty for plain cross-entropy.
+        rollouts: how the student samples; None where it does not.
+        rows: of the splits that are read.
+        train_iters: steps of the whole run.
+        epochs: passes over the training rows in as many steps.
+        first_step: the next step, from 1.
+        origin: what the weights come from where that is not the student's model: `resumed from PATH`.
+        checkpoints: how often and where to; None where there are none.
+        output_dir: where all else is written.
+    """
+
+    versions: Mapping[str, str]
+    device: str
+    processes: int
+    nodes: int | None
+    layout: Mapping[str, str]
+    precision: str
+    kernels: str
+    attention: str
+    student: ModelLine
+    teachers: Sequence[ModelLine]
+    rows: Sequence[RowsLine]
+    train_iters: int
+    epochs: float
+    output_dir: str
+    first_step: int = 1
+    origin: str | None = None
+    rollouts: str | None = None
+    checkpoints: str | None = None
+
+    def lines(self) -> list[Line]:
+        """Return the report, a pair of name and text for each line."""
+        (package, version), *others = self.versions.items()
+        return [
+            (package, f"{version} ({', '.join(' '.join(other) for other in others)})"),
+            ("device", f"{self.device}, {self._processes()}"),
+            *self.layout.items(),
+            ("precision", self.precision),
+            ("kernels", self.kernels),
+            ("attention", self.attention),
+            *((model.role, model.text()) for model in (self.student, *self.teachers)),
+            *([] if self.teachers else [_NO_TEACHER]),
+            *([("rollouts", self.rollouts)] if self.rollouts else []),
+            *_under("rows", (rows.text() for rows in self.rows)),
+            ("steps", self._steps()),
+            ("checkpoints", self.checkpoints or "none (output.save_interval = null)"),
+            ("output", self.output_dir),
+        ]
+
+    def _processes(self) -> str:
+        nodes = "" if self.nodes is None else f" on {_plural(self.nodes, 'node')}"
+        return _plural(self.processes, "process") + nodes
+
+    def _steps(self) -> str:
+        begin = f"starting at step {self.first_step}" if self.first_step <= self.train_iters else "all of them done"
+        origin = f", {self.origin}" if self.origin else ""
+        return f"{self.train_iters} ({self.epochs:.3g} epochs), {begin}{origin}"
+
+
+def format_lines(lines: Sequence[Line]) -> str:
+    """Return the lines as text, the names in a column of their own."""
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"{name:{width}}  {text}".rstrip() for name, text in lines)
+
+
+def _under(name: str, texts: Iterable[str]) -> list[Line]:
+    return [("" if index else name, text) for index, text in enumerate(texts)]
+
+
+def _plural(count: int, noun: str) -> str:
+    ending = "" if count == 1 else "es" if noun.endswith("s") else "s"
+    return f"{count} {noun}{ending}"

@@ -1,0 +1,51 @@
+"""A training checkpoint as a Hugging Face folder, under any layout."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import megatron_gkd.runtime.preload  # noqa: F401  isort: skip  (before anything that imports Megatron-Core)
+
+from megatron_gkd.config.schema import Recipe
+from megatron_gkd.errors import RunStopped
+from megatron_gkd.models.checkpoint import Checkpoint
+from megatron_gkd.models.export import export_checkpoint
+from megatron_gkd.models.megatron_model import BuildOptions, MegatronModel
+from megatron_gkd.runtime.agreement import raise_together
+from megatron_gkd.runtime.mesh import Mesh
+from megatron_gkd.runtime.nodes import Nodes
+from megatron_gkd.training.build import DTYPES, lora_options
+from megatron_gkd.training.checkpointing.loader import load_model, verify
+from megatron_gkd.training.setup import world_of
+
+
+def export(recipe: Recipe, path: Path, output: Path) -> None:
+    """Write the student of the checkpoint at `path` into `output`, in the world that torchrun describes.
+
+    recipe: the run's, with the layout to build the student under; it may be another than the run's.
+    """
+    with world_of(recipe) as mesh:
+        export_student(recipe, mesh, path, output)
+        if mesh.is_main:
+            print(f"exported {path} to {output}", flush=True)
+
+
+def export_student(recipe: Recipe, mesh: Mesh, path: Path, output: Path) -> None:
+    """Build the student alone, load its weights and write them. All ranks must call it.
+
+    Raises:
+        RunStopped: in all ranks; the checkpoint is damaged or of another model than the recipe's.
+        UserError: in all ranks; the folder can't be written.
+    """
+    raise_together(verify(path), RunStopped)
+    lora = None if recipe.lora is None else replace(lora_options(recipe.lora, recipe.train.seed), adapters=None)
+    options = BuildOptions(
+        dtype=DTYPES[recipe.train.dtype],
+        virtual_pipeline=recipe.parallel.virtual_pipeline_model_parallel_size,
+        lora=lora,
+    )
+    checkpoint = Checkpoint.open(recipe.student.model, Nodes.from_world())
+    model = MegatronModel.load(checkpoint, mesh, options, needs_weights=lora is not None)
+    load_model(model, path)
+    export_checkpoint(model, output)

@@ -1,0 +1,198 @@
+"""Gather what a run starts with, for its report before the first step."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+import torch
+
+from megatron_gkd import __version__
+from megatron_gkd.config.layout import describe_layout
+from megatron_gkd.config.schema import OneTeacher, Recipe, TaggedTeacher
+from megatron_gkd.ops import passes
+from megatron_gkd.reporting.start_report import ModelLine, RowsLine, StartReport
+from megatron_gkd.runtime import portability
+from megatron_gkd.teachers.cache_manifest import Manifest
+from megatron_gkd.training.checkpointing.folder import checkpoint_folder
+
+if TYPE_CHECKING:
+    from megatron_gkd.data.dataset import TokenizedDataset
+    from megatron_gkd.data.report import DataReport
+    from megatron_gkd.models.megatron_model import MegatronModel
+    from megatron_gkd.training.checkpointing.resume import ResumePoint
+    from megatron_gkd.training.setup import Models
+
+_PRECISIONS = {
+    "bf16": "bf16 weights and activations, fp32 gradients and optimizer",
+    "fp32": "fp32 weights, activations, gradients and optimizer",
+}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The steps of a run.
+
+    Attributes:
+        train_iters: all of them.
+        epoch_length: training rows in one epoch, by the weights of their files.
+        point: the checkpoint that the run is resumed from.
+    """
+
+    train_iters: int
+    epoch_length: int
+    point: ResumePoint | None
+
+
+def describe_start(
+    recipe: Recipe,
+    models: Models,
+    student: MegatronModel,
+    rows: dict[str, tuple[TokenizedDataset, DataReport]],
+    schedule: Schedule,
+) -> StartReport:
+    """Return the report of a run whose parts are built.
+
+    Args:
+        recipe: of the run.
+        models: its checkpoints.
+        student: on this rank.
+        rows: of each split, by `training` and `validation`.
+        schedule: its steps.
+    """
+    parameters = models.student.num_parameters  # all of them are trained: no key of the recipe freezes any
+    return StartReport(
+        versions={
+            "megatron-gkd": __version__,
+            "torch": torch.__version__,
+            "megatron-core": version("megatron-core"),
+        },
+        device=portability.device_name(),
+        processes=_world_size(),
+        nodes=_nodes(),
+        layout=_layout(recipe, models),
+        precision=_PRECISIONS[recipe.train.dtype],
+        kernels=_kernels(),
+        attention=_attention(student, recipe.train.attn),
+        student=ModelLine(
+            "student", recipe.student.model, models.student.config.model_type, parameters, trainable=parameters
+        ),
+        teachers=_teachers(recipe, models),
+        rollouts=_rollouts(recipe),
+        rows=[
+            RowsLine(split, report.summary(), int(dataset.lengths.sum())) for split, (dataset, report) in rows.items()
+        ],
+        train_iters=schedule.train_iters,
+        epochs=schedule.train_iters * recipe.train.global_batch_size / schedule.epoch_length,
+        first_step=1 if schedule.point is None else schedule.point.step + 1,
+        origin=_origin(recipe, schedule.point),
+        checkpoints=_checkpoints(recipe),
+        output_dir=recipe.output.output_dir,
+    )
+
+
+def _world_size() -> int:
+    return torch.distributed.get_world_size()
+
+
+def _nodes() -> int | None:
+    """Return the number of nodes as torchrun's agent gives it, or as it follows from the ranks of this node."""
+    if "GROUP_WORLD_SIZE" in os.environ:
+        return int(os.environ["GROUP_WORLD_SIZE"])
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        return -(-_world_size() // int(os.environ["LOCAL_WORLD_SIZE"]))
+    return 1 if _world_size() == 1 else None
+
+
+def _layout(recipe: Recipe, models: Models) -> dict[str, str]:
+    layout = describe_layout(recipe, _world_size())
+    if not any(checkpoint.is_moe for checkpoint in (models.student, *models.teachers.values())):
+        del layout["experts"]
+    return layout
+
+
+def _kernels() -> str:
+    found = passes.implementation(portability.device())
+    return "plain torch" if found == "torch" else found
+
+
+def _attention(student: MegatronModel, attn: str) -> str:
+    if student.has_torch_attention:
+        return "sdpa (torch)"
+    return "flash or fused, as Transformer Engine chooses" if attn == "auto" else f"{attn} (Transformer Engine)"
+
+
+def _teachers(recipe: Recipe, models: Models) -> list[ModelLine]:
+    section = recipe.teacher
+    lines = []
+    for place, teacher in section.all.items():
+        if teacher.source == "none":
+            continue
+        role = place.removeprefix("teacher.")
+        checkpoint = models.teachers.get(place)
+        description = [_place(teacher)]
+        if teacher.cache is not None and teacher.source != "cache":
+            description.append(f"for rows that are not in the cache {teacher.cache}")
+        if isinstance(teacher, TaggedTeacher):
+            description.append(f"of rows with the tags {', '.join(teacher.tags)}")
+        lines.append(
+            ModelLine(
+                role,
+                _name(teacher),
+                None if checkpoint is None else checkpoint.config.model_type,
+                None if checkpoint is None else checkpoint.num_parameters,
+                place=", ".join(description),
+            )
+        )
+    return lines
+
+
+def _name(teacher: OneTeacher) -> str:
+    match teacher.source:
+        case "server":
+            return ", ".join(teacher.teacher_model_server)
+        case "cache":
+            return Manifest.read(teacher.cache).teacher
+        case "self":
+            return "self"
+    return teacher.teacher_model or ""
+
+
+def _place(teacher: OneTeacher) -> str:
+    match teacher.source:
+        case "server":
+            return "a vLLM server" if len(teacher.teacher_model_server) == 1 else "vLLM servers"
+        case "cache":
+            return f"from the cache {teacher.cache}"
+        case "self" if teacher.ema is not None:
+            return f"moving average of the student's weights, decay {teacher.ema:g}"
+        case "self" if teacher.teacher_model is not None:
+            return "the student's weights at its start"
+        case "self":
+            return "the student's own weights, with each row's teacher_prompt"
+    return "in host memory between scorings" if teacher.offload_teacher_model else "in device memory"
+
+
+def _rollouts(recipe: Recipe) -> str | None:
+    distill = recipe.distill
+    if not distill.lmbda:
+        return None
+    return f"engine {recipe.rollout.engine}, lmbda {distill.lmbda:g} of each {distill.lmbda_granularity}"
+
+
+def _origin(recipe: Recipe, point: ResumePoint | None) -> str | None:
+    if point is not None:
+        return f"resumed from {point.path}"
+    if recipe.train.init_from is not None:
+        return f"with the weights of {recipe.train.init_from}"
+    return None
+
+
+def _checkpoints(recipe: Recipe) -> str | None:
+    output = recipe.output
+    if output.save_interval is None:
+        return None
+    kept = "all kept" if output.save_total_limit is None else f"the newest {output.save_total_limit} kept"
+    return f"every {output.save_interval} steps in {checkpoint_folder(recipe).path}, {kept}"

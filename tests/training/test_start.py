@@ -1,0 +1,119 @@
+"""What a run says of its teachers, its checkpoints and its beginning, from the recipe and what has been opened."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+from checkpoints import tiny_checkpoint
+from training_layouts import recipe_of
+
+
+def report_of(changes, teachers=None, point=None, torch_attention=True):
+    """The report's lines, by name."""
+    from megatron_gkd.data.report import DataReport
+    from megatron_gkd.models.checkpoint import Checkpoint
+    from megatron_gkd.training.start import Schedule, describe_start
+
+    opened = {place: Checkpoint.open(str(path)) for place, path in (teachers or {}).items()}
+    models = SimpleNamespace(student=Checkpoint.open(str(tiny_checkpoint("qwen3_tied"))), teachers=opened)
+    rows = {"training": (SimpleNamespace(lengths=np.array([3, 4])), DataReport(2, 2))}
+    student = SimpleNamespace(has_torch_attention=torch_attention)
+    return dict(describe_start(recipe_of(changes), models, student, rows, Schedule(3, 24, point)).lines())
+
+
+@pytest.fixture(autouse=True)
+def world(monkeypatch):
+    """One process that no launcher has started."""
+    monkeypatch.setattr(dist, "get_world_size", lambda: 1)
+    for name in ("GROUP_WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "text"),
+    [
+        ({"kind": "none"}, "none: cross-entropy on the rows"),
+        ({}, "teacher: llama, 37.3 K parameters, in device memory"),
+        ({"offload_teacher_model": True}, "teacher: llama, 37.3 K parameters, in host memory between scorings"),
+        ({"cache": "c"}, "teacher: llama, 37.3 K parameters, in device memory, for rows that are not in the cache c"),
+        ({"kind": "self"}, "self: the student's own weights, with each row's teacher_prompt"),
+        ({"kind": "self", "teacher_model": "student"}, "self: the student's weights at its start"),
+        ({"kind": "self", "ema": 0.99}, "self: moving average of the student's weights, decay 0.99"),
+        ({"teacher_model_server": ["http://a:1"]}, "http://a:1: a vLLM server"),
+        ({"teacher_model_server": ["http://a:1", "http://b:1"]}, "http://a:1, http://b:1: vLLM servers"),
+    ],
+)
+def test_a_teacher_and_where_it_is(teacher, text):
+    is_local = not {"kind", "teacher_model_server"} & teacher.keys()
+    section = {"teacher_model": "teacher" if is_local else None} | teacher
+    teachers = {"teacher": tiny_checkpoint("llama")} if is_local else {}
+    assert report_of({"teacher": section}, teachers)["teacher"] == text
+
+
+def test_a_cache_names_the_model_that_was_scored_with(tmp_path):
+    from megatron_gkd.teachers.cache_manifest import FILE, Manifest
+
+    (tmp_path / FILE).write_text(Manifest(4, 1.0, "hash", "Qwen/Qwen3-8B", 99).text())
+    section = {"teacher_model": None, "cache": str(tmp_path)}
+    assert report_of({"teacher": section})["teacher"] == f"Qwen/Qwen3-8B: from the cache {tmp_path}"
+
+
+def test_each_of_several_teachers_with_its_tags():
+    one, other = {"tags": ["a"], "teacher_model": "first"}, {"tags": ["b", "c"], "teacher_model_server": ["http://a:1"]}
+    section = {"teacher_model": None, "teachers": [one, other], "teacher_tag_key": "subject"}
+    report = report_of({"teacher": section}, {"teacher.teachers[0]": tiny_checkpoint("llama")})
+    assert report["teachers[0]"] == "first: llama, 37.3 K parameters, in device memory, of rows with the tags a"
+    assert report["teachers[1]"] == "http://a:1: a vLLM server, of rows with the tags b, c"
+
+
+def test_experts_are_laid_out_where_a_model_has_some():
+    assert "experts" not in report_of({}, {"teacher": tiny_checkpoint("llama")})
+    report = report_of({}, {"teacher": tiny_checkpoint("qwen3_moe")})
+    assert report["experts"] == "1 processes = tensor 1 x expert 1 x pipeline 1 x data 1"
+
+
+@pytest.mark.parametrize(
+    ("train", "step", "text"),
+    [
+        ({}, None, "3 (0.5 epochs), starting at step 1"),
+        ({"init_from": "old"}, None, "3 (0.5 epochs), starting at step 1, with the weights of old"),
+        ({"init_from": "old"}, 2, "3 (0.5 epochs), starting at step 3, resumed from saved"),
+    ],
+)
+def test_where_a_run_begins(train, step, text):
+    point = None if step is None else SimpleNamespace(step=step, path="saved")
+    assert report_of({"train": train}, point=point)["steps"] == text
+
+
+def test_the_rest():
+    changes = {
+        "distill": {"lmbda": 0.5, "lmbda_granularity": "row"},
+        "train": {"dtype": "bf16", "attn": "flash"},
+        "output": {"output_dir": "runs/x", "save_interval": 7, "save_total_limit": None},
+    }
+    report = report_of(changes, torch_attention=False)
+    assert report["rollouts"] == "engine megatron, lmbda 0.5 of each row"
+    assert report["precision"] == "bf16 weights and activations, fp32 gradients and optimizer"
+    assert report["attention"] == "flash (Transformer Engine)"
+    assert report["checkpoints"] == "every 7 steps in runs/x/checkpoints, all kept"
+    assert report["rows"] == "training: 7 tokens; 2 of 2 rows used"
+    assert report["device"].endswith(", 1 process on 1 node") and report["output"] == "runs/x"
+    assert report_of({"output": {"save_interval": None}})["checkpoints"].startswith("none ")
+
+
+@pytest.mark.parametrize(
+    ("environment", "text"),
+    [
+        ({"GROUP_WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "8"}, ", 16 processes on 2 nodes"),
+        ({"LOCAL_WORLD_SIZE": "4"}, ", 16 processes on 4 nodes"),
+        ({}, ", 16 processes"),
+    ],
+)
+def test_nodes_are_counted_as_the_launcher_says(environment, text, monkeypatch):
+    monkeypatch.setattr(dist, "get_world_size", lambda: 16)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert report_of({"train": {"global_batch_size": 16}})["device"].endswith(text)
