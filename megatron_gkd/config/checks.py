@@ -298,6 +298,7 @@ CHECKS = (
     ),
     Check(("model",), model_checks.student_is_readable, needs_files=True),
     Check(teacher_checks.LEAVES, model_checks.teachers_are_readable, needs_files=True),
+    Check(teacher_checks.LEAVES, model_checks.teacher_adapters_fit, needs_files=True),
     Check(
         (*teacher_checks.LEAVES, "gkd_logits_topk", "gkd_topk_tail", "temperature"),
         cache_checks.caches_fit,

@@ -28,6 +28,8 @@ def _sources(recipe: Recipe) -> Iterator[tuple[str, str]]:
     for place, teacher in recipe.teacher.all.items():
         if teacher.teacher_model is not None:
             yield f"{place}.teacher_model", teacher.teacher_model
+        if teacher.teacher_adapters is not None:
+            yield f"{place}.teacher_adapters", teacher.teacher_adapters
         if teacher.cache is not None:
             yield f"{place}.cache", teacher.cache
     for leaf in ("dataset", "val_dataset"):

@@ -98,6 +98,9 @@ class OneTeacher(Section):
         description="folder of what the teacher says of each row, by `megatron-gkd score`; a teacher beside it judges "
         "the rows that are not there",
     )
+    teacher_adapters: PathText | None = Field(
+        None, description="local: folder of PEFT adapters of teacher_model, merged into its weights as they are read"
+    )
     offload_teacher_model: bool = Field(False, description="keep the teacher in host memory between scorings")
     ema: float | None = Field(
         None, gt=0, lt=1, description="self: judge with a moving average of the weights; its decay for each step"

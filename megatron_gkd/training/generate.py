@@ -92,7 +92,11 @@ def settings_of(recipe: Recipe, model: str, n: int, dataset: SampleDataset) -> d
 
 def _model_name(recipe: Recipe, source: Source) -> str:
     teacher = recipe.teacher
-    return recipe.student.model if source == "student" else teacher.teacher_model or teacher.teacher_model_server[0]
+    if source == "student":
+        model, adapters = recipe.student.model, None if recipe.lora is None else recipe.lora.adapters
+    else:
+        model, adapters = teacher.teacher_model or teacher.teacher_model_server[0], teacher.teacher_adapters
+    return model if adapters is None else f"{model} with {adapters}"
 
 
 def build_engine_of(source: Source, recipe: Recipe, mesh: Mesh, models: Models) -> RolloutEngine:
@@ -105,6 +109,8 @@ def build_engine_of(source: Source, recipe: Recipe, mesh: Mesh, models: Models) 
     if source == "teacher" and section.source == "server":
         return OwnWeightsEngine(mesh, models.student, server_options(recipe, section.teacher_model_server))
     checkpoint = models.student if source == "student" else models.teachers["teacher"]
+    if source == "student" and recipe.lora is not None and recipe.lora.adapters is not None:
+        checkpoint = checkpoint.with_adapters(Path(recipe.lora.adapters), "lora.adapters")
     options = BuildOptions(dtype=DTYPES[recipe.train.dtype], attn=recipe.train.attn)
     model = load_model(f"the {source} {_model_name(recipe, source)}", checkpoint, mesh, options)
     if source == "teacher" and recipe.rollout.engine == "vllm_server":  # the servers are the student's

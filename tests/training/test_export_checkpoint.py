@@ -14,6 +14,7 @@ PLAIN = {"teacher": {"kind": "none", "teacher_model": None}}
 
 def save_and_export(rank, world_size, model, changes, directory):
     """One step, saved as a checkpoint and exported as a run does it."""
+    from megatron_gkd.models.adapter_export import export_adapters
     from megatron_gkd.models.export import export_checkpoint
     from megatron_gkd.runtime.mesh import destroy_mesh
     from megatron_gkd.training.checkpointing.folder import CheckpointFolder
@@ -30,17 +31,19 @@ def save_and_export(rank, world_size, model, changes, directory):
     values = {"identity": {}, "progress": {"step": 1, "updates": 1}}
     assert saver.save(1, saved.to_write(), saved.description() | values)
     export_checkpoint(student.model, directory / "hf")
+    if student.model.adapters is not None:
+        export_adapters(student.model, directory / "adapters")
     destroy_mesh()
 
 
-def export_alone(rank, world_size, model, changes, path, output):
+def export_alone(rank, world_size, model, changes, path, output, has_adapters=False):
     from megatron_gkd.runtime.mesh import Layout, destroy_mesh, initialize_mesh
     from megatron_gkd.training.export_checkpoint import export_student
 
     recipe = recipe_of(changes | {"student": {"model": str(model)}})
     mesh = initialize_mesh(Layout.from_section(recipe.parallel), seed=1)
     try:
-        export_student(recipe, mesh, path, output)
+        export_student(recipe, mesh, path, output, has_adapters=has_adapters)
     finally:
         destroy_mesh()
 
@@ -69,6 +72,17 @@ def test_the_export_is_the_same(family, parallel, other, dtype, gloo_world, tmp_
     assert {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json"} <= expected.keys()
     assert found == expected
     assert found["model.safetensors"] != (model / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(("name", "has_adapters"), [("adapters", True), ("hf", False)])
+def test_adapters_are_exported_alone_or_merged(name, has_adapters, gloo_world, tmp_path):
+    model, changes = tiny_checkpoint("qwen3", seed=2), {"lora": {"lora_rank": 4}, "train": {"dtype": "fp32"}}
+    gloo_world(2).run(save_and_export, model, changes | {"parallel": TP2}, tmp_path)
+    path = tmp_path / "checkpoints/step-000001"
+    gloo_world(1).run(export_alone, model, changes, path, tmp_path / "again", has_adapters)
+    expected, found = contents(tmp_path / name), contents(tmp_path / "again")
+    assert ("adapter_model.safetensors" in expected) == has_adapters and "tokenizer.json" in expected
+    assert found == expected
 
 
 @pytest.mark.parametrize("change", ["wider", "tied"])
