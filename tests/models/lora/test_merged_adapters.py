@@ -11,6 +11,7 @@ from checkpoints import tiny_checkpoint
 from logits import logits_of_megatron, logits_of_transformers, relative_error
 from models.lora.test_exports import open_model
 from safetensors.torch import load_file, save_file
+from training_layouts import recipe_of
 from transformers import AutoModelForCausalLM
 
 from megatron_gkd.errors import UserError
@@ -125,14 +126,11 @@ def test_adapters_of_other_weights_are_refused(of_mixture):
 
 def teacher_of(rank, world_size, path, adapters):
     """The kinds of teacher that a student with adapters has, whose base the teacher's model is."""
-    from pathlib import Path
-
     from megatron_gkd.models.checkpoint import Checkpoint
     from megatron_gkd.runtime.mesh import Layout, destroy_mesh, initialize_mesh
     from megatron_gkd.runtime.nodes import Nodes
     from megatron_gkd.training.build import build_student
     from megatron_gkd.training.build_teacher import begins_as_student, build_teacher, open_teachers
-    from training_layouts import recipe_of
 
     mesh, kinds, student = initialize_mesh(Layout(), seed=1), [], Checkpoint.open(str(path))
     for own in ({}, {"teacher_adapters": str(adapters)}):
