@@ -147,3 +147,42 @@ def teacher_of(rank, world_size, path, adapters):
 def test_a_teacher_with_adapters_is_a_model_of_its_own(of_peft, gloo_world):
     (kinds,) = gloo_world(1).run(teacher_of, tiny_checkpoint("qwen3_tied", seed=2), of_peft)
     assert kinds == [("SelfTeacher", True, None), ("LocalTeacher", False, of_peft)]
+
+
+PROMPTS = [[5, 9, 33, 7], [60, 3]]
+
+
+def answers_of(rank, world_size, path, adapters, source):
+    """Greedy answers of `generate`'s engine."""
+    from types import SimpleNamespace
+
+    from megatron_gkd.models.checkpoint import Checkpoint
+    from megatron_gkd.rollout.base import Sampling
+    from megatron_gkd.runtime.mesh import Layout, destroy_mesh, initialize_mesh
+    from megatron_gkd.runtime.nodes import Nodes
+    from megatron_gkd.training.build_teacher import open_teachers
+    from megatron_gkd.training.generate import build_engine_of
+
+    mesh, teacher = initialize_mesh(Layout(tensor=world_size), seed=1), {"teacher_model": str(path)}
+    changes = {"teacher": teacher | {"teacher_adapters": str(adapters)}}
+    if source == "student":
+        changes = {"teacher": teacher, "lora": {"adapters": str(adapters)}}
+    recipe = recipe_of(changes)
+    models = SimpleNamespace(student=Checkpoint.open(str(path)), teachers=open_teachers(recipe.teacher, Nodes.alone()))
+    engine = build_engine_of(source, recipe, mesh, models)
+    sampling = Sampling(max_completion_length=8, temperature=0, ignore_eos=True)
+    found = [one.token_ids for one in engine.generate(PROMPTS, sampling, [0] * len(PROMPTS))]
+    destroy_mesh()
+    return found
+
+
+@pytest.mark.parametrize("source", ["teacher", "student"])
+def test_generate_answers_with_adapters(source, of_peft, gloo_world):
+    from peft import PeftModel
+
+    path = tiny_checkpoint("qwen3_tied", seed=2)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, of_peft).eval()
+    greedy = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": None}
+    expected = [model.generate(input_ids=torch.tensor([p]), **greedy)[0, len(p) :].tolist() for p in PROMPTS]
+    assert gloo_world(2).run(answers_of, path, of_peft, source)[1] == expected
