@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,14 +11,32 @@ import pytest
 import yaml
 from checkpoints import tiny_checkpoint
 from teachers.fake_server import FakeServer
-from test_train import train
+from test_train import run, train
 from world import REPOSITORY
 
 from megatron_gkd.config import load
 
 RECIPES = sorted((REPOSITORY / "scripts" / "recipes").glob("*.yaml"))
 SMALL = ["--max_length", "256", "--max_completion_length", "12", "--global_batch_size", "4", "--dtype", "fp32"]
+SMALL += ["--vllm_max_model_len", "null"]
 THREE_STEPS = "--train_iters 3 --num_train_epochs null --lr_warmup_iters 0 --save_interval null".split()
+SWIFT_EXAMPLE = {
+    "model": "Qwen/Qwen3-8B-Base",
+    "gkd_logits_topk": 20,
+    "tuner_type": "lora",
+    "lmbda": 1,
+    "beta": 1,
+    "micro_batch_size": 2,
+    "global_batch_size": 16,
+    "lr": 5e-5,
+    "max_completion_length": 8192,
+    "vllm_gpu_memory_utilization": 0.5,
+    "vllm_max_model_len": 16384,
+    "sleep_level": 1,
+    "recompute_granularity": "selective",
+    "temperature": 1.0,
+    "sequence_parallel": True,
+}
 NO_VLLM = "no vLLM in this environment: bash scripts/test.sh runs this in .venv-vllm"
 
 
@@ -48,6 +67,21 @@ def test_there_is_one_for_every_engine():
         assert {"on_policy" + suffix, "mixed" + suffix} <= {path.stem for path in RECIPES if engine_of(path) == engine}
 
 
+@pytest.mark.vllm
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason=NO_VLLM)
+def test_the_example_of_ms_swift_passes_check(tmp_path):
+    """Its values of the keys that both have."""
+    (tmp_path / "prompts.jsonl").write_text('{"messages": [{"role": "user", "content": "w1"}]}\n')
+    path = REPOSITORY / "scripts/recipes/lora_on_policy_vllm.yaml"
+    command = [sys.executable, "-m", "megatron_gkd", "check", str(path), "--nproc", "8"]
+    checked = run(tmp_path, command)
+    assert checked.returncode == 0, checked.stderr
+    recipe, example = loaded(path), SWIFT_EXAMPLE
+    found = {leaf: value for section in recipe for leaf, value in dict(section[1] or {}).items()}
+    assert {key: found[key] for key in example} == example
+    assert recipe.teacher.source == "server" and recipe.lora.lora_rank == 8
+
+
 @contextmanager
 def small_teacher(path: Path) -> Iterator[list[str]]:
     """The arguments that put small models in the place of the recipe's teachers."""
@@ -76,6 +110,8 @@ def small_student(path: Path, request) -> list[str]:
         case "vllm_server":
             url = request.getfixturevalue("student_server").url
             return ["--model", str(tiny_checkpoint("qwen3", seed=2, head_dim=32)), "--vllm_server_urls", url]
+    if loaded(path).parallel.expert_model_parallel_size > 1:
+        return ["--model", str(tiny_checkpoint("qwen3_moe", seed=2)), "--expert_model_parallel_size", "2"]
     return ["--model", str(tiny_checkpoint("qwen3_tied", seed=2))]
 
 

@@ -42,16 +42,29 @@ def free_port() -> int:
 
 
 class VllmServer:
-    """`model` is a checkpoint directory. `log` collects what all incarnations print."""
+    """`model` is a checkpoint directory. `log` collects what all incarnations print.
 
-    def __init__(self, model: Path, log: Path, *, max_model_len: int = 256, max_num_seqs: int = 32):
+    `lora_rank`: of the adapters that it takes at run time; None: it takes whole weights.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        log: Path,
+        *,
+        max_model_len: int = 256,
+        max_num_seqs: int = 32,
+        dtype: str = "float32",
+        lora_rank: int | None = None,
+    ):
         self.model, self.log, self.port = model, log, free_port()
+        self.flags, self.environment = ["--enforce-eager"], ENVIRONMENT | {"VLLM_SERVER_DEV_MODE": "1"}
         self.arguments = {
             "--model": model,
             "--served-model-name": "student",
             "--host": "127.0.0.1",
             "--port": self.port,
-            "--dtype": "float32",
+            "--dtype": dtype,
             "--max-model-len": max_model_len,
             "--max-num-seqs": max_num_seqs,
             "--max-logprobs": 64,
@@ -60,6 +73,10 @@ class VllmServer:
         }
         if TRANSFER_BACKEND == "gloo":
             self.arguments["--worker-extension-cls"] = "megatron_gkd.rollout.vllm_worker.WorkerExtension"
+        if lora_rank is not None:
+            self.flags.append("--enable-lora")
+            self.arguments["--max-lora-rank"] = lora_rank
+            self.environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
         self.process: subprocess.Popen | None = None
 
     @property
@@ -71,12 +88,12 @@ class VllmServer:
         module = ["-m", "vllm.entrypoints.openai.api_server"]  # the vllm command looks for a package named vllm
         arguments = [str(part) for pair in self.arguments.items() for part in pair]
         # This package without its requirements.
-        environment = os.environ | ENVIRONMENT | {"PYTHONPATH": str(REPOSITORY), "VLLM_SERVER_DEV_MODE": "1"}
+        environment = os.environ | self.environment | {"PYTHONPATH": str(REPOSITORY)}
         if TRANSFER_BACKEND == "nccl":
             environment["CUDA_VISIBLE_DEVICES"] = "1"
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
-                [str(PYTHON), *module, *arguments, "--enforce-eager"],
+                [str(PYTHON), *module, *arguments, *self.flags],
                 env=environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,

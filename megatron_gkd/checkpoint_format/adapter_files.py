@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from megatron_gkd.checkpoint_format.fingerprint import weights_fingerprint
 from megatron_gkd.checkpoint_format.lora_layers import AdaptedLayer, BaseLayer, describe_joined, value_of_name
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -28,6 +31,15 @@ class AdapterProblem(ValueError):
 def factor_name(hf_name: str, kind: str) -> str:
     """Return PEFT's name of a factor. `kind`: A or B."""
     return f"{_PREFIX}{hf_name}.lora_{kind}.weight"
+
+
+@dataclass(frozen=True)
+class ModuleFactors:
+    """The factors of one module of the base: their names in the file, and what multiplies B A."""
+
+    a: str
+    b: str
+    scaling: float
 
 
 @dataclass(frozen=True)
@@ -80,14 +92,42 @@ class AdapterFiles:
         for problem in self._problems(layers, base_shapes):
             raise AdapterProblem(problem)
 
+    def require_base(self, folder: Path) -> None:
+        """AdapterProblem if it is known that they were trained on other weights than those in `folder`."""
+        if self.base is not None and self.base != weights_fingerprint(folder):
+            raise AdapterProblem(f"its adapters are of other weights than those in {folder}")
+
+    def modules(self, base_shapes: Mapping[str, Shape]) -> dict[str, ModuleFactors]:
+        """Return the factors for each weight of the base that has adapters, by its Hugging Face name.
+
+        Raises:
+            AdapterProblem: they are of a kind that can't be merged, or not of this base.
+        """
+        for problem in self._unsupported():
+            raise AdapterProblem(problem)
+        found = {}
+        for name, shape in self.shapes.items():
+            module, kind = _module_of(name)
+            weight = f"{module}.weight"
+            a, b = factor_name(module, "A"), factor_name(module, "B")
+            if weight not in base_shapes:
+                raise AdapterProblem(f"has the tensor {name}, but the model has no {weight}")
+            if a not in self.shapes or b not in self.shapes:
+                raise AdapterProblem(f"has {name} without the other factor of {module}")
+            rank = self.shapes[a][0]
+            expected = (rank, base_shapes[weight][1]) if kind == "A" else (base_shapes[weight][0], rank)
+            if shape != expected:
+                raise AdapterProblem(f"{name} is {list(shape)}; of this model it would be {list(expected)}")
+            found[weight] = ModuleFactors(a, b, self._scaling(module, rank))
+        return found
+
+    def _scaling(self, hf_name: str, rank: int) -> float:
+        config = self.config
+        alpha = value_of_name(hf_name, "alpha_pattern", config.get("alpha_pattern") or {}, config["lora_alpha"])
+        return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+
     def _problems(self, layers: Sequence[AdaptedLayer], base_shapes: Mapping[str, Shape] | None) -> Iterator[str]:
-        if self.config.get("peft_type", "LORA") != "LORA":
-            yield f"holds adapters of the type {self.config['peft_type']}; must be LORA"
-        for key in _MUST_BE_FALSE:
-            if self.config.get(key):
-                yield f"{CONFIG} has {key} = {self.config[key]}, which is not supported"
-        if self.config.get("bias", "none") != "none":
-            yield f"{CONFIG} has bias = {self.config['bias']}; must be none"
+        yield from self._unsupported()
         expected: set[str] = set()
         for layer in layers:
             names = {hf_name: factor_name(hf_name, "A") for hf_name in layer.base.hf_names}
@@ -100,6 +140,15 @@ class AdapterFiles:
         for name in self.shapes:
             if name not in expected:
                 yield f"has the tensor {name}, which is of no layer that lora.target_modules names"
+
+    def _unsupported(self) -> Iterator[str]:
+        if self.config.get("peft_type", "LORA") != "LORA":
+            yield f"holds adapters of the type {self.config['peft_type']}; must be LORA"
+        for key in _MUST_BE_FALSE:
+            if self.config.get(key):
+                yield f"{CONFIG} has {key} = {self.config[key]}, which is not supported"
+        if self.config.get("bias", "none") != "none":
+            yield f"{CONFIG} has bias = {self.config['bias']}; must be none"
 
     def _missing(self, layer: BaseLayer, names: Mapping[str, str]) -> Iterator[str]:
         missing = [hf_name for hf_name, name in names.items() if name not in self.shapes]
@@ -115,9 +164,7 @@ class AdapterFiles:
         rank = self.shapes[factor_name(hf_name, "A")][0]
         if rank != layer.rank:
             yield f"has rank {rank} for {hf_name}; lora.lora_rank (or rank_pattern) gives it {layer.rank}"
-        config = self.config
-        alpha = value_of_name(hf_name, "alpha_pattern", config.get("alpha_pattern") or {}, config["lora_alpha"])
-        scaling = alpha / (rank**0.5 if config.get("use_rslora") else rank)
+        scaling = self._scaling(hf_name, rank)
         if abs(scaling - layer.scaling) > 1e-6 * abs(layer.scaling):
             yield (
                 f"multiplies the adapters of {hf_name} by {scaling:g}; lora.lora_alpha and lora_rank (or patterns, or "
@@ -125,11 +172,46 @@ class AdapterFiles:
             )
 
     def _wrong_shape(self, layer: AdaptedLayer, hf_name: str, base_shapes: Mapping[str, Shape]) -> Iterator[str]:
-        rows, columns = base_shapes[f"{hf_name}.weight"]
-        for kind, shape in (("A", (layer.rank, columns)), ("B", (rows, layer.rank))):
-            name = factor_name(hf_name, kind)
+        for name, shape in _shapes_of_module(layer, hf_name, base_shapes).items():
             if self.shapes[name] != shape:
                 yield f"{name} is {list(self.shapes[name])}; of this student it would be {list(shape)}"
+
+
+def factor_shapes(layers: Sequence[AdaptedLayer], base_shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    """Return the shapes of all factors of a model's adapters, by PEFT's names."""
+    return {
+        name: shape
+        for layer in layers
+        for hf_name in layer.base.hf_names
+        for name, shape in _shapes_of_module(layer, hf_name, base_shapes).items()
+    }
+
+
+def count_parameters(layers: Sequence[AdaptedLayer], base_shapes: Mapping[str, Shape]) -> int:
+    """Return how many parameters a model's adapters have; modules that are one matrix share the factor A."""
+    shared = {
+        factor_name(hf_name, "A"): (layer.base.name, hf_name.rpartition(".")[0])
+        for layer in layers
+        for hf_name in layer.base.hf_names
+    }
+    shapes = factor_shapes(layers, base_shapes)
+    distinct = {shared.get(name, name): math.prod(shape) for name, shape in shapes.items()}
+    return sum(distinct.values())
+
+
+def _shapes_of_module(layer: AdaptedLayer, hf_name: str, base_shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    rows, columns = base_shapes[f"{hf_name}.weight"]
+    return {factor_name(hf_name, "A"): (layer.rank, columns), factor_name(hf_name, "B"): (rows, layer.rank)}
+
+
+def _module_of(name: str) -> tuple[str, str]:
+    """Return the Hugging Face module of a tensor in WEIGHTS, and A or B. AdapterProblem if it is no factor."""
+    match = re.fullmatch(rf"{re.escape(_PREFIX)}(.+)\.lora_([AB])\.weight", name)
+    if match is None:
+        raise AdapterProblem(
+            f"has the tensor {name}, which is not a factor of a linear layer ({_PREFIX}*.lora_A.weight)"
+        )
+    return match[1], match[2]
 
 
 def adapter_config(layers: Sequence[AdaptedLayer], all_layers: Sequence[BaseLayer], base: str, rank: int) -> dict:

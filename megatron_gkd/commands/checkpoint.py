@@ -3,6 +3,7 @@
 import itertools
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from megatron_gkd.commands.parts import Work, imports, load_recipe, print_text, take
 from megatron_gkd.errors import CommandRefused, UserError
@@ -30,7 +31,7 @@ def checkpoint(action: str, arguments: list[str], world_size: int) -> Work:
     except UserError as error:
         raise CommandRefused(str(error)) from error
     if action == "export":
-        return _export(run, step, options["output"], overrides, world_size)
+        return _export(run, step, options, overrides, world_size)
     return partial(_verify, run, [step] if len(named) > 1 or run.step is not None else run.folder.steps())
 
 
@@ -41,19 +42,23 @@ def _verify(run: RunFolder, steps: list[int]) -> None:
         raise CommandRefused("\n".join(damaged))
 
 
-def _export(run: RunFolder, step: int, output: str | None, overrides: list[str], world_size: int) -> Work:
+def _export(run: RunFolder, step: int, options: dict[str, Any], overrides: list[str], world_size: int) -> Work:
     from megatron_gkd.config import commands
 
-    folder = Path(output or run.output_dir / f"hf-step-{step:06d}")
-    if folder.exists():
-        raise CommandRefused(f"--output = {folder}: exists already; must be a folder that does not")
     path = str(run.output_dir / "recipe.yaml")
     recipe = load_recipe(path, [*commands.one_process(), *overrides], world_size, commands.EXPORTS)
+    if options["merge"] and recipe.lora is None:
+        raise CommandRefused(f"--merge: {run.output_dir} has no adapters; must be left out")
+    has_adapters = recipe.lora is not None and not options["merge"]
+    name = "adapters" if has_adapters else "hf"
+    folder = Path(options["output"] or run.output_dir / f"{name}-step-{step:06d}")
+    if folder.exists():
+        raise CommandRefused(f"--output = {folder}: exists already; must be a folder that does not")
 
     def work() -> None:
         with imports():
             from megatron_gkd.training.export_checkpoint import export
 
-        export(recipe, run.folder.final(step), folder)
+        export(recipe, run.folder.final(step), folder, has_adapters=has_adapters)
 
     return work

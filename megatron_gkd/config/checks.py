@@ -89,8 +89,8 @@ def _server_options(recipe: Recipe, _: int) -> Iterator[str]:
         for leaf, default in (("weight_sync", "folder"), ("weight_sync_dir", None), ("steps_ahead", 0)):
             if getattr(section, leaf) != default:
                 yield f"rollout.{leaf} = {getattr(section, leaf)}: only with rollout.engine = vllm_server"
-    elif section.weight_sync != "folder" and section.weight_sync_dir is not None:
-        yield f"rollout.weight_sync_dir = {section.weight_sync_dir}: only with rollout.weight_sync = folder"
+    elif section.weight_sync not in ("folder", "lora") and section.weight_sync_dir is not None:
+        yield f"rollout.weight_sync_dir = {section.weight_sync_dir}: only with rollout.weight_sync = folder or lora"
 
 
 def _vllm_is_installed(recipe: Recipe, _: int) -> Iterator[str]:
@@ -277,7 +277,12 @@ CHECKS = (
     Check(("attn", "dtype"), attention_checks.attention_fits_dtype),
     Check(("attn",), attention_checks.transformer_engine_is_installed, needs_files=True),
     Check((*lora_checks.LEAVES, "tuner_type", "dtype"), lora_checks.keys_go_together),
-    Check((*lora_checks.LEAVES, "model", "expert_tensor_parallel_size"), lora_checks.fits_model, needs_files=True),
+    Check(("merge_dtype", "dtype", "engine", "weight_sync", "tuner_type"), lora_checks.rollouts_take_adapters),
+    Check(
+        (*lora_checks.LEAVES, "model", "expert_tensor_parallel_size", "weight_sync"),
+        lora_checks.fits_model,
+        needs_files=True,
+    ),
     Check(("train_iters", "num_train_epochs"), _length_of_run),
     Check(("min_lr", "lr"), _learning_rate),
     Check(("lr_warmup_iters", "lr_warmup_fraction", "train_iters"), _warmup),
@@ -287,12 +292,13 @@ CHECKS = (
     Check(("external_plugins",), _plugins_exist, needs_files=True),
     Check(("output_dir",), _output_is_writable, needs_files=True),
     Check(
-        ("output_dir", "model", *teacher_checks.LEAVES, "dataset", "val_dataset"),
+        ("output_dir", "model", "adapters", *teacher_checks.LEAVES, "dataset", "val_dataset"),
         output_checks.sources_are_kept,
         needs_files=True,
     ),
     Check(("model",), model_checks.student_is_readable, needs_files=True),
     Check(teacher_checks.LEAVES, model_checks.teachers_are_readable, needs_files=True),
+    Check(teacher_checks.LEAVES, model_checks.teacher_adapters_fit, needs_files=True),
     Check(
         (*teacher_checks.LEAVES, "gkd_logits_topk", "gkd_topk_tail", "temperature"),
         cache_checks.caches_fit,

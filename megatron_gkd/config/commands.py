@@ -13,13 +13,17 @@ from megatron_gkd.config.schema import OneTeacher, ParallelSection, Recipe, Teac
 
 @dataclass(frozen=True)
 class Option:
-    """`--name value`: `read` makes the value of the text, or raises ValueError; `allowed` says what it takes."""
+    """`--name value`: `read` makes the value of the text, or raises ValueError; `allowed` says what it takes.
+
+    A flag is `--name` alone, and true where it is given.
+    """
 
     allowed: str
     meaning: str
     default: Any = None
     read: Callable[[str], Any] = str
     required: bool = False
+    is_flag: bool = False
 
 
 def positive(text: str) -> int:
@@ -47,7 +51,13 @@ GENERATE = {
         "an integer >= 1", "prompts that are answered together; a run that is killed loses no more", 256, positive
     ),
 }
-EXPORT = {"output": Option("a folder that does not exist", "of the export; RUN/hf-step-NNNNNN where it is left out")}
+EXPORT = {
+    "output": Option(
+        "a folder that does not exist",
+        "of the export; RUN/hf-step-NNNNNN where it is left out, RUN/adapters-step-NNNNNN for adapters",
+    ),
+    "merge": Option("", "with adapters: export a whole checkpoint with them merged", False, is_flag=True),
+}
 CHECK = {"nproc": Option("an integer >= 1", "processes that the layout must fit", 1, positive)}
 
 
@@ -67,13 +77,19 @@ def take_options(arguments: Sequence[str], options: Mapping[str, Option]) -> tup
         if not flag.startswith("-") or name not in options:
             rest.append(argument)
             continue
+        if options[name].is_flag and not equals:
+            found[name] = True
+            continue
         text = text if equals else next(remaining, "")
         try:
+            if options[name].is_flag:
+                raise ValueError
             found[name] = options[name].read(text)
             if text == "" or text.startswith("--"):
                 raise ValueError
         except ValueError:
-            problems.append(f"--{name} = {text}: must be {options[name].allowed}")
+            allowed = f"must be {options[name].allowed}" if options[name].allowed else "takes no value"
+            problems.append(f"--{name} = {text}: {allowed}")
             found[name] = None
     problems += [
         f"--{name}: missing; must be {option.allowed} ({option.meaning})"
@@ -90,7 +106,7 @@ def help_of(options: Mapping[str, Option]) -> str:
     lines = []
     for name, option in options.items():
         default = "optional" if option.default is None else f"default: {option.default}"
-        default = "required" if option.required else default
+        default = "required" if option.required else "flag" if option.is_flag else default
         lines += [f"  --{name}  {option.allowed}  [{default}]", f"        {option.meaning}"]
     return "\n".join(lines)
 
@@ -128,6 +144,11 @@ def _generate_has_a_teacher(recipe: Recipe, _: int) -> Iterator[str]:
         yield f"teacher.kind = {recipe.teacher.source}: must be local or server to generate --from teacher"
 
 
+def _generate_sends_whole_weights(recipe: Recipe, _: int) -> Iterator[str]:
+    if recipe.rollout.weight_sync == "lora":
+        yield "rollout.weight_sync = lora: must be folder, nccl or gloo to generate, which merges adapters first"
+
+
 # Training alone reads a cache, which need not be there yet for these commands, and writes exports.
 _TRAINING_ALONE = (cache_checks.caches_fit, cache_checks.caches_suit_on_policy, output_checks.sources_are_kept)
 SCORES = CommandChecks(
@@ -136,9 +157,10 @@ SCORES = CommandChecks(
 )
 # Nothing is scored: no log-probabilities of a teacher's server are needed.
 _WITHOUT_SCORES = (*_TRAINING_ALONE, teacher_checks.servers_tell_enough)
-STUDENT_GENERATES = CommandChecks(left_out=_WITHOUT_SCORES)
+_WHOLE_WEIGHTS = Check(("weight_sync",), _generate_sends_whole_weights)
+STUDENT_GENERATES = CommandChecks(extra=(_WHOLE_WEIGHTS,), left_out=_WITHOUT_SCORES)
 TEACHER_GENERATES = CommandChecks(
-    extra=(Check(teacher_checks.LEAVES, _generate_has_a_teacher),), left_out=_WITHOUT_SCORES
+    extra=(_WHOLE_WEIGHTS, Check(teacher_checks.LEAVES, _generate_has_a_teacher)), left_out=_WITHOUT_SCORES
 )
 # Only the student is built.
 EXPORTS = CommandChecks(

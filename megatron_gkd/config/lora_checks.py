@@ -9,6 +9,7 @@ from megatron_gkd.config import model_checks
 from megatron_gkd.config.schema import LoraSection, Recipe
 
 LEAVES = tuple(LoraSection.model_fields)
+_NOT_FOR_EXPERTS = "not with a mixture-of-experts student; use folder, nccl or gloo, which send merged weights"
 _INITIALIZATIONS = ("kaiming", "gaussian")
 
 
@@ -50,6 +51,21 @@ def keys_go_together(recipe: Recipe, _: int) -> Iterator[str]:
         yield f"lora.target_regex = {lora.target_regex}: not beside target_modules; set one of the two"
 
 
+def rollouts_take_adapters(recipe: Recipe, _: int) -> Iterator[str]:
+    """Refuse ways to give adapters to a rollout engine that do not suit it."""
+    lora, rollout = recipe.lora, recipe.rollout
+    if rollout.weight_sync == "lora" and lora is None:
+        yield "rollout.weight_sync = lora: only with adapters (section lora); use folder, nccl or gloo"
+    if lora is None or lora.merge_dtype is None:
+        return
+    if rollout.engine == "megatron":
+        yield f"lora.merge_dtype = {lora.merge_dtype}: only with rollout.engine = vllm or vllm_server"
+    elif rollout.weight_sync == "lora":
+        yield f"lora.merge_dtype = {lora.merge_dtype}: not with rollout.weight_sync = lora, which merges nothing"
+    elif lora.merge_dtype == "bf16" and recipe.train.dtype == "fp32":
+        yield "lora.merge_dtype = bf16: must be fp32 or null where train.dtype = fp32"
+
+
 def fits_model(recipe: Recipe, _: int) -> Iterator[str]:
     """Refuse names that a local student does not have, or that it can only have together."""
     if recipe.lora is None:
@@ -65,6 +81,8 @@ def fits_model(recipe: Recipe, _: int) -> Iterator[str]:
     except LoraProblem as problem:
         yield f"lora.{problem}"
         return
+    if shape.num_experts and recipe.rollout.weight_sync == "lora":
+        yield f"rollout.weight_sync = lora: {_NOT_FOR_EXPERTS}"
     expert_tensor = recipe.parallel.expert_tensor_parallel_size
     if expert_tensor > 1 and any(layer.base.container for layer in layers):
         yield f"parallel.expert_tensor_parallel_size = {expert_tensor}: must be 1 with adapters on experts"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_gkd.checkpoint_format.adapter_files import AdapterFiles, AdapterProblem
 from megatron_gkd.checkpoint_format.config_file import num_experts, num_key_value_heads, read_config, rope, rope_type
 from megatron_gkd.checkpoint_format.weight_files import has_weights, read_tensors
 from megatron_gkd.config.schema import Recipe
@@ -36,6 +37,22 @@ def teachers_are_readable(recipe: Recipe, _: int) -> Iterator[str]:
     """The same of the local teachers."""
     for key, model in _local_teachers(recipe).items():
         yield from _unreadable(key, model)
+
+
+def teacher_adapters_fit(recipe: Recipe, _: int) -> Iterator[str]:
+    """Refuse adapters of local teachers that can't be read, or are not of the teacher's model."""
+    for place, teacher in recipe.teacher.all.items():
+        if teacher.source != "local" or teacher.teacher_adapters is None or not teacher.teacher_model:
+            continue
+        model = Path(teacher.teacher_model)
+        try:
+            files = AdapterFiles.open(Path(teacher.teacher_adapters))
+            if (model / "config.json").is_file() and has_weights(model):  # else a hub id
+                files.modules({name: tensor.shape for name, tensor in read_tensors(model, read_config(model)).items()})
+        except AdapterProblem as problem:
+            yield f"{place}.teacher_adapters = {teacher.teacher_adapters}: {problem}"
+        except ValueError:  # reported by the model's own check
+            continue
 
 
 def _local_teachers(recipe: Recipe) -> dict[str, str]:

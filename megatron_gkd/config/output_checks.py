@@ -6,11 +6,13 @@ from pathlib import Path
 
 from megatron_gkd.config.schema import Recipe
 
+_EXPORT = re.compile(r"(hf|adapters)(-step-\d+)?")
+
 
 def sources_are_kept(recipe: Recipe, _: int) -> Iterator[str]:
-    """Find a model, cache or data file that is, or lies in, an export in output_dir: this run's exports go there."""
+    """Find a model, adapters, a cache or a data file in an export in output_dir: this run's exports go there."""
     folder = Path(recipe.output.output_dir)
-    exports = [path.resolve() for path in folder.glob("hf*") if re.fullmatch(r"hf|hf-step-\d+", path.name)]
+    exports = [path.resolve() for path in folder.glob("*") if _EXPORT.fullmatch(path.name)]
     for key, source in _sources(recipe):
         if not Path(source).exists():
             continue
@@ -21,9 +23,13 @@ def sources_are_kept(recipe: Recipe, _: int) -> Iterator[str]:
 
 def _sources(recipe: Recipe) -> Iterator[tuple[str, str]]:
     yield "student.model", recipe.student.model
+    if recipe.lora is not None and recipe.lora.adapters is not None:
+        yield "lora.adapters", recipe.lora.adapters
     for place, teacher in recipe.teacher.all.items():
         if teacher.teacher_model is not None:
             yield f"{place}.teacher_model", teacher.teacher_model
+        if teacher.teacher_adapters is not None:
+            yield f"{place}.teacher_adapters", teacher.teacher_adapters
         if teacher.cache is not None:
             yield f"{place}.cache", teacher.cache
     for leaf in ("dataset", "val_dataset"):

@@ -98,6 +98,9 @@ class OneTeacher(Section):
         description="folder of what the teacher says of each row, by `megatron-gkd score`; a teacher beside it judges "
         "the rows that are not there",
     )
+    teacher_adapters: PathText | None = Field(
+        None, description="local: folder of PEFT adapters of teacher_model, merged into its weights as they are read"
+    )
     offload_teacher_model: bool = Field(False, description="keep the teacher in host memory between scorings")
     ema: float | None = Field(
         None, gt=0, lt=1, description="self: judge with a moving average of the weights; its decay for each step"
@@ -215,13 +218,15 @@ class RolloutSection(Section):
     vllm_server_urls: Annotated[tuple[ServerUrl, ...], BeforeValidator(_as_sequence)] = Field(
         (), description="vllm_server: addresses of the servers, which prompts are dealt to (http://host:8000)"
     )
-    weight_sync: Literal["folder", "nccl", "gloo"] = Field(
+    weight_sync: Literal["folder", "nccl", "gloo", "lora"] = Field(
         "folder",
-        description="vllm_server: new weights go through a shared folder, or vLLM's weight transfer on GPUs or on CPUs",
+        description="vllm_server: new weights go through a shared folder, or vLLM's weight transfer on GPUs (nccl) or "
+        "on CPUs (gloo); lora: adapters alone, through the folder, to servers of student.model that take them at run "
+        "time",
     )
     weight_sync_dir: PathText | None = Field(
         None,
-        description="weight_sync folder: where it is, under one path here and on the servers; "
+        description="weight_sync folder and lora: where the folder is, under one path here and on the servers; "
         "null: rollout_weights in output_dir",
     )
     steps_ahead: int = Field(
@@ -428,9 +433,16 @@ class LoraSection(Section):
     lora_dtype: Literal["bf16", "fp32"] | None = Field(
         None, description="type of the adapters; null: train.dtype. The optimizer has fp32"
     )
+    merge_dtype: Literal["bf16", "fp32"] | None = Field(
+        None,
+        description="vllm and vllm_server: type of the layers with merged adapters that the engine gets; fp32 keeps "
+        "the small updates that bf16 rounds away, and has vLLM compute in fp32; null: train.dtype",
+    )
     adapters: PathText | None = Field(None, description="folder of PEFT adapters to start from")
     merge_lora: bool = Field(
-        False, description="exports are whole Hugging Face checkpoints with the adapters merged; else PEFT adapters"
+        False,
+        description="export a whole Hugging Face checkpoint with the adapters merged, in output_dir/hf, beside the "
+        "PEFT adapters, which are always in output_dir/adapters",
     )
 
 

@@ -25,6 +25,8 @@ def teachers_are_named(recipe: Recipe, _: int) -> Iterator[str]:
             yield f"{place}.teacher_model_server = {urls}: only with {place}.kind = server"
         if source == "server" and teacher.teacher_model is not None:
             yield f"{place}.teacher_model = {teacher.teacher_model}: not with {place}.teacher_model_server"
+        if source != "local" and teacher.teacher_adapters is not None:
+            yield f"{place}.teacher_adapters = {teacher.teacher_adapters}: only with {place}.kind = local"
         if len(set(teacher.teacher_model_server)) < len(teacher.teacher_model_server):
             urls = list(teacher.teacher_model_server)
             yield f"{place}.teacher_model_server = {urls}: must name every server once"

@@ -10,18 +10,15 @@ from pathlib import Path
 
 from megatron_gkd.checkpoint_format.adapter_files import BASE, CONFIG, adapter_config
 from megatron_gkd.checkpoint_format.fingerprint import weights_fingerprint
-from megatron_gkd.models.export import on_main
+from megatron_gkd.models.export import on_main, write_tokenizer
 from megatron_gkd.models.megatron_model import MegatronModel
 
 
-def export_adapters(model: MegatronModel, directory: str | Path, base: str | None = None) -> Path:
-    """Write the factors, whole, and adapter_config.json into `directory`. A collective over the whole world.
+def export_adapters(model: MegatronModel, directory: str | Path) -> Path:
+    """Write the factors, whole, adapter_config.json and the tokenizer into `directory`. A collective over the world.
 
     The files are the same bit by bit under every layout. They are written beside their place and moved there when
     whole.
-
-    Args:
-        base: what the files call the base model, such as a hub id; None: the folder that it was read from.
 
     Raises:
         UserError: in all ranks; the folder can't be written.
@@ -37,11 +34,12 @@ def export_adapters(model: MegatronModel, directory: str | Path, base: str | Non
         unfinished.mkdir(parents=True)
 
     def publish() -> None:
-        name = str(model.checkpoint.path) if base is None else base
+        name = model.checkpoint.hub_id or str(model.checkpoint.path)
         config = adapter_config(adapters.layers, adapters.base_layers, name, adapters.options.rules.rank)
         (unfinished / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         fingerprint = {"path": name, "weights": weights_fingerprint(model.checkpoint.path)}
         (unfinished / BASE).write_text(json.dumps(fingerprint, indent=2) + "\n", encoding="utf-8")
+        write_tokenizer(model.checkpoint, unfinished)
         shutil.rmtree(directory, ignore_errors=True)
         unfinished.rename(directory)
 

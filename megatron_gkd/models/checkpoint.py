@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from megatron_gkd.checkpoint_format.adapter_files import AdapterFiles, AdapterProblem
 from megatron_gkd.checkpoint_format.config_file import CheckpointProblem, read_config
 from megatron_gkd.checkpoint_format.weight_files import HEAD, StoredTensor, read_tensors
 from megatron_gkd.errors import UserError
 from megatron_gkd.models.location import locate
+from megatron_gkd.models.merged_adapters import MergedAdapters
 from megatron_gkd.runtime.nodes import Nodes
 
 
@@ -23,11 +25,15 @@ class Checkpoint:
 
     Attributes:
         tensors: the parameters in its safetensors files, by name.
+        adapters: PEFT adapters that are merged into the weights as they are read; None: the weights are as stored.
+        hub_id: of a model that was downloaded.
     """
 
     path: Path
     config: PretrainedConfig
     tensors: dict[str, StoredTensor] = field(repr=False)
+    adapters: MergedAdapters | None = None
+    hub_id: str | None = None
 
     @classmethod
     def open(cls, model: str, nodes: Nodes | None = None) -> Checkpoint:
@@ -47,7 +53,23 @@ class Checkpoint:
         except Exception as error:  # transformers raises many kinds for a wrong value
             reason = " ".join(str(error).split())
             raise UserError(f"{model}: its config.json is not a model's configuration ({reason})") from error
-        return cls(path, config, tensors)
+        return cls(path, config, tensors, hub_id=None if Path(model).is_dir() else model)
+
+    def with_adapters(self, folder: Path, key: str) -> Checkpoint:
+        """Return the same with the PEFT adapters in `folder` merged, which the recipe's `key` names.
+
+        Raises:
+            UserError: they are not of this model, or can't be read.
+        """
+        try:
+            AdapterFiles.open(folder).require_base(self.path)
+            return replace(self, adapters=MergedAdapters(folder, self.shapes))
+        except AdapterProblem as problem:
+            raise UserError(f"{key} = {folder}: {problem}") from problem
+
+    def has_weights_of(self, other: Checkpoint) -> bool:
+        """Whether it is the same directory as `other`, both without adapters."""
+        return self.adapters is other.adapters is None and self.path.resolve() == other.path.resolve()
 
     @property
     def vocab_size(self) -> int:

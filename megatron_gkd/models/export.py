@@ -103,6 +103,11 @@ def write_companions(checkpoint: Checkpoint, dtype: torch.dtype, directory: Path
 
     _attempt(write_config, f"{checkpoint.path}/config.json")
     _attempt(write_generation_config, f"{checkpoint.path}/{GENERATION_CONFIG_NAME}")
+    write_tokenizer(checkpoint, directory)
+
+
+def write_tokenizer(checkpoint: Checkpoint, directory: Path) -> None:
+    """Write the tokenizer of `checkpoint` into `directory`. Raises as ``write_companions``."""
     _attempt(lambda: checkpoint.tokenizer().save_pretrained(directory), f"the tokenizer in {checkpoint.path}")
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from megatron_gkd.checkpoint_format.weight_files import EMBEDDING, HEAD, StoredTensor
 from megatron_gkd.models.checkpoint import Checkpoint
+from megatron_gkd.models.merged_adapters import MergedAdapters
 from megatron_gkd.runtime import portability
 from megatron_gkd.runtime.agreement import raise_together
 
@@ -71,7 +72,7 @@ def read_weights(
         for parameter in parameters.values():
             parameter.fill_(torch.nan)  # what is still there afterwards was not filled
     read: set[str] = set()
-    problem = _load(bridge, chunks, checkpoint.path, read, report) or _describe_unfilled(parameters)
+    problem = _load(bridge, chunks, checkpoint, read, report) or _describe_unfilled(parameters)
     raise_together(None if problem is None else f"{checkpoint.path}: {problem}")
     unused = _unused_everywhere(sorted(checkpoint.tensors), read)
     problem = None
@@ -81,29 +82,39 @@ def read_weights(
 
 
 class _RecordedTensor:
-    """Passes on mcore-bridge's lazy tensor; adds its name to `read`, and reports their number, when it is loaded."""
+    """Passes on mcore-bridge's lazy tensor, with its adapters merged; when it is loaded, adds its name to `read` and
+    reports their number.
+    """
 
-    def __init__(self, name: str, tensor: LazyTensor, read: set[str], report: Callable[[int], None]):
+    def __init__(
+        self,
+        name: str,
+        tensor: LazyTensor,
+        read: set[str],
+        report: Callable[[int], None],
+        adapters: MergedAdapters | None,
+    ):
         self._name, self._tensor, self._read, self._report = name, tensor, read, report
+        self._adapters = adapters
 
     def load(self) -> Tensor:
         self._read.add(self._name)
         tensor = self._tensor.load()
         self._report(len(self._read))
-        return tensor
+        return tensor if self._adapters is None else self._adapters.merge(self._name, tensor)
 
 
 def _load(
-    bridge: Bridge, chunks: Sequence[nn.Module], path: Path, read: set[str], report: Callable[[int], None]
+    bridge: Bridge, chunks: Sequence[nn.Module], checkpoint: Checkpoint, read: set[str], report: Callable[[int], None]
 ) -> str | None:
     """Load the weights and add the names of the tensors to `read`. Returns what went wrong."""
 
     def record(name: str, tensor: LazyTensor) -> tuple[str, LazyTensor]:
-        return name, _RecordedTensor(name, tensor, read, report)
+        return name, _RecordedTensor(name, tensor, read, report, checkpoint.adapters)
 
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
-            bridge.load_weights(list(chunks), str(path), converter=record)
+            bridge.load_weights(list(chunks), str(checkpoint.path), converter=record)
     except KeyError as error:
         return f"no safetensors file has the tensor {error.args[0]}, which the model needs"
     except Exception as error:  # whatever it is, the other ranks must learn of it

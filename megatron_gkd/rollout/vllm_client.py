@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import httpx
@@ -21,6 +22,7 @@ from megatron_gkd.errors import UserError
 from megatron_gkd.runtime import servers
 from megatron_gkd.runtime.servers import ServedModel, Server, ServerDown
 
+_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _ROUNDING = 1e-3  # nats by which a log-probability may be above 0
 
 
@@ -38,11 +40,27 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class StudentRequirements:
-    """What a server must still be after a restart: the arguments of `StudentServer.hello`, and what that returned."""
+class ServerNeeds:
+    """What a server must be able to do.
+
+    Attributes:
+        max_length: tokens of the longest sequence.
+        transfer_backend: of vLLM's weight transfer; None: it is not used.
+        lora_rank: highest rank of the adapters that it is given at run time; None: it gets whole weights.
+        needs_fp32: it must compute in fp32.
+    """
 
     max_length: int
-    transfer_backend: str | None
+    transfer_backend: str | None = None
+    lora_rank: int | None = None
+    needs_fp32: bool = False
+
+
+@dataclass(frozen=True)
+class StudentRequirements:
+    """What a server must still be after a restart: the argument of `StudentServer.hello`, and what that returned."""
+
+    needs: ServerNeeds
     model: ServedModel
 
 
@@ -57,15 +75,21 @@ class Sampled:
 
 class _ModelConfig(msgspec.Struct):
     logprobs_mode: str
+    dtype: str | None = None
 
 
 class _TransferConfig(msgspec.Struct):
     backend: str | None = None
 
 
+class _LoraConfig(msgspec.Struct):
+    max_lora_rank: int
+
+
 class _Config(msgspec.Struct):
     model_config: _ModelConfig
     weight_transfer_config: _TransferConfig | None = None
+    lora_config: _LoraConfig | None = None
 
 
 class _ServerInfo(msgspec.Struct):
@@ -116,36 +140,30 @@ class StudentServer(Server):
         """What the server is held to each time that it has lost its weights, as it may have been started anew."""
         self._hand_over = hand_over
 
-    def hello(self, max_length: int, transfer_backend: str | None = None) -> ServedModel:
+    def hello(self, needs: ServerNeeds) -> ServedModel:
         """Wait until the server answers.
 
         Raises:
-            UserError: it does not, or it can't serve: no routes for new weights, another `transfer_backend` than this,
-                log-probabilities of another kind, or sequences shorter than `max_length`.
+            UserError: it does not, or it can't serve: no routes for new weights, log-probabilities of another kind, or
+                less than `needs`.
         """
         patience = Patience(self.patience)
         while True:
             try:
-                return self._hello(max_length, transfer_backend)
+                return self._hello(needs)
             except ServerDown as error:
                 patience.wait(error)
 
-    def _hello(self, max_length: int, transfer_backend: str | None) -> ServedModel:
-        model = self._served_model(max_length)
+    def _hello(self, needs: ServerNeeds) -> ServedModel:
+        model = self._served_model(needs.max_length)
         missing = "start it with VLLM_SERVER_DEV_MODE=1 in its environment"
         parameters = {"config_format": "json"}
         config = self.request("GET", "/server_info", _ServerInfo, params=parameters, hint=missing).vllm_config
         mode = config.model_config.logprobs_mode
         if mode != "raw_logprobs":
             raise UserError(f"{self.url}: gives {mode}; start it with --logprobs-mode raw_logprobs")
-        backend = config.weight_transfer_config.backend if config.weight_transfer_config else None
-        if transfer_backend not in (None, backend):
-            extension = " --worker-extension-cls megatron_gkd.rollout.vllm_worker.WorkerExtension"
-            raise UserError(
-                f"{self.url}: its weight-transfer backend is {backend}, not rollout.weight_sync = {transfer_backend}; "
-                f'start it with --weight-transfer-config \'{{"backend": "{transfer_backend}"}}\''
-                + (extension if transfer_backend == "gloo" else "")
-            )
+        for problem in _problems(config, needs):
+            raise UserError(f"{self.url}: {problem}")
         self.request("GET", "/weight_info", _WeightInfo, hint="its vLLM is too old: 0.32 is known to have it")
         return model
 
@@ -184,7 +202,13 @@ class StudentServer(Server):
 
     def _sample(self, request: dict[str, Any]) -> Sampled:
         path = "/v1/completions"
-        choice = self.request("POST", path, _COMPLETION, json=request).choices[0]
+        try:
+            choice = self.request("POST", path, _COMPLETION, json=request).choices[0]
+        except servers.RouteMissing as error:  # vLLM's answer, too, where it has no model of this name
+            needs = self.requirements
+            if needs is None or needs.needs.lora_rank is None:
+                raise
+            raise ServerDown(str(error)) from error  # it was started anew, and has to be given the adapters
         if choice.finish_reason not in ("stop", "length"):
             raise ServerDown(f"{self.url}: ended a completion by {choice.finish_reason!r}")
         ids, log_probs = choice.token_ids, choice.logprobs.token_logprobs if choice.logprobs else None
@@ -243,18 +267,29 @@ class StudentServer(Server):
 
         It has been started anew, perhaps with other options or another model.
         """
-        needs, run = self.requirements, self.wanted.label.rpartition("-")[0]
-        if needs is None or self.label is None or label.startswith(f"{run}-"):
+        required, run = self.requirements, self.wanted.label.rpartition("-")[0]
+        if required is None or self.label is None or label.startswith(f"{run}-"):
             return
-        model = self._hello(needs.max_length, needs.transfer_backend)
-        if model.name != needs.model.name:
+        model = self._hello(required.needs)
+        if model.name != required.model.name:
             raise UserError(
-                f"{self.url}: serves {model.name} since it lost the student's weights, and served {needs.model.name} "
-                f"before; start it again as it was (--served-model-name {needs.model.name})"
+                f"{self.url}: serves {model.name} since it lost the student's weights, and served "
+                f"{required.model.name} before; start it again as it was (--served-model-name {required.model.name})"
             )
 
     def pause(self) -> None:
         self.command("/pause", params={"mode": "abort"})
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Load the PEFT adapters in `folder`, which requests name `name` from then on."""
+        hint = "start it with --enable-lora, and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment"
+        body = {"lora_name": name, "lora_path": str(folder)}
+        servers.exchange(self._http, "POST", f"{self.url}/v1/load_lora_adapter", hint=hint, json=body)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget adapters, if the server still has them."""
+        with suppress(servers.RouteMissing):
+            servers.exchange(self._http, "POST", f"{self.url}/v1/unload_lora_adapter", json={"lora_name": name})
 
     def serve_wanted(self) -> str:
         """Go on, now that the wanted weights are there. Returns the label that says so."""
@@ -278,3 +313,29 @@ class StudentServer(Server):
         except ServerDown:
             return False
         return True
+
+
+def _problems(config: _Config, needs: ServerNeeds) -> Iterator[str]:
+    backend = config.weight_transfer_config.backend if config.weight_transfer_config else None
+    if needs.transfer_backend not in (None, backend):
+        extension = " --worker-extension-cls megatron_gkd.rollout.vllm_worker.WorkerExtension"
+        yield (
+            f"its weight-transfer backend is {backend}, not rollout.weight_sync = {needs.transfer_backend}; "
+            f'start it with --weight-transfer-config \'{{"backend": "{needs.transfer_backend}"}}\''
+            + (extension if needs.transfer_backend == "gloo" else "")
+        )
+    if needs.lora_rank is not None:
+        most = config.lora_config.max_lora_rank if config.lora_config else 0
+        if most < needs.lora_rank:
+            yield (
+                f"takes adapters of rank {most} at most, which has to be {needs.lora_rank}; with rollout.weight_sync = "
+                f"lora start it with --enable-lora --max-lora-rank {_max_lora_rank(needs.lora_rank)}, and "
+                "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment"
+            )
+    if needs.needs_fp32 and config.model_config.dtype != "torch.float32":
+        yield f"computes in {config.model_config.dtype}; with lora.merge_dtype = fp32 start it with --dtype float32"
+
+
+def _max_lora_rank(rank: int) -> int:
+    """Return the lowest value of vLLM's --max-lora-rank that takes adapters of `rank`."""
+    return next((allowed for allowed in _VLLM_RANKS if allowed >= rank), rank)

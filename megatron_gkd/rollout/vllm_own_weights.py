@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
-from megatron_gkd.rollout.vllm_client import Patience, StudentServer
+from megatron_gkd.rollout.vllm_client import Patience, ServerNeeds, StudentServer
 from megatron_gkd.rollout.vllm_server import VllmServerEngine
 from megatron_gkd.runtime.servers import ServedModel
 
@@ -16,8 +16,8 @@ _LABEL = "as it was started"
 class ServerAsStarted(StudentServer):
     """One of them."""
 
-    def _hello(self, max_length: int, transfer_backend: str | None) -> ServedModel:
-        model = self._served_model(max_length)
+    def _hello(self, needs: ServerNeeds) -> ServedModel:
+        model = self._served_model(needs.max_length)
         self.require_running()
         return model
 

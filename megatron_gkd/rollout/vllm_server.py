@@ -10,9 +10,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -26,8 +26,9 @@ from megatron_gkd.rollout import vllm_weights
 from megatron_gkd.rollout.background import each, in_background
 from megatron_gkd.rollout.base import Completion, OnCompletion, RolloutFailed, Sampling, check_prompts
 from megatron_gkd.rollout.logit_bias import logit_bias
-from megatron_gkd.rollout.vllm_client import Sampled, StudentRequirements, StudentServer, Weights
-from megatron_gkd.rollout.vllm_weights import WeightFolder
+from megatron_gkd.rollout.vllm_adapters import AdapterFolder, adapter_name, hand_over_adapters
+from megatron_gkd.rollout.vllm_client import Sampled, ServerNeeds, StudentRequirements, StudentServer, Weights
+from megatron_gkd.rollout.vllm_weights import Shapes, WeightFolder
 from megatron_gkd.rollout.weight_transfer import Keeper, WeightTransfer, wait_for_first_rank
 from megatron_gkd.runtime.agreement import raise_together
 from megatron_gkd.runtime.mesh import Mesh
@@ -39,6 +40,23 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
+class ServedAdapters:
+    """The adapters that servers are given.
+
+    Attributes:
+        config: adapter_config.json.
+        shapes: of the factors by PEFT's names.
+    """
+
+    config: Mapping[str, Any]
+    shapes: Shapes
+
+    @property
+    def rank(self) -> int:
+        return max([int(self.config["r"]), *self.config["rank_pattern"].values()])
+
+
+@dataclass(frozen=True)
 class ServerOptions:
     """The servers, and how they are asked.
 
@@ -46,7 +64,10 @@ class ServerOptions:
         urls: of the servers' roots; prompts are dealt to them in turn.
         weight_sync_dir: the folder for weights; they see it under the same path.
         max_length: tokens of a prompt and its completion together.
-        weight_sync: how they get weights: through that folder, or sent over nccl or gloo.
+        weight_sync: how they get weights: through that folder, sent over nccl or gloo, or adapters alone ("lora"),
+            through that folder as well.
+        adapters: what "lora" gives them; None with others.
+        needs_fp32: they must compute in fp32.
         concurrency: requests of one replica at the same time, over all servers.
         timeout: seconds that one answer may take.
         patience: seconds that a server may be gone before the run stops.
@@ -55,7 +76,9 @@ class ServerOptions:
     urls: tuple[str, ...]
     weight_sync_dir: Path
     max_length: int
-    weight_sync: Literal["folder", "nccl", "gloo"] = "folder"
+    weight_sync: Literal["folder", "nccl", "gloo", "lora"] = "folder"
+    adapters: ServedAdapters | None = None
+    needs_fp32: bool = False
     concurrency: int = 64
     timeout: float = 600.0
     patience: float = 300.0
@@ -83,21 +106,31 @@ class VllmServerEngine:
             self.servers = [
                 self.server_kind(url, self.http, options.patience, self._hand_over()) for url in options.urls
             ]
-        backend = None if options.weight_sync == "folder" else options.weight_sync
+        needs = ServerNeeds(
+            options.max_length,
+            transfer_backend=options.weight_sync if options.weight_sync in ("nccl", "gloo") else None,
+            lora_rank=None if options.adapters is None else options.adapters.rank,
+            needs_fp32=options.needs_fp32,
+        )
         self.models: list[ServedModel] = self._by_first_rank(
-            lambda: each(lambda server: server.hello(options.max_length, backend), self.servers)
+            lambda: each(lambda server: server.hello(needs), self.servers)
         )
         for server, model in zip(self.servers, self.models, strict=False):  # none where no server is asked
-            server.requirements = StudentRequirements(options.max_length, backend, model)
+            server.requirements = StudentRequirements(needs, model)
 
     def _build_sync(self) -> WeightFolder | WeightTransfer:
         optional = ("lm_head.weight",) if self.checkpoint.config.tie_word_embeddings else ()
         expected = self.checkpoint.shapes
+        adapters = self.options.adapters
+        if adapters is not None:
+            return AdapterFolder(self.options.weight_sync_dir, adapters.shapes, adapters.config)
         if self.options.weight_sync == "folder":
             return WeightFolder(self.options.weight_sync_dir, expected, optional)
         return WeightTransfer(self.options.weight_sync, expected, optional, self.options.timeout)
 
     def _hand_over(self) -> Callable[[StudentServer], None]:
+        if self.options.adapters is not None:
+            return hand_over_adapters
         if self.options.weight_sync == "folder":
             return vllm_weights.hand_over
         return self.sync.hand_over if self.mesh.is_main else wait_for_first_rank
@@ -113,7 +146,7 @@ class VllmServerEngine:
         self.weights = self._by_first_rank(lambda: self.sync.load(named_tensors, version, self.servers))
         for server in self.servers:
             server.wanted = self.weights
-        if self.mesh.is_main and self._keeper is None and self.options.weight_sync != "folder":
+        if self.mesh.is_main and self._keeper is None and isinstance(self.sync, WeightTransfer):
             self._keeper = Keeper(self.servers)
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Completion]:
@@ -149,11 +182,14 @@ class VllmServerEngine:
         on_completion: OnCompletion | None,
     ) -> tuple[list[Completion], float]:
         """The completions, and how many seconds they took."""
+        served = self.models
+        if self.options.adapters is not None:
+            served = [replace(model, name=adapter_name(self.weights)) for model in served]
         first = self.mesh.dp.rank()  # replicas with few prompts do not all ask the same servers
 
         def complete(index: int) -> Completion:
             turn = (first + index) % len(self.servers)
-            request = self._request(self.models[turn], prompts[index], sampling, seeds[index])
+            request = self._request(served[turn], prompts[index], sampling, seeds[index])
             completion = self._ask(self.servers[turn], request, version)
             if on_completion is not None:
                 on_completion(index, completion)

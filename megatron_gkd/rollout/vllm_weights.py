@@ -20,6 +20,7 @@ from megatron_gkd.runtime.servers import ServerDown
 
 Shapes = dict[str, tuple[int, ...]]
 
+VERSION_PREFIX = "weights-"  # of the folders' names
 _MOST_BYTES = 5 * 10**9  # of a file, which is in host memory before it is written
 
 
@@ -28,7 +29,7 @@ class SharedWeights(Weights):
     """One version of the student's weights on disk.
 
     Attributes:
-        directory: absolute, with safetensors files alone; its name was never used before.
+        directory: absolute, with safetensors files, and what says how to read them; its name was never used before.
         shapes: of the tensors in `directory`, by their Hugging Face names.
     """
 
@@ -62,12 +63,12 @@ class WeightFolder:
         """
         label = f"{self.run}-{version}"
         # A name of its own in every run: a network file system may still remember what an old one held.
-        directory = self.root / f"weights-{version:06d}-{self.run}"
+        directory = self.root / f"{VERSION_PREFIX}{version:06d}-{self.run}"
         unfinished = directory.with_name(directory.name + ".unfinished")
         named_tensors = iter(named_tensors)
         try:
             unfinished.mkdir(parents=True)
-            shapes = _save(named_tensors, unfinished)
+            shapes = self._save(named_tensors, unfinished)
             check_shapes(shapes, self.expected, self.optional)
             for path in (*unfinished.iterdir(), unfinished):
                 flush(path)
@@ -82,6 +83,13 @@ class WeightFolder:
         weights.validate()
         return weights
 
+    def _save(self, named_tensors: Iterable[tuple[str, Tensor]], directory: Path) -> Shapes:
+        shapes: Shapes = {}
+        for number, shard in enumerate(_shards(named_tensors), start=1):
+            save_file(shard, directory / f"model-{number:05d}.safetensors")
+            shapes |= {name: tuple(tensor.shape) for name, tensor in shard.items()}
+        return shapes
+
     def load(
         self, named_tensors: Iterable[tuple[str, Tensor]], version: int, servers: Sequence[StudentServer]
     ) -> SharedWeights:
@@ -93,7 +101,7 @@ class WeightFolder:
 
     def forget_all_but(self, weights: SharedWeights) -> None:
         """Delete all other versions, and what interrupted runs have left."""
-        for path in self.root.glob("weights-*"):
+        for path in self.root.glob(f"{VERSION_PREFIX}*"):
             if path != weights.directory:
                 shutil.rmtree(path, ignore_errors=True)
 
@@ -136,14 +144,6 @@ def tensor_shapes(directory: Path) -> Shapes:
                 shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
         except (OSError, SafetensorError) as error:
             raise UserError(f"{file}: can't be read ({error})") from error
-    return shapes
-
-
-def _save(named_tensors: Iterable[tuple[str, Tensor]], directory: Path) -> Shapes:
-    shapes: Shapes = {}
-    for number, shard in enumerate(_shards(named_tensors), start=1):
-        save_file(shard, directory / f"model-{number:05d}.safetensors")
-        shapes |= {name: tuple(tensor.shape) for name, tensor in shard.items()}
     return shapes
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import time
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, TypeVar
 
 import httpx
@@ -99,15 +100,24 @@ def decode(content: bytes, kind: type[T] | msgspec.json.Decoder[T], url: str) ->
         ) from error
 
 
-class ServedModel(msgspec.Struct, frozen=True):
+@dataclass(frozen=True)
+class ServedModel:
     """The model that a server serves: its name, and the longest sequence in tokens, prompt and completion together."""
 
     max_model_len: int
-    name: str = msgspec.field(name="id")
+    name: str
+
+
+class _Card(msgspec.Struct):
+    """An entry of the list of models: a model, or adapters of the one that is their parent."""
+
+    id: str
+    max_model_len: int | None = None
+    parent: str | None = None
 
 
 class _Models(msgspec.Struct):
-    data: Annotated[list[ServedModel], msgspec.Meta(min_length=1)]
+    data: Annotated[list[_Card], msgspec.Meta(min_length=1)]
 
 
 class _Paused(msgspec.Struct):
@@ -140,7 +150,17 @@ class Server:
 
     def served_model(self) -> ServedModel:
         """Return the first model that the server lists."""
-        return self.request("GET", "/v1/models", _Models, hint="is it a vLLM server?").data[0]
+        first = self._cards()[0]
+        if first.max_model_len is None:
+            raise UserError(f"{self.url}/v1/models: gives {first.id} no max_model_len; is it a vLLM server?")
+        return ServedModel(first.max_model_len, first.id)
+
+    def served_adapters(self) -> list[str]:
+        """Return the names of all adapters that the server has."""
+        return [card.id for card in self._cards() if card.parent is not None]
+
+    def _cards(self) -> list[_Card]:
+        return self.request("GET", "/v1/models", _Models, hint="is it a vLLM server?").data
 
     def require_running(self) -> None:
         """Raise UserError if generation is paused: requests would wait without an end.

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from megatron_gkd.checkpoint_format.adapter_files import adapter_config, factor_shapes
 from megatron_gkd.config.lora_checks import layer_rules
 from megatron_gkd.config.schema import LoraSection, Recipe, RolloutSection
 from megatron_gkd.data.cutting import Cutting
@@ -23,7 +27,7 @@ from megatron_gkd.rollout.logit_bias import logit_bias
 from megatron_gkd.rollout.megatron import MegatronEngine
 from megatron_gkd.rollout.vllm_colocated import VllmColocatedEngine
 from megatron_gkd.rollout.vllm_process import ColocatedOptions
-from megatron_gkd.rollout.vllm_server import ServerOptions, VllmServerEngine
+from megatron_gkd.rollout.vllm_server import ServedAdapters, ServerOptions, VllmServerEngine
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.training.load_model import load_model
 from megatron_gkd.training.loss import Objective
@@ -127,7 +131,21 @@ def build_rollouts(
         steps_ahead=section.steps_ahead,
         num_steps=train_iters,
         teacher_max_length=recipe.data.teacher_max_length,
+        tensors=rollout_tensors(recipe),
     )
+
+
+def rollout_tensors(recipe: Recipe) -> Callable[[MegatronModel], Iterable[tuple[str, Tensor]]]:
+    """Return what the rollout engine is given of the student: its adapters, or its weights with adapters merged."""
+    if recipe.rollout.weight_sync == "lora":
+        return MegatronModel.adapter_tensors
+    return partial(MegatronModel.named_tensors, merged_dtype=rollout_dtype(recipe))
+
+
+def rollout_dtype(recipe: Recipe) -> torch.dtype:
+    """Return the type of the layers that adapters are merged into for rollouts."""
+    merged = None if recipe.lora is None else recipe.lora.merge_dtype
+    return DTYPES[merged or recipe.train.dtype]
 
 
 def prompt_limits(recipe: Recipe) -> PromptLimits:
@@ -168,7 +186,7 @@ def _build_engine(recipe: Recipe, mesh: Mesh, model: MegatronModel, checkpoint: 
             mesh,
             checkpoint,
             ColocatedOptions(
-                dtype=DTYPES[recipe.train.dtype],
+                dtype=rollout_dtype(recipe),
                 max_model_len=section.vllm_max_model_len or recipe.data.max_length,
                 tensor_parallel_size=section.vllm_tensor_parallel_size,
                 gpu_memory_utilization=section.vllm_gpu_memory_utilization,
@@ -177,7 +195,19 @@ def _build_engine(recipe: Recipe, mesh: Mesh, model: MegatronModel, checkpoint: 
                 enforce_eager=section.enforce_eager,
             ),
         )
-    return VllmServerEngine(mesh, checkpoint, server_options(recipe, section.vllm_server_urls))
+    options = server_options(recipe, section.vllm_server_urls)
+    if section.weight_sync == "lora":
+        options = replace(options, adapters=served_adapters(model))
+    return VllmServerEngine(mesh, checkpoint, options)
+
+
+def served_adapters(model: MegatronModel) -> ServedAdapters:
+    """Return what servers must know of the adapters that they are given."""
+    adapters = model.adapters
+    config = adapter_config(
+        adapters.layers, adapters.base_layers, str(model.checkpoint.path), adapters.options.rules.rank
+    )
+    return ServedAdapters(config, factor_shapes(adapters.layers, model.checkpoint.shapes))
 
 
 def server_options(recipe: Recipe, urls: Sequence[str]) -> ServerOptions:
@@ -188,6 +218,7 @@ def server_options(recipe: Recipe, urls: Sequence[str]) -> ServerOptions:
         weight_sync=section.weight_sync,
         weight_sync_dir=Path(section.weight_sync_dir or Path(recipe.output.output_dir) / "rollout_weights"),
         max_length=recipe.data.max_length,
+        needs_fp32=recipe.lora is not None and recipe.lora.merge_dtype == "fp32",
         concurrency=section.server_concurrency,
         timeout=section.server_timeout_s,
         patience=section.server_patience_s,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
@@ -36,6 +37,9 @@ def open_teachers(section: TeacherSection, nodes: Nodes) -> dict[str, Checkpoint
         if teacher.source == "local":
             with phase(f"Opening the teacher {teacher.teacher_model}", is_main=nodes.is_main):
                 opened[place] = Checkpoint.open(teacher.teacher_model, nodes)
+                if teacher.teacher_adapters is not None:
+                    folder, key = Path(teacher.teacher_adapters), f"{place}.teacher_adapters"
+                    opened[place] = opened[place].with_adapters(folder, key)
     return opened
 
 
@@ -102,7 +106,7 @@ def begins_as_student(section: TeacherSection, student: Checkpoint, teachers: Ma
     """Whether every teacher has the weights that the student begins with. `teachers`: of ``open_teachers``."""
 
     def is_same(place: str) -> bool:
-        return place in teachers and teachers[place].path.resolve() == student.path.resolve()
+        return place in teachers and teachers[place].has_weights_of(student)
 
     return all(teacher.source == "self" or is_same(place) for place, teacher in section.all.items())
 
@@ -152,7 +156,7 @@ def _local(
     recipe: Recipe, mesh: Mesh, student: Student | Checkpoint, teacher: OneTeacher, checkpoint: Checkpoint
 ) -> LocalTeacher | SelfTeacher:
     if isinstance(student, Student) and student.model.adapters is not None:
-        if student.model.checkpoint.path.resolve() == checkpoint.path.resolve():  # without a second copy
+        if checkpoint.has_weights_of(student.model.checkpoint):  # without a second copy
             return SelfTeacher(student.model, BaseWeights(student.model), student.gather_parameters)
     options = BuildOptions(dtype=DTYPES[recipe.train.dtype], attn=recipe.train.attn)
     model = load_model(f"the teacher {teacher.teacher_model}", checkpoint, mesh, options)

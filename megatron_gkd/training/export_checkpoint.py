@@ -9,6 +9,7 @@ import megatron_gkd.runtime.preload  # noqa: F401  isort: skip  (before anything
 
 from megatron_gkd.config.schema import Recipe
 from megatron_gkd.errors import RunStopped
+from megatron_gkd.models.adapter_export import export_adapters
 from megatron_gkd.models.checkpoint import Checkpoint
 from megatron_gkd.models.export import export_checkpoint
 from megatron_gkd.models.megatron_model import BuildOptions, MegatronModel
@@ -20,19 +21,22 @@ from megatron_gkd.training.checkpointing.loader import load_model, verify
 from megatron_gkd.training.setup import world_of
 
 
-def export(recipe: Recipe, path: Path, output: Path) -> None:
+def export(recipe: Recipe, path: Path, output: Path, *, has_adapters: bool = False) -> None:
     """Write the student of the checkpoint at `path` into `output`, in the world that torchrun describes.
 
-    recipe: the run's, with the layout to build the student under; it may be another than the run's.
+    Args:
+        recipe: the run's, with the layout to build the student under; it may be another than the run's.
+        has_adapters: write the adapters alone, as PEFT's; else they are merged, where there are any.
     """
     with world_of(recipe) as mesh:
-        export_student(recipe, mesh, path, output)
+        export_student(recipe, mesh, path, output, has_adapters=has_adapters)
         if mesh.is_main:
-            print(f"exported {path} to {output}", flush=True)
+            kind = " (PEFT adapters)" if has_adapters else " (adapters merged)" if recipe.lora is not None else ""
+            print(f"exported {path} to {output}{kind}", flush=True)
 
 
-def export_student(recipe: Recipe, mesh: Mesh, path: Path, output: Path) -> None:
-    """Build the student alone, load its weights and write them. All ranks must call it.
+def export_student(recipe: Recipe, mesh: Mesh, path: Path, output: Path, *, has_adapters: bool = False) -> None:
+    """Build the student alone, load its weights and write them as `export` does. All ranks must call it.
 
     Raises:
         RunStopped: in all ranks; the checkpoint is damaged or of another model than the recipe's.
@@ -48,4 +52,7 @@ def export_student(recipe: Recipe, mesh: Mesh, path: Path, output: Path) -> None
     checkpoint = Checkpoint.open(recipe.student.model, Nodes.from_world())
     model = MegatronModel.load(checkpoint, mesh, options, needs_weights=lora is not None)
     load_model(model, path)
-    export_checkpoint(model, output)
+    if has_adapters:
+        export_adapters(model, output)
+    else:
+        export_checkpoint(model, output)

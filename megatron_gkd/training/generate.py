@@ -28,7 +28,7 @@ from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.runtime.servers import open_client
 from megatron_gkd.teachers.server_client import TeacherRequirements, TeacherServer, handshake_all
 from megatron_gkd.teachers.server_tokenizer import tokenizer_probes
-from megatron_gkd.training.build import DTYPES, build_engine, lora_options, sampling_of, server_options
+from megatron_gkd.training.build import DTYPES, build_engine, sampling_of, server_options
 from megatron_gkd.training.generated_file import GeneratedFile
 from megatron_gkd.training.load_model import load_model
 from megatron_gkd.training.setup import Models, open_models, open_rows, world_of
@@ -91,10 +91,12 @@ def settings_of(recipe: Recipe, model: str, n: int, dataset: SampleDataset) -> d
 
 
 def _model_name(recipe: Recipe, source: Source) -> str:
-    if source == "teacher":
-        return recipe.teacher.teacher_model or recipe.teacher.teacher_model_server[0]
-    has_adapters = recipe.lora is not None and recipe.lora.adapters is not None
-    return f"{recipe.student.model} with {recipe.lora.adapters}" if has_adapters else recipe.student.model
+    teacher = recipe.teacher
+    if source == "student":
+        model, adapters = recipe.student.model, None if recipe.lora is None else recipe.lora.adapters
+    else:
+        model, adapters = teacher.teacher_model or teacher.teacher_model_server[0], teacher.teacher_adapters
+    return model if adapters is None else f"{model} with {adapters}"
 
 
 def build_engine_of(source: Source, recipe: Recipe, mesh: Mesh, models: Models) -> RolloutEngine:
@@ -107,10 +109,9 @@ def build_engine_of(source: Source, recipe: Recipe, mesh: Mesh, models: Models) 
     if source == "teacher" and section.source == "server":
         return OwnWeightsEngine(mesh, models.student, server_options(recipe, section.teacher_model_server))
     checkpoint = models.student if source == "student" else models.teachers["teacher"]
-    lora = None
     if source == "student" and recipe.lora is not None and recipe.lora.adapters is not None:
-        lora = lora_options(recipe.lora, recipe.train.seed)
-    options = BuildOptions(dtype=DTYPES[recipe.train.dtype], attn=recipe.train.attn, lora=lora)
+        checkpoint = checkpoint.with_adapters(Path(recipe.lora.adapters), "lora.adapters")
+    options = BuildOptions(dtype=DTYPES[recipe.train.dtype], attn=recipe.train.attn)
     model = load_model(f"the {source} {_model_name(recipe, source)}", checkpoint, mesh, options)
     if source == "teacher" and recipe.rollout.engine == "vllm_server":  # the servers are the student's
         return MegatronEngine(model, checkpoint.eos_token_ids)

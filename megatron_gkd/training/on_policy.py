@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_gkd.data.cutting import Cutting
 from megatron_gkd.data.loader import SampleDataset, StepOrder, filler, require_responses
@@ -16,6 +17,7 @@ from megatron_gkd.data.microbatch import Microbatch
 from megatron_gkd.data.policy import OnPolicy
 from megatron_gkd.data.prompt import answered, prompt_of, room_for_answer
 from megatron_gkd.data.sample import FROM_DATASET, FROM_STUDENT, Sample
+from megatron_gkd.models.megatron_model import MegatronModel
 from megatron_gkd.rollout.base import (
     BackgroundEngine,
     Completion,
@@ -113,6 +115,7 @@ class Rollouts:
         dp: the data-parallel group.
         steps_ahead: 1 has a `BackgroundEngine` sample a step while the one before it trains.
         num_steps: of the whole run; steps behind it are not begun.
+        tensors: what of the student the engine is given.
     """
 
     def __init__(
@@ -130,11 +133,12 @@ class Rollouts:
         steps_ahead: int = 0,
         num_steps: int | None = None,
         teacher_max_length: int | None = None,
+        tensors: Callable[[MegatronModel], Iterable[tuple[str, Tensor]]] = MegatronModel.named_tensors,
     ):
         self.engine, self.policy, self.dataset, self.order = engine, policy, dataset, order
         self.cutting, self.sampling, self.global_batch_size = cutting, sampling, global_batch_size
         self.truncated, self.dp = truncated, dp
-        self.steps_ahead, self.num_steps = steps_ahead, num_steps
+        self.steps_ahead, self.num_steps, self.tensors = steps_ahead, num_steps, tensors
         self.on_sample: Callable[[Sample], None] | None = None
         """Called by a `BackgroundEngine`'s threads for each sample that is ready while others are not, where one rank
         of each replica asks for them: a teacher may begin with it."""
@@ -155,7 +159,7 @@ class Rollouts:
         start = time.perf_counter()
         if version != self._version:
             student.gather_parameters()
-            self.engine.load_weights(student.model.named_tensors(), version)
+            self.engine.load_weights(self.tensors(student.model), version)
             self._version = version
         return time.perf_counter() - start
 

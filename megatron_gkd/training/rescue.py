@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NoReturn
 
 from megatron_gkd.errors import RunStopped, UserError
 from megatron_gkd.runtime.agreement import FailureMeeting
+from megatron_gkd.training.exports import ExportFolders
 
 
 @dataclass
@@ -37,11 +37,11 @@ class Rescue:
 
     Attributes:
         save_checkpoint: returns False if there is none to go on from.
-        export: returns the folder of the Hugging Face export.
+        export: returns the folders of the export.
     """
 
     save_checkpoint: Callable[[], bool]
-    export: Callable[[], Path]
+    export: Callable[[], ExportFolders]
 
 
 def stop(error: Exception, meeting: FailureMeeting, state: RunState, rescue: Rescue) -> NoReturn:
@@ -76,14 +76,14 @@ def _save(state: RunState, rescue: Rescue) -> str:
     except Exception:  # it may wait for the very samples that have failed
         is_resumable = False
     try:
-        directory = rescue.export()
+        folders = rescue.export()
     except Exception as error:
         return f"The student could not be exported: {type(error).__name__}: {error}"
-    there_is = f"The student of step {state.step} is in {directory}"
+    there_is = f"The student of step {state.step} is in {folders}"
     if is_resumable:
         return f"{there_is}; the same command continues the run from its checkpoint"
     return (
-        f"{there_is}. A run with --model {directory} and another --output_dir starts from its weights, but otherwise "
-        "anew: at step 1, with a new optimizer and learning-rate schedule, and with the same rows in the same order "
-        "unless train.seed is another"
+        f"{there_is}. A run with {folders.start_option} and another --output_dir starts from its weights, but "
+        "otherwise anew: at step 1, with a new optimizer and learning-rate schedule, and with the same rows in the "
+        "same order unless train.seed is another"
     )

@@ -145,7 +145,7 @@ def _train(recipe: Recipe, mesh: Mesh, folder: RunFolder, signals: StopSignals |
             and begins_as_student(recipe.teacher, models.student, models.teachers),
             train_iters=train_iters,
             eval_interval=recipe.train.eval_interval,
-            exports=Exports(output_dir, output.export_interval, output.export_total_limit),
+            exports=exports_of(recipe),
             max_bad_steps=recipe.train.max_bad_steps,
             checkpoints=checkpoints,
             interruptions=Interruptions(signals, limit),
@@ -159,5 +159,17 @@ def _train(recipe: Recipe, mesh: Mesh, folder: RunFolder, signals: StopSignals |
         reporter.start(describe_start(recipe, models, student.model, rows, schedule))
         exported = trainer.run()
         reporter.message(
-            f"checkpoint {exported}\nmetrics    {output_dir / 'metrics.jsonl'}\ncurves     {reporter.plot()}"
+            f"{exported.describe()}\nmetrics    {output_dir / 'metrics.jsonl'}\ncurves     {reporter.plot()}"
         )
+
+
+def exports_of(recipe: Recipe) -> Exports:
+    """Return where and when a run exports: adapters, if it trains them, and whole checkpoints."""
+    output, lora = recipe.output, recipe.lora
+    return Exports(
+        Path(output.output_dir),
+        output.export_interval,
+        output.export_total_limit,
+        has_checkpoint=lora is None or lora.merge_lora,
+        has_adapters=lora is not None,
+    )

@@ -70,7 +70,8 @@ def write_cache(folder: Path, scorer: Scorer, shard_rows: int) -> None:
 
 def manifest_of(recipe: Recipe, models: Models) -> Manifest:
     teachers = recipe.teacher.all.values()
-    names = [name for teacher in teachers for name in (teacher.teacher_model, *teacher.teacher_model_server) if name]
+    models = [(teacher.teacher_model, teacher.teacher_adapters, *teacher.teacher_model_server) for teacher in teachers]
+    names = [name for names in models for name in names if name]
     # A server tells log-probabilities at temperature 1, from which the tail at another does not follow.
     served = any(teacher.source == "server" for teacher in teachers)
     return Manifest(

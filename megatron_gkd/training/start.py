@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from megatron_gkd import __version__
+from megatron_gkd.checkpoint_format.adapter_files import count_parameters
 from megatron_gkd.config.layout import describe_layout
 from megatron_gkd.config.schema import OneTeacher, Recipe, TaggedTeacher
 from megatron_gkd.ops import passes
@@ -21,6 +22,7 @@ from megatron_gkd.training.checkpointing.folder import checkpoint_folder
 if TYPE_CHECKING:
     from megatron_gkd.data.dataset import TokenizedDataset
     from megatron_gkd.data.report import DataReport
+    from megatron_gkd.models.checkpoint import Checkpoint
     from megatron_gkd.models.megatron_model import MegatronModel
     from megatron_gkd.training.checkpointing.resume import ResumePoint
     from megatron_gkd.training.setup import Models
@@ -62,7 +64,9 @@ def describe_start(
         rows: of each split, by `training` and `validation`.
         schedule: its steps.
     """
-    parameters = models.student.num_parameters  # all of them are trained: no key of the recipe freezes any
+    parameters = trainable = models.student.num_parameters
+    if student.adapters is not None:  # nothing else is trained
+        trainable = count_parameters(student.adapters.layers, models.student.shapes)
     return StartReport(
         versions={
             "megatron-gkd": __version__,
@@ -77,7 +81,7 @@ def describe_start(
         kernels=_kernels(),
         attention=_attention(student, recipe.train.attn),
         student=ModelLine(
-            "student", recipe.student.model, models.student.config.model_type, parameters, trainable=parameters
+            "student", recipe.student.model, models.student.config.model_type, parameters, trainable=trainable
         ),
         teachers=_teachers(recipe, models),
         rollouts=_rollouts(recipe),
@@ -132,7 +136,8 @@ def _teachers(recipe: Recipe, models: Models) -> list[ModelLine]:
             continue
         role = place.removeprefix("teacher.")
         checkpoint = models.teachers.get(place)
-        description = [_place(teacher)]
+        is_shared = recipe.lora is not None and _is_base(teacher, checkpoint, models.student)
+        description = ["the student with its adapters off" if is_shared else _place(teacher)]
         if teacher.cache is not None and teacher.source != "cache":
             description.append(f"for rows that are not in the cache {teacher.cache}")
         if isinstance(teacher, TaggedTeacher):
@@ -149,6 +154,12 @@ def _teachers(recipe: Recipe, models: Models) -> list[ModelLine]:
     return lines
 
 
+def _is_base(teacher: OneTeacher, checkpoint: Checkpoint | None, student: Checkpoint) -> bool:
+    if teacher.source == "self":
+        return teacher.teacher_model is not None
+    return checkpoint is not None and checkpoint.has_weights_of(student)
+
+
 def _name(teacher: OneTeacher) -> str:
     match teacher.source:
         case "server":
@@ -157,7 +168,8 @@ def _name(teacher: OneTeacher) -> str:
             return Manifest.read(teacher.cache).teacher
         case "self":
             return "self"
-    return teacher.teacher_model or ""
+    model = teacher.teacher_model or ""
+    return model if teacher.teacher_adapters is None else f"{model} with {teacher.teacher_adapters}"
 
 
 def _place(teacher: OneTeacher) -> str:
@@ -187,6 +199,8 @@ def _origin(recipe: Recipe, point: ResumePoint | None) -> str | None:
         return f"resumed from {point.path}"
     if recipe.train.init_from is not None:
         return f"with the weights of {recipe.train.init_from}"
+    if recipe.lora is not None and recipe.lora.adapters is not None:
+        return f"with the adapters of {recipe.lora.adapters}"
     return None
 
 

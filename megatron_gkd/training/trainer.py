@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from megatron_gkd.data.loader import StepLoader
 from megatron_gkd.data.microbatch import Microbatch
 from megatron_gkd.data.sample import FROM_DATASET
 from megatron_gkd.errors import Interrupted, RunStopped, UserError
+from megatron_gkd.models.adapter_export import export_adapters
 from megatron_gkd.models.export import export_checkpoint
 from megatron_gkd.runtime import portability
 from megatron_gkd.runtime.agreement import FailureMeeting, raise_together
@@ -20,7 +20,7 @@ from megatron_gkd.training.ahead import announce_ahead
 from megatron_gkd.training.bad_steps import BadSteps
 from megatron_gkd.training.checkpointing.run_checkpoints import RunCheckpoints
 from megatron_gkd.training.completions import Completions
-from megatron_gkd.training.exports import Exports
+from megatron_gkd.training.exports import ExportFolders, Exports
 from megatron_gkd.training.guards import Guards
 from megatron_gkd.training.interruptions import Interruptions
 from megatron_gkd.training.metrics import MismatchWarning, Reporter, describe_rollouts, summarize
@@ -92,8 +92,8 @@ class Trainer:
         if self.rollouts is not None and progress["rollouts"] is not None:
             self.rollouts.restore(progress["rollouts"])
 
-    def run(self) -> Path:
-        """Train to the end. Returns the directory of the final Hugging Face checkpoint. All ranks must call it.
+    def run(self) -> ExportFolders:
+        """Train to the end. Returns the folders of the final export. All ranks must call it.
 
         Raises:
             Interrupted: a signal or the time limit has ended the run, which is saved.
@@ -102,7 +102,7 @@ class Trainer:
         """
         meeting = FailureMeeting.create()
         try:
-            directory = self._run()
+            folders = self._run()
         except Interrupted:
             raise
         except Exception as error:
@@ -111,11 +111,11 @@ class Trainer:
             self.reporter.plot()
             raise RunStopped(
                 f"The last {self.bad_steps.in_a_row} steps had a loss or gradient that is not finite and changed "
-                f"nothing; the student in {directory} is probably broken. See {self.bad_steps.folder}"
+                f"nothing; the student in {folders} is probably broken. See {self.bad_steps.folder}"
             )
-        return directory
+        return folders
 
-    def _run(self) -> Path:
+    def _run(self) -> ExportFolders:
         first = self.state.step + 1
         self.interruptions.begin()
         for step, microbatches in enumerate(announce_ahead(self.batches, self.teacher), start=first):
@@ -124,7 +124,7 @@ class Trainer:
             if self.validation is not None and (last or (self.eval_interval and step % self.eval_interval == 0)):
                 self.validate(step)
             if not last and self.exports.is_due(step):
-                self.export(self.exports.step_directory(step))
+                self.export(self.exports.of_step(step))
                 self.exports.forget_old(self.student.mesh.is_main)
             if self.checkpoints is not None:
                 self.checkpoints.poll()
@@ -134,7 +134,7 @@ class Trainer:
                 self.end_if_interrupted()
         if self.checkpoints is not None:
             self.checkpoints.finish()
-        return self.export(self.exports.final_directory)
+        return self.export(self.exports.final())
 
     def end_if_interrupted(self) -> None:
         """Save the run and end it if a signal or the time limit asks for it. All ranks must call it.
@@ -252,11 +252,16 @@ class Trainer:
         with self.teacher.resident():
             return ReadOnce(self.teacher.score(microbatches))
 
-    def export(self, directory: Path) -> Path:
+    def export(self, folders: ExportFolders) -> ExportFolders:
+        """Export the student as it is. All ranks must call it."""
         self.student.gather_parameters()
-        self.reporter.message(f"exporting to {directory}")
-        self.exports.claim(directory, is_main=self.student.mesh.is_main)
-        return export_checkpoint(self.student.model, directory)
+        self.reporter.message(f"exporting to {folders}")
+        self.exports.claim(folders, is_main=self.student.mesh.is_main)
+        if folders.adapters is not None:
+            export_adapters(self.student.model, folders.adapters)
+        if folders.checkpoint is not None:
+            export_checkpoint(self.student.model, folders.checkpoint)
+        return folders
 
     def save_checkpoint(self) -> bool:
         """Save a checkpoint of the run as it is, and wait for it. Returns False if it can't. All ranks must call it."""
@@ -264,8 +269,8 @@ class Trainer:
             return False
         return self.checkpoints.save(self.state.step) and self.checkpoints.finish()
 
-    def export_now(self) -> Path:
+    def export_now(self) -> ExportFolders:
         """Export the student as it is, before the run fails. All ranks must call it."""
-        directory = self.export(self.exports.step_directory(self.state.step))
+        folders = self.export(self.exports.of_step(self.state.step))
         self.reporter.plot()
-        return directory
+        return folders

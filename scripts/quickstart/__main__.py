@@ -1,9 +1,10 @@
-"""The quickstart's experiment: bash scripts/quickstart.sh [--fresh] [--seeds N] [--on-policy] [--self] [--record]
+"""The quickstart's experiment: bash scripts/quickstart.sh [--fresh] [--seeds N] [--on-policy] [--self] [--lora] ...
 
 A teacher learns arithmetic word problems from many correct solutions. A smaller student has few, with slips in them;
 it learns from them alone (cross-entropy), or from the teacher's distributions on the same rows (GKD), from the same
 initial weights and for the same number of steps. With --on-policy, the student of cross-entropy goes on in several ways
-(`rows.ON_POLICY`); with --self, a student is its own teacher (`rows.SELF`). All are trained by `megatron_gkd train`.
+(`rows.ON_POLICY`); with --self, a student is its own teacher (`rows.SELF`); with --lora, one trains adapters, and
+another all parameters (`rows.LORA`). All are trained by `megatron_gkd train`.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from pathlib import Path
 from rich.console import Console
 
 from quickstart import prepare
-from quickstart.rows import FROM_SCRATCH, ON_POLICY, SELF, Row
+from quickstart.rows import Row, names_of, rows_of
 from quickstart.stages import Runner, Stage
 
 HERE = Path(__file__).parent
@@ -39,6 +40,9 @@ def main() -> None:
     parser.add_argument("--on-policy", action="store_true", help="let students go on: offline, mixed and on-policy")
     parser.add_argument("--self", action="store_true", help="only a student that is its own teacher, with hints")
     parser.add_argument(
+        "--lora", action="store_true", help="only a student that trains adapters, and one that does not"
+    )
+    parser.add_argument(
         "--record", action="store_true", help=f"write the table to {RECORDED.relative_to(ROOT)} as well"
     )
     arguments = parser.parse_args()
@@ -48,8 +52,8 @@ def main() -> None:
     console = Console()
     runner = Runner(OUT / "stages", console, arguments.fresh)
     try:
-        groups = (FROM_SCRATCH + ON_POLICY if arguments.on_policy else ()) + (SELF if arguments.self else ())
-        _run(runner, console, groups or FROM_SCRATCH, range(1, arguments.seeds + 1), arguments.record)
+        rows = rows_of(on_policy=arguments.on_policy, is_own_teacher=arguments.self, lora=arguments.lora)
+        _run(runner, console, rows, range(1, arguments.seeds + 1), arguments.record)
     except subprocess.CalledProcessError as error:
         sys.exit(f"quickstart: training ended with exit code {error.returncode}")
 
@@ -148,8 +152,7 @@ def _report(console: Console, rows: Sequence[Row], runs: dict[str, list[Path]], 
     results = {
         name: [Scores(**json.loads((run / "scores.json").read_text())) for run in group] for name, group in runs.items()
     }
-    groups = [name for name, group in (("on_policy", ON_POLICY), ("self", SELF)) if group[0] in rows]
-    stem = f"{'_'.join(groups) or 'results'}_seeds{len(runs[rows[0].name])}"
+    stem = f"{'_'.join(names_of(rows))}_seeds{len(runs[rows[0].name])}"
     table, curves = OUT / f"{stem}.md", OUT / "curves.png"
     draw({name: group[0] for name, group in runs.items()}, results, {row.name: row.color for row in rows}, curves)
     table.write_text(markdown_table(results), encoding="utf-8")

@@ -1,5 +1,6 @@
 """The experiment's students: one row of its table each."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -15,6 +16,7 @@ class Row:
         has_teacher: it learns from the teacher.
         data: its training file in data/.
         is_own_teacher: with the weights that it starts from.
+        has_adapters: it trains adapters alone, and is evaluated with them merged.
     """
 
     name: str
@@ -24,6 +26,7 @@ class Row:
     has_teacher: bool = True
     data: str = "student_train"
     is_own_teacher: bool = False
+    has_adapters: bool = False
 
 
 FROM_SCRATCH = (
@@ -53,3 +56,22 @@ SELF = (
         is_own_teacher=True,
     ),
 )
+# Adapters against all parameters: the same student goes on with the same teacher, rows and steps.
+LORA = (
+    FROM_SCRATCH[0],
+    ON_POLICY[1],
+    Row("offline GKD, LoRA", "further_lora", "#c44e52", start="cross-entropy", has_adapters=True),
+)
+
+
+def rows_of(*, on_policy: bool, is_own_teacher: bool, lora: bool) -> tuple[Row, ...]:
+    """Return the rows of the experiments that are asked for, each once; those from scratch where none is."""
+    groups = [(on_policy, FROM_SCRATCH + ON_POLICY), (is_own_teacher, SELF), (lora, LORA)]
+    chosen = [row for is_chosen, group in groups if is_chosen for row in group]
+    return tuple(dict.fromkeys(chosen)) or FROM_SCRATCH
+
+
+def names_of(rows: Sequence[Row]) -> list[str]:
+    """Return what the results of these rows are called: the experiments that they belong to."""
+    marks = {"on_policy": ON_POLICY[0], "self": SELF[0], "lora": LORA[-1]}
+    return [name for name, row in marks.items() if row in rows] or ["results"]

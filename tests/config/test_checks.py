@@ -83,7 +83,7 @@ def flags(text: str) -> list[str]:
         (2, "--weight_sync nccl", "rollout.weight_sync = nccl: only with rollout.engine = vllm_server"),
         (2, "--weight_sync_dir w", "rollout.weight_sync_dir = w: only with rollout.engine = vllm_server"),
         (2, "--engine vllm_server --vllm_server_urls http://a:1 --weight_sync gloo --weight_sync_dir w",
-         "rollout.weight_sync_dir = w: only with rollout.weight_sync = folder"),
+         "rollout.weight_sync_dir = w: only with rollout.weight_sync = folder or lora"),
         (2, "--steps_ahead 2", "rollout.steps_ahead = 2: must be an integer in [0, 1]"),
     ],
 )  # fmt: skip

@@ -1,7 +1,7 @@
 """The section `lora` of a recipe: when there is one, its defaults, and what it refuses."""
 
 import pytest
-from recipe_workspace import MIXTURE
+from recipe_workspace import DENSE, MIXTURE
 
 JOINED = "are one matrix in Megatron-Core (linear_qkv) and share one A; name all of them or none"
 
@@ -89,3 +89,32 @@ def test_the_section_is_a_mapping(workspace, lora):
     edit(workspace, lora=lora)
     (problem,) = workspace.problems()
     assert problem.startswith("lora = ") and "must be a mapping with the keys lora_rank, " in problem
+
+
+SERVER = "--lmbda 1 --engine vllm_server --vllm_server_urls http://a:1"
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (f"{SERVER} --weight_sync lora",
+         "rollout.weight_sync = lora: only with adapters (section lora); use folder, nccl or gloo"),
+        ("--merge_dtype fp32", "lora.merge_dtype = fp32: only with rollout.engine = vllm or vllm_server"),
+        (f"{SERVER} --weight_sync lora --merge_dtype fp32",
+         "lora.merge_dtype = fp32: not with rollout.weight_sync = lora, which merges nothing"),
+        (f"{SERVER} --merge_dtype bf16 --dtype fp32",
+         "lora.merge_dtype = bf16: must be fp32 or null where train.dtype = fp32"),
+    ],
+)  # fmt: skip
+def test_rollouts_that_can_not_take_adapters(workspace, flags, problem):
+    assert workspace.problems(*flags.split()) == [problem]
+
+
+def test_a_mixture_is_sampled_from_merged_weights(workspace):
+    workspace.model("student", MIXTURE)
+    flags = f"{SERVER} --tuner_type lora --expert_model_parallel_size 2".split()
+    assert workspace.problems(*flags) == []
+    (problem,) = workspace.problems(*flags, "--weight_sync", "lora")
+    assert problem.startswith("rollout.weight_sync = lora: not with a mixture-of-experts student; use folder, nccl")
+    workspace.model("student", DENSE)
+    assert workspace.problems(*SERVER.split(), "--tuner_type", "lora", "--weight_sync", "lora") == []

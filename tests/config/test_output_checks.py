@@ -46,3 +46,12 @@ def test_rows_within_an_export_are_refused(workspace, export):
 @pytest.mark.parametrize("name", ["base", "hf.1", "hf-step-000010.1"])
 def test_other_folders_in_output_dir_are_no_exports_of_this_run(name, workspace, export):
     assert workspace.problems("--model", export(name)) == []
+
+
+@pytest.mark.parametrize("name", ["adapters", "adapters-step-000010"])
+def test_adapters_in_the_place_of_an_export_are_refused(name, workspace):
+    path = f"runs/x/{name}"
+    (workspace.folder / path).mkdir(parents=True)
+    problem = f"output.output_dir = runs/x: lora.adapters = {path} is an export in it; must be another folder"
+    assert problem in workspace.problems("--adapters", path)
+    assert problem not in workspace.problems("--adapters", path, "--output_dir", "runs/y")

@@ -55,6 +55,14 @@ KEY = ["--teacher_tag_key", "subject"]
             ["--kind", "self", "--teacher_model", "null", "--teacher_max_length", "5000"],
             "data.teacher_max_length = 5000: must be <= the 4096 positions of student.model (student)",
         ),
+        (
+            ["--kind", "self", "--teacher_model", "null", "--teacher_adapters", "a"],
+            "teacher.teacher_adapters = a: only with teacher.kind = local",
+        ),
+        (
+            ["--teacher_adapters", "a"],
+            "teacher.teacher_adapters = a: must be a folder of PEFT adapters; there is no adapter_config.json in it",
+        ),
         (KEY, "teacher.teacher_tag_key = subject: only with teachers"),
         (
             ["--teacher_model", "null", "--teachers", TWO],

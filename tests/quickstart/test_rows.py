@@ -1,12 +1,12 @@
 """The rows of the experiment's table, and their recipes."""
 
 import pytest
-from quickstart.rows import FROM_SCRATCH, ON_POLICY, SELF
+from quickstart.rows import FROM_SCRATCH, LORA, ON_POLICY, SELF, names_of, rows_of
 from world import REPOSITORY
 
 from megatron_gkd.config import load
 
-ROWS = FROM_SCRATCH + ON_POLICY + SELF
+ROWS = rows_of(on_policy=True, is_own_teacher=True, lora=True)
 
 
 def recipe_of(row):
@@ -21,6 +21,7 @@ def test_recipe_and_row_say_the_same(row):
     assert recipe.output.output_dir == f"runs/quickstart/{row.recipe}_seed1"
     assert (recipe.teacher.source == "local") == row.has_teacher
     assert (recipe.teacher.teacher_model == recipe.student.model) == row.is_own_teacher
+    assert (recipe.lora is not None and recipe.lora.merge_lora) == row.has_adapters
     assert [entry.path for entry in recipe.data.dataset] == [f"runs/quickstart/data/{row.data}.jsonl"]
 
 
@@ -40,3 +41,26 @@ def test_a_row_goes_on_from_an_earlier_one():
 def test_self_distillation_has_the_steps_of_the_student_that_goes_on_without_it():
     train = [repr(recipe_of(row).train) for row in SELF[1:]]
     assert train[0].replace("eval_interval=50", "eval_interval=None") == train[1]
+
+
+def test_adapters_differ_from_all_parameters_in_the_learning_rate_alone():
+    full, lora = (recipe_of(row) for row in LORA[1:])
+    rest = {"lora": None, "output": lora.output}
+    assert lora.train.lr > full.train.lr
+    assert lora.model_copy(update=rest | {"train": full.train}) == full.model_copy(update=rest)
+    assert lora.train.model_copy(update={"lr": full.train.lr}) == full.train
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rows", "names"),
+    [
+        ((), FROM_SCRATCH, ["results"]),
+        (("on_policy",), FROM_SCRATCH + ON_POLICY, ["on_policy"]),
+        (("is_own_teacher",), SELF, ["self"]),
+        (("lora",), LORA, ["lora"]),
+        (("on_policy", "lora"), (*FROM_SCRATCH, *ON_POLICY, LORA[-1]), ["on_policy", "lora"]),
+    ],
+)
+def test_experiments_have_their_rows_once_and_a_name(chosen, rows, names):
+    found = rows_of(**{name: name in chosen for name in ("on_policy", "is_own_teacher", "lora")})
+    assert found == rows and names_of(found) == names

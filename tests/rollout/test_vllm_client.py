@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from megatron_gkd.errors import UserError
-from megatron_gkd.rollout.vllm_client import Sampled, StudentRequirements, StudentServer
+from megatron_gkd.rollout.vllm_adapters import AdapterFolder, adapter_name, hand_over_adapters
+from megatron_gkd.rollout.vllm_client import Sampled, ServerNeeds, StudentRequirements, StudentServer
 from megatron_gkd.rollout.vllm_weights import WeightFolder, hand_over
 
 ANSWER = {"finish_reason": "stop", "token_ids": [5], "logprobs": {"token_logprobs": [-1.0]}}
@@ -23,6 +24,8 @@ class Scripted:
     def __init__(self):
         self.label = "default"
         self.model, self.max_model_len, self.logprobs_mode = "tiny", 64, "raw_logprobs"
+        self.dtype, self.lora_config = "torch.bfloat16", None
+        self.adapters: dict[str, str] = {}
         self.calls: list[str] = []
         self.failures: dict[str, list] = {}
 
@@ -37,9 +40,19 @@ class Scripted:
         body = json.loads(request.content) if request.content else {}
         if path == "/update_weight_version":
             self.label = body["new_version"]
+        if path == "/v1/load_lora_adapter":
+            self.adapters[body["lora_name"]] = body["lora_path"]
+            return httpx.Response(200, text="Success")  # no JSON
+        if path == "/v1/unload_lora_adapter":
+            return httpx.Response(200 if self.adapters.pop(body["lora_name"], None) else 404)
+        if path == "/v1/completions" and body.get("model", self.model) not in (self.model, *self.adapters):
+            return httpx.Response(404, text="The model does not exist.")
+        model_config = {"logprobs_mode": self.logprobs_mode, "dtype": self.dtype}
+        models = [{"id": self.model, "max_model_len": self.max_model_len, "parent": None}]
+        models += [{"id": name, "max_model_len": None, "parent": self.model} for name in self.adapters]
         answers = {
-            "/v1/models": {"data": [{"id": self.model, "max_model_len": self.max_model_len}]},
-            "/server_info": {"vllm_config": {"model_config": {"logprobs_mode": self.logprobs_mode}}},
+            "/v1/models": {"data": models},
+            "/server_info": {"vllm_config": {"model_config": model_config, "lora_config": self.lora_config}},
             "/weight_info": {"weight_version": self.label},
             "/reset_prefix_cache": {"success": True},
             "/v1/completions": {"choices": [ANSWER]},
@@ -79,7 +92,7 @@ DOWN = [
 
 def test_hello_waits_for_a_server_that_is_still_starting(server, scripted):
     scripted.failures["/v1/models"] = DOWN[:3]
-    model = server.hello(max_length=64)
+    model = server.hello(ServerNeeds(64))
     assert (model.name, model.max_model_len) == ("tiny", 64) and scripted.calls.count("/v1/models") == 4
 
 
@@ -87,7 +100,7 @@ def test_hello_waits_for_a_server_that_is_still_starting(server, scripted):
 def test_past_the_limit_there_is_a_clear_error(failure, server, scripted):
     scripted.failures["/v1/models"] = [failure] * 1000
     with pytest.raises(UserError, match=r"http://server:8000/v1/models: .*for 0.2 s \(rollout.server_patience_s\)"):
-        server.hello(max_length=64)
+        server.hello(ServerNeeds(64))
 
 
 @pytest.mark.parametrize(
@@ -102,7 +115,7 @@ def test_past_the_limit_there_is_a_clear_error(failure, server, scripted):
 def test_a_server_that_can_not_serve_is_refused(change, message, server, scripted):
     vars(scripted).update(change)
     with pytest.raises(UserError, match=message):
-        server.hello(max_length=64)
+        server.hello(ServerNeeds(64))
 
 
 STEPS = ["/pause", "/collective_rpc", "/reset_prefix_cache", "/resume", "/update_weight_version"]
@@ -189,7 +202,7 @@ def test_a_request_that_is_refused_is_an_error_at_once(server, scripted, weights
 )
 def test_a_server_that_comes_back_as_another_is_refused(change, message, server, scripted, weights):
     """The label says that it has lost the weights; so the handshake is made again before it gets them."""
-    server.requirements = StudentRequirements(64, None, server.hello(64))
+    server.requirements = StudentRequirements(ServerNeeds(64), server.hello(ServerNeeds(64)))
     server.load(weights)
     scripted.label, before = "default", scripted.calls.count("/collective_rpc")
     vars(scripted).update(change)
@@ -200,9 +213,70 @@ def test_a_server_that_comes_back_as_another_is_refused(change, message, server,
 
 
 def test_new_weights_alone_need_no_other_handshake(server, scripted, weights, tmp_path):
-    server.requirements = StudentRequirements(64, None, server.hello(64))
+    server.requirements = StudentRequirements(ServerNeeds(64), server.hello(ServerNeeds(64)))
     server.load(weights)
     folder = WeightFolder(tmp_path / "next", {"a": (2,)})
     folder.run = weights.label.rpartition("-")[0]
     server.load(folder.write([("a", torch.ones(2))], version=5))
     assert scripted.calls.count("/server_info") == 1
+
+
+@pytest.fixture
+def adapters(tmp_path):
+    """`adapters(version)`: that version of a folder's adapters."""
+    folder = AdapterFolder(tmp_path, {"a": (2,)}, {"r": 8})
+    return lambda version: folder.write([("a", torch.full((2,), version))], version)
+
+
+@pytest.fixture
+def lora_server(scripted):
+    scripted.lora_config = {"max_lora_rank": 8}
+    http = httpx.Client(transport=httpx.MockTransport(scripted))
+    server = StudentServer("http://server:8000/", http, 0.2, hand_over_adapters)
+    needs = ServerNeeds(64, lora_rank=8)
+    server.requirements = StudentRequirements(needs, server.hello(needs))
+    return server
+
+
+def test_a_server_has_the_newest_adapters_alone_and_under_a_new_name(lora_server, scripted, adapters):
+    scripted.adapters = {"of another": "elsewhere"}
+    for version in (1, 2):
+        weights = adapters(version)
+        assert (weights.directory / "adapter_config.json").read_text() == '{\n  "r": 8\n}\n'
+        lora_server.load(weights)
+        assert scripted.adapters == {"of another": "elsewhere", adapter_name(weights): str(weights.directory)}
+    assert lora_server.complete(REQUEST | {"model": adapter_name(weights)}) == (scripted.label, SAMPLED)
+
+
+def test_a_server_that_was_started_anew_is_given_the_adapters_again(lora_server, scripted, adapters):
+    weights = adapters(1)
+    lora_server.load(weights)
+    scripted.label, scripted.adapters = "default", {}
+    assert lora_server.complete(REQUEST | {"model": adapter_name(weights)}) == (scripted.label, SAMPLED)
+    assert list(scripted.adapters) == [adapter_name(weights)]
+
+
+@pytest.mark.parametrize(
+    ("change", "needs", "message"),
+    [
+        ({}, {"lora_rank": 9}, "rank 0 at most, which has to be 9; .*--enable-lora --max-lora-rank 16, and VLLM_ALLOW"),
+        ({"lora_config": {"max_lora_rank": 8}}, {"lora_rank": 9}, "of rank 8 at most"),
+        (
+            {},
+            {"needs_fp32": True},
+            "computes in torch.bfloat16; with lora.merge_dtype = fp32 start it with --dtype float",
+        ),
+    ],
+)
+def test_a_server_that_can_not_take_adapters_is_refused(change, needs, message, server, scripted):
+    vars(scripted).update(change)
+    with pytest.raises(UserError, match=message):
+        server.hello(ServerNeeds(64, **needs))
+    scripted.lora_config, scripted.dtype = {"max_lora_rank": 16}, "torch.float32"
+    assert server.hello(ServerNeeds(64, **needs)).name == "tiny"
+
+
+def test_a_server_without_runtime_loading_is_refused(lora_server, scripted, adapters):
+    scripted.failures["/v1/load_lora_adapter"] = [httpx.Response(404)]
+    with pytest.raises(UserError, match="404: ; start it with --enable-lora, and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"):
+        lora_server.load(adapters(1))

@@ -9,7 +9,7 @@ from fake_vllm import FakeVllm, transport
 
 from megatron_gkd.errors import UserError
 from megatron_gkd.rollout import weight_transfer
-from megatron_gkd.rollout.vllm_client import StudentServer
+from megatron_gkd.rollout.vllm_client import ServerNeeds, StudentServer
 from megatron_gkd.rollout.weight_transfer import Keeper, WeightTransfer, buffers, wait_for_first_rank
 
 SHAPES = {"a": (3, 5), "b": (7,), "c": (2, 2), "lm_head.weight": (3, 5)}
@@ -162,8 +162,8 @@ def test_a_server_that_lives_but_can_not_take_them_is_an_error_at_once(servers, 
 def test_another_backend_than_the_recipes_is_refused(servers):
     message = """gloo, not rollout.weight_sync = nccl; start it with --weight-transfer-config '{"backend": "nccl"}'"""
     with pytest.raises(UserError, match=message):
-        servers[0].hello(64, "nccl")
-    assert servers[0].hello(64, "gloo").name == "fake"
+        servers[0].hello(ServerNeeds(64, "nccl"))
+    assert servers[0].hello(ServerNeeds(64, "gloo")).name == "fake"
 
 
 def test_other_ranks_wait_until_the_first_has_sent_them_again(servers, fakes, http, transfer):

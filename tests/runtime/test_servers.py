@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_gkd.errors import UserError
-from megatron_gkd.rollout.vllm_client import StudentServer
+from megatron_gkd.rollout.vllm_client import ServerNeeds, StudentServer
 from megatron_gkd.rollout.vllm_weights import WeightFolder, hand_over
 from megatron_gkd.rollout.weight_transfer import WeightTransfer
 from megatron_gkd.runtime.servers import exchange
@@ -63,7 +63,7 @@ REQUEST = {"prompt": [5, 6], "max_tokens": 4}
 
 def use_student(http: httpx.Client, folder) -> None:
     server = StudentServer(URL, http, 0.0, hand_over)
-    server.hello(max_length=64)
+    server.hello(ServerNeeds(64))
     server.load(WeightFolder(folder, {"a": (2,)}).write([("a", torch.zeros(2))], version=4))
     server.complete(REQUEST)
 

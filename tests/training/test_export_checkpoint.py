@@ -16,6 +16,7 @@ PLAIN = {"teacher": {"kind": "none", "teacher_model": None}}
 
 def save_and_export(rank, world_size, model, changes, directory):
     """One step, saved as a checkpoint and exported as a run does it."""
+    from megatron_gkd.models.adapter_export import export_adapters
     from megatron_gkd.models.export import export_checkpoint
     from megatron_gkd.runtime.mesh import destroy_mesh
     from megatron_gkd.training.checkpointing.folder import CheckpointFolder
@@ -32,17 +33,19 @@ def save_and_export(rank, world_size, model, changes, directory):
     values = {"identity": {}, "progress": {"step": 1, "updates": 1}}
     assert saver.save(1, saved.to_write(), saved.description() | values)
     export_checkpoint(student.model, directory / "hf")
+    if student.model.adapters is not None:
+        export_adapters(student.model, directory / "adapters")
     destroy_mesh()
 
 
-def export_alone(rank, world_size, model, changes, path, output):
+def export_alone(rank, world_size, model, changes, path, output, has_adapters=False):
     from megatron_gkd.runtime.mesh import Layout, destroy_mesh, initialize_mesh
     from megatron_gkd.training.export_checkpoint import export_student
 
     recipe = recipe_of(changes | {"student": {"model": str(model)}})
     mesh = initialize_mesh(Layout.from_section(recipe.parallel), seed=1)
     try:
-        export_student(recipe, mesh, path, output)
+        export_student(recipe, mesh, path, output, has_adapters=has_adapters)
     finally:
         destroy_mesh()
 
@@ -81,12 +84,23 @@ def test_adapters_are_merged_into_the_export(family, parallel, other, gloo_world
     model, lora = tiny_checkpoint(family, seed=2), {"lora": LORA, "train": {"dtype": "bf16"}}
     gloo_world(2).run(save_and_export, model, lora | {"parallel": parallel}, tmp_path)
     path = tmp_path / "checkpoints/step-000001"
-    gloo_world(2 if other else 1).run(export_alone, model, lora | {"parallel": other}, path, tmp_path / "again")
+    gloo_world(2 if other else 1).run(export_alone, model, lora | {"parallel": other}, path, tmp_path / "again", False)
     expected, found = contents(tmp_path / "hf"), contents(tmp_path / "again")
     assert found == expected
     trained, base = (load_file(folder / "model.safetensors") for folder in (tmp_path / "hf", model))
     changed = {name for name, tensor in base.items() if not torch.equal(trained[name], tensor.bfloat16())}
     assert changed == {name for name in base if name.endswith("_proj.weight")}
+
+
+@pytest.mark.parametrize(("name", "has_adapters"), [("adapters", True), ("hf", False)])
+def test_adapters_are_exported_alone_or_merged(name, has_adapters, gloo_world, tmp_path):
+    model, changes = tiny_checkpoint("qwen3", seed=2), {"lora": {"lora_rank": 4}, "train": {"dtype": "fp32"}}
+    gloo_world(2).run(save_and_export, model, changes | {"parallel": TP2}, tmp_path)
+    path = tmp_path / "checkpoints/step-000001"
+    gloo_world(1).run(export_alone, model, changes, path, tmp_path / "again", has_adapters)
+    expected, found = contents(tmp_path / name), contents(tmp_path / "again")
+    assert ("adapter_model.safetensors" in expected) == has_adapters and "tokenizer.json" in expected
+    assert found == expected
 
 
 @pytest.mark.parametrize("change", ["wider", "tied"])

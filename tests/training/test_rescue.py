@@ -101,6 +101,7 @@ def test_the_user_is_told_that_a_rank_failed_alone(tmp_path):
 
 
 def test_a_checkpoint_that_can_not_be_saved_leaves_the_export(tmp_path):
+    from megatron_gkd.training.exports import ExportFolders
     from megatron_gkd.training.rescue import Rescue, RunState, stop
 
     class All:
@@ -110,5 +111,6 @@ def test_a_checkpoint_that_can_not_be_saved_leaves_the_export(tmp_path):
     def fail():
         raise UserError("the samples of the next step have failed, too")
 
+    rescue = Rescue(fail, lambda: ExportFolders(tmp_path / "hf"))
     with pytest.raises(RunStopped, match="step 7 is in .*/hf. A run with --model"):
-        stop(UserError("broken"), All(), RunState(9, step=7, updates=7), Rescue(fail, lambda: tmp_path / "hf"))
+        stop(UserError("broken"), All(), RunState(9, step=7, updates=7), rescue)

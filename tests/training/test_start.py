@@ -11,7 +11,7 @@ from checkpoints import tiny_checkpoint
 from training_layouts import recipe_of
 
 
-def report_of(changes, teachers=None, point=None, torch_attention=True):
+def report_of(changes, teachers=None, point=None, torch_attention=True, adapters=None):
     """The report's lines, by name."""
     from megatron_gkd.data.report import DataReport
     from megatron_gkd.models.checkpoint import Checkpoint
@@ -20,7 +20,7 @@ def report_of(changes, teachers=None, point=None, torch_attention=True):
     opened = {place: Checkpoint.open(str(path)) for place, path in (teachers or {}).items()}
     models = SimpleNamespace(student=Checkpoint.open(str(tiny_checkpoint("qwen3_tied"))), teachers=opened)
     rows = {"training": (SimpleNamespace(lengths=np.array([3, 4])), DataReport(2, 2))}
-    student = SimpleNamespace(has_torch_attention=torch_attention)
+    student = SimpleNamespace(has_torch_attention=torch_attention, adapters=adapters)
     return dict(describe_start(recipe_of(changes), models, student, rows, Schedule(3, 24, point)).lines())
 
 
@@ -117,3 +117,24 @@ def test_nodes_are_counted_as_the_launcher_says(environment, text, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert report_of({"train": {"global_batch_size": 16}})["device"].endswith(text)
+
+
+def test_adapters_are_what_is_trained():
+    """q, k and v share the factor A."""
+    from megatron_gkd.checkpoint_format.lora_layers import LayerRules, layers_of_shape
+
+    layers = LayerRules(rank=4, target_modules=("q_proj", "k_proj", "v_proj", "down_proj")).choose(
+        layers_of_shape(4, 0)
+    )
+    changes = {"lora": {"adapters": "elsewhere"}, "teacher": {"teacher_model": "student"}}
+    report = report_of(changes, {"teacher": tiny_checkpoint("qwen3_tied")}, adapters=SimpleNamespace(layers=layers))
+    count = 4 * 4 * ((32 + 64 + 32 + 32) + (48 + 32))
+    assert report["student"].endswith(f", {count / 1000:.2f} K trainable")
+    assert report["teacher"].endswith("parameters, the student with its adapters off")
+    assert report["steps"].endswith("with the adapters of elsewhere")
+
+
+def test_a_teacher_has_adapters_of_its_own():
+    teachers = {"teacher": tiny_checkpoint("llama")}
+    report = report_of({"teacher": {"teacher_model": "teacher", "teacher_adapters": "a"}}, teachers)
+    assert report["teacher"] == "teacher with a: llama, 37.3 K parameters, in device memory"

@@ -134,14 +134,28 @@ def test_exports_are_due_at_their_interval():
 def test_only_the_newest_step_exports_are_kept(tmp_path):
     exports = Exports(tmp_path, interval=1, total_limit=2)
     for step in (8, 9, 10, 11):
-        exports.claim(exports.step_directory(step), is_main=True)
-        exports.step_directory(step).mkdir()
-    exports.claim(exports.final_directory, is_main=True)
-    exports.final_directory.mkdir()
+        exports.claim(exports.of_step(step), is_main=True)
+        exports.of_step(step).checkpoint.mkdir()
+    exports.claim(exports.final(), is_main=True)
+    exports.final().checkpoint.mkdir()
     exports.forget_old(is_main=False)
     assert len(list(tmp_path.iterdir())) == 5
     exports.forget_old(is_main=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "hf-step-000010", "hf-step-000011"]
+
+
+def test_adapters_and_merged_checkpoints_are_kept_alike(tmp_path):
+    exports = Exports(tmp_path, interval=1, total_limit=1, has_adapters=True)
+    for folders in (exports.of_step(1), exports.of_step(2), exports.final()):
+        exports.claim(folders, is_main=True)
+        for folder in folders:
+            folder.mkdir()
+    exports.forget_old(is_main=True)
+    names = ["adapters", "adapters-step-000002", "hf", "hf-step-000002"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    adapters, hf = tmp_path / "adapters", tmp_path / "hf"
+    assert str(exports.final()) == f"{adapters} (PEFT adapters) and {hf} (adapters merged)"
+    assert exports.final().start_option == f"--adapters {adapters}"
 
 
 def export_some_steps(rank, world_size, model, directory, steps):
@@ -153,9 +167,9 @@ def export_some_steps(rank, world_size, model, directory, steps):
     reporter = SimpleNamespace(message=lambda text: None)
     trainer = Trainer(student, None, batches, None, reporter, train_iters=3, eval_interval=None, exports=exports)
     for step in steps:
-        trainer.export(exports.step_directory(step))
+        trainer.export(exports.of_step(step))
         exports.forget_old(student.mesh.is_main)
-    trainer.export(exports.final_directory)
+    trainer.export(exports.final())
     destroy_mesh()
 
 
