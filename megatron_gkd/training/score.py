@@ -70,8 +70,8 @@ def write_cache(folder: Path, scorer: Scorer, shard_rows: int) -> None:
 
 def manifest_of(recipe: Recipe, models: Models) -> Manifest:
     teachers = recipe.teacher.all.values()
-    models = [(teacher.teacher_model, teacher.teacher_adapters, *teacher.teacher_model_server) for teacher in teachers]
-    names = [name for names in models for name in names if name]
+    named = [(teacher.teacher_model, teacher.teacher_adapters, *teacher.teacher_model_server) for teacher in teachers]
+    names = [name for one in named for name in one if name]
     # A server tells log-probabilities at temperature 1, from which the tail at another does not follow.
     served = any(teacher.source == "server" for teacher in teachers)
     return Manifest(
