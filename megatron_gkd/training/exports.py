@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -59,6 +59,15 @@ class Exports:
     has_checkpoint: bool = True
     has_adapters: bool = False
     _made: list[Path] = field(default_factory=list, init=False)
+
+    @property
+    def made(self) -> list[str]:
+        """Names of this run's exports so far, for its checkpoint: a resumed run goes on to keep the newest of them."""
+        return [path.name for path in self._made]
+
+    def restore(self, made: Iterable[str]) -> None:
+        """Take over what `made` returned."""
+        self._made[:] = [self.output_dir / name for name in made]
 
     def final(self) -> ExportFolders:
         """Return where the export at the end of the run goes."""

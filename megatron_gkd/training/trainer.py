@@ -77,6 +77,7 @@ class Trainer:
             "step": self.state.step,
             "updates": self.state.updates,
             "bad_steps_in_a_row": self.bad_steps.in_a_row,
+            "exports": self.exports.made,
             "mismatch_warnings": self.mismatch_warning.count,
             "sampled_steps": 0 if self.completions is None else self.completions.sampled_steps,
             "rollouts": None if self.rollouts is None else self.rollouts.progress(),
@@ -86,6 +87,7 @@ class Trainer:
         """Go on from what `progress` returned."""
         self.state.step, self.state.updates = progress["step"], progress["updates"]
         self.bad_steps.in_a_row = progress["bad_steps_in_a_row"]
+        self.exports.restore(progress["exports"])
         self.mismatch_warning.count = progress["mismatch_warnings"]
         if self.completions is not None:
             self.completions.sampled_steps = progress["sampled_steps"]

@@ -144,6 +144,18 @@ def test_only_the_newest_step_exports_are_kept(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "hf-step-000010", "hf-step-000011"]
 
 
+def test_a_resumed_run_deletes_old_exports_of_its_own(tmp_path):
+    first = Exports(tmp_path, interval=1, total_limit=1)
+    first.claim(first.of_step(1), is_main=True)
+    first.of_step(1).checkpoint.mkdir()
+    resumed = Exports(tmp_path, interval=1, total_limit=1)
+    resumed.restore(first.made)
+    resumed.claim(resumed.of_step(2), is_main=True)
+    resumed.of_step(2).checkpoint.mkdir()
+    resumed.forget_old(is_main=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf-step-000002"]
+
+
 def test_adapters_and_merged_checkpoints_are_kept_alike(tmp_path):
     exports = Exports(tmp_path, interval=1, total_limit=1, has_adapters=True)
     for folders in (exports.of_step(1), exports.of_step(2), exports.final()):
