@@ -8,11 +8,28 @@ import sys
 import pytest
 import torch
 from checkpoints import tiny_checkpoint
+from faults.outcome import TIMES
 from safetensors.torch import load_file
-from test_resume_run import KILLED, TIMES
 from test_train import run, train, workspace  # noqa: F401  (a fixture)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+KILLED = """
+import os
+import signal
+
+import megatron_gkd.runtime.preload
+from megatron_gkd import cli
+from megatron_gkd.training.trainer import Trainer
+
+def write(self, record, completions, write=Trainer.write):
+    write(self, record, completions)
+    if record["step"] == 3 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Trainer.write = write
+cli.run()
+"""
+"""The command line, killed after a step's record is written and before its checkpoint."""
 LORA = "--tuner_type lora --lora_rank 4 --lora_alpha 16 --lora_dropout 0.1 --lr 0.01 --adam_eps 1e-3".split()
 KINDS = {
     "offline": ("--eval_interval", "2", "--merge_lora"),
@@ -34,7 +51,7 @@ def test_a_killed_run_goes_on_bit_by_bit(kind, workspace):  # noqa: F811
     options = (*LORA, *KINDS[kind], *"--save_interval 2 --train_iters 5 --export_interval null".split())
     finished = train(workspace, *options, "--output_dir", "runs/whole")
     assert finished.returncode == 0, finished.stderr
-    (workspace / "killed.py").write_text(KILLED.format(step=3, rank=1))
+    (workspace / "killed.py").write_text(KILLED)
     assert train(workspace, *options, program=("killed.py",)).returncode != 0
     assert not (workspace / "runs/x/adapters").exists()
     resumed = train(workspace, *options)
