@@ -100,7 +100,7 @@ def test_what_differs_is_told(short_runs, tmp_path):
         shutil.rmtree(folder / "bad_steps")
 
     assert problems(nothing) == ""
-    assert "hf: 1 of" in problems(a_bit_of_a_weight)
+    assert "hf/model.safetensors: 1 of" in problems(a_bit_of_a_weight)
     assert "metrics.jsonl:" in problems(a_record_twice)
     assert "metrics.jsonl, entry 3: {'grad_norm': 1.0} instead of" in problems(another_number)
     assert "tensorboard" in problems(another_step_in_tensorboard)

@@ -35,7 +35,9 @@ def _differences(found: Path, expected: Path) -> Iterator[str]:
     yield from _lines("metrics.jsonl", records(found), records(expected))
     yield from _lines("completions.jsonl", *(_text_lines(folder / "completions.jsonl") for folder in (found, expected)))
     yield from _lines("bad_steps", *(_bad_steps(folder) for folder in (found, expected)))
-    yield from _tensors("hf", *(load_file(folder / "hf/model.safetensors") for folder in (found, expected)))
+    for path in sorted(expected.glob("*/*.safetensors")):  # in hf, in adapters, or in both
+        name = path.relative_to(expected)
+        yield from _tensors(str(name), load_file(found / name), load_file(path))
     yield from _lines("checkpoints", *(_names(folder / "checkpoints") for folder in (found, expected)))
     for name in _names(expected / "checkpoints"):
         yield from _checkpoint(found / "checkpoints" / name, expected / "checkpoints" / name)

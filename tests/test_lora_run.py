@@ -1,0 +1,46 @@
+"""A run of adapters from the command line: killed and continued, it is the run that was never killed, bit by bit."""
+
+from __future__ import annotations
+
+import pytest
+from faults.outcome import differences
+from test_train import train, workspace  # noqa: F401  (a fixture)
+
+KILLED = """
+import os
+import signal
+
+import megatron_gkd.runtime.preload
+from megatron_gkd import cli
+from megatron_gkd.training.trainer import Trainer
+
+def write(self, record, completions, write=Trainer.write):
+    write(self, record, completions)
+    if record["step"] == 3 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Trainer.write = write
+cli.run()
+"""
+"""The command line, killed after a step's record is written and before its checkpoint."""
+OPTIONS = "--tuner_type lora --lora_rank 4 --lora_dropout 0.1 --save_interval 2 --async_save false --train_iters 4"
+KINDS = {
+    "on-policy": (*"--dtype fp32 --lmbda 0.5 --lmbda_granularity row --max_completion_length 8".split(),),
+    "offline in bf16, merged": ("--merge_lora", "true", "--eval_interval", "2"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_killed_run_of_adapters_goes_on_bit_by_bit(kind, workspace):  # noqa: F811
+    options = (*OPTIONS.split(), *KINDS[kind], "--export_interval", "null")
+    finished = train(workspace, *options, "--output_dir", "runs/whole")
+    assert finished.returncode == 0, finished.stderr
+    (workspace / "killed.py").write_text(KILLED)
+    assert train(workspace, *options, program=("killed.py",)).returncode != 0
+    assert not (workspace / "runs/x/adapters").exists()
+    finished = train(workspace, *options)
+    assert finished.returncode == 0, finished.stderr
+    assert "resumed from runs/x/checkpoints/step-000002" in finished.stdout
+    assert (workspace / "runs/whole/adapters/adapter_model.safetensors").is_file()
+    assert (workspace / "runs/whole/hf").exists() == ("--merge_lora" in options)
+    assert differences(workspace / "runs/x", workspace / "runs/whole") == []
