@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Sequence
 
-import torch
 import torch.distributed as dist
 from torch.distributed.elastic.agent.server.api import WorkerSpec
 from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousHandler, RendezvousParameters
@@ -17,6 +16,7 @@ from megatron_gkd.errors import UserError
 from megatron_gkd.launch import meet
 from megatron_gkd.launch.agent import RankAgent
 from megatron_gkd.launch.options import GPU, LaunchOptions
+from megatron_gkd.runtime import portability
 
 _JOIN_WITHIN_S = 600
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -86,7 +86,7 @@ def processes(options: LaunchOptions) -> int:
     Raises:
         UserError: there are not as many GPUs.
     """
-    gpus = torch.cuda.device_count()
+    gpus = portability.num_gpus()
     if options.nproc == GPU:
         if gpus == 0:
             raise UserError("--nproc = gpu: no GPU is visible; give a number")

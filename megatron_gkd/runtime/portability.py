@@ -63,6 +63,11 @@ def select_device(local_rank: int) -> None:
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
 
 
+def num_gpus() -> int:
+    """Return how many GPUs this process sees."""
+    return torch.cuda.device_count()
+
+
 def synchronize() -> None:
     """Wait for the device, so that a clock read next to it means something."""
     if _has_cuda():

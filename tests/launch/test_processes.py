@@ -7,7 +7,7 @@ from megatron_gkd.launch.options import LaunchOptions
 
 @pytest.mark.parametrize(("gpus", "nproc", "processes"), [(0, 3, 3), (4, 3, 3), (4, "gpu", 4)])
 def test_the_number_of_processes(monkeypatch, gpus, nproc, processes):
-    monkeypatch.setattr(launcher.torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(launcher.portability, "num_gpus", lambda: gpus)
     assert launcher.processes(LaunchOptions(nproc)) == processes
 
 
@@ -19,7 +19,7 @@ def test_the_number_of_processes(monkeypatch, gpus, nproc, processes):
     ],
 )
 def test_gpus_that_are_missing(monkeypatch, gpus, nproc, line):
-    monkeypatch.setattr(launcher.torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(launcher.portability, "num_gpus", lambda: gpus)
     with pytest.raises(UserError) as error:
         launcher.processes(LaunchOptions(nproc))
     assert str(error.value) == line
