@@ -95,10 +95,12 @@ def test_a_teacher_that_is_the_student_must_agree_with_it_at_first(gloo_world):
 
 def test_which_teachers_begin_as_the_student(tmp_path):
     import megatron_gkd.runtime.preload  # noqa: F401  isort: skip
+    from megatron_gkd.models.checkpoint import Checkpoint
     from megatron_gkd.training.build_teacher import begins_as_student
 
     (tmp_path / "link").symlink_to(tmp_path)
-    student, same, other = (SimpleNamespace(path=path) for path in (tmp_path, tmp_path / "link", tmp_path / "other"))
+    paths = (tmp_path, tmp_path / "link", tmp_path / "other")
+    student, same, other = (Checkpoint(path, config=None, tensors={}) for path in paths)
 
     def begins(opened, **section):
         return begins_as_student(TeacherSection(**section), student, opened)
