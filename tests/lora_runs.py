@@ -8,7 +8,7 @@ from unittest import mock
 
 import torch
 from checkpoints import tiny_checkpoint
-from training_layouts import build
+from training_layouts import build, export_gradients
 
 LORA = {"lora_rank": 4, "lora_alpha": 8, "lora_dropout": 0}
 B_STD = 0.05
@@ -68,17 +68,10 @@ def train_steps(rank, world_size, student, teacher, changes, break_model=None, l
     return records
 
 
-@torch.no_grad()
 def named_gradients(student) -> dict[str, torch.Tensor]:
-    """The export of adapters maps parameters linearly, so it names and gathers their gradients as well."""
+    """Return the factors' whole gradients by PEFT's names."""
     parameters = [factor.parameter for factor in student.model.adapters.factors]
-    weights = [p.data for p in parameters]
-    for parameter in parameters:
-        parameter.data = parameter.main_grad.to(parameter.dtype)
-    named = {name: tensor.clone() for name, tensor in student.model.adapter_tensors()}
-    for parameter, weight in zip(parameters, weights, strict=True):
-        parameter.data = weight
-    return named
+    return export_gradients(parameters, student.model.adapter_tensors)
 
 
 def leave_out_sequence_parallel_flags(student) -> None:

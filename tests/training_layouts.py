@@ -94,16 +94,21 @@ def weights_of(student) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in student.model.named_tensors()}
 
 
-@torch.no_grad()
 def named_gradients(student) -> dict[str, torch.Tensor]:
+    """Return the whole gradient of every parameter by its Hugging Face name."""
+    parameters = [p for chunk in student.model.chunks for p in chunk.parameters()]
+    return export_gradients(parameters, student.model.named_tensors)
+
+
+@torch.no_grad()
+def export_gradients(parameters, named_tensors) -> dict[str, torch.Tensor]:
     """The export maps parameters linearly, so it names and gathers gradients as well: put them in the parameters'
     place.
     """
-    parameters = [p for chunk in student.model.chunks for p in chunk.parameters()]
     weights = [p.data for p in parameters]
     for parameter in parameters:
         parameter.data = parameter.main_grad.to(parameter.dtype)
-    named = {name: tensor.clone() for name, tensor in student.model.named_tensors()}
+    named = {name: tensor.clone() for name, tensor in named_tensors()}
     for parameter, weight in zip(parameters, weights, strict=True):
         parameter.data = weight
     return named

@@ -15,10 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_gkd.checkpoint_format.adapter_files import CONFIG, WEIGHTS
-from megatron_gkd.errors import UserError
 from megatron_gkd.rollout.vllm_client import StudentServer
-from megatron_gkd.rollout.vllm_weights import VERSION_PREFIX, Shapes, SharedWeights, WeightFolder
-from megatron_gkd.runtime.servers import ServerDown
+from megatron_gkd.rollout.vllm_weights import VERSION_PREFIX, Shapes, SharedWeights, WeightFolder, explain_refusal
 
 
 class AdapterFolder(WeightFolder):
@@ -54,12 +52,9 @@ def hand_over_adapters(server: StudentServer) -> None:
     for name in server.served_adapters():
         if name.startswith(VERSION_PREFIX):
             server.unload_adapter(name)
-    try:
+    problem = (
+        f"can't load the adapters in {weights.directory}. Does it see this folder under this path "
+        "(rollout.weight_sync_dir), and does it serve student.model?"
+    )
+    with explain_refusal(server, problem):
         server.load_adapter(adapter_name(weights), weights.directory)
-    except ServerDown as error:
-        if not server.is_up():  # it went down, for this reason or another; its successor gets its chance
-            raise
-        raise UserError(
-            f"{server.url}: can't load the adapters in {weights.directory}. Does it see this folder under this path "
-            f"(rollout.weight_sync_dir), and does it serve student.model? It says: {error}"
-        ) from error

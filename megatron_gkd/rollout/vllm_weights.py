@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -112,15 +113,23 @@ def hand_over(server: StudentServer) -> None:
     weights.validate()
     server.pause()
     call = {"method": "reload_weights", "kwargs": {"weights_path": str(weights.directory)}}
-    try:
+    problem = (
+        f"can't load {weights.directory} and needs a restart. Does it see this folder under this path "
+        "(rollout.weight_sync_dir), and does it serve the student's architecture?"
+    )
+    with explain_refusal(server, problem):
         server.command("/collective_rpc", json=call)
+
+
+@contextlib.contextmanager
+def explain_refusal(server: StudentServer, problem: str) -> Iterator[None]:
+    """Raise UserError with `problem` and the server's words where a server that is up refuses new weights."""
+    try:
+        yield
     except ServerDown as error:
         if not server.is_up():  # it went down, for this reason or another; its successor gets its chance
             raise
-        raise UserError(
-            f"{server.url}: can't load {weights.directory} and needs a restart. Does it see this folder under this "
-            f"path (rollout.weight_sync_dir), and does it serve the student's architecture? It says: {error}"
-        ) from error
+        raise UserError(f"{server.url}: {problem} It says: {error}") from error
 
 
 def check_shapes(shapes: Shapes, expected: Shapes, optional: Collection[str] = ()) -> None:

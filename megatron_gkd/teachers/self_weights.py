@@ -49,22 +49,11 @@ class CurrentWeights:
         """Nothing to do."""
 
 
-class BaseWeights:
+class BaseWeights(CurrentWeights):
     """Those of the base model, under the student's adapters: what a student with new adapters begins as."""
-
-    def __init__(self, model: MegatronModel):
-        self._model = model
-
-    @property
-    def head_weight(self) -> Tensor | None:
-        head = self._model.head_weight
-        return None if head is None else head.detach()
 
     def active(self) -> contextlib.AbstractContextManager[None]:
         return self._model.adapters_disabled()
-
-    def after_update(self) -> None:
-        """Nothing to do."""
 
 
 class InitialWeights:

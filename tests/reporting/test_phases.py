@@ -1,6 +1,5 @@
 """The lines and bars of a run's start, with a clock of the test's own."""
 
-import io
 import os
 import re
 import sys
@@ -8,14 +7,10 @@ import threading
 import time
 
 import pytest
+from terminal import Terminal
 
 from megatron_gkd.reporting import phases
 from megatron_gkd.reporting.phases import phase
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@ import re
 import sys
 
 import pytest
+from terminal import Terminal
 
 from megatron_gkd.reporting import Progress, describe
 
@@ -15,11 +16,6 @@ RECORD = {
     "tokens_per_second": 1234.4,
     "peak_memory_bytes": 1,
 }
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
 
 
 @pytest.fixture
