@@ -85,7 +85,11 @@ def download_on_two_nodes(rank, world_size, hub, nodes):
             raise FileNotFoundError("an appropriate snapshot folder is not in the cache")
         if not local_files_only:
             downloads.append(model)
-            shutil.copytree(Path(hub) / model, path, dirs_exist_ok=True)
+            path.mkdir(parents=True, exist_ok=True)
+            for file in (Path(hub) / model).iterdir():  # as the hub's client does: each file appears whole, and once
+                if not (path / file.name).exists():
+                    shutil.copy(file, path / f".incomplete{rank}")
+                    (path / f".incomplete{rank}").rename(path / file.name)
         return str(path)
 
     real, huggingface_hub.snapshot_download = huggingface_hub.snapshot_download, snapshot_download
