@@ -83,12 +83,12 @@ rm -f "$out"/{summary.txt,build.log,tests.log,sanitizer.log,benchmarks.log}
 
 step build 200 build.log "$python" setup.py build_ext --inplace
 step tests 120 tests.log "$python" -m pytest -q -m gpu tests/ops
-step transfer 60 tests.log "$python" -m pytest -q -m gpu tests/rollout/test_transfer_groups.py
+step transfer 60 tests.log "$python" -m pytest -q -m gpu tests/rollout/vllm/test_transfer_groups.py
 step benchmarks 200 benchmarks.log "$python" scripts/benchmarks/loss.py --device cuda --output "$out"
 sanitize memcheck
 sanitize racecheck
 if [ -n "${MEGATRON_GKD_VLLM_PYTHON:-}" ]; then
-    step vllm 240 tests.log "$python" -m pytest -q -m vllm tests/rollout/test_vllm_server.py -k "Engine or again"
+    step vllm 240 tests.log "$python" -m pytest -q -m vllm tests/rollout/vllm/test_server.py -k "Engine or again"
 fi
 for run in "$out"/loss_*.json; do
     [ ! -e "$run" ] || "$python" scripts/benchmarks/targets.py "$run" | tee -a "$summary"

@@ -14,8 +14,8 @@ import httpx
 import torch
 from safetensors.torch import load_file
 
-from megatron_gkd.rollout import gloo
 from megatron_gkd.rollout.background import each
+from megatron_gkd.rollout.vllm import gloo
 
 COMPLETION_LENGTH = 6
 

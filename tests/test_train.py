@@ -159,7 +159,7 @@ FAILING = """
 import megatron_gkd.runtime.preload
 from megatron_gkd import cli
 from megatron_gkd.rollout.base import RolloutFailed
-from megatron_gkd.rollout.megatron import MegatronEngine
+from megatron_gkd.rollout.megatron.engine import MegatronEngine
 
 def generate(self, *arguments, generate=MegatronEngine.generate):
     if self.version == 2:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from megatron_gkd.config.schema import Recipe
-from megatron_gkd.teachers.cache_manifest import Manifest
+from megatron_gkd.teachers.cache.manifest import Manifest
 
 
 def caches_are_named(recipe: Recipe, _: int) -> Iterator[str]:

@@ -23,11 +23,11 @@ from megatron_gkd.models.lora.options import LoraOptions
 from megatron_gkd.models.megatron_model import BuildOptions, MegatronModel
 from megatron_gkd.reporting.phases import phase
 from megatron_gkd.rollout.base import RolloutEngine, Sampling
-from megatron_gkd.rollout.logit_bias import logit_bias
-from megatron_gkd.rollout.megatron import MegatronEngine
-from megatron_gkd.rollout.vllm_colocated import VllmColocatedEngine
-from megatron_gkd.rollout.vllm_process import ColocatedOptions
-from megatron_gkd.rollout.vllm_server import ServedAdapters, ServerOptions, VllmServerEngine
+from megatron_gkd.rollout.megatron.engine import MegatronEngine
+from megatron_gkd.rollout.vllm.colocated import VllmColocatedEngine
+from megatron_gkd.rollout.vllm.logit_bias import logit_bias
+from megatron_gkd.rollout.vllm.process import ColocatedOptions
+from megatron_gkd.rollout.vllm.server import ServedAdapters, ServerOptions, VllmServerEngine
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.training.load_model import load_model
 from megatron_gkd.training.loss import Objective

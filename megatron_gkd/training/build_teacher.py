@@ -18,12 +18,12 @@ from megatron_gkd.reporting.phases import phase
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.runtime.nodes import Nodes
 from megatron_gkd.teachers.base import TeacherSource
-from megatron_gkd.teachers.cache import CachedTeacher, open_cache, require_rows
-from megatron_gkd.teachers.cache_manifest import Manifest
+from megatron_gkd.teachers.cache.manifest import Manifest
+from megatron_gkd.teachers.cache.teacher import CachedTeacher, open_cache, require_rows
 from megatron_gkd.teachers.local import LocalTeacher
 from megatron_gkd.teachers.self_teacher import SelfTeacher, require_teacher_prompts
 from megatron_gkd.teachers.self_weights import AverageWeights, BaseWeights, CurrentWeights, InitialWeights
-from megatron_gkd.teachers.server import ServerOptions, ServerTeacher
+from megatron_gkd.teachers.server.teacher import ServerOptions, ServerTeacher
 from megatron_gkd.teachers.several import SeveralTeachers, require_teachers
 from megatron_gkd.training.build import DTYPES
 from megatron_gkd.training.load_model import load_model

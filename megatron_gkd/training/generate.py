@@ -21,13 +21,13 @@ from megatron_gkd.errors import UserError
 from megatron_gkd.models.megatron_model import BuildOptions
 from megatron_gkd.reporting.progress import Progress
 from megatron_gkd.rollout.base import BackgroundEngine, Completion, RolloutEngine, check_completions
-from megatron_gkd.rollout.megatron import MegatronEngine
-from megatron_gkd.rollout.vllm_own_weights import OwnWeightsEngine
+from megatron_gkd.rollout.megatron.engine import MegatronEngine
+from megatron_gkd.rollout.vllm.own_weights import OwnWeightsEngine
 from megatron_gkd.runtime.agreement import raise_together
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.runtime.servers import open_client
-from megatron_gkd.teachers.server_client import TeacherRequirements, TeacherServer, handshake_all
-from megatron_gkd.teachers.server_tokenizer import tokenizer_probes
+from megatron_gkd.teachers.server.client import TeacherRequirements, TeacherServer, handshake_all
+from megatron_gkd.teachers.server.tokenizer import tokenizer_probes
 from megatron_gkd.training.build import DTYPES, build_engine, sampling_of, server_options
 from megatron_gkd.training.generated_file import GeneratedFile
 from megatron_gkd.training.load_model import load_model

@@ -24,11 +24,11 @@ from megatron_gkd.runtime import portability
 from megatron_gkd.runtime.agreement import raise_together
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.teachers.base import TeacherSource
-from megatron_gkd.teachers.cache_entries import cached_rows
-from megatron_gkd.teachers.cache_keys import dataset_keys
-from megatron_gkd.teachers.cache_manifest import Manifest
-from megatron_gkd.teachers.cache_shards import CachedRow, write_shard
-from megatron_gkd.teachers.cache_writer import open_for_writing, plan_shards, refuse_unlike_twins
+from megatron_gkd.teachers.cache.entries import cached_rows
+from megatron_gkd.teachers.cache.keys import dataset_keys
+from megatron_gkd.teachers.cache.manifest import Manifest
+from megatron_gkd.teachers.cache.shards import CachedRow, write_shard
+from megatron_gkd.teachers.cache.writer import open_for_writing, plan_shards, refuse_unlike_twins
 from megatron_gkd.training.build import batching
 from megatron_gkd.training.build_teacher import build_teacher
 from megatron_gkd.training.setup import Models, open_models, open_rows, pad_token_id, world_of

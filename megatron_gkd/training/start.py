@@ -16,7 +16,7 @@ from megatron_gkd.config.schema import OneTeacher, Recipe, TaggedTeacher
 from megatron_gkd.ops import passes
 from megatron_gkd.reporting.start_report import ModelLine, RowsLine, StartReport
 from megatron_gkd.runtime import portability
-from megatron_gkd.teachers.cache_manifest import Manifest
+from megatron_gkd.teachers.cache.manifest import Manifest
 from megatron_gkd.training.checkpointing.folder import checkpoint_folder
 
 if TYPE_CHECKING:

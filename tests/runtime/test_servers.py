@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from megatron_gkd.errors import UserError
-from megatron_gkd.rollout.vllm_client import ServerNeeds, StudentServer
-from megatron_gkd.rollout.vllm_weights import WeightFolder, hand_over
-from megatron_gkd.rollout.weight_transfer import WeightTransfer
+from megatron_gkd.rollout.vllm.client import ServerNeeds, StudentServer
+from megatron_gkd.rollout.vllm.weight_folder import WeightFolder, hand_over
+from megatron_gkd.rollout.vllm.weight_transfer import WeightTransfer
 from megatron_gkd.runtime.servers import exchange
-from megatron_gkd.teachers.server_answer import Question
-from megatron_gkd.teachers.server_client import TeacherRequirements, TeacherServer
-from megatron_gkd.teachers.server_tokenizer import Probe
+from megatron_gkd.teachers.server.client import TeacherRequirements, TeacherServer
+from megatron_gkd.teachers.server.response import Question
+from megatron_gkd.teachers.server.tokenizer import Probe
 
 URL = "http://server:8000"
 PROBE = Probe("w5 w6 w7", [5, 6, 7], ["w5", "w6", "w7"])

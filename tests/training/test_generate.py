@@ -42,7 +42,7 @@ def write(rank, world_size, checkpoint, changes, path, chunk_rows=7, count=COUNT
     """What `megatron-gkd generate` does, from random rows."""
     from megatron_gkd.models.checkpoint import Checkpoint
     from megatron_gkd.models.megatron_model import BuildOptions, MegatronModel
-    from megatron_gkd.rollout.megatron import MegatronEngine
+    from megatron_gkd.rollout.megatron.engine import MegatronEngine
     from megatron_gkd.runtime.mesh import Layout, destroy_mesh, initialize_mesh
     from megatron_gkd.training.generate import Answers, settings_of, write_answers
 
@@ -185,7 +185,7 @@ def verify_chunks(rank, world_size, checkpoint, path, url, swapped):
     """Write chunks of answers while another server takes the place of the teacher's; the error."""
     from megatron_gkd.models.checkpoint import Checkpoint
     from megatron_gkd.models.megatron_model import BuildOptions, MegatronModel
-    from megatron_gkd.rollout.megatron import MegatronEngine
+    from megatron_gkd.rollout.megatron.engine import MegatronEngine
     from megatron_gkd.runtime.mesh import Layout, destroy_mesh, initialize_mesh
     from megatron_gkd.training.generate import Answers, _verify_teacher, settings_of, write_answers
 

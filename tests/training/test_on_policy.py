@@ -30,7 +30,7 @@ def train_on_policy(rank, world_size, student, teacher, changes, lmbda, granular
     completions with their divergence.
     """
     from megatron_gkd.data.order import SampleOrder
-    from megatron_gkd.rollout.megatron import MegatronEngine
+    from megatron_gkd.rollout.megatron.engine import MegatronEngine
     from megatron_gkd.runtime.mesh import destroy_mesh
     from megatron_gkd.teachers.base import FollowsStudent
     from megatron_gkd.training.build import batching

@@ -27,7 +27,7 @@ def rollouts_over_fake_servers(mesh, student, changes, folder, before, steps_ahe
     from megatron_gkd.data.cutting import Cutting
     from megatron_gkd.data.order import SampleOrder
     from megatron_gkd.rollout.base import Sampling
-    from megatron_gkd.rollout.vllm_server import ServerOptions, VllmServerEngine
+    from megatron_gkd.rollout.vllm.server import ServerOptions, VllmServerEngine
     from megatron_gkd.training.build import batching
     from megatron_gkd.training.on_policy import Rollouts
 
@@ -157,7 +157,7 @@ def test_one_step_ahead_is_what_it_would_be_by_hand(gloo_world, tmp_path):
 
 def probe(rank, world_size, student, changes, offset, folder):
     """Mismatch of ten calls, while an engine that has a constant error in its log-probabilities samples."""
-    from megatron_gkd.rollout.megatron import MegatronEngine
+    from megatron_gkd.rollout.megatron.engine import MegatronEngine
     from megatron_gkd.runtime.mesh import destroy_mesh
 
     mesh, student, _, _ = build(student, None, changes | {"teacher": {"kind": "none", "teacher_model": None}})

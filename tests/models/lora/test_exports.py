@@ -60,7 +60,7 @@ def exported(rank, world_size, path, layout, rules, folder):
     from megatron_gkd.models.adapter_export import export_adapters
     from megatron_gkd.models.export import export_checkpoint
     from megatron_gkd.rollout.base import Sampling
-    from megatron_gkd.rollout.megatron import MegatronEngine
+    from megatron_gkd.rollout.megatron.engine import MegatronEngine
     from megatron_gkd.runtime.mesh import destroy_mesh
 
     model = open_model(path, layout, rules, b_std=0.05, seed=3)

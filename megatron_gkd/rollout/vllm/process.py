@@ -1,0 +1,243 @@
+"""vLLM inside a training process, as a guest: what it does to the process is undone before training goes on.
+
+It joins the world that torchrun describes and that is initialised already ("external launcher"): every rank has an
+engine, or neighbouring ranks share one by tensor parallelism, all running the same requests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib.util
+import os
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_gkd.errors import UserError
+from megatron_gkd.models.checkpoint import Checkpoint
+from megatron_gkd.rollout.base import Sampling
+from megatron_gkd.rollout.vllm.logit_bias import logit_bias
+from megatron_gkd.rollout.vllm.tied_head import repack_tied_head
+from megatron_gkd.runtime import portability
+
+# Before vLLM is imported; what the user has set stays.
+_ENVIRONMENT = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",  # every rank would tell the same
+}
+
+
+@dataclass(frozen=True)
+class ColocatedOptions:
+    """How vLLM runs in the training processes.
+
+    Attributes:
+        dtype: of its weights and activations.
+        max_model_len: tokens of a prompt and its completion together.
+        tensor_parallel_size: neighbouring ranks that share an engine.
+        gpu_memory_utilization: share of a device's whole memory for its weights, activations and cache.
+        kv_cache_memory_bytes: of the cache of keys and values on each rank, instead of what that share leaves.
+        sleep_level: what it gives up between rollouts: 0 nothing; 1 the cache, with the weights in host memory; 2 both.
+        enforce_eager: no CUDA graphs and no compilation. On CPUs always.
+    """
+
+    dtype: torch.dtype
+    max_model_len: int
+    tensor_parallel_size: int = 1
+    gpu_memory_utilization: float = 0.3
+    kv_cache_memory_bytes: int | None = None
+    sleep_level: int = 2
+    enforce_eager: bool = False
+
+
+@dataclass(frozen=True)
+class Generated:
+    """As in `Completion`, without a version."""
+
+    token_ids: list[int]
+    log_probs: list[float]
+    finish_reason: str
+
+
+class VllmProcess:
+    """This rank's vLLM, with weights that mean nothing until the first `load`. All ranks make it together.
+
+    Raises:
+        UserError: vLLM is not installed, or can't be started with these options.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, options: ColocatedOptions):
+        if importlib.util.find_spec("vllm") is None:
+            raise UserError("rollout.engine = vllm: vLLM is not installed beside the trainer; pip install vllm")
+        self.on_host, self.vocab_size = portability.builds_on_host(), checkpoint.vocab_size
+        self.can_sleep = options.sleep_level > 0 and not self.on_host
+        with _guest():
+            for name, value in _ENVIRONMENT.items():
+                os.environ.setdefault(name, value)
+            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process, not in one of its own
+            from vllm import LLM
+            from vllm.v1.engine import core
+
+            # It would destroy the world's process group, which is the trainer's.
+            core.cleanup_dist_env_and_memory = lambda *args, **kwargs: None
+            if self.on_host:
+                require_head_dim(checkpoint, _head_dims_on_cpus())
+                _communicate_by_gloo()
+            try:
+                self.llm = LLM(
+                    model=str(checkpoint.path),
+                    load_format="dummy",  # the student's weights come before the first sample
+                    generation_config="vllm",  # nothing from the model's generation_config.json
+                    dtype=options.dtype,
+                    max_model_len=options.max_model_len,
+                    logprobs_mode="raw_logprobs",
+                    distributed_executor_backend="external_launcher",
+                    tensor_parallel_size=options.tensor_parallel_size,
+                    gpu_memory_utilization=options.gpu_memory_utilization,
+                    kv_cache_memory_bytes=options.kv_cache_memory_bytes,
+                    enable_sleep_mode=self.can_sleep,
+                    enforce_eager=options.enforce_eager or self.on_host,
+                    seed=0,  # the same on all ranks of an engine; every request has its own
+                )
+            except (ValueError, RuntimeError, AssertionError) as error:
+                raise UserError(f"rollout.engine = vllm: vLLM can't be started: {error}") from error
+            gc.unfreeze()
+
+    def load(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Whole tensors under their Hugging Face names; the same on every rank, which takes its share."""
+        with _guest():
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named_tensors)})
+            if self.on_host:
+                self.llm.apply_model(repack_tied_head)
+            # Its blocks hold keys and values of the old weights.
+            if not self.llm.reset_prefix_cache():
+                raise RuntimeError("vLLM's prefix cache is in use and can't be reset")
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], max_tokens: Sequence[int], sampling: Sampling
+    ) -> list[Generated]:
+        """In order. Only `stop_token_ids` and `stop` of `sampling` end a completion early.
+
+        Ranks of one engine call together. Token ids in, token ids out: text is made only where stop strings have to be
+        found in it.
+        """
+        from vllm import SamplingParams
+
+        if not prompts:
+            return []
+        bias = logit_bias(sampling, self.vocab_size)
+        parameters = [
+            SamplingParams(
+                max_tokens=limit,
+                temperature=sampling.temperature,
+                top_k=sampling.top_k or 0,
+                top_p=sampling.top_p,
+                seed=seed % 2**63,  # vLLM takes -1 for none
+                ignore_eos=True,
+                stop_token_ids=list(sampling.stop_token_ids),
+                stop=list(sampling.stop),
+                include_stop_str_in_output=True,
+                skip_special_tokens=False,  # a stop string may be of such tokens
+                logprobs=0,  # of the sampled token alone
+                detokenize=bool(sampling.stop),
+                logit_bias=bias,
+            )
+            for seed, limit in zip(seeds, max_tokens, strict=True)
+        ]
+        with _guest():
+            requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+            return [_generated(out.outputs[0]) for out in self.llm.generate(requests, parameters, use_tqdm=False)]
+
+    def sleep(self, level: int) -> None:
+        """Give device memory up, until `wake_up`. Nothing on a CPU."""
+        if self.can_sleep:
+            with _guest():
+                self.llm.sleep(level=level)
+
+    def wake_up(self, parts: Sequence[str]) -> None:
+        """`parts` of "weights" and "kv_cache" have their memory again."""
+        if self.can_sleep:
+            portability.empty_cache()  # vLLM maps memory by itself, and torch's cache is none of it
+            with _guest():
+                self.llm.wake_up(tags=list(parts))
+
+
+def require_head_dim(checkpoint: Checkpoint, allowed: Sequence[int]) -> None:
+    """Raise UserError if attention heads of the checkpoint's size are not `allowed`; nothing is checked if none is.
+
+    vLLM itself finds out at the first sample.
+    """
+    config = checkpoint.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if allowed and head_dim not in allowed:
+        raise UserError(
+            f"{checkpoint.path}: head_dim = {head_dim}: vLLM can't serve this on CPUs; allowed are "
+            f"{', '.join(map(str, allowed))}; use rollout.engine = megatron, or another model"
+        )
+
+
+def _head_dims_on_cpus() -> list[int]:
+    """Return the sizes of attention heads that vLLM's CPU backend has kernels for; none where this vLLM hides them."""
+    try:
+        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+        return CPUAttentionBackend.get_supported_head_sizes()
+    except (ImportError, AttributeError):  # it has moved
+        return []
+
+
+def _communicate_by_gloo() -> None:
+    """Not by shared memory, which has one name for all runs on a machine and outlives those that are killed."""
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+
+    CpuCommunicator._all_group_ranks_share_shm_group_name = lambda self: False
+
+
+def _generated(output: Any) -> Generated:
+    if output.finish_reason not in ("stop", "length"):
+        raise RuntimeError(f"vLLM ended a completion by {output.finish_reason!r}")
+    token_ids = list(output.token_ids)
+    log_probs = [entry[token].logprob for entry, token in zip(output.logprobs, token_ids, strict=True)]
+    return Generated(token_ids, log_probs, output.finish_reason)
+
+
+# What vLLM replaces in torch, on CPUs, and leaves so.
+_FUNCTIONS = ((torch, "set_num_threads"), (torch, "Event"), (torch.cuda, "Stream"))
+
+
+@contextlib.contextmanager
+def _guest() -> Iterator[None]:
+    """Afterwards random states, threads, torch's functions and the environment (but for vLLM's own) are as before."""
+    random_states = random.getstate(), np.random.get_state(), torch.get_rng_state(), torch.cuda.get_rng_state()
+    functions = [(owner, name, getattr(owner, name)) for owner, name in _FUNCTIONS]
+    threads, dtype, environment = torch.get_num_threads(), torch.get_default_dtype(), dict(os.environ)
+    # Compiling its sampler for a CPU takes most of a minute, in every process.
+    stance = torch.compiler.set_stance("force_eager") if portability.builds_on_host() else contextlib.nullcontext()
+    try:
+        with stance:
+            yield
+    finally:
+        for owner, name, function in functions:
+            setattr(owner, name, function)
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(dtype)
+        for name in os.environ.keys() | environment.keys():
+            if not name.startswith("VLLM_"):
+                _set_variable(name, environment.get(name))
+        random.setstate(random_states[0])
+        np.random.set_state(random_states[1])
+        torch.set_rng_state(random_states[2])
+        torch.cuda.set_rng_state(random_states[3])
+
+
+def _set_variable(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    elif os.environ.get(name) != value:
+        os.environ[name] = value

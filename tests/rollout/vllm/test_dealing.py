@@ -1,0 +1,150 @@
+"""What the colocated engine does around vLLM, with another in its place: dealing prompts out, errors, sleep."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from rollout.contract import CHECKPOINT, GREEDY
+from safetensors.torch import load_file
+
+from megatron_gkd.rollout.base import RolloutFailed
+from megatron_gkd.rollout.vllm.process import ColocatedOptions, Generated
+
+
+class FakeVllm:
+    """Answers a prompt by its own tokens and the seed, and writes down what it was asked."""
+
+    def __init__(self, can_sleep=False, fails_at=None):
+        self.can_sleep, self.fails_at, self.calls, self.given = can_sleep, fails_at, [], []
+
+    def load(self, named_tensors):
+        self.calls.append("load")
+        self.given.append(len(list(named_tensors)))
+
+    def generate(self, prompts, seeds, max_tokens, sampling):
+        if self.fails_at in seeds:
+            raise MemoryError("no room")
+        self.calls.append([list(prompt) for prompt in prompts])
+        answers = [[*prompt, seed][:most] for prompt, seed, most in zip(prompts, seeds, max_tokens, strict=True)]
+        return [Generated(tokens, [-1.0] * len(tokens), "length") for tokens in answers]
+
+    def sleep(self, level):
+        self.calls.append(f"sleep {level}")
+
+    def wake_up(self, parts):
+        self.calls.append("wake " + " ".join(parts))
+
+
+def open_engine(vllm, checkpoint, layout=None, **options):
+    from megatron_gkd.models.checkpoint import Checkpoint
+    from megatron_gkd.rollout.vllm.colocated import VllmColocatedEngine
+    from megatron_gkd.runtime.mesh import Layout, destroy_mesh, initialize_mesh
+
+    mesh = initialize_mesh(Layout(**(layout or {})), seed=1)
+    options = ColocatedOptions(torch.float32, 256, **options)
+    engine = VllmColocatedEngine(mesh, Checkpoint.open(str(checkpoint)), options, vllm)
+    destroy_mesh()  # the engine has no group of it
+    return engine
+
+
+def weights_of(checkpoint):
+    return load_file(checkpoint / "model.safetensors").items()
+
+
+def deal(rank, world_size, checkpoint, layout, tensor_parallel_size, prompts_of):
+    """What this rank's vLLM was asked; this rank's replica and completions."""
+    vllm = FakeVllm()
+    engine = open_engine(vllm, checkpoint, layout, tensor_parallel_size=tensor_parallel_size)
+    engine.load_weights(weights_of(checkpoint), version=4)
+    prompts = prompts_of[engine.replica]
+    completions = engine.generate(prompts, GREEDY, [10 * engine.replica + i for i in range(len(prompts))])
+    return vllm.calls[1], engine.replica, [(c.token_ids, c.version) for c in completions]
+
+
+FIVE, TWO = [[50], [51], [52], [53], [54]], [[60], [61]]
+
+
+@pytest.mark.parametrize(
+    ("layout", "tensor_parallel_size", "prompts_of", "asked"),
+    [
+        ({"tensor": 2}, 1, [FIVE, TWO], [[[50], [54]], [[51], [60]], [[52], [61]], [[53]]]),
+        ({"tensor": 2}, 2, [FIVE, TWO], [[[50], [52], [54], [61]], [[51], [53], [60]]]),
+        ({"pipeline": 2}, 4, [FIVE, TWO], [[*FIVE, *TWO]]),
+        ({"context": 2, "tensor": 2}, 2, [FIVE], [FIVE[::2], FIVE[1::2]]),
+        ({"tensor": 2}, 1, [[], TWO], [TWO[:1], TWO[1:], [], []]),
+        ({}, 2, [TWO, [], [], []], [TWO[:1], TWO[1:]]),
+    ],
+    ids=["TP2xDP2", "TP2xDP2, two engines", "PP2xDP2, one engine", "TP2xCP2", "one replica asks", "DP4, two engines"],
+)
+def test_all_engines_share_all_prompts(layout, tensor_parallel_size, prompts_of, asked, gloo_world):
+    ranks = gloo_world(4).run(deal, CHECKPOINT(), layout, tensor_parallel_size, prompts_of)
+    assert [calls for calls, _, _ in ranks] == [part for part in asked for _ in range(tensor_parallel_size)]
+    assert {replica for _, replica, _ in ranks} == set(range(len(prompts_of)))
+    for _, replica, completions in ranks:
+        assert completions == [([*prompt, 10 * replica + i], 4) for i, prompt in enumerate(prompts_of[replica])]
+
+
+def fail(rank, world_size, checkpoint):
+    """The messages of three failures, each of which befalls one rank or one replica alone."""
+    engine = open_engine(FakeVllm(fails_at=7), checkpoint)
+    engine.load_weights(weights_of(checkpoint), version=1)
+    messages = []
+    for prompts in ([[5], [5]], [[5], [99]], [[5], [5] * 256]):
+        prompts = prompts if rank == 1 else [[5]]
+        with pytest.raises((RolloutFailed, ValueError)) as error:
+            engine.generate(prompts, GREEDY, [7 + i for i in range(len(prompts))] if rank else [0])
+        messages.append((type(error.value), str(error.value)))
+    with pytest.raises(RolloutFailed) as error:
+        engine.load_weights(list(weights_of(checkpoint))[rank:], version=2)  # the second rank misses one
+    return messages, str(error.value)
+
+
+def test_a_failure_anywhere_is_raised_everywhere(gloo_world):
+    (first, first_weights), (second, second_weights) = gloo_world(2).run(fail, CHECKPOINT())
+    assert [text.split("\n")[0] for _, text in first] == [
+        "vLLM failed in rank 1:",
+        "prompt 1 has the token id 99; allowed are 0 to 98",
+        "prompt 1 of 256 tokens leaves no room for an answer in rollout.vllm_max_model_len = 256",
+    ]
+    assert first[0][1].endswith("MemoryError: no room")
+    assert [text for _, text in second] == [text for _, text in first]
+    assert [kind for kind, _ in second] == [RolloutFailed, ValueError, RolloutFailed]
+    assert "is missing and should be" in first_weights and first_weights == second_weights
+
+
+def follow(rank, world_size, checkpoint, level):
+    """The calls in two steps, and what becomes of a request before and after them."""
+    vllm = FakeVllm(can_sleep=True)
+    engine = open_engine(vllm, checkpoint, sleep_level=level)
+    refused = []
+
+    def ask():
+        try:
+            engine.generate([[5]], GREEDY, [0])
+        except RolloutFailed as error:
+            refused.append(str(error))
+
+    ask()
+    for step in range(2):
+        engine.load_weights(weights_of(checkpoint), version=step)
+        with engine.resident():
+            ask()
+    ask()
+    with engine.resident():
+        ask()
+    return vllm.calls, len(refused), vllm.given
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_it_sleeps_but_between_new_weights_and_the_last_sample(level, gloo_world):
+    calls, refused, given = gloo_world(1).run(follow, CHECKPOINT(), level)[0]
+    step = ["load", [[5]]]
+    if level == 0:
+        assert calls == [*step, *step, [[5]], [[5]]] and refused == 1, "only without any weights"
+        return
+    sleep = f"sleep {level}"
+    step = ["wake weights", "load", "wake kv_cache", [[5]], sleep]
+    again = [[[5]]] if level == 1 else []  # level 2 has lost the weights
+    assert calls == [sleep, *step, *step, "wake weights kv_cache", *again, sleep]
+    assert refused == (2 if level == 1 else 3)
+    assert len(set(given)) == 1 and given[0] == len(weights_of(CHECKPOINT()))

@@ -1,0 +1,225 @@
+"""The files of a teacher cache, its index, and the contract of every teacher."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from teachers.contract import (
+    CHECKPOINT,
+    LAYOUTS,
+    MICROBATCHES,
+    TeacherContract,
+    answer,
+    in_every_rank,
+    mesh_of,
+    sample,
+    transformers_log_probs,
+)
+
+from megatron_gkd.data.sample import IGNORE
+from megatron_gkd.errors import UserError
+from megatron_gkd.teachers.cache.keys import keys_of, row_key
+from megatron_gkd.teachers.cache.manifest import FILE, Manifest
+from megatron_gkd.teachers.cache.shards import CachedRow, write_shard
+from megatron_gkd.teachers.cache.teacher import MISSING, TeacherCache
+from megatron_gkd.teachers.cache.writer import plan_shards, refuse_unlike_twins
+
+ROWS = [sample(length, slice(2, None), seed=length) for length in range(4, 14)]
+MANIFEST = Manifest(k=5, temperature=0.9, tokenizer="t", teacher="big", vocab_size=200_000)
+
+
+def entry(row, manifest=MANIFEST) -> CachedRow:
+    """Ids from the whole of a large vocabulary, most of them above 131072."""
+    generator = np.random.default_rng(row.row_id)
+    n = int((row.labels != IGNORE).sum())
+    ids = np.stack([generator.choice(manifest.vocab_size, manifest.k, replace=False) for _ in range(n)])
+    log_probs = -np.sort(generator.random((n, manifest.k), dtype=np.float32) * 9, axis=1)
+    return CachedRow(ids.astype(np.int32), log_probs, generator.random(n, dtype=np.float32))
+
+
+def cache_of(folder: Path, *shards, manifest=MANIFEST) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / FILE).write_text(manifest.text())
+    for rows in shards:
+        write_shard(folder, manifest, keys_of(rows), [entry(row, manifest) for row in rows])
+    return folder
+
+
+class TestKeys:
+    def test_a_row_has_the_same_key_wherever_it_stands(self):
+        row = ROWS[0]
+        assert row_key(row) == row_key(replace(row, row_id=7, source="student", tag="a"))
+
+    def test_what_the_teacher_judges_is_in_the_key(self):
+        row = ROWS[3]
+        other_labels = row.labels.copy()
+        other_labels[2] = IGNORE
+        others = [
+            replace(row, input_ids=row.input_ids[:-1], labels=row.labels[:-1]),
+            replace(row, labels=other_labels),
+            replace(row, teacher_prompt=row.input_ids[:2]),
+            replace(row, teacher_prompt=row.input_ids[:3]),
+        ]
+        assert len({row_key(one) for one in (row, *others)}) == 5
+
+
+class TestFiles:
+    def test_every_row_is_read_as_it_was_written_whatever_shard_has_it(self, tmp_path):
+        cache = TeacherCache(cache_of(tmp_path, ROWS[:4], ROWS[4:9]))
+        places = cache.find(keys_of(ROWS[::-1]))
+        assert (places == MISSING).tolist() == [True] + [False] * 9 and len(cache) == 9
+        for row, place in zip(ROWS[8::-1], places[1:], strict=True):
+            found, expected = cache.read(place), entry(row)
+            assert (found.ids == expected.ids).all() and (found.log_probs == expected.log_probs).all()
+            assert (found.tail == expected.tail).all() and expected.ids.max() > 131072
+
+    @pytest.mark.parametrize("keep", [0.0, 0.3, 0.99])
+    def test_a_truncated_shard_is_named(self, tmp_path, keep):
+        (shard,) = cache_of(tmp_path, ROWS).glob("*.safetensors")
+        shard.write_bytes(shard.read_bytes()[: int(shard.stat().st_size * keep)])
+        with pytest.raises(UserError, match=f"{shard.name}: is cut off or damaged"):
+            TeacherCache(tmp_path)
+
+    def test_a_changed_byte_is_found_when_its_row_is_read(self, tmp_path):
+        (shard,) = cache_of(tmp_path, ROWS).glob("*.safetensors")
+        content = bytearray(shard.read_bytes())
+        at = content.rindex(entry(ROWS[4]).log_probs.tobytes())
+        content[at + 3] ^= 1
+        shard.write_bytes(content)
+        cache = TeacherCache(tmp_path)
+        places = cache.find(keys_of(ROWS))
+        cache.read(places[3])
+        with pytest.raises(UserError, match=f"{shard.name}: row 4 is damaged"):
+            cache.read(places[4])
+
+    def test_a_shard_of_another_cache_is_named(self, tmp_path):
+        other = cache_of(tmp_path / "other", ROWS, manifest=replace(MANIFEST, teacher="small"))
+        (shard,) = other.glob("*.safetensors")
+        folder = cache_of(tmp_path / "cache", ROWS[:2])
+        shard.rename(folder / shard.name)
+        with pytest.raises(UserError, match=f"{shard.name}: is a shard of another teacher cache"):
+            TeacherCache(folder)
+
+    def test_unfinished_files_are_not_read(self, tmp_path):
+        (cache_of(tmp_path, ROWS[:2]) / ".rows-0.safetensors.77").write_bytes(b"half")
+        assert len(TeacherCache(tmp_path)) == 2
+
+    @pytest.mark.parametrize(
+        ("text", "problem"),
+        [
+            (None, "there is no manifest.json in it"),
+            ("{", "is not that of a teacher cache"),
+            (json.dumps({"format": "x", "version": 1}), "must be megatron_gkd teacher cache 1"),
+            (MANIFEST.text().replace('"version": 1', '"version": 99'), "score the rows anew"),
+            (MANIFEST.text().replace('"k"', '"kk"'), "is not that of a teacher cache"),
+        ],
+    )
+    def test_a_manifest_that_is_none(self, tmp_path, text, problem):
+        if text is not None:
+            (tmp_path / FILE).write_text(text)
+        with pytest.raises(UserError, match=problem):
+            TeacherCache(tmp_path)
+
+
+class TestPlan:
+    def shards(self, folder, rows, **options):
+        labels = np.array([int((row.labels != IGNORE).sum()) for row in rows])
+        plan = plan_shards(keys_of(rows), labels, TeacherCache(folder), **{"shard_rows": 4, "k": 5} | options)
+        return [shard.tolist() for shard in plan]
+
+    def test_equal_rows_count_once_and_rows_without_labels_not_at_all(self, tmp_path):
+        silent = replace(ROWS[0], labels=np.full_like(ROWS[0].labels, IGNORE))
+        rows = [*ROWS[:3], ROWS[1], silent, *ROWS[3:6]]
+        assert self.shards(cache_of(tmp_path), rows) == [[0, 1, 2, 5], [6, 7]]
+
+    def test_what_is_there_does_not_change_the_division(self, tmp_path):
+        assert self.shards(cache_of(tmp_path, ROWS[4:8]), ROWS) == [[0, 1, 2, 3], [8, 9]]
+        assert self.shards(cache_of(tmp_path, ROWS[:2]), ROWS) == [[2, 3], [8, 9]]
+
+    def test_a_shard_has_no_more_bytes_than_it_may(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("megatron_gkd.teachers.cache.writer.SHARD_BYTES", 44 * (2 + 3 + 4))
+        assert self.shards(cache_of(tmp_path), ROWS)[:2] == [[0, 1, 2], [3]]
+
+    def test_equal_rows_with_unlike_tags_are_refused(self):
+        keys = keys_of([ROWS[0], ROWS[1], ROWS[0]])
+        refuse_unlike_twins(keys, ["a", "b", "a"])
+        with pytest.raises(UserError, match="rows 2 and 0 are the same, but their tags"):
+            refuse_unlike_twins(keys, ["a", "b", "b"])
+
+
+# ---- the contract, of a cache that transformers has filled
+
+K, TEMPERATURE = 11, 0.7
+
+
+def fill(folder: Path) -> Path:
+    manifest = Manifest(k=K, temperature=TEMPERATURE, tokenizer="t", teacher="transformers", vocab_size=99)
+    rows = {row_key(one): one for samples in MICROBATCHES.values() for one in samples if (one.labels != IGNORE).any()}
+    (folder / FILE).write_text(manifest.text())
+    entries = []
+    for row in rows.values():
+        log_probs = transformers_log_probs(CHECKPOINT(), row.input_ids, np.flatnonzero(row.labels != IGNORE))
+        best = log_probs.topk(K)
+        rest = log_probs.scatter(1, best.indices, -torch.inf)
+        tail = (rest / TEMPERATURE).logsumexp(-1)
+        entries.append(CachedRow(best.indices.int().numpy(), best.values.float().numpy(), tail.float().numpy()))
+    write_shard(folder, manifest, keys_of(rows.values()), entries)
+    return folder
+
+
+def answers_of(rank, world_size, layout, folder, k):
+    from megatron_gkd.teachers.cache.teacher import CachedTeacher, open_cache
+
+    with mesh_of(layout) as mesh:
+        return answer(CachedTeacher(open_cache(folder), mesh, k=k), mesh)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return fill(tmp_path_factory.mktemp("cache"))
+
+
+class TestCachedTeacher(TeacherContract):
+    @pytest.fixture(scope="class", params=LAYOUTS)
+    @classmethod
+    def answers(cls, request, gloo_world, folder):
+        return in_every_rank(gloo_world, request.param, answers_of, folder, None)
+
+
+class TestFewerOfTheCachedTokens(TeacherContract):
+    """The others join the tail."""
+
+    @pytest.fixture(scope="class", params=LAYOUTS[:1])
+    @classmethod
+    def answers(cls, request, gloo_world, folder):
+        return in_every_rank(gloo_world, request.param, answers_of, folder, 4)
+
+
+def topk_of(rank, world_size, layout, folder, rows):
+    from megatron_gkd.data.microbatch import collate
+    from megatron_gkd.teachers.cache.teacher import CachedTeacher, open_cache
+
+    with mesh_of(layout) as mesh:
+        (signal,) = CachedTeacher(open_cache(folder), mesh).score([collate(rows, pad_multiple=1, pad_token_id=0)])
+        return signal
+
+
+def test_ids_of_a_large_vocabulary_reach_the_loss(gloo_world, tmp_path):
+    (signal,) = gloo_world(1).run(topk_of, {}, cache_of(tmp_path, ROWS), ROWS[5:2:-1])
+    entries = [entry(row) for row in ROWS[5:2:-1]]
+    assert signal.ids.tolist() == np.concatenate([one.ids for one in entries]).tolist()
+    assert signal.ids.max() > 131072 and signal.ids.dtype == torch.int64
+    assert signal.values.tolist() == np.concatenate([one.log_probs for one in entries]).tolist()
+    assert signal.tail.tolist() == np.concatenate([one.tail for one in entries]).tolist()
+    assert signal.temperature == MANIFEST.temperature
+
+
+def test_a_row_that_is_not_there_is_named_on_all_ranks_together(gloo_world, tmp_path):
+    folder = cache_of(tmp_path, ROWS, manifest=replace(MANIFEST, vocab_size=99))
+    with pytest.raises(UserError, match="row 1 is not in the teacher cache"):
+        in_every_rank(gloo_world, "TP2xPP2", answers_of, folder, None)

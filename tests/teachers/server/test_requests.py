@@ -1,0 +1,139 @@
+"""Questions to servers that do what the tests say."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from megatron_gkd.errors import UserError
+from megatron_gkd.runtime.servers import ServerDown
+from megatron_gkd.teachers.server.requests import ScoreRequests
+from megatron_gkd.teachers.server.response import Question, Scores
+
+
+class Scripted:
+    """Answers with the first token of the question, except where `failures` has an error for the next one."""
+
+    def __init__(self, *failures: Exception, seconds: float = 0.0):
+        self.failures, self.seconds = list(failures), seconds
+        self.asked: list[int] = []
+        self.in_flight, self.most_in_flight = 0, 0
+        self.down_since: float | None = None
+        self.lock = threading.Lock()
+
+    def score(self, question: Question) -> Scores:
+        with self.lock:
+            self.asked.append(int(question.token_ids[0]))
+            self.in_flight += 1
+            self.most_in_flight = max(self.most_in_flight, self.in_flight)
+            failure = self.failures.pop(0) if self.failures else None
+        time.sleep(self.seconds)
+        with self.lock:
+            self.in_flight -= 1
+        if isinstance(failure, ServerDown):
+            self.down_since = time.monotonic()
+        if failure is not None:
+            raise failure
+        self.down_since = None
+        return Scores(question.token_ids[:1, None], np.zeros((1, 1)))
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch):
+    monkeypatch.setattr("megatron_gkd.runtime.servers._FIRST_PAUSE", 1e-3)
+
+
+@pytest.fixture
+def requests_to():
+    made = []
+
+    def make(*servers, concurrency=1, patience=5.0, first=0):
+        made.append(ScoreRequests(servers, concurrency=concurrency, patience=patience, first=first))
+        return made[-1]
+
+    yield make
+    for requests in made:
+        requests.close()
+
+
+def questions(*firsts: int) -> list[Question]:
+    return [Question(np.array([first, 0]), np.array([0])) for first in firsts]
+
+
+def answers(requests: ScoreRequests, asked: list[Question]) -> list[int]:
+    found = requests.collect(asked)
+    return [int(found[question.key].ids[0, 0]) for question in asked]
+
+
+def test_questions_are_dealt_in_turn(requests_to):
+    servers = [Scripted() for _ in range(3)]
+    assert answers(requests_to(*servers, first=1), questions(*range(7))) == list(range(7))
+    assert [server.asked for server in servers] == [[2, 5], [0, 3, 6], [1, 4]]
+
+
+def test_as_many_at_a_time_as_allowed(requests_to):
+    server = Scripted(seconds=0.05)
+    answers(requests_to(server, concurrency=3), questions(*range(9)))
+    assert server.most_in_flight == 3
+
+
+def test_what_one_server_fails_at_another_answers_and_the_one_is_left_alone(requests_to):
+    dying, well = Scripted(ServerDown("gone")), Scripted()
+    assert answers(requests_to(dying, well), questions(*range(6))) == list(range(6))
+    assert dying.asked == [0] and well.asked == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_failure_that_passes_is_asked_again(requests_to):
+    server = Scripted(*[ServerDown("slow")] * 3)
+    assert answers(requests_to(server), questions(4)) == [4]
+    assert server.asked == [4] * 4
+
+
+def test_a_failure_that_stays_is_an_error_that_names_the_limit(requests_to):
+    server = Scripted(*[ServerDown("http://host:1: refused")] * 10_000)
+    message = r"http://host:1: refused; that was so for 0.05 s \(teacher.teacher_server_patience_s\).* start it again"
+    with pytest.raises(UserError, match=message):
+        requests_to(server, patience=0.05).collect(questions(*range(50)))
+
+
+def test_a_refusal_is_an_error_at_once_and_nothing_more_is_asked(requests_to):
+    server = Scripted(UserError("400: no"), seconds=0.05)
+    requests = requests_to(server)
+    with pytest.raises(UserError, match="400: no"):
+        requests.collect(questions(*range(50)))
+    asked = len(server.asked)
+    time.sleep(0.2)
+    assert len(server.asked) <= asked + 1 < 5
+    with pytest.raises(UserError, match="given up"):
+        requests.collect(questions(1))
+
+
+def test_what_has_begun_is_asked_once_and_equal_questions_are_one(requests_to):
+    server = Scripted()
+    requests = requests_to(server)
+    requests.begin(questions(1, 2, 1))
+    assert answers(requests, questions(2, 1, 3, 3)) == [2, 1, 3, 3]
+    assert sorted(server.asked) == [1, 2, 3] and requests.begun() == {}
+    assert answers(requests, questions(2)) == [2]  # it is not remembered
+    assert sorted(server.asked) == [1, 2, 2, 3]
+
+
+def test_what_failed_before_it_was_needed_is_asked_again(requests_to):
+    server = Scripted(UserError("a bad moment"))
+    requests = requests_to(server)
+    requests.begin(questions(1))
+    while server.in_flight or not server.asked:
+        time.sleep(0.01)
+    time.sleep(0.05)
+    assert answers(requests, questions(1)) == [1]
+
+
+def test_what_nobody_collects_is_forgotten_oldest_first(requests_to):
+    requests = requests_to(Scripted())
+    asked = questions(1, 2, 3)
+    requests.begin(asked)
+    requests.forget_all_but(2)
+    assert list(requests.begun()) == [asked[1].key, asked[2].key]
