@@ -74,7 +74,7 @@ class AdapterFiles:
             raise AdapterProblem(f"{CONFIG} has r = {rank} and lora_alpha = {alpha}; both must be above 0")
         try:
             with safe_open(folder / WEIGHTS, framework="np") as file:
-                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
         except (OSError, SafetensorError) as error:
             raise AdapterProblem(f"{WEIGHTS} can't be read ({error})") from error
         return cls(folder, config, shapes, base)

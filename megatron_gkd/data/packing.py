@@ -86,7 +86,7 @@ def _halves(bin_: Bin, lengths: Sequence[int]) -> tuple[Bin, Bin]:
     halves: tuple[Bin, Bin] = ([], [])
     tokens = [0, 0]
     for row in _longest_first(bin_, lengths):
-        lighter = 0 if tokens[0] <= tokens[1] and halves[1] or not halves[0] else 1
+        lighter = 0 if (tokens[0] <= tokens[1] and halves[1]) or not halves[0] else 1
         halves[lighter].append(row)
         tokens[lighter] += lengths[row]
     return halves

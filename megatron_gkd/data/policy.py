@@ -25,7 +25,7 @@ class OnPolicy:
     seed: int
 
     def rows(self, step: int, count: int) -> np.ndarray:
-        """bool [count]: which rows of global batch `step`, counted from 0, the student answers."""
+        """Bool [count]: which rows of global batch `step`, counted from 0, the student answers."""
         random = np.random.Generator(np.random.PCG64([self.seed, _STREAM, step]))
         draws = random.random(1 if self.granularity == "step" else count)
         return np.broadcast_to(draws < self.lmbda, count)

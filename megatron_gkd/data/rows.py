@@ -21,7 +21,8 @@ class BadRow(Exception):
 @dataclass(frozen=True)
 class Conversation:
     """Messages for the chat template. The last one is an assistant's turn, and what followed it is cut off; or there is
-    no such turn, where a prompt alone is a row."""
+    no such turn, where a prompt alone is a row.
+    """
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None

@@ -106,7 +106,8 @@ def _forward(
     return_statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Of N tokens: the divergence [N], what backward needs (shifts [N, 2], biases [N, 2], slope sum [N]), and the
-    statistics [5, N], or [5, 0] where nobody wants them."""
+    statistics [5, N], or [5, 0] where nobody wants them.
+    """
     spec = _spec(student.shape[1], divergence, beta, temperature, vocab_size, group)
     student, teacher = (_rows_contiguous(x)[:, : spec.shard.valid] for x in (student, teacher))
     found = measure(student, teacher, spec, mask=mask, moments=return_statistics)

@@ -55,7 +55,8 @@ class Combined:
 
 def combine(gathered_RNC: Tensor, spec: DivergenceSpec, *, moments: bool, labels: Tensor | None = None) -> Combined:
     """The ranks' statistics, stacked in rank order. With `labels` the last two columns are the untempered sum and the
-    label's logit (-inf where another rank has it)."""
+    label's logit (-inf where another rank has it).
+    """
     dtype = gathered_RNC.dtype
     scale, columns = spec.scale(dtype), gathered_RNC.double().unbind(-1)
     student, teacher = (_Model.of(columns[i], columns[i + 1], scale) for i in (0, 2))

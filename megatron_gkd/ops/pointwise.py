@@ -27,12 +27,12 @@ class Pointwise(Protocol):
 
 
 def _log_ratio(a: Tensor, b: Tensor) -> Tensor:
-    """b - a, and 0 where both are -inf."""
+    """B - a, and 0 where both are -inf."""
     return torch.where(a == b, 0, b - a)
 
 
 def weighted(weight: Tensor, x: Tensor) -> Tensor:
-    """weight * x, and 0 where the weight is 0 and x perhaps infinite. NaN stays NaN."""
+    """Weight * x, and 0 where the weight is 0 and x perhaps infinite. NaN stays NaN."""
     return torch.where(weight == 0, 0, weight * x)
 
 
@@ -91,7 +91,7 @@ class TotalVariation:
 
 
 def _share(x: Tensor, p: Tensor, mixture: Tensor) -> Tensor:
-    """x p / M, and 0 where nothing is mixed."""
+    """X p / M, and 0 where nothing is mixed."""
     return x * p / torch.where(mixture > 0, mixture, 1)
 
 

@@ -29,12 +29,12 @@ class Divergence:
 
 
 def _safe_log(x: Tensor) -> Tensor:
-    """ln x, and 0 with zero gradient at x = 0."""
+    """Ln x, and 0 with zero gradient at x = 0."""
     return torch.where(x > 0, x, 1).log()
 
 
 def _weighted(weight: Tensor, x: Tensor) -> Tensor:
-    """weight * x, and 0 with zero gradient where the weight is 0 and x perhaps infinite."""
+    """Weight * x, and 0 with zero gradient where the weight is 0 and x perhaps infinite."""
     return weight * torch.where(weight > 0, x, 0)
 
 
@@ -50,7 +50,7 @@ def _jsd_slope(a: Tensor, b: Tensor, beta: float) -> Tensor:
 
 
 def _skewed_slope(a: Tensor, b: Tensor, beta: float) -> Tensor:
-    """p q / M, 0 where both are 0."""
+    """P q / M, 0 where both are 0."""
     p, q = a.exp(), b.exp()
     mixture = beta * q + (1 - beta) * p
     return p * q / torch.where(mixture > 0, mixture, 1)

@@ -189,7 +189,8 @@ def _bits(dtype: torch.dtype) -> torch.dtype:
 
 def _largest_columns(z: Tensor, k: int) -> Tensor:
     """int64 [n, k], by falling logit, equal ones by rising column. ``torch.topk`` leaves open which of equals it takes,
-    but not the k-th largest value: all above it are in, and of those equal to it the first."""
+    but not the k-th largest value: all above it are in, and of those equal to it the first.
+    """
     width = z.shape[1]
     threshold = z.topk(k).values[:, -1:]
     precedence = torch.arange(width, 0, -1, dtype=torch.int32, device=z.device)
@@ -202,7 +203,7 @@ def _largest_columns(z: Tensor, k: int) -> Tensor:
 def _choose(
     gathered: Tensor, k: int, dtype: torch.dtype, temperature: float | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """ids [N, k], values [N, k] and tail [N]: the k best of all ranks' ``_candidates`` [R, N, ...]."""
+    """Ids [N, k], values [N, k] and tail [N]: the k best of all ranks' ``_candidates`` [R, N, ...]."""
     ranks, rows, width = gathered.shape
     extra = 0 if temperature is None else 2
     each = (width - extra) // 2  # candidates of a rank

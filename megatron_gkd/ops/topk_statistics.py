@@ -86,7 +86,7 @@ class LogSum(NamedTuple):
     log: Tensor  # [N], >= 0
 
     def log_shares(self, z: Tensor, rows: slice, temperature: float) -> Tensor:
-        """ln of the shares in the sum, [n, ...], that logits `z` of the `rows` have."""
+        """Ln of the shares in the sum, [n, ...], that logits `z` of the `rows` have."""
         return (z - finite(self.maximum[rows])[:, None]) / temperature - self.log[rows, None]
 
 
@@ -97,7 +97,7 @@ class TopKNormalizers(NamedTuple):
     others: LogSum | None  # over the bucket's tokens; None without a bucket
 
     def bucket_log_prob(self, rows: slice, temperature: float) -> Tensor:
-        """ln p_B, [n, 1]."""
+        """Ln p_B, [n, 1]."""
         return self.student.log_shares(self.others.maximum[rows, None], rows, temperature) + self.others.log[rows, None]
 
 
@@ -163,7 +163,7 @@ def write_topk_gradient(
 
 
 def _softmax_gradient(a: Tensor, b: Tensor, slope_sum: Tensor, spec: TopKSpec) -> Tensor:
-    """slope - p sum_u slope_u."""
+    """Slope - p sum_u slope_u."""
     p = a.exp()
     _, slope = spec.pointwise.terms(a, b, p, b.exp())
     return slope - p * slope_sum

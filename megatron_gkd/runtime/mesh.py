@@ -40,7 +40,8 @@ class Layout:
     @property
     def pad_multiple(self) -> int:
         """What the length of every sequence must divide by: two zigzag chunks a context-parallel rank, and
-        under sequence parallelism an equal share of each for every tensor-parallel rank."""
+        under sequence parallelism an equal share of each for every tensor-parallel rank.
+        """
         zigzag = 2 * self.context if self.context > 1 else 1
         return zigzag * (self.tensor if self.sequence_parallel else 1)
 

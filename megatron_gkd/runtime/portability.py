@@ -207,7 +207,7 @@ def _patch_gloo() -> None:
 
 
 def _contiguous(scatter):
-    """gloo's scatter copies raw memory, which is wrong for views: hand it contiguous tensors."""
+    """Gloo's scatter copies raw memory, which is wrong for views: hand it contiguous tensors."""
 
     @functools.wraps(scatter)
     def contiguous_scatter(tensor, scatter_list=None, *args, **kwargs):
@@ -219,7 +219,7 @@ def _contiguous(scatter):
 
 
 def _uneven_all_gather(all_gather):
-    """gloo refuses tensors of different lengths: pad them to the longest."""
+    """Gloo refuses tensors of different lengths: pad them to the longest."""
 
     @functools.wraps(all_gather)
     def padded_all_gather(tensor_list, tensor, group=None, async_op=False):

@@ -33,7 +33,8 @@ class SeveralTeachers:
 
     def score(self, microbatches: Sequence[Microbatch]) -> list[Parts | None]:
         """Every teacher sees as many microbatches as there are, whatever its share of the rows: ranks wait for each
-        other where they share experts or a server's answers."""
+        other where they share experts or a server's answers.
+        """
         parts: list[list[Part]] = [[] for _ in microbatches]
         for tags, teacher in self.teachers.items():
             chosen = [select_rows(microbatch, _has_one_of(tags), self.mesh) for microbatch in microbatches]

@@ -33,7 +33,8 @@ class Guards:
 
     def check(self, step: int, totals: Mapping[str, float], microbatches: Sequence[Microbatch]) -> None:
         """UserError if something is wrong with `step`, counted from 1, before the update. All ranks call it together;
-        the totals are the same on all."""
+        the totals are the same on all.
+        """
         problem = self._problem(totals)
         if problem is None and step == 1 and self.same_as_teacher is not None:
             plain = all(sample.teacher_prompt is None for one in microbatches for sample in one.samples)

@@ -75,7 +75,7 @@ class Objective:
     def __call__(
         self, hidden: Tensor, head_weight: Tensor, microbatch: Microbatch, signal: TeacherSignal | None
     ) -> tuple[Tensor, Tensor, Measured]:
-        """hidden [1, T(/TP), H_S] -> (sum of losses, number of tokens, what was measured)."""
+        """Hidden [1, T(/TP), H_S] -> (sum of losses, number of tokens, what was measured)."""
         chosen = has_label(microbatch)
         student = label_rows(hidden, chosen, self.mesh)
         labels = microbatch.labels.squeeze(0)[chosen]
@@ -100,7 +100,7 @@ class Objective:
     def judge(
         self, student: Tensor, head_weight: Tensor, labels: Tensor, from_dataset: Tensor, signal: TeacherSignal | None
     ) -> Judged:
-        """student [N, H_S]; labels int64 and from_dataset fp32 [N]; `signal` is of the same N labels."""
+        """Student [N, H_S]; labels int64 and from_dataset fp32 [N]; `signal` is of the same N labels."""
         if not isinstance(signal, Parts):
             return self._judge(student, head_weight, labels, from_dataset, signal)
         found = [

@@ -16,7 +16,8 @@ BETAS = (0.0, 0.5, 1.0)
 @dataclass(frozen=True)
 class Case:
     """The divergence of `tokens` rows of one rank's `vocab / tp` columns. Collectives are not part of it: the columns
-    are measured on one process."""
+    are measured on one process.
+    """
 
     tokens: int
     vocab: int
@@ -36,7 +37,8 @@ class Case:
     @property
     def forward_bytes(self) -> int:
         """What streaming passes over logits that don't fit on chip have to move: statistics of both models, then for
-        0 < beta < 1 the sums, which need the statistics."""
+        0 < beta < 1 the sums, which need the statistics.
+        """
         return self.logits_bytes * (4 if 0 < self.beta < 1 else 2)
 
     @property
@@ -50,7 +52,8 @@ class Case:
 
     def inputs(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Logits [tokens, columns] of student and teacher, alike as those of a trained pair: standard deviation 3, of
-        the difference 1. The student's want a gradient."""
+        the difference 1. The student's want a gradient.
+        """
         generator = torch.Generator(device).manual_seed(0)
 
         def noise(scale: float) -> Tensor:

@@ -77,7 +77,6 @@ def parse() -> argparse.Namespace:
 
 def dist_size() -> int:
     """Return the number of processes, before they know each other."""
-
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 

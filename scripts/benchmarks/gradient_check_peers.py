@@ -76,7 +76,8 @@ def ms_swift(package: metadata.Distribution, beta: float) -> Loss:
 
 def modelopt(package: metadata.Distribution, beta: float) -> Loss:
     """NVIDIA Model Optimizer's loss for Megatron: KL(T||S) or, reversed, KL(S||T). Whoever calls it adds up the ranks'
-    losses by a reduction that leaves the gradient alone."""
+    losses by a reduction that leaves the gradient alone.
+    """
     if beta not in (0.0, 1.0):
         raise Unavailable("β 0 and 1 only")
     parallel_state = SimpleNamespace(get_tensor_model_parallel_group=lambda: dist.group.WORLD)
@@ -93,7 +94,7 @@ def modelopt(package: metadata.Distribution, beta: float) -> Loss:
 
 
 def verl(package: metadata.Distribution, beta: float) -> Loss:
-    """verl's KL(T||S) over the teacher's top-k, which is the whole one for k = V. It needs megatron-core."""
+    """Verl's KL(T||S) over the teacher's top-k, which is the whole one for k = V. It needs megatron-core."""
     if beta != 0.0:
         raise Unavailable("β 0 only")
     try:

@@ -13,7 +13,8 @@ OURS_COLOR, PEER_COLOR, FLOOR_COLOR = "#d1701f", "#4878a8", "#555555"
 
 def draw(run: dict, path: Path) -> None:
     """Bars are times of forward and backward; the line is that of a copy which moves as many bytes as streaming passes
-    must."""
+    must.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -55,7 +55,7 @@ class KeyValueCache:
                     rows[target, :, :length] = rows[source, :, :length]
 
     def _attend(self, core: nn.Module, q: Tensor, k: Tensor, v: Tensor, *_, **__) -> Tensor:
-        """q [T,h,d], k and v [T,g,d], rotated -> [T,h·d]; zeros where padding."""
+        """Q [T,h,d], k and v [T,g,d], rotated -> [T,h·d]; zeros where padding."""
         step = self._step
         out = q.new_zeros(q.shape[0], q.shape[1] * q.shape[2])
         if step.num_rows == 0:

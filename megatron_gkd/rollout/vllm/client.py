@@ -33,7 +33,8 @@ class Patience(servers.Patience):
 @dataclass(frozen=True)
 class Weights:
     """One version of the student's weights. `version` is as given to `RolloutEngine.load_weights`; `label` names run
-    and version to a server."""
+    and version to a server.
+    """
 
     version: int
     label: str

@@ -60,7 +60,7 @@ class VllmColocatedEngine:
 
     @contextlib.contextmanager
     def resident(self) -> Iterator[None]:
-        """vLLM has its memory inside, and gives it up afterwards as `sleep_level` says."""
+        """VLLM has its memory inside, and gives it up afterwards as `sleep_level` says."""
         self._wake_up(_PARTS)
         try:
             yield

@@ -51,7 +51,7 @@ class TEDotProductAttention(MegatronModule):
     def forward(
         self, q, k, v, attention_mask=None, attn_mask_type=None, attention_bias=None, packed_seq_params=None, **_
     ):
-        """q [s,b,h,d], k and v [s,b,g,d] -> [s,b,h·d]; packed: q [s,h,d], k and v [s,g,d] -> [s,h·d]."""
+        """Q [s,b,h,d], k and v [s,b,g,d] -> [s,b,h·d]; packed: q [s,h,d], k and v [s,g,d] -> [s,h·d]."""
         if attention_bias is not None:
             raise ValueError("an attention bias needs Transformer Engine")
         mask_type = attn_mask_type or self.attn_mask_type

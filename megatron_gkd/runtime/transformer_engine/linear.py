@@ -132,7 +132,7 @@ class TEGroupedLinear(nn.Module):
                 self.register_parameter(f"bias{i}", expert_bias)
 
     def forward(self, x: torch.Tensor, m_splits):
-        """x [tokens, in], m_splits [num_gemms] tokens of each expert -> [tokens, out]."""
+        """X [tokens, in], m_splits [num_gemms] tokens of each expert -> [tokens, out]."""
         runs = x.split(m_splits.tolist() if torch.is_tensor(m_splits) else list(m_splits))
         outputs = [
             F.linear(run, getattr(self, f"weight{i}"), getattr(self, f"bias{i}", None)) for i, run in enumerate(runs)
