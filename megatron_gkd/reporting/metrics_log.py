@@ -13,8 +13,8 @@ from megatron_gkd.runtime.disk import flush, free_place
 class MetricsLog:
     """Append records to `output_dir/metrics.jsonl` and to the TensorBoard events in `output_dir/tensorboard`.
 
-    An earlier run's file and events in the same folder are kept: they become `metrics.jsonl.1`, `tensorboard.1`, those of
-    the next run `.2`, and so on; the highest number is the latest of them.
+    An earlier run's file and events in the same folder are kept: they become `metrics.jsonl.1` and `tensorboard.1`,
+    those of the next run `.2`, and so on; the highest number is the latest of them.
 
     Args:
         output_dir: folder of both.

@@ -94,7 +94,8 @@ def test_a_phase_that_fails_is_not_done(capsys, clock):
             clock.now += 5
             raise RuntimeError
 
-    pytest.raises(RuntimeError, fail)
+    with pytest.raises(RuntimeError):
+        fail()
     assert capsys.readouterr() == ("", "")
 
 
