@@ -81,8 +81,8 @@ def build_student(recipe: Recipe, mesh: Mesh, checkpoint: Checkpoint, vocab_size
         beta=distill.beta,
         temperature=distill.temperature,
         sft_alpha=distill.sft_alpha,
-        topk=distill.gkd_logits_topk,
-        tail=distill.gkd_topk_tail,
+        k=distill.gkd_logits_topk,
+        tail_mode=distill.gkd_topk_tail,
         chunk_tokens=distill.loss_chunk_tokens,
         upstream=1.0,  # there is no loss scaling in bf16 and fp32
     )
