@@ -11,9 +11,10 @@ import numpy as np
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_gkd.data.cutting import Cutting
+from megatron_gkd.data.batch_config import BatchConfig
 from megatron_gkd.data.loader import SampleDataset, StepOrder, filler, require_responses
 from megatron_gkd.data.microbatch import Microbatch
+from megatron_gkd.data.microbatch_planner import MicrobatchPlanner
 from megatron_gkd.data.policy import OnPolicy
 from megatron_gkd.data.prompt import answered, prompt_of, room_for_answer
 from megatron_gkd.data.sample import FROM_DATASET, FROM_STUDENT, Sample
@@ -108,9 +109,9 @@ class Rollouts:
         engine: samples completions. Its ranks of one replica are asked together; replicas share the prompts out.
         policy: which rows of which step the student answers.
         dataset, order: where prompts and the other rows come from.
-        cutting: how the global batch becomes this rank's microbatches.
-        sampling: `max_completion_length` is cut to what a sequence of `cutting.max_length` tokens leaves.
-        teacher_max_length: the same of a row's `teacher_prompt` with the answer behind it; None: `cutting.max_length`.
+        config: how the global batch becomes this rank's microbatches.
+        sampling: `max_completion_length` is cut to what a sequence of `config.max_length` tokens leaves.
+        teacher_max_length: the same of a row's `teacher_prompt` with the answer behind it; None: `config.max_length`.
         truncated: completions without an end are trained on ("keep"), kept without labels ("mask"), or left out.
         dp: the data-parallel group.
         steps_ahead: 1 has a `BackgroundEngine` sample a step while the one before it trains.
@@ -124,10 +125,9 @@ class Rollouts:
         policy: OnPolicy,
         dataset: SampleDataset,
         order: StepOrder,
-        cutting: Cutting,
+        config: BatchConfig,
         sampling: Sampling,
         *,
-        global_batch_size: int,
         truncated: Truncated,
         dp: dist.ProcessGroup,
         steps_ahead: int = 0,
@@ -136,7 +136,7 @@ class Rollouts:
         tensors: Callable[[MegatronModel], Iterable[tuple[str, Tensor]]] = MegatronModel.named_tensors,
     ):
         self.engine, self.policy, self.dataset, self.order = engine, policy, dataset, order
-        self.cutting, self.sampling, self.global_batch_size = cutting, sampling, global_batch_size
+        self.config, self.sampling, self.global_batch_size = config, sampling, config.global_batch_size
         self.truncated, self.dp = truncated, dp
         self.steps_ahead, self.num_steps, self.tensors = steps_ahead, num_steps, tensors
         self.on_sample: Callable[[Sample], None] | None = None
@@ -145,7 +145,7 @@ class Rollouts:
         self._begun: dict[int, Generation] = {}
         self._probe_calls = 0
         self._version: int | None = None
-        self.teacher_max_length = teacher_max_length or cutting.max_length
+        self.teacher_max_length = teacher_max_length or config.max_length
 
     def due(self, step: int) -> bool:
         """Whether the student answers any row of `step`, counted from 0. The same on every rank."""
@@ -179,14 +179,15 @@ class Rollouts:
         if self._probe_calls % _PROBE_INTERVAL != 2:
             return None
         rows = self.order.rows_of_step(step, self.global_batch_size)
-        cutting = self.cutting
-        count = cutting.micro_batch_size * cutting.dp_size * cutting.microbatch_multiple
+        config = self.config
+        count = config.micro_batch_size * config.dp_size * config.microbatch_multiple
         positions = [int(position) for position in np.flatnonzero(self.policy.rows(step, len(rows)))][:count]
         short = replace(self.sampling, max_completion_length=min(_PROBE_TOKENS, self.sampling.max_completion_length))
         completions = self._sample_now(step, positions, short)
         samples = [answered(self.dataset[rows[position]], done.token_ids) for position, done in completions.items()]
-        samples += [filler(cutting.pad_token_id)] * (count - len(samples))
-        microbatches = cutting.microbatches([len(sample.input_ids) for sample in samples], samples.__getitem__)
+        samples += [filler(config.pad_token_id)] * (count - len(samples))
+        lengths = [len(sample.input_ids) for sample in samples]
+        microbatches = MicrobatchPlanner(config).make_microbatches(lengths, samples.__getitem__)
         microbatches = [microbatch.to(portability.device()) for microbatch in microbatches]
         totals = student.evaluate(microbatches, [None] * len(microbatches))
         log_prob = sum(sum(done.log_probs) for done in completions.values())
@@ -279,10 +280,11 @@ class Rollouts:
         lengths = [
             len(samples[i].input_ids) if i in samples else int(self.dataset.lengths[row]) for i, row in enumerate(rows)
         ]
-        bins = self.cutting.bins(lengths)
-        cut = self.cutting.cut(bins, lambda i: samples[i] if i in samples else self.dataset[rows[i]])
+        planner = MicrobatchPlanner(self.config)
+        bins = planner.plan(lengths)
+        microbatches = planner.build(bins, lambda i: samples[i] if i in samples else self.dataset[rows[i]])
         found = list(completions.values())
-        return cut, RolloutReport(
+        return microbatches, RolloutReport(
             student_rows=len(found),
             dataset_rows=len(rows) - len(found),
             seconds=seconds,
@@ -338,7 +340,7 @@ class Rollouts:
         return prompt_of(sample)
 
     def _room(self, sample: Sample) -> int:
-        return room_for_answer(sample, self.cutting.max_length, self.teacher_max_length)
+        return room_for_answer(sample, self.config.max_length, self.teacher_max_length)
 
     def _seed(self, step: int, position: int) -> int:
         """Of one row of one step: whatever rank samples it, and in whatever company."""
@@ -348,5 +350,5 @@ class Rollouts:
         """The sample, and whether it is trained on."""
         trained = completion.finish_reason == "stop" or self.truncated == "keep"
         if not trained and self.truncated == "drop":
-            return filler(self.cutting.pad_token_id), False
+            return filler(self.config.pad_token_id), False
         return answered(source, completion.token_ids, trained=trained), trained

@@ -24,14 +24,12 @@ SEED = 29  # with lambda 0.6 the student answers in steps 0, 2 and 3
 
 
 def rollouts_over_fake_servers(mesh, student, changes, folder, before, steps_ahead):
-    from megatron_gkd.data.cutting import Cutting
+    from megatron_gkd.data.batch_config import BatchConfig
     from megatron_gkd.data.order import SampleOrder
     from megatron_gkd.rollout.base import Sampling
     from megatron_gkd.rollout.vllm.server import ServerOptions, VllmServerEngine
-    from megatron_gkd.training.build import batching
     from megatron_gkd.training.on_policy import Rollouts
 
-    cut = batching(recipe_of(changes), mesh, pad_token_id=0)
     rows = RandomRows(count=24)
     fakes = {"one": FakeVllm(before), "two": FakeVllm(before)}
     with mock.patch.object(httpx, "Client", lambda **_: real_client(transport=transport(fakes))):
@@ -42,9 +40,8 @@ def rollouts_over_fake_servers(mesh, student, changes, folder, before, steps_ahe
         OnPolicy(0.6, "step", SEED),
         rows,
         SampleOrder(rows.sizes, [1.0], seed=1234, shuffle=True),
-        Cutting(**{name: value for name, value in cut.items() if name != "global_batch_size"}),
+        BatchConfig.from_recipe(recipe_of(changes), mesh, pad_token_id=0),
         Sampling(max_completion_length=9),
-        global_batch_size=cut["global_batch_size"],
         truncated="keep",
         dp=mesh.dp,
         steps_ahead=steps_ahead,
