@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from megatron_gkd.config.schema import Recipe
-from megatron_gkd.runtime.mesh import Mesh
+
+if TYPE_CHECKING:  # it imports Megatron-Core, which reading and packing rows does not need
+    from megatron_gkd.runtime.mesh import Mesh
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from megatron_gkd.checkpoint_format.adapter_files import adapter_config, factor_
 from megatron_gkd.config.lora_checks import layer_rules
 from megatron_gkd.config.schema import LoraSection, Recipe, RolloutSection
 from megatron_gkd.data.batch_config import BatchConfig
+from megatron_gkd.data.lambda_schedule import LambdaSchedule
 from megatron_gkd.data.loader import SampleDataset, StepOrder
-from megatron_gkd.data.policy import OnPolicy
 from megatron_gkd.data.prompt import PromptLimits
 from megatron_gkd.models.checkpoint import Checkpoint
 from megatron_gkd.models.lora.options import LoraOptions
@@ -86,20 +86,20 @@ def build_rollouts(
     mesh: Mesh,
     student: Student,
     checkpoint: Checkpoint,
-    policy: OnPolicy,
+    lambda_schedule: LambdaSchedule,
     dataset: SampleDataset,
     order: StepOrder,
     config: BatchConfig,
     train_iters: int,
 ) -> Rollouts:
-    """What samples the steps that `policy` gives to the student."""
+    """What samples the steps that `lambda_schedule` gives to the student."""
     section = recipe.rollout
     sampling = sampling_of(section, student.objective.vocab_size)
     if section.engine != "megatron":
         logit_bias(sampling, checkpoint.vocab_size)  # what vLLM can't exclude ends the run before the engine starts
     return Rollouts(
         build_engine(recipe, mesh, student.model, checkpoint),
-        policy,
+        lambda_schedule,
         dataset,
         order,
         config,

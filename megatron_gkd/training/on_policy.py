@@ -12,10 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_gkd.data.batch_config import BatchConfig
+from megatron_gkd.data.lambda_schedule import LambdaSchedule
 from megatron_gkd.data.loader import SampleDataset, StepOrder, filler, require_responses
 from megatron_gkd.data.microbatch import Microbatch
 from megatron_gkd.data.microbatch_planner import MicrobatchPlanner
-from megatron_gkd.data.policy import OnPolicy
 from megatron_gkd.data.prompt import answered, prompt_of, room_for_answer
 from megatron_gkd.data.sample import FROM_DATASET, FROM_STUDENT, Sample
 from megatron_gkd.models.megatron_model import MegatronModel
@@ -107,7 +107,7 @@ class Rollouts:
 
     Args:
         engine: samples completions. Its ranks of one replica are asked together; replicas share the prompts out.
-        policy: which rows of which step the student answers.
+        lambda_schedule: which rows of which step the student answers.
         dataset, order: where prompts and the other rows come from.
         config: how the global batch becomes this rank's microbatches.
         sampling: `max_completion_length` is cut to what a sequence of `config.max_length` tokens leaves.
@@ -122,7 +122,7 @@ class Rollouts:
     def __init__(
         self,
         engine: RolloutEngine,
-        policy: OnPolicy,
+        lambda_schedule: LambdaSchedule,
         dataset: SampleDataset,
         order: StepOrder,
         config: BatchConfig,
@@ -135,7 +135,7 @@ class Rollouts:
         teacher_max_length: int | None = None,
         tensors: Callable[[MegatronModel], Iterable[tuple[str, Tensor]]] = MegatronModel.named_tensors,
     ):
-        self.engine, self.policy, self.dataset, self.order = engine, policy, dataset, order
+        self.engine, self.lambda_schedule, self.dataset, self.order = engine, lambda_schedule, dataset, order
         self.config, self.sampling, self.global_batch_size = config, sampling, config.global_batch_size
         self.truncated, self.dp = truncated, dp
         self.steps_ahead, self.num_steps, self.tensors = steps_ahead, num_steps, tensors
@@ -149,7 +149,7 @@ class Rollouts:
 
     def due(self, step: int) -> bool:
         """Whether the student answers any row of `step`, counted from 0. The same on every rank."""
-        return self.policy.any(step, self.global_batch_size)
+        return self.lambda_schedule.any(step, self.global_batch_size)
 
     def load_weights(self, student: Student, version: int) -> float:
         """Sample from the student as it is, after `version` updates. Nothing to do the second time.
@@ -181,7 +181,7 @@ class Rollouts:
         rows = self.order.rows_of_step(step, self.global_batch_size)
         config = self.config
         count = config.micro_batch_size * config.dp_size * config.microbatch_multiple
-        positions = [int(position) for position in np.flatnonzero(self.policy.rows(step, len(rows)))][:count]
+        positions = [int(position) for position in np.flatnonzero(self.lambda_schedule.rows(step, len(rows)))][:count]
         short = replace(self.sampling, max_completion_length=min(_PROBE_TOKENS, self.sampling.max_completion_length))
         completions = self._sample_now(step, positions, short)
         samples = [answered(self.dataset[rows[position]], done.token_ids) for position, done in completions.items()]
@@ -328,7 +328,7 @@ class Rollouts:
             UserError: in all ranks, as each checks the rows of all; see ``microbatches``.
         """
         rows = self.order.rows_of_step(step, self.global_batch_size)
-        is_sampled = self.policy.rows(step, len(rows))
+        is_sampled = self.lambda_schedule.rows(step, len(rows))
         require_responses(self.dataset, [rows[position] for position in np.flatnonzero(~is_sampled)], step)
         prompts = {int(position): self._prompt(rows[position]) for position in np.flatnonzero(is_sampled)}
         mine = list(prompts)[self.dp.rank() :: self.dp.size()]
@@ -344,7 +344,9 @@ class Rollouts:
 
     def _seed(self, step: int, position: int) -> int:
         """Of one row of one step: whatever rank samples it, and in whatever company."""
-        return int(np.random.SeedSequence([self.policy.seed, step, position]).generate_state(1, np.uint64)[0] >> 1)
+        return int(
+            np.random.SeedSequence([self.lambda_schedule.seed, step, position]).generate_state(1, np.uint64)[0] >> 1
+        )
 
     def _sample(self, source: Sample, completion: Completion) -> tuple[Sample, bool]:
         """The sample, and whether it is trained on."""

@@ -12,9 +12,9 @@ import megatron_gkd.runtime.preload  # noqa: F401  isort: skip  (before anything
 
 from megatron_gkd.config.schema import Recipe
 from megatron_gkd.data.batch_config import BatchConfig
+from megatron_gkd.data.lambda_schedule import LambdaSchedule
 from megatron_gkd.data.loader import StepLoader, validation_batches
 from megatron_gkd.data.order import SampleOrder
-from megatron_gkd.data.policy import OnPolicy
 from megatron_gkd.models.export import try_companions
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.runtime.signals import StopSignals
@@ -82,14 +82,14 @@ def _train(recipe: Recipe, mesh: Mesh, folder: RunFolder, signals: StopSignals |
         point.require_same(identity)
     first_step = 0 if point is None else point.step
     config = BatchConfig.from_recipe(recipe, mesh, pad_token_id(models))
-    policy = OnPolicy(recipe.distill.lmbda, recipe.distill.lmbda_granularity, recipe.train.seed)
+    lambda_schedule = LambdaSchedule(recipe.distill.lmbda, recipe.distill.lmbda_granularity, recipe.train.seed)
     batches = StepLoader(
         dataset,
         order,
         config,
         range(first_step, train_iters),
         num_workers=recipe.data.dataloader_num_workers,
-        skip=partial(policy.any, count=recipe.train.global_batch_size),
+        skip=partial(lambda_schedule.any, count=recipe.train.global_batch_size),
     )
     rows, validation = {"training": (dataset, data_report)}, None
     if recipe.data.val_dataset:
@@ -102,7 +102,9 @@ def _train(recipe: Recipe, mesh: Mesh, folder: RunFolder, signals: StopSignals |
     teacher = build_teacher(recipe, mesh, student, models.teachers)
     rollouts = None
     if recipe.distill.lmbda > 0:
-        rollouts = build_rollouts(recipe, mesh, student, models.student, policy, dataset, order, config, train_iters)
+        rollouts = build_rollouts(
+            recipe, mesh, student, models.student, lambda_schedule, dataset, order, config, train_iters
+        )
     output = recipe.output
     if rollouts is not None and isinstance(teacher, ScoresAhead):
         rollouts.on_sample = lambda sample: teacher.begin([sample])

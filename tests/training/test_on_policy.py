@@ -13,7 +13,7 @@ from rows import RandomRows
 from training_layouts import build, named_gradients, recipe_of
 
 from megatron_gkd.data.batch_config import BatchConfig
-from megatron_gkd.data.policy import OnPolicy
+from megatron_gkd.data.lambda_schedule import LambdaSchedule
 from megatron_gkd.errors import UserError
 from megatron_gkd.rollout.base import Completion, RolloutFailed, Sampling
 from megatron_gkd.training.on_policy import Rollouts
@@ -40,7 +40,7 @@ def train_on_policy(rank, world_size, student, teacher, changes, lmbda, granular
     mesh, student, teacher, batches = build(student, teacher, changes, rows)
     rollouts = Rollouts(
         MegatronEngine(student.model, [3]),
-        OnPolicy(lmbda, granularity, seed=7),
+        LambdaSchedule(lmbda, granularity, seed=7),
         rows,
         SampleOrder(rows.sizes, [1.0], seed=1234, shuffle=True),
         BatchConfig.from_recipe(recipe_of(changes), mesh, pad_token_id=0),
@@ -84,11 +84,11 @@ LAYOUTS = [
     *(("dense", name) for name in ("TP2+SP", "PP2", "CP2", "DP2", "TP2xPP2", "CP2xDP2, packed")),
     *(("mixture", name) for name in ("EP2", "TP2+SPxEP2")),
 ]
-CASES = [(*layout, *policy) for layout in LAYOUTS for policy in (ALWAYS, BY_ROW)]
+CASES = [(*layout, *lambda_schedule) for layout in LAYOUTS for lambda_schedule in (ALWAYS, BY_ROW)]
 CASES += [("dense", name, *BY_STEP) for name in ("DP2", "TP2xPP2")]
 REPLICAS = {"TP2+SPxPP2xDP2": (8, {"parallel": TP2 | SP | PP2})}
 """Tensor-parallel ranks, stages and replicas at once: none may wait for one that took the other branch."""
-LARGE = [("dense", name, *policy) for name in REPLICAS for policy in (BY_STEP, BY_ROW)]
+LARGE = [("dense", name, *lambda_schedule) for name in REPLICAS for lambda_schedule in (BY_STEP, BY_ROW)]
 
 
 @pytest.mark.parametrize(("kind", "layout", "lmbda", "granularity"), CASES + LARGE)
@@ -118,7 +118,10 @@ def test_every_layout_equals_one_process(kind, layout, lmbda, granularity, gloo_
 
 def test_there_are_steps_of_every_kind(one_process):
     """Of the dataset alone, of the student alone, and with so few rows of the student's that a replica has none."""
-    rows = {policy: [r.get("student_rows", 0) for r in one_process("dense", *policy)] for policy in (BY_STEP, BY_ROW)}
+    rows = {
+        lambda_schedule: [r.get("student_rows", 0) for r in one_process("dense", *lambda_schedule)]
+        for lambda_schedule in (BY_STEP, BY_ROW)
+    }
     assert set(rows[BY_STEP]) == {0, 4} and 1 in rows[BY_ROW] and 3 in rows[BY_ROW]
 
 
@@ -185,7 +188,7 @@ def rollouts_of(monkeypatch, rows=None, truncated="keep", lmbda=1.0, granularity
     rows = rows or RandomRows(count=8)
     return Rollouts(
         Parrot(),
-        OnPolicy(lmbda, granularity, seed=3),
+        LambdaSchedule(lmbda, granularity, seed=3),
         rows,
         SampleOrder(rows.sizes, [1.0], seed=1, shuffle=False),
         config,
@@ -303,7 +306,7 @@ def test_a_row_that_only_one_replica_samples_is_refused_by_all_before_any_sample
     rollouts.dp = Replica()
     with pytest.raises(UserError, match="data.teacher_max_length = 64: the teacher_prompt of row 3 of the dataset"):
         rollouts.microbatches(0)
-    rows.teacher_prompts[3], rollouts.policy = None, OnPolicy(0.5, "row", seed=3)
+    rows.teacher_prompts[3], rollouts.lambda_schedule = None, LambdaSchedule(0.5, "row", seed=3)
     rows.num_labels = np.zeros(8, dtype=np.int64)
     with pytest.raises(UserError, match="in this step the student does not answer it"):
         rollouts.microbatches(0)

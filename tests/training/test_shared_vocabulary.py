@@ -87,8 +87,8 @@ def test_padding_is_an_id_that_all_models_can_read(gloo_world, tmp_path):
 def sample_and_train(rank, world_size, parallel):
     """The ids that are drawn in a step, and the log-probabilities of the engine and of the trainer."""
     from megatron_gkd.data.batch_config import BatchConfig
+    from megatron_gkd.data.lambda_schedule import LambdaSchedule
     from megatron_gkd.data.order import SampleOrder
-    from megatron_gkd.data.policy import OnPolicy
     from megatron_gkd.runtime.mesh import destroy_mesh
     from megatron_gkd.training.build import build_rollouts
 
@@ -103,7 +103,7 @@ def sample_and_train(rank, world_size, parallel):
         mesh,
         student,
         student.model.checkpoint,
-        OnPolicy(1.0, "step", seed=7),
+        LambdaSchedule(1.0, "step", seed=7),
         rows,
         SampleOrder(rows.sizes, [1.0], seed=1234, shuffle=True),
         BatchConfig.from_recipe(recipe, mesh, pad_token_id=0),

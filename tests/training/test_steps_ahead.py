@@ -16,7 +16,7 @@ from layouts import DENSE, PP2, TP2
 from rows import RandomRows
 from training_layouts import build, recipe_of
 
-from megatron_gkd.data.policy import OnPolicy
+from megatron_gkd.data.lambda_schedule import LambdaSchedule
 from megatron_gkd.data.sample import FROM_STUDENT
 
 STEPS = 4
@@ -37,7 +37,7 @@ def rollouts_over_fake_servers(mesh, student, changes, folder, before, steps_ahe
         engine = VllmServerEngine(mesh, student.model.checkpoint, options)
     return Rollouts(
         engine,
-        OnPolicy(0.6, "step", SEED),
+        LambdaSchedule(0.6, "step", SEED),
         rows,
         SampleOrder(rows.sizes, [1.0], seed=1234, shuffle=True),
         BatchConfig.from_recipe(recipe_of(changes), mesh, pad_token_id=0),
@@ -159,7 +159,7 @@ def probe(rank, world_size, student, changes, offset, folder):
 
     mesh, student, _, _ = build(student, None, changes | {"teacher": {"kind": "none", "teacher_model": None}})
     rollouts = rollouts_over_fake_servers(mesh, student, changes, folder, lambda path: None, steps_ahead=1)
-    rollouts.policy = OnPolicy(0.4, "row", SEED)
+    rollouts.lambda_schedule = LambdaSchedule(0.4, "row", SEED)
     engine = rollouts.engine = MegatronEngine(student.model, [3])
     generate, lengths = engine.generate, []
 
