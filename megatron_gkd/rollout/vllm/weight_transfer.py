@@ -128,7 +128,7 @@ class Link:
         try:
             wait_all([theirs, in_background(own)], self.timeout)
         except TimeoutError as error:
-            raise ServerDown(f"{self.server.url}{path}: {error} (rollout.server_timeout_s)") from error
+            raise ServerDown(f"{self.server.url}{path}: {error} (rollout.vllm_server_timeout_s)") from error
         except RuntimeError as error:  # torch's, of every kind of broken connection
             raise ServerDown(f"{self.server.url}{path}: broke off: {error}") from error
 
