@@ -27,9 +27,8 @@ from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.runtime.servers import open_client
 from megatron_gkd.teachers.server.client import TeacherRequirements, TeacherServer, handshake_all
 from megatron_gkd.teachers.server.tokenizer import tokenizer_probes
-from megatron_gkd.training.build import DTYPES, build_engine, sampling_of, server_options
+from megatron_gkd.training.build import DTYPES, build_engine, load_model, sampling_of, server_options
 from megatron_gkd.training.generated_file import GeneratedFile
-from megatron_gkd.training.load_model import load_model
 from megatron_gkd.training.setup import Models, open_models, open_rows, world_of
 
 Source = Literal["teacher", "student"]
@@ -44,7 +43,7 @@ def generate(recipe: Recipe, source: Source, output: str, n: int, chunk_rows: in
     """
     with world_of(recipe) as mesh:
         models = open_models(recipe, mesh)
-        dataset, _ = open_rows(recipe, mesh, models, "train", prompts=True)
+        dataset, _ = open_rows(recipe, models, "train", prompts=True)
         name = _model_name(recipe, source)
         file = GeneratedFile(Path(output).expanduser(), chunk_rows, settings_of(recipe, name, n, dataset))
         engine = build_engine_of(source, recipe, mesh, models)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from checkpoints import tiny_checkpoint
-from training_layouts import build
+from training_layouts import build, trainer_of
 
 from megatron_gkd.config.schema import TeacherSection
 from megatron_gkd.errors import UserError
@@ -53,8 +52,6 @@ def test_impossible_totals_are_refused(change, message):
 def train_by_itself(rank, world_size, model, step, broken, prompted_rank):
     """What ends the step, if anything does, and the step's record."""
     from megatron_gkd.runtime.mesh import destroy_mesh
-    from megatron_gkd.training.exports import Exports
-    from megatron_gkd.training.trainer import Trainer
 
     _, student, teacher, batches = build(model, model, {})
     if broken:
@@ -64,9 +61,7 @@ def train_by_itself(rank, world_size, model, step, broken, prompted_rank):
         first = microbatches[0]
         sample = replace(first.samples[0], teacher_prompt=np.array([5]))
         microbatches[0] = replace(first, samples=(sample, *first.samples[1:]))
-    records = []
-    options = {"train_iters": 3, "eval_interval": None, "exports": Exports(Path("unused")), "teacher_is_student": True}
-    trainer = Trainer(student, teacher, batches, None, SimpleNamespace(step=records.append), **options)
+    trainer, records = trainer_of(student, teacher, batches, Path("unused"), teacher_is_student=True)
     try:
         trainer.train_step(step, microbatches)
     except UserError as error:

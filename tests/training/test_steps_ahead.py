@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
-from types import SimpleNamespace
 from unittest import mock
 
 import httpx
@@ -14,7 +13,7 @@ from checkpoints import tiny_checkpoint
 from fake_vllm import FakeVllm, transport
 from layouts import DENSE, PP2, TP2
 from rows import RandomRows
-from training_layouts import build, recipe_of
+from training_layouts import build, recipe_of, trainer_of
 
 from megatron_gkd.data.lambda_schedule import LambdaSchedule
 from megatron_gkd.data.sample import FROM_STUDENT
@@ -58,8 +57,6 @@ def train_ahead(rank, world_size, student, teacher, changes, folder):
     No server answers prompts that were sent ahead before the step in between trains.
     """
     from megatron_gkd.runtime.mesh import destroy_mesh
-    from megatron_gkd.training.exports import Exports
-    from megatron_gkd.training.trainer import Trainer
 
     mesh, student, teacher, batches = build(student, teacher, changes)
     gate = threading.Event()
@@ -81,20 +78,9 @@ def train_ahead(rank, world_size, student, teacher, changes, folder):
         return compute_gradients(microbatches, signals)
 
     rollouts.begin, student.compute_gradients = begin_behind_gate, open_gate
-    records, announced, trained = [], [], []
+    announced, trained = [], []
     rollouts.on_sample = lambda sample: announced.append(sample.input_ids.tolist())
-    reporter = SimpleNamespace(step=records.append, message=lambda text: None)
-    trainer = Trainer(
-        student,
-        teacher,
-        batches,
-        None,
-        reporter,
-        rollouts=rollouts,
-        train_iters=STEPS,
-        eval_interval=None,
-        exports=Exports(folder),
-    )
+    trainer, records = trainer_of(student, teacher, batches, folder, rollouts=rollouts, train_iters=STEPS)
     for step in range(STEPS):
         trainer.train_step(step + 1, None if rollouts.due(step) else batches.step(step))
     rollouts.close()
