@@ -155,7 +155,7 @@ class MegatronEngine:
         tp, pp = self.mesh.tp, self.mesh.pp
         # One rank draws, rather than all by themselves: were two to differ in a bit, they would part for good.
         drawn = torch.empty(2, len(rows), dtype=torch.float64, device=portability.device())
-        if pp.rank() == pp.size() - 1:
+        if self.mesh.is_last_stage:
             logits = self._gather_logits(torch.cat(hidden), sampling)
             if logits is not None:
                 seeds = torch.tensor([row.seed for row in rows], device=logits.device)
@@ -164,7 +164,7 @@ class MegatronEngine:
             if tp.size() > 1:
                 dist.broadcast(drawn, src=dist.get_global_rank(tp, 0), group=tp)
         if pp.size() > 1:
-            dist.broadcast(drawn, src=dist.get_global_rank(pp, pp.size() - 1), group=pp)
+            dist.broadcast(drawn, src=self.mesh.last_stage_rank, group=pp)
         for row, token, log_prob in zip(rows, *drawn.tolist(), strict=True):
             row.append(int(token), log_prob)
 
