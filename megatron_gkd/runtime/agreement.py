@@ -8,7 +8,7 @@ import secrets
 import torch
 import torch.distributed as dist
 
-from megatron_gkd.errors import UserError
+from megatron_gkd.errors import GkdError, UserError
 from megatron_gkd.runtime import portability
 
 
@@ -28,7 +28,7 @@ def first_problem(problem: str | None) -> str | None:
     return next(found for found in problems if found is not None)
 
 
-def raise_together(problem: str | None, kind: type[UserError] = UserError) -> None:
+def raise_together(problem: str | None, kind: type[GkdError] = UserError) -> None:
     """Raise the first rank's `problem` in every rank; return if no rank has one. All ranks must call it."""
     problem = first_problem(problem)
     if problem is not None:

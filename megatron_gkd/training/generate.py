@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_gkd.config.schema import Recipe
 from megatron_gkd.data.loader import SampleDataset
 from megatron_gkd.data.prompt import prompt_of, room_for_answer
-from megatron_gkd.errors import UserError
+from megatron_gkd.errors import GkdError
 from megatron_gkd.models.megatron_model import BuildOptions
 from megatron_gkd.reporting.progress import Progress
 from megatron_gkd.rollout.base import BackgroundEngine, Completion, RolloutEngine, check_completions
@@ -238,7 +238,7 @@ def _on_main(mesh: Mesh, work) -> Any:
     if mesh.is_main:
         try:
             told = [work()]
-        except (UserError, OSError) as error:
+        except (GkdError, OSError) as error:
             problem = str(error)
     raise_together(problem)
     dist.broadcast_object_list(told, src=0)

@@ -20,7 +20,7 @@ import httpx
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_gkd.errors import UserError
+from megatron_gkd.errors import GkdError, UserError
 from megatron_gkd.models.checkpoint import Checkpoint
 from megatron_gkd.rollout.background import each, in_background
 from megatron_gkd.rollout.base import Completion, OnCompletion, RolloutFailed, Sampling, check_prompts
@@ -254,7 +254,7 @@ class VllmServerEngine:
         if self.mesh.is_main:
             try:
                 outcome = [work()]
-            except UserError as error:
+            except GkdError as error:
                 problem = str(error)
         raise_together(problem, RolloutFailed)
         dist.broadcast_object_list(outcome, src=0)
@@ -289,7 +289,7 @@ class ServerGeneration:
         if self._answer is not None:
             try:
                 answer = self._answer.result()
-            except UserError as error:
+            except GkdError as error:
                 problem = str(error)
         raise_together(problem, RolloutFailed)
         completions, self.seconds = self._engine.tell_replica(answer)
