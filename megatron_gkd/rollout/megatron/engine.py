@@ -1,8 +1,8 @@
 """The embedded rollout engine: batched sampling with the sharded student itself.
 
 There are as many lanes of rows as pipeline stages, and a step is one forward pass of every lane through Megatron's own
-schedule, so that the stages work at the same time. The last stage's first tensor-parallel rank draws the tokens and
-tells the others. Rows that finish make room for prompts that wait.
+schedule, so that the stages work at the same time. The last stage's tensor-parallel ranks draw the tokens together,
+each from its shard of the vocabulary. Rows that finish make room for prompts that wait.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from megatron_gkd.data.microbatch import padded_length
 from megatron_gkd.models.megatron_model import MegatronModel, hidden_states, in_eval_mode
 from megatron_gkd.models.pipeline import forward_only
+from megatron_gkd.ops.vocabulary import VocabShard
 from megatron_gkd.rollout.base import Completion, Sampling, check_prompts
 from megatron_gkd.rollout.megatron.kv_cache import KeyValueCache
 from megatron_gkd.rollout.megatron.lane import Lane, Row, StepBatch
-from megatron_gkd.rollout.megatron.sampling import as_int64, sample
+from megatron_gkd.rollout.megatron.sampling import fold_to_int64, sample
 from megatron_gkd.rollout.stop_strings import StopStringWatch, decoder_of
 from megatron_gkd.runtime import portability
 
@@ -81,7 +82,7 @@ class MegatronEngine:
         cp = self.mesh.cp
         # Context-parallel ranks hold the whole model each: they deal the prompts out.
         rows = [
-            Row(i, list(prompts[i]), as_int64(seeds[i]), self._watch(prompts[i], sampling))
+            Row(i, list(prompts[i]), fold_to_int64(seeds[i]), self._watch(prompts[i], sampling))
             for i in range(cp.rank(), len(prompts), cp.size())
         ]
         with in_eval_mode(self.model.chunks):
@@ -152,32 +153,19 @@ class MegatronEngine:
         rows = [row for lane in lanes for row in lane.rows]
         if not rows:
             return
-        tp, pp = self.mesh.tp, self.mesh.pp
-        # One rank draws, rather than all by themselves: were two to differ in a bit, they would part for good.
+        pp = self.mesh.pp
         drawn = torch.empty(2, len(rows), dtype=torch.float64, device=portability.device())
         if pp.rank() == pp.size() - 1:
-            logits = self._gather_logits(torch.cat(hidden), sampling)
-            if logits is not None:
-                seeds = torch.tensor([row.seed for row in rows], device=logits.device)
-                positions = torch.tensor([len(row.token_ids) for row in rows], device=logits.device)
-                drawn[0], drawn[1] = sample(logits, seeds, positions, sampling)
-            if tp.size() > 1:
-                dist.broadcast(drawn, src=dist.get_global_rank(tp, 0), group=tp)
+            logits = F.linear(torch.cat(hidden), self.model.head_weight)
+            seeds = torch.tensor([row.seed for row in rows], device=logits.device)
+            positions = torch.tensor([len(row.token_ids) for row in rows], device=logits.device)
+            vocab_size = sampling.excluded_ids(self.model.checkpoint.vocab_size).start
+            shard = VocabShard.of(logits.shape[1], self.mesh.tp, vocab_size)
+            drawn[0], drawn[1] = sample(logits, seeds, positions, sampling, shard)
         if pp.size() > 1:
             dist.broadcast(drawn, src=dist.get_global_rank(pp, pp.size() - 1), group=pp)
         for row, token, log_prob in zip(rows, *drawn.tolist(), strict=True):
             row.append(int(token), log_prob)
-
-    def _gather_logits(self, hidden: Tensor, sampling: Sampling) -> Tensor | None:
-        """[rows, H] -> [rows, ids that may be drawn] on the first tensor-parallel rank, None on the others."""
-        tp, vocab_size = self.mesh.tp, self.model.checkpoint.vocab_size
-        vocab_size = sampling.excluded_ids(vocab_size).start
-        shard = F.linear(hidden, self.model.head_weight)
-        if tp.size() == 1:
-            return shard[:, :vocab_size]
-        parts = [torch.empty_like(shard) for _ in range(tp.size())] if tp.rank() == 0 else None
-        dist.gather(shard, parts, dst=dist.get_global_rank(tp, 0), group=tp)
-        return None if parts is None else torch.cat(parts, dim=1)[:, :vocab_size]
 
     def _finish_reason(self, row: Row, sampling: Sampling) -> str | None:
         newest = row.token_ids[-1]
