@@ -160,7 +160,7 @@ def probe(rank, world_size, student, changes, offset, folder):
     from megatron_gkd.rollout.megatron.engine import MegatronEngine
     from megatron_gkd.runtime.mesh import destroy_mesh
 
-    mesh, student, _, _ = build(student, None, changes | {"teacher": {"kind": "none", "teacher_model": None}})
+    mesh, student, _, _ = build(student, None, changes | {"teacher": {"teacher_kind": "none", "teacher_model": None}})
     rollouts = rollouts_over_fake_servers(mesh, student, changes, folder, lambda path: None, steps_ahead=1)
     rollouts.policy = OnPolicy(0.4, "row", SEED)
     engine = rollouts.engine = MegatronEngine(student.model, [3])
