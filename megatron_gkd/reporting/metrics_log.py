@@ -7,7 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from megatron_gkd.runtime.disk import flush, free_place
+from megatron_gkd.runtime.disk import find_free_path, replace_text
 
 
 class MetricsLog:
@@ -87,10 +87,7 @@ def open_records(path: Path, last_step: int | None) -> TextIO:
         rotate(path)
         return path.open("x", encoding="utf-8")
     kept = [line for line in _lines(path) if _step_of(line) is not None and _step_of(line) <= last_step]
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text("".join(kept), encoding="utf-8")
-    flush(unfinished)
-    unfinished.replace(path)
+    replace_text(path, "".join(kept))
     return path.open("a", encoding="utf-8")
 
 
@@ -108,4 +105,4 @@ def _step_of(line: str) -> int | None:
 def rotate(path: Path) -> None:
     """Move `path` out of the way, to the first number that is free."""
     if path.exists():
-        path.rename(free_place(path))
+        path.rename(find_free_path(path))

@@ -155,7 +155,7 @@ class MegatronEngine:
             return
         pp = self.mesh.pp
         drawn = torch.empty(2, len(rows), dtype=torch.float64, device=portability.device())
-        if pp.rank() == pp.size() - 1:
+        if self.mesh.is_last_stage:
             logits = F.linear(torch.cat(hidden), self.model.head_weight)
             seeds = torch.tensor([row.seed for row in rows], device=logits.device)
             positions = torch.tensor([len(row.token_ids) for row in rows], device=logits.device)
@@ -163,7 +163,7 @@ class MegatronEngine:
             shard = VocabShard.of(logits.shape[1], self.mesh.tp, vocab_size)
             drawn[0], drawn[1] = sample(logits, seeds, positions, sampling, shard)
         if pp.size() > 1:
-            dist.broadcast(drawn, src=dist.get_global_rank(pp, pp.size() - 1), group=pp)
+            dist.broadcast(drawn, src=self.mesh.last_stage_rank, group=pp)
         for row, token, log_prob in zip(rows, *drawn.tolist(), strict=True):
             row.append(int(token), log_prob)
 
