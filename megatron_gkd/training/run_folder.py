@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-from megatron_gkd.errors import Interrupted, UserError
+from megatron_gkd.errors import GkdError, Interrupted, UserError
 from megatron_gkd.runtime.agreement import run_on_main
 from megatron_gkd.runtime.disk import replace_text
 from megatron_gkd.runtime.run_lock import RunLock
