@@ -34,7 +34,7 @@ class RunFolder:
         step: returns the newest step of the run.
     """
 
-    def __init__(self, path: Path, *, is_main: bool):
+    def __init__(self, path: Path, *, is_main: bool) -> None:
         self.path, self._is_main = path, is_main
         self._lock = RunLock(path / LOCK_FILE)
         self._is_mine = False
