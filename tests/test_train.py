@@ -129,7 +129,7 @@ def test_the_student_answers_where_lambda_has_it_so(workspace, granularity):
     lmbda = "1" if granularity == "step" else "0.5"
     options = ("--lmbda", lmbda, "--lmbda_granularity", granularity, "--max_completion_length", "12", "--beta", "1")
     logged = ("--log_completions", "--log_completions_interval", "2", "--mismatch_kl_threshold", "1e-12")
-    finished = train(workspace, *options, *logged, "--dtype", "fp32", "--truncated", "mask")
+    finished = train(workspace, *options, *logged, "--dtype", "fp32", "--truncated_completions", "mask")
     assert finished.returncode == 0, finished.stderr
     records = [json.loads(line) for line in (workspace / "runs/x/metrics.jsonl").read_text().splitlines()]
     steps = [record for record in records if "split" not in record]

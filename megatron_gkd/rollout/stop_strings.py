@@ -45,7 +45,8 @@ def decoder_of(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
         raise UserError(
-            f"rollout.stop: needs a tokenizer of the tokenizers library (tokenizer.json); {tokenizer.name_or_path} has "
-            f"a {type(tokenizer).__name__}. Name the tokens in rollout.stop_token_ids instead"
+            "rollout.stop_words: needs a tokenizer of the tokenizers library (tokenizer.json); "
+            f"{tokenizer.name_or_path} has a {type(tokenizer).__name__}. Name the tokens in rollout.stop_token_ids "
+            "instead"
         )
     return backend

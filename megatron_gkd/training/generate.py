@@ -111,7 +111,7 @@ def build_engine_of(source: Source, recipe: Recipe, mesh: Mesh, models: Models) 
     checkpoint = models.student if source == "student" else models.teachers["teacher"]
     if source == "student" and recipe.lora is not None and recipe.lora.adapters is not None:
         checkpoint = checkpoint.with_adapters(Path(recipe.lora.adapters), "lora.adapters")
-    options = BuildOptions(dtype=DTYPES[recipe.train.dtype], attn=recipe.train.attn)
+    options = BuildOptions(dtype=DTYPES[recipe.train.dtype], attn=recipe.train.attention_backend)
     model = load_model(f"the {source} {_model_name(recipe, source)}", checkpoint, mesh, options)
     if source == "teacher" and recipe.rollout.engine == "vllm_server":  # the servers are the student's
         return MegatronEngine(model, checkpoint.eos_token_ids)
@@ -136,7 +136,7 @@ def _verify_teacher(recipe: Recipe, mesh: Mesh, tokenizer: PreTrainedTokenizerBa
         k, max_length = recipe.distill.gkd_logits_topk or _KNOWN_TOKENS, data.max_length - 1
         needs = TeacherRequirements(k, max_length, tokenizer_probes(tokenizer))
         servers = [TeacherServer(url, http, needs) for url in section.teacher_model_server]
-    patience = section.teacher_server_patience_s
+    patience = section.teacher_server_max_downtime_s
     _on_main(mesh, lambda: handshake_all(servers, patience))
 
     def verify() -> None:
@@ -203,7 +203,7 @@ class Answers:
 
     def as_rows(self, answers: Sequence[tuple[int, int, Completion]]) -> list[dict[str, Any]]:
         """As they stand in the file. What counts are the ids; the texts are for people to read."""
-        truncated, tag_key = self.recipe.rollout.truncated, self.recipe.teacher.teacher_tag_key
+        truncated, tag_key = self.recipe.rollout.truncated_completions, self.recipe.teacher.teacher_tag_key
         rows = []
         for row, number, completion in answers:
             is_cut = completion.finish_reason == "length"

@@ -56,5 +56,7 @@ def test_a_tokenizer_of_another_library_is_refused_by_name():
         def __init__(self):
             self.name_or_path = "old/model"
 
-    with pytest.raises(UserError, match="rollout.stop: .* old/model has a Slow. Name the tokens in rollout.stop_token"):
+    with pytest.raises(
+        UserError, match="rollout.stop_words: .* old/model has a Slow. Name the tokens in rollout.stop_token"
+    ):
         decoder_of(Slow())

@@ -103,7 +103,7 @@ def test_rows_of_ids_become_samples_as_they_are(whole):
 @pytest.mark.parametrize("truncated", ["mask", "drop"])
 def test_truncated_answers_are_masked_or_left_out(truncated, gloo_world, whole, tmp_path):
     path = tmp_path / "answers.jsonl"
-    gloo_world(1).run(write, CHECKPOINT(), {"rollout": {"truncated": truncated}}, path)
+    gloo_world(1).run(write, CHECKPOINT(), {"rollout": {"truncated_completions": truncated}}, path)
     kept = read(whole)
     expected = [row | ({"masked": True} if row["finish_reason"] == "length" else {}) for row in kept]
     if truncated == "drop":
@@ -157,7 +157,7 @@ def answer_by_servers(rank, world_size, checkpoint, folder):
     fakes["two"].pause()
     urls = [f"http://{host}:1" for host in fakes]
     rollout = {"engine": "vllm_server", "vllm_server_urls": urls, "weight_sync_dir": str(folder)}
-    rollout |= {"server_patience_s": 0.2}
+    rollout |= {"vllm_server_max_downtime_s": 0.2}
     recipe = recipe_of({}).model_copy(update={"rollout": RolloutSection(**rollout)})
     mesh = initialize_mesh(Layout.from_section(recipe.parallel), recipe.train.seed)
     client = httpx.Client

@@ -174,7 +174,7 @@ def export_some_steps(rank, world_size, model, directory, steps):
     from megatron_gkd.runtime.mesh import destroy_mesh
     from megatron_gkd.training.trainer import Trainer
 
-    _, student, _, batches = build(model, None, {"teacher": {"kind": "none"}})
+    _, student, _, batches = build(model, None, {"teacher": {"teacher_kind": "none"}})
     exports = Exports(directory, interval=1, total_limit=1)
     reporter = SimpleNamespace(message=lambda text: None)
     trainer = Trainer(student, None, batches, None, reporter, train_iters=3, eval_interval=None, exports=exports)

@@ -27,7 +27,7 @@ _ROUNDING = 1e-3  # nats by which a log-probability may be above 0
 
 
 class Patience(servers.Patience):
-    key = "rollout.server_patience_s"
+    key = "rollout.vllm_server_max_downtime_s"
 
 
 @dataclass(frozen=True)

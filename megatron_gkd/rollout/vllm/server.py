@@ -22,7 +22,6 @@ from torch import Tensor
 
 from megatron_gkd.errors import UserError
 from megatron_gkd.models.checkpoint import Checkpoint
-from megatron_gkd.rollout.background import each, in_background
 from megatron_gkd.rollout.base import Completion, OnCompletion, RolloutFailed, Sampling, check_prompts
 from megatron_gkd.rollout.vllm import weight_folder as vllm_weights
 from megatron_gkd.rollout.vllm.adapters import AdapterFolder, adapter_name, hand_over_adapters
@@ -31,6 +30,7 @@ from megatron_gkd.rollout.vllm.logit_bias import logit_bias
 from megatron_gkd.rollout.vllm.weight_folder import Shapes, WeightFolder
 from megatron_gkd.rollout.vllm.weight_transfer import Keeper, WeightTransfer, wait_for_first_rank
 from megatron_gkd.runtime.agreement import raise_together
+from megatron_gkd.runtime.background import in_background, parallel_map
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.runtime.servers import ServedModel, open_client
 
@@ -113,7 +113,7 @@ class VllmServerEngine:
             needs_fp32=options.needs_fp32,
         )
         self.models: list[ServedModel] = self._by_first_rank(
-            lambda: each(lambda server: server.hello(needs), self.servers)
+            lambda: parallel_map(lambda server: server.hello(needs), self.servers)
         )
         for server, model in zip(self.servers, self.models, strict=False):  # none where no server is asked
             server.requirements = StudentRequirements(needs, model)
@@ -196,7 +196,7 @@ class VllmServerEngine:
             return completion
 
         start = time.perf_counter()
-        completions = each(complete, range(len(prompts)), self.options.concurrency)
+        completions = parallel_map(complete, range(len(prompts)), self.options.concurrency)
         return completions, time.perf_counter() - start
 
     def _ask(self, server: StudentServer, request: dict[str, Any], version: int) -> Completion:

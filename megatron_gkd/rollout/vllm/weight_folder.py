@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_gkd.errors import UserError
-from megatron_gkd.rollout.background import each
 from megatron_gkd.rollout.vllm.client import StudentServer, Weights
+from megatron_gkd.runtime.background import parallel_map
 from megatron_gkd.runtime.disk import flush
 from megatron_gkd.runtime.servers import ServerDown
 
@@ -96,7 +96,7 @@ class WeightFolder:
     ) -> SharedWeights:
         """Write them and have all servers load them. `named_tensors` is exhausted, come what may."""
         weights = self.write(named_tensors, version)
-        each(lambda server: server.load(weights), servers)
+        parallel_map(lambda server: server.load(weights), servers)
         self.forget_all_but(weights)
         return weights
 

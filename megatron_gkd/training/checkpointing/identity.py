@@ -11,6 +11,7 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from megatron_gkd.checkpoint_format.fingerprint import weights_fingerprint
+from megatron_gkd.config.renamed import current_key
 from megatron_gkd.config.schema import Recipe
 from megatron_gkd.data.cache import hash_tokenizer
 from megatron_gkd.data.dataset import TokenizedDataset
@@ -25,9 +26,9 @@ _MAY_CHANGE = frozenset(
         "data.preprocessing_num_workers",
         "data.external_plugins",
         "rollout.vllm_server_urls",
-        "rollout.server_concurrency",
-        "rollout.server_timeout_s",
-        "rollout.server_patience_s",
+        "rollout.vllm_server_concurrency",
+        "rollout.vllm_server_timeout_s",
+        "rollout.vllm_server_max_downtime_s",
         "rollout.weight_sync",
         "rollout.weight_sync_dir",
         "rollout.mismatch_kl_threshold",
@@ -37,7 +38,7 @@ _MAY_CHANGE = frozenset(
         "rollout.sleep_level",
         "rollout.enforce_eager",
         "lora.merge_lora",
-        "train.attn",
+        "train.attention_backend",
         "train.eval_interval",
         "train.eval_iters",
         "train.max_bad_steps",
@@ -52,7 +53,7 @@ _MAY_CHANGE_OF_TEACHERS = (
     "teacher_model_server",
     "teacher_server_concurrency",
     "teacher_server_timeout_s",
-    "teacher_server_patience_s",
+    "teacher_server_max_downtime_s",
     "offload_teacher_model",
 )
 _MUST_STAY = frozenset({"parallel.distributed_optimizer"})  # the two kinds of state are not interchangeable
@@ -99,6 +100,7 @@ def differences(found: Mapping[str, Any], saved: Mapping[str, Any], where: str) 
 
     A longer run may be continued where the learning rate does not depend on the number of steps.
     """
+    saved = {current_key(key): value for key, value in saved.items()}  # of an older release
     constant = found.get("train.lr_decay_style", saved.get("train.lr_decay_style")) == "constant"
     lines = []
     for key in found.keys() & saved.keys():

@@ -204,7 +204,7 @@ def train(rank, world_size, checkpoint, changes, on_the_way):
     from megatron_gkd.rollout.megatron.engine import MegatronEngine
     from megatron_gkd.runtime.mesh import destroy_mesh
 
-    _, student, _, batches = build(checkpoint, None, changes | {"teacher": {"kind": "none"}})
+    _, student, _, batches = build(checkpoint, None, changes | {"teacher": {"teacher_kind": "none"}})
     engine = MegatronEngine(student.model, [EOS])
     request = REQUESTS["drawn in another batch"]
 

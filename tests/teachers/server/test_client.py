@@ -111,7 +111,7 @@ def test_something_else_than_vllm_is_refused(answer, message, fake):
 def test_a_server_that_is_not_there_is_a_clear_error(fake):
     fake.stop()
     with pytest.raises(
-        UserError, match=rf"{fake.url}/v1/models: ConnectError.* 0.2 s \(teacher.teacher_server_patience_s"
+        UserError, match=rf"{fake.url}/v1/models: ConnectError.* 0.2 s \(teacher.teacher_server_max_downtime_s"
     ):
         client_of(fake).hello(patience=0.2)
 

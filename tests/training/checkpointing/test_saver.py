@@ -41,7 +41,7 @@ def student_and_saver(model, directory, **options):
     from megatron_gkd.training.checkpointing.workarounds import apply_workarounds
 
     apply_workarounds()
-    _, student, _, _ = build(model, None, {"teacher": {"kind": "none", "teacher_model": None}})
+    _, student, _, _ = build(model, None, {"teacher": {"teacher_kind": "none", "teacher_model": None}})
     saved, reports = Saved(student), []
     saver = Saver(CheckpointFolder(directory), report=reports.append, **options)
     run = saved.description() | {"identity": {}, "progress": {"step": 1, "updates": 1}}
