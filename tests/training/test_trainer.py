@@ -64,7 +64,7 @@ def test_the_signal_of_a_finished_microbatch_takes_no_memory(gloo_world, tmp_pat
 def train_until_the_teacher_is_gone(rank, world_size, model, directory, scorings):
     """What each rank is told; the student as it was then, from the main rank."""
     from megatron_gkd.config.schema import OutputSection
-    from megatron_gkd.errors import UserError
+    from megatron_gkd.errors import GkdError
     from megatron_gkd.reporting.reporter import open_reporter
     from megatron_gkd.runtime.mesh import destroy_mesh
     from megatron_gkd.teachers.base import TeacherFailed
@@ -81,7 +81,7 @@ def train_until_the_teacher_is_gone(rank, world_size, model, directory, scorings
     output = OutputSection(output_dir=str(directory), tensorboard=False)
     with open_reporter(output, 3, is_main=mesh.is_main) as reporter:
         trainer, _ = trainer_of(student, teacher, batches, directory, reporter=reporter)
-        with pytest.raises(UserError) as error:
+        with pytest.raises(GkdError) as error:
             trainer.run()
     weights = {name: tensor.clone() for name, tensor in student.model.named_tensors()}
     destroy_mesh()
