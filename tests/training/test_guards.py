@@ -35,12 +35,18 @@ def test_sound_totals_pass():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"teacher_entropy": 47.0}, "mean entropy is 4.7 nats; of 99 tokens it is 0 to 4.595"),
+        (
+            {"teacher_entropy": 47.0},
+            "mean entropy is 4.7 nats, which no distribution over 99 tokens has .allowed are 0 to 4.595",
+        ),
         ({"teacher_entropy": -1.0}, "mean entropy is -0.1 nats"),
         ({"teacher_entropy": float("nan")}, "mean entropy is nan nats"),
-        ({"forward_kl": -1.0}, "forward_kl is -0.1 nats; it is at least 0 where probabilities add up to 1"),
+        (
+            {"forward_kl": -1.0},
+            "forward_kl is -0.1 nats, which is negative: the probabilities of the teacher or the student do not",
+        ),
         ({"reverse_kl": -1.0}, "reverse_kl is -0.1 nats"),
-        ({"tokens": 0.0, "dropped_tokens": 12.0}, "says nothing of any of the 12 response tokens"),
+        ({"tokens": 0.0, "dropped_tokens": 12.0}, "has no distribution for any of the 12 response tokens"),
     ],
 )
 def test_impossible_totals_are_refused(change, message):
