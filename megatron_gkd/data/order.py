@@ -71,11 +71,11 @@ class SampleOrder:
         return random.permutation(rows) if self._shuffle else rows
 
 
-FILLER = -1  # stands for a row without labels, which fills up the last global batch
+PADDING_ROW = -1  # stands for a row without labels, which fills up the last global batch
 
 
 class SequentialOrder:
-    """Every row once, in order; the last global batch is filled up with `FILLER`."""
+    """Every row once, in order; the last global batch is filled up with `PADDING_ROW`."""
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -85,4 +85,4 @@ class SequentialOrder:
 
     def rows_of_step(self, step: int, global_batch_size: int) -> list[int]:
         start = step * global_batch_size
-        return [row if row < self._size else FILLER for row in range(start, start + global_batch_size)]
+        return [row if row < self._size else PADDING_ROW for row in range(start, start + global_batch_size)]

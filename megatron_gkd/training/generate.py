@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_gkd.config.schema import Recipe
 from megatron_gkd.data.loader import SampleDataset
-from megatron_gkd.data.prompt import prompt_of, room_for_answer
+from megatron_gkd.data.prompt import extract_prompt, max_response_length
 from megatron_gkd.errors import UserError
 from megatron_gkd.models.megatron_model import BuildOptions
 from megatron_gkd.reporting.progress import Progress
@@ -177,13 +177,13 @@ class Answers:
         samples = {row: self.dataset[row] for row in rows}
         data = self.recipe.data
         limits = data.max_length, data.teacher_max_length or data.max_length
-        rooms = {row: room_for_answer(sample, *limits) for row, sample in samples.items()}
+        rooms = {row: max_response_length(sample, *limits) for row, sample in samples.items()}
         wanted = [(row, number) for row in rows for number in range(self.n)]
         dp = self.mesh.dp
         mine = wanted[dp.rank() :: dp.size()]
         with self.engine.resident():
             completions = self.engine.generate(
-                [prompt_of(samples[row]).tolist() for row, _ in mine],
+                [extract_prompt(samples[row]).tolist() for row, _ in mine],
                 self.sampling,
                 [self._seed(*which) for which in mine],
             )
@@ -210,7 +210,7 @@ class Answers:
             if is_cut and truncated == "drop":
                 continue
             sample = self.dataset[row]
-            prompt = prompt_of(sample).tolist()
+            prompt = extract_prompt(sample).tolist()
             record = {
                 "row": row,
                 "number": number,

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from megatron_gkd.data.batch_config import BatchConfig
 from megatron_gkd.data.lambda_schedule import LambdaSchedule
-from megatron_gkd.data.loader import SampleDataset, StepOrder, filler, require_responses
+from megatron_gkd.data.loader import SampleDataset, StepOrder, padding_sample, require_responses
 from megatron_gkd.data.microbatch import Microbatch
 from megatron_gkd.data.microbatch_planner import MicrobatchPlanner
-from megatron_gkd.data.prompt import answered, prompt_of, room_for_answer
+from megatron_gkd.data.prompt import extract_prompt, max_response_length, replace_response
 from megatron_gkd.data.sample import FROM_DATASET, FROM_STUDENT, Sample
 from megatron_gkd.models.megatron_model import MegatronModel
 from megatron_gkd.rollout.base import (
@@ -184,8 +184,10 @@ class Rollouts:
         positions = [int(position) for position in np.flatnonzero(self.lambda_schedule.rows(step, len(rows)))][:count]
         short = replace(self.sampling, max_completion_length=min(_PROBE_TOKENS, self.sampling.max_completion_length))
         completions = self._sample_now(step, positions, short)
-        samples = [answered(self.dataset[rows[position]], done.token_ids) for position, done in completions.items()]
-        samples += [filler(config.pad_token_id)] * (count - len(samples))
+        samples = [
+            replace_response(self.dataset[rows[position]], done.token_ids) for position, done in completions.items()
+        ]
+        samples += [padding_sample(config.pad_token_id)] * (count - len(samples))
         lengths = [len(sample.input_ids) for sample in samples]
         microbatches = MicrobatchPlanner(config).make_microbatches(lengths, samples.__getitem__)
         microbatches = [microbatch.to(portability.device()) for microbatch in microbatches]
@@ -337,10 +339,10 @@ class Rollouts:
     def _prompt(self, row: int) -> np.ndarray:
         sample = self.dataset[row]
         self._room(sample)
-        return prompt_of(sample)
+        return extract_prompt(sample)
 
     def _room(self, sample: Sample) -> int:
-        return room_for_answer(sample, self.config.max_length, self.teacher_max_length)
+        return max_response_length(sample, self.config.max_length, self.teacher_max_length)
 
     def _seed(self, step: int, position: int) -> int:
         """Of one row of one step: whatever rank samples it, and in whatever company."""
@@ -352,5 +354,5 @@ class Rollouts:
         """The sample, and whether it is trained on."""
         trained = completion.finish_reason == "stop" or self.truncated == "keep"
         if not trained and self.truncated == "drop":
-            return filler(self.config.pad_token_id), False
-        return answered(source, completion.token_ids, trained=trained), trained
+            return padding_sample(self.config.pad_token_id), False
+        return replace_response(source, completion.token_ids, trained=trained), trained

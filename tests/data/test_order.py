@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_gkd.data.order import FILLER, SampleOrder, SequentialOrder
+from megatron_gkd.data.order import PADDING_ROW, SampleOrder, SequentialOrder
 
 
 def epoch(order, number):
@@ -77,4 +77,4 @@ def test_validation_fills_up_its_last_batch():
     order = SequentialOrder(5)
     assert order.num_steps(4) == 2
     assert order.rows_of_step(0, 4) == [0, 1, 2, 3]
-    assert order.rows_of_step(1, 4) == [4, FILLER, FILLER, FILLER]
+    assert order.rows_of_step(1, 4) == [4, PADDING_ROW, PADDING_ROW, PADDING_ROW]

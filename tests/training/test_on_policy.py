@@ -207,7 +207,7 @@ def test_samples_carry_the_answers_and_seeds_differ(monkeypatch):
     rollouts.microbatches(1)
     assert set(rollouts.engine.calls[0][1]).isdisjoint(rollouts.engine.calls[1][1])
     assert not any(microbatch.from_dataset.any() for microbatch in microbatches)
-    assert sum(microbatch.num_tokens for microbatch in microbatches) == 32
+    assert sum(microbatch.num_labels for microbatch in microbatches) == 32
     assert report.record()["source"] == "student"
 
 
@@ -216,7 +216,7 @@ def test_truncated_completions(truncated, tokens, empty_rows, monkeypatch):
     microbatches, report = rollouts_of(monkeypatch, truncated=truncated).microbatches(0)
     assert 0 < report.truncated < 8 and len(microbatches) == 8
     expected = tokens if tokens is not None else 32 - 4 * report.truncated
-    assert sum(microbatch.num_tokens for microbatch in microbatches) == expected == -report.log_prob
+    assert sum(microbatch.num_labels for microbatch in microbatches) == expected == -report.log_prob
     one_token = [microbatch for microbatch in microbatches if microbatch.total_length == 1]
     assert len(one_token) == empty_rows * report.truncated
 
