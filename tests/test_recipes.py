@@ -119,9 +119,19 @@ def prepared(path: Path, folder: Path, *arguments: str) -> list[str]:
     """Give the commands that the recipe's header has before `train`. Returns the arguments that name what they made."""
     if path.stem == "cached":
         teacher = ["--teacher_model", str(tiny_checkpoint("qwen3", seed=1)), "--tensor_model_parallel_size", "2"]
-        command, made = ["score", *teacher, "--output", "made"], ["--cache", "made"]
+        command, made = ["score", *teacher, "--output", "made"], ["--teacher_cache", "made"]
     elif path.stem == "presampled":
-        command = ["generate", "--from", "teacher", "-n", "2", "--truncated", "keep", "--output", "made.jsonl"]
+        command = [
+            "generate",
+            "--from",
+            "teacher",
+            "-n",
+            "2",
+            "--truncated_completions",
+            "keep",
+            "--output",
+            "made.jsonl",
+        ]
         made = ["--dataset", "made.jsonl"]
     else:
         return []

@@ -12,16 +12,19 @@ _OF_TRANSFORMER_ENGINE = ("flash", "fused")
 def attention_fits_dtype(recipe: Recipe, _: int) -> Iterator[str]:
     """Find flash or fused attention with a type that they can't compute in."""
     section = recipe.train
-    if section.attn in _OF_TRANSFORMER_ENGINE and section.dtype == "fp32":
-        yield f"train.attn = {section.attn}: needs dtype = bf16; with dtype = fp32 it must be auto or sdpa"
+    if section.attention_backend in _OF_TRANSFORMER_ENGINE and section.dtype == "fp32":
+        yield (
+            f"train.attention_backend = {section.attention_backend}: needs dtype = bf16; with dtype = fp32 it must be "
+            "auto or sdpa"
+        )
 
 
 def transformer_engine_is_installed(recipe: Recipe, _: int) -> Iterator[str]:
     """Find flash or fused attention without the library that has them."""
-    if recipe.train.attn in _OF_TRANSFORMER_ENGINE and not _has_transformer_engine():
+    if recipe.train.attention_backend in _OF_TRANSFORMER_ENGINE and not _has_transformer_engine():
         yield (
-            f"train.attn = {recipe.train.attn}: needs Transformer Engine, which is not installed here (pip install "
-            "transformer-engine[pytorch]); without it it must be auto or sdpa"
+            f"train.attention_backend = {recipe.train.attention_backend}: needs Transformer Engine, which is not "
+            "installed here (pip install transformer-engine[pytorch]); without it it must be auto or sdpa"
         )
 
 

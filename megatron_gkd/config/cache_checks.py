@@ -10,14 +10,18 @@ def caches_are_named(recipe: Recipe, _: int) -> Iterator[str]:
     """A kind that needs a cache and has none, or one that has no use for it."""
     for place, teacher in recipe.teacher.all.items():
         if teacher.source == "cache":
-            if teacher.cache is None:
-                yield f"{place}.cache = null: must name a folder where {place}.kind = cache"
+            if teacher.teacher_cache is None:
+                yield f"{place}.teacher_cache = null: must name a folder where {place}.teacher_kind = cache"
             if teacher.teacher_model is not None:
-                yield f"{place}.teacher_model = {teacher.teacher_model}: not with {place}.kind = cache; leave kind out"
-        elif teacher.cache is not None and teacher.source == "none":
-            yield f"{place}.cache = {teacher.cache}: not with {place}.kind = none"
-        elif teacher.cache is not None and teacher.source == "self" and teacher.teacher_model is None:
-            yield f"{place}.cache = {teacher.cache}: not with a teacher that changes as the student does"
+                yield (
+                    f"{place}.teacher_model = {teacher.teacher_model}: not with {place}.teacher_kind = cache; leave "
+                    "teacher_kind out"
+                )
+        elif teacher.teacher_cache is not None and teacher.source == "none":
+            yield f"{place}.teacher_cache = {teacher.teacher_cache}: not with {place}.teacher_kind = none"
+        elif teacher.teacher_cache is not None and teacher.source == "self" and teacher.teacher_model is None:
+            key = f"{place}.teacher_cache = {teacher.teacher_cache}"
+            yield f"{key}: not with a teacher that changes as the student does"
 
 
 def caches_suit_on_policy(recipe: Recipe, _: int) -> Iterator[str]:
@@ -26,8 +30,8 @@ def caches_suit_on_policy(recipe: Recipe, _: int) -> Iterator[str]:
     for place, teacher in recipe.teacher.all.items():
         if teacher.source == "cache" and lmbda > 0:
             yield (
-                f"distill.lmbda = {lmbda}: must be 0 with {place}.cache alone, which has no samples of the student's; "
-                "or name a teacher_model beside it"
+                f"distill.lmbda = {lmbda}: must be 0 with {place}.teacher_cache alone, which has no samples of the "
+                "student's; or name a teacher_model beside it"
             )
 
 
@@ -36,11 +40,11 @@ def caches_fit(recipe: Recipe, _: int) -> Iterator[str]:
     distill = recipe.distill
     topk = distill.gkd_logits_topk
     for place, teacher in recipe.teacher.all.items():
-        if teacher.cache is None:
+        if teacher.teacher_cache is None:
             continue
-        key = f"{place}.cache = {teacher.cache}"
+        key = f"{place}.teacher_cache = {teacher.teacher_cache}"
         try:
-            manifest = Manifest.read(teacher.cache)
+            manifest = Manifest.read(teacher.teacher_cache)
         except ValueError as error:
             yield f"{key}: {error}"
             continue

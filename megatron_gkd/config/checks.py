@@ -56,8 +56,9 @@ def run(
 
 
 def _on_policy(recipe: Recipe, _: int) -> Iterator[str]:
-    if recipe.distill.lmbda > 0 and recipe.teacher.kind == "none":
-        yield f"distill.lmbda = {recipe.distill.lmbda}: must be 0 with teacher.kind = none, which judges no samples"
+    if recipe.distill.lmbda > 0 and recipe.teacher.teacher_kind == "none":
+        key = f"distill.lmbda = {recipe.distill.lmbda}"
+        yield f"{key}: must be 0 with teacher.teacher_kind = none, which judges no samples"
 
 
 def _beta(recipe: Recipe, _: int) -> Iterator[str]:
@@ -261,7 +262,7 @@ CHECKS = (
     Check(teacher_checks.SELF_LEAVES, teacher_checks.self_is_the_student),
     Check(teacher_checks.LEAVES, cache_checks.caches_are_named),
     Check((*teacher_checks.LEAVES, "lmbda"), cache_checks.caches_suit_on_policy),
-    Check(("lmbda", "kind"), _on_policy),
+    Check(("lmbda", "teacher_kind"), _on_policy),
     Check(("divergence", "beta"), _beta),
     Check(("gkd_topk_tail", "gkd_logits_topk"), _tail),
     Check(("engine", "vllm_server_urls"), _servers_are_named),
@@ -274,8 +275,8 @@ CHECKS = (
     Check(("packing", "micro_batch_size"), _packing),
     Check(("recompute_granularity", "recompute_method", "recompute_num_layers"), _recompute),
     Check(("overlap_param_gather", "distributed_optimizer", "overlap_grad_reduce"), _overlap),
-    Check(("attn", "dtype"), attention_checks.attention_fits_dtype),
-    Check(("attn",), attention_checks.transformer_engine_is_installed, needs_files=True),
+    Check(("attention_backend", "dtype"), attention_checks.attention_fits_dtype),
+    Check(("attention_backend",), attention_checks.transformer_engine_is_installed, needs_files=True),
     Check((*lora_checks.LEAVES, "tuner_type", "dtype"), lora_checks.keys_go_together),
     Check(("merge_dtype", "dtype", "engine", "weight_sync", "tuner_type"), lora_checks.rollouts_take_adapters),
     Check(

@@ -114,7 +114,7 @@ def help_of(options: Mapping[str, Option]) -> str:
 def one_process() -> list[str]:
     """Return overrides that take a recipe's layout back to the defaults, whatever it was trained under."""
     layout = [f"--{name}={json.dumps(field.default)}" for name, field in ParallelSection.model_fields.items()]
-    return [*layout, "--attn=auto"]  # another may need a device that is not there
+    return [*layout, "--attention_backend=auto"]  # another may need a device that is not there
 
 
 def _is_fixed(teacher: OneTeacher) -> bool:
@@ -124,7 +124,7 @@ def _is_fixed(teacher: OneTeacher) -> bool:
 def _score_has_teachers(recipe: Recipe, _: int) -> Iterator[str]:
     for place, teacher in recipe.teacher.all.items():
         if teacher.source is not None and not _is_fixed(teacher):
-            yield f"{place}.kind = {teacher.source}: must be a teacher that stays as it is: local or server"
+            yield f"{place}.teacher_kind = {teacher.source}: must be a teacher that stays as it is: local or server"
 
 
 def _score_has_k(recipe: Recipe, _: int) -> Iterator[str]:
@@ -133,7 +133,7 @@ def _score_has_k(recipe: Recipe, _: int) -> Iterator[str]:
 
 
 def _student_fits(recipe: Recipe, world_size: int) -> Iterator[str]:
-    alone = recipe.model_copy(update={"teacher": TeacherSection(kind="none")})
+    alone = recipe.model_copy(update={"teacher": TeacherSection(teacher_kind="none")})
     yield from model_checks.models_fit(alone, world_size)
 
 
@@ -141,7 +141,7 @@ def _generate_has_a_teacher(recipe: Recipe, _: int) -> Iterator[str]:
     if recipe.teacher.teachers:
         yield "teacher.teachers: generate --from teacher asks one teacher; name it as teacher_model"
     elif recipe.teacher.source not in (None, "local", "server"):
-        yield f"teacher.kind = {recipe.teacher.source}: must be local or server to generate --from teacher"
+        yield f"teacher.teacher_kind = {recipe.teacher.source}: must be local or server to generate --from teacher"
 
 
 def _generate_sends_whole_weights(recipe: Recipe, _: int) -> Iterator[str]:

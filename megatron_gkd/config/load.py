@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from megatron_gkd.config import checks, keys, yaml_text
 from megatron_gkd.config.errors import RecipeError
 from megatron_gkd.config.overrides import apply_overrides
+from megatron_gkd.config.renamed import rename_keys
 from megatron_gkd.config.schema import Recipe
 
 _STAND_IN = "stand-in"  # for a required leaf that is missing, so that the other checks can still be made
@@ -33,7 +34,10 @@ def load(
     """
     tree = _read(Path(path))
     _move_tuner_type(tree)
-    problems, doubtful = apply_overrides(tree, overrides)
+    problems, doubtful = rename_keys(tree)
+    wrong_overrides, concerned = apply_overrides(tree, overrides)
+    problems += wrong_overrides
+    doubtful |= concerned
     problems += _drop_unknown(tree, doubtful)
     problems += _drop_invalid(tree, doubtful)
     recipe = Recipe.model_validate(tree)

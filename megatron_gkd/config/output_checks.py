@@ -30,7 +30,7 @@ def _sources(recipe: Recipe) -> Iterator[tuple[str, str]]:
             yield f"{place}.teacher_model", teacher.teacher_model
         if teacher.teacher_adapters is not None:
             yield f"{place}.teacher_adapters", teacher.teacher_adapters
-        if teacher.cache is not None:
-            yield f"{place}.cache", teacher.cache
+        if teacher.teacher_cache is not None:
+            yield f"{place}.teacher_cache", teacher.teacher_cache
     for leaf in ("dataset", "val_dataset"):
         yield from ((f"data.{leaf}", entry.path) for entry in getattr(recipe.data, leaf))

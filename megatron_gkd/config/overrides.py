@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from megatron_gkd.config import keys, yaml_text
+from megatron_gkd.config.renamed import NEW_NAMES, rename_keys
 
 
 def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
@@ -41,25 +42,27 @@ def apply_overrides(tree: dict[str, Any], arguments: Sequence[str]) -> tuple[lis
     """Write the overrides into `tree` (section -> leaf -> value). Returns the problems, and the leaves they concern."""
     problems: list[str] = []
     concerned: set[str] = set()
+    changes: dict[str, dict[str, Any]] = {}
     for flag, texts in _pairs(arguments):
         if not flag or flag == "--":
             problems.append(f"{' '.join(texts) or '--'}: unexpected argument; overrides are --leaf value")
             continue
         *section, leaf = flag.removeprefix("--").replace("-", "_").rsplit(".", 1)
-        if leaf not in keys.SECTION_OF or section not in ([], [keys.SECTION_OF[leaf]]):
+        field = NEW_NAMES.get(leaf, leaf)
+        if field not in keys.SECTION_OF or section not in ([], [keys.SECTION_OF[field]]):
             text, meant = keys.unknown(section[0] if section else None, leaf)
             problems.append(f"--{text}")
             concerned |= {meant} if meant else set()
             continue
         try:
-            value = _parse(leaf, texts)
+            changes.setdefault(keys.SECTION_OF[field], {})[leaf] = _parse(field, texts)
         except ValueError as error:
             problems.append(f"--{leaf}: {error}")
-            concerned.add(leaf)
-            continue
-        section_name = keys.SECTION_OF[leaf]
+            concerned.add(field)
+    doubly_named, doubtful = rename_keys(changes)
+    for section_name, values in changes.items():
         if tree.get(section_name) is None:  # left out, or left empty
             tree[section_name] = {}
         if isinstance(tree[section_name], dict):  # another type is a problem of the file, and reported there
-            tree[section_name][leaf] = value
-    return problems, concerned
+            tree[section_name] |= values
+    return problems + doubly_named, concerned | doubtful

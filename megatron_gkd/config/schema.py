@@ -69,7 +69,7 @@ TeacherKind = Literal["local", "server", "self", "cache", "none"]
 class OneTeacher(Section):
     """One model that is learnt from."""
 
-    kind: TeacherKind | None = Field(
+    teacher_kind: TeacherKind | None = Field(
         None,
         description="local: a Megatron model beside the student; server: vLLM servers; self: the student itself, with "
         "each row's teacher_prompt; cache: what another run has scored; none: plain cross-entropy; null: local, server "
@@ -87,13 +87,13 @@ class OneTeacher(Section):
         64, ge=1, description="server: requests in flight, over all servers, of one data-parallel rank"
     )
     teacher_server_timeout_s: float = Field(600.0, gt=0, description="server: longest time of one answer, in seconds")
-    teacher_server_patience_s: float = Field(
+    teacher_server_max_downtime_s: float = Field(
         300.0, ge=0, description="server: how long servers may be gone before the run stops, in seconds"
     )
     teacher_server_check_interval: int = Field(
         10, ge=1, description="server: steps between checks, by a known prompt, that each server still has its model"
     )
-    cache: PathText | None = Field(
+    teacher_cache: PathText | None = Field(
         None,
         description="folder of what the teacher says of each row, by `megatron-gkd score`; a teacher beside it judges "
         "the rows that are not there",
@@ -102,16 +102,16 @@ class OneTeacher(Section):
         None, description="local: folder of PEFT adapters of teacher_model, merged into its weights as they are read"
     )
     offload_teacher_model: bool = Field(False, description="keep the teacher in host memory between scorings")
-    ema: float | None = Field(
+    teacher_ema: float | None = Field(
         None, gt=0, lt=1, description="self: judge with a moving average of the weights; its decay for each step"
     )
 
     @property
     def source(self) -> TeacherKind | None:
-        """`kind`, or what follows from the other keys; None where nothing does."""
-        beside_none = "cache" if self.cache else None
+        """`teacher_kind`, or what follows from the other keys; None where nothing does."""
+        beside_none = "cache" if self.teacher_cache else None
         named = "server" if self.teacher_model_server else "local" if self.teacher_model else beside_none
-        return self.kind or named
+        return self.teacher_kind or named
 
 
 class TaggedTeacher(OneTeacher):
@@ -191,10 +191,10 @@ class RolloutSection(Section):
     stop_token_ids: Annotated[tuple[TokenId, ...], BeforeValidator(_as_sequence)] = Field(
         (), description="tokens that end a completion, beside the student's EOS"
     )
-    stop: Annotated[tuple[StopText, ...], BeforeValidator(_as_sequence)] = Field(
+    stop_words: Annotated[tuple[StopText, ...], BeforeValidator(_as_sequence)] = Field(
         (), description="texts that end a completion, which keeps them"
     )
-    truncated: Literal["keep", "mask", "drop"] = Field(
+    truncated_completions: Literal["keep", "mask", "drop"] = Field(
         "keep", description="completions that end at max_completion_length: train on, leave without loss, or leave out"
     )
     vllm_tensor_parallel_size: int = Field(1, ge=1, description="vllm: neighbouring ranks that share one vLLM engine")
@@ -235,11 +235,11 @@ class RolloutSection(Section):
     mismatch_kl_threshold: float | None = Field(
         0.1, gt=0, description="warn where the engine's log-probabilities are so far from the trainer's (nats a token)"
     )
-    server_concurrency: int = Field(
+    vllm_server_concurrency: int = Field(
         64, ge=1, description="vllm_server: requests in flight, over all servers, of one data-parallel rank"
     )
-    server_timeout_s: float = Field(600.0, gt=0, description="vllm_server: longest time of one answer, in seconds")
-    server_patience_s: float = Field(
+    vllm_server_timeout_s: float = Field(600.0, gt=0, description="vllm_server: longest time of one answer, in seconds")
+    vllm_server_max_downtime_s: float = Field(
         300.0, ge=0, description="vllm_server: how long a server may be gone before the run stops, in seconds"
     )
 
@@ -382,7 +382,7 @@ class TrainSection(Section):
     dtype: Literal["bf16", "fp32"] = Field(
         "bf16", description="type of weights and activations; the optimizer has fp32"
     )
-    attn: Literal["auto", "flash", "fused", "sdpa"] = Field(
+    attention_backend: Literal["auto", "flash", "fused", "sdpa"] = Field(
         "auto",
         description="attention: flash and fused are Transformer Engine's, for bf16 on GPUs; sdpa is torch's; auto: one "
         "of Transformer Engine's where it is installed and dtype is bf16, else sdpa",
@@ -463,6 +463,12 @@ class OutputSection(Section):
     )
     async_save: bool = Field(True, description="write checkpoints while the training goes on")
     log_interval: int = Field(1, ge=1, description="steps between two lines of progress where there is no terminal")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="least severe messages that are logged"
+    )
+    log_ranks: Literal["main", "all"] = Field(
+        "main", description="ranks whose messages go to the console; the others write to output_dir/logs"
+    )
     tensorboard: bool = Field(True, description="write TensorBoard events beside metrics.jsonl")
     save_total_limit: int | None = Field(3, ge=1, description="newest checkpoints to keep, beside the best; null: all")
     export_total_limit: int | None = Field(None, ge=1, description="newest step exports of this run to keep; null: all")

@@ -14,19 +14,19 @@ def teachers_are_named(recipe: Recipe, _: int) -> Iterator[str]:
     for place, teacher in recipe.teacher.all.items():
         source = teacher.source
         if source is None:
-            follows = "follow from teacher_model, teacher_model_server or cache"
-            yield f"{place}.kind = null: must be local, server, self, cache or none, or {follows}"
+            follows = "follow from teacher_model, teacher_model_server or teacher_cache"
+            yield f"{place}.teacher_kind = null: must be local, server, self, cache or none, or {follows}"
         if source == "local" and teacher.teacher_model is None:
-            yield f"{place}.teacher_model = null: must name a model where {place}.kind = local"
+            yield f"{place}.teacher_model = null: must name a model where {place}.teacher_kind = local"
         if source == "server" and not teacher.teacher_model_server:
-            yield f"{place}.teacher_model_server = []: must name a server where {place}.kind = server"
+            yield f"{place}.teacher_model_server = []: must name a server where {place}.teacher_kind = server"
         if source not in ("server", "none") and teacher.teacher_model_server:
             urls = list(teacher.teacher_model_server)
-            yield f"{place}.teacher_model_server = {urls}: only with {place}.kind = server"
+            yield f"{place}.teacher_model_server = {urls}: only with {place}.teacher_kind = server"
         if source == "server" and teacher.teacher_model is not None:
             yield f"{place}.teacher_model = {teacher.teacher_model}: not with {place}.teacher_model_server"
         if source != "local" and teacher.teacher_adapters is not None:
-            yield f"{place}.teacher_adapters = {teacher.teacher_adapters}: only with {place}.kind = local"
+            yield f"{place}.teacher_adapters = {teacher.teacher_adapters}: only with {place}.teacher_kind = local"
         if len(set(teacher.teacher_model_server)) < len(teacher.teacher_model_server):
             urls = list(teacher.teacher_model_server)
             yield f"{place}.teacher_model_server = {urls}: must name every server once"
@@ -62,8 +62,8 @@ def teachers_share_rows(recipe: Recipe, _: int) -> Iterator[str]:
             yield f"teacher.{leaf} = {getattr(section, leaf)}: not beside teachers, which have their own"
     owners: dict[str, str] = {}
     for place, teacher in section.all.items():
-        if teacher.kind == "none":
-            yield f"{place}.kind = none: must be local, server or self"
+        if teacher.teacher_kind == "none":
+            yield f"{place}.teacher_kind = none: must be local, server or self"
         for tag in teacher.tags:
             if owners.setdefault(tag, place) != place:
                 yield f"{place}.tags = {list(teacher.tags)}: {tag} is a tag of {owners[tag]} already"
@@ -73,16 +73,17 @@ def self_is_the_student(recipe: Recipe, _: int) -> Iterator[str]:
     """The student as its own teacher, with another model's name, or with keys that mean nothing there."""
     for place, teacher in recipe.teacher.all.items():
         if teacher.source != "self":
-            if teacher.ema is not None:
-                yield f"{place}.ema = {teacher.ema}: only with {place}.kind = self"
+            if teacher.teacher_ema is not None:
+                yield f"{place}.teacher_ema = {teacher.teacher_ema}: only with {place}.teacher_kind = self"
             continue
         model, student = teacher.teacher_model, recipe.student.model
         if model is not None and Path(model).resolve() != Path(student).resolve():
             yield (
                 f"{place}.teacher_model = {model}: must be student.model ({student}), for the weights that it began "
-                f"with, or null, where {place}.kind = self"
+                f"with, or null, where {place}.teacher_kind = self"
             )
-        if model is not None and teacher.ema is not None:
-            yield f"{place}.ema = {teacher.ema}: only without {place}.teacher_model, which are weights that don't move"
+        if model is not None and teacher.teacher_ema is not None:
+            key = f"{place}.teacher_ema = {teacher.teacher_ema}"
+            yield f"{key}: only without {place}.teacher_model, which are weights that don't move"
         if teacher.offload_teacher_model:
-            yield f"{place}.offload_teacher_model = true: must be false where {place}.kind = self"
+            yield f"{place}.offload_teacher_model = true: must be false where {place}.teacher_kind = self"

@@ -21,7 +21,7 @@ from megatron_gkd.ops.normalizers import IGNORED_LABEL
 from megatron_gkd.ops.pointwise import weighted
 from megatron_gkd.ops.spec import DivergenceSpec, accumulate_dtype
 from megatron_gkd.ops.topk import TopK, check_k, choose_topk
-from megatron_gkd.ops.topk_statistics import Tail, TopKSpec
+from megatron_gkd.ops.topk_statistics import TailMode, TopKSpec
 from megatron_gkd.ops.vocabulary import VocabShard
 
 DEFAULT_CHUNK_TOKENS = 1024
@@ -42,7 +42,7 @@ def fused_linear_divergence(
     labels: Tensor | None = None,
     sft_weights: Tensor | None = None,
     topk: int | TopK | None = None,
-    tail: Tail = "renormalize",
+    tail_mode: TailMode = "renormalize",
     chunk_tokens: int | None = None,
     upstream: float | None = None,
 ) -> tuple[Tensor, PerToken]:
@@ -64,7 +64,7 @@ def fused_linear_divergence(
         sft_weights: fp32 [N]; None leaves the cross-entropy out of the total, a statistic only.
         topk: how many of the teacher's most likely tokens count, None for all; or a ``TopK`` of [N, k] that a teacher
             without hidden states knows.
-        tail: what becomes of the others; see ``topk_divergence``.
+        tail_mode: what becomes of the others; see ``topk_divergence``.
         chunk_tokens: most rows of logits alive at once, of each model; 1024 if None. Chunks are of equal size, give or
             take one.
         upstream: the gradient that backward will be called with, where the caller knows it (Megatron's loss scale). A
@@ -110,7 +110,7 @@ def fused_linear_divergence(
             temperature=temperature,
             group=group,
             vocab_size=vocab_size,
-            tail=tail,
+            tail_mode=tail_mode,
             divergence=divergence,
         )
     plan = _Plan(inputs, spec, topk_spec, k, chunk_tokens or DEFAULT_CHUNK_TOKENS, upstream)

@@ -30,7 +30,7 @@ class TopK:
         values: fp32 or fp64 [..., k], the teacher's untempered logits, up to a constant for each row; log-probabilities
             at temperature 1 are one such choice. -inf is a token of probability zero.
         tail: [...] of the same type, ln sum_u exp(z_u / temperature) over all columns but `ids`, where the logits z are
-            those of `values`, with the same constants. None where it isn't known: there is no ``tail="bucket"`` then.
+            those of `values`, with the same constants. None where it isn't known: there is no ``tail_mode="bucket"`` then.
         temperature: that of `tail`; None without one. `values` serve every temperature.
     """
 

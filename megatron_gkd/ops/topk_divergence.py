@@ -8,7 +8,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_gkd.ops.topk import TopK
-from megatron_gkd.ops.topk_statistics import LogSum, Tail, TopKNormalizers, TopKSpec, measure_topk, write_topk_gradient
+from megatron_gkd.ops.topk_statistics import (
+    LogSum,
+    TailMode,
+    TopKNormalizers,
+    TopKSpec,
+    measure_topk,
+    write_topk_gradient,
+)
 
 
 def topk_divergence(
@@ -20,7 +27,7 @@ def topk_divergence(
     group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
     mask: Tensor | None = None,
-    tail: Tail = "renormalize",
+    tail_mode: TailMode = "renormalize",
     divergence: str = "jsd",
 ) -> Tensor:
     """The divergence of each token over the teacher's top-k, in nats.
@@ -29,7 +36,7 @@ def topk_divergence(
         student_logits: [..., V/TP], of any float type: this rank's columns. -inf excludes an entry.
         topk: the teacher's [..., k], the same on all ranks. Missing entries, and ids from `vocab_size` on, don't count.
         beta, temperature, group, vocab_size, mask: as for ``divergence.vocab_parallel_divergence``.
-        tail: "renormalize" over the k tokens, or a "bucket" for the rest; see ``topk_statistics``.
+        tail_mode: "renormalize" over the k tokens, or a "bucket" for the rest; see ``topk_statistics``.
         divergence: a name of ``reference.FAMILIES``, whose formulas say what `beta` means to it.
 
     Returns:
@@ -55,7 +62,7 @@ def topk_divergence(
         temperature=temperature,
         group=group,
         vocab_size=vocab_size,
-        tail=tail,
+        tail_mode=tail_mode,
         divergence=divergence,
     )
     flat = topk.flatten()

@@ -32,7 +32,7 @@ from megatron_gkd.ops.spec import accumulate_dtype, check_temperature
 from megatron_gkd.ops.topk import TopK, finite, max_and_sum, row_blocks
 from megatron_gkd.ops.vocabulary import VocabShard
 
-Tail = Literal["renormalize", "bucket"]
+TailMode = Literal["renormalize", "bucket"]
 FORWARD_KL, REVERSE_KL = pointwise_divergence(0.0), pointwise_divergence(1.0)
 
 
@@ -54,23 +54,23 @@ class TopKSpec:
         temperature: float = 1.0,
         group: dist.ProcessGroup | None = None,
         vocab_size: int | None = None,
-        tail: Tail = "renormalize",
+        tail_mode: TailMode = "renormalize",
         divergence: str = "jsd",
     ) -> TopKSpec:
         """For shards of `width` columns, padding included. ValueError for a parameter out of range."""
         check_temperature(temperature)
-        if tail not in get_args(Tail):
-            raise ValueError(f"tail is {tail!r}; allowed are {', '.join(get_args(Tail))}")
+        if tail_mode not in get_args(TailMode):
+            raise ValueError(f"tail_mode is {tail_mode!r}; allowed are {', '.join(get_args(TailMode))}")
         shard = VocabShard.of(width, group, vocab_size)
-        return cls(pointwise_divergence(beta, divergence), temperature, shard, tail == "bucket")
+        return cls(pointwise_divergence(beta, divergence), temperature, shard, tail_mode == "bucket")
 
     def check(self, topk: TopK) -> None:
         """ValueError for a bucket without the teacher's share of it."""
         if self.bucket and topk.tail is None:
-            raise ValueError("tail is 'bucket', but this TopK has none: the teacher's mass outside its top-k")
+            raise ValueError("tail_mode is 'bucket', but this TopK has no tail: the teacher's mass outside its top-k")
         if self.bucket and topk.temperature != self.temperature:
             raise ValueError(
-                f"tail is 'bucket' at temperature {self.temperature}, but this TopK's tail is for temperature "
+                f"tail_mode is 'bucket' at temperature {self.temperature}, but this TopK's tail is for temperature "
                 f"{topk.temperature}; the teacher's mass outside its top-k at one temperature does not tell that at "
                 "another, and log-probabilities of the top-k alone tell it at 1 only"
             )

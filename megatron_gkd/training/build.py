@@ -45,7 +45,7 @@ def build_student(recipe: Recipe, mesh: Mesh, checkpoint: Checkpoint, vocab_size
         mesh,
         BuildOptions(
             dtype=DTYPES[section.dtype],
-            attn=section.attn,
+            attn=section.attention_backend,
             virtual_pipeline=parallel.virtual_pipeline_model_parallel_size,
             recompute_granularity=parallel.recompute_granularity,
             recompute_method=parallel.recompute_method,
@@ -61,8 +61,8 @@ def build_student(recipe: Recipe, mesh: Mesh, checkpoint: Checkpoint, vocab_size
         beta=distill.beta,
         temperature=distill.temperature,
         sft_alpha=distill.sft_alpha,
-        topk=distill.gkd_logits_topk,
-        tail=distill.gkd_topk_tail,
+        k=distill.gkd_logits_topk,
+        tail_mode=distill.gkd_topk_tail,
         chunk_tokens=distill.loss_chunk_tokens,
         upstream=1.0,  # there is no loss scaling in bf16 and fp32
     )
@@ -104,7 +104,7 @@ def build_rollouts(
         order,
         config,
         sampling,
-        truncated=section.truncated,
+        truncated=section.truncated_completions,
         dp=mesh.dp,
         steps_ahead=section.steps_ahead,
         num_steps=train_iters,
@@ -143,7 +143,7 @@ def sampling_of(section: RolloutSection, vocab_size: int | None = None) -> Sampl
         top_k=section.top_k,
         top_p=section.top_p,
         stop_token_ids=section.stop_token_ids,
-        stop=section.stop,
+        stop=section.stop_words,
         vocab_size=vocab_size,
     )
 
@@ -197,7 +197,7 @@ def server_options(recipe: Recipe, urls: Sequence[str]) -> ServerOptions:
         weight_sync_dir=Path(section.weight_sync_dir or Path(recipe.output.output_dir) / "rollout_weights"),
         max_length=recipe.data.max_length,
         needs_fp32=recipe.lora is not None and recipe.lora.merge_dtype == "fp32",
-        concurrency=section.server_concurrency,
-        timeout=section.server_timeout_s,
-        patience=section.server_patience_s,
+        concurrency=section.vllm_server_concurrency,
+        timeout=section.vllm_server_timeout_s,
+        patience=section.vllm_server_max_downtime_s,
     )

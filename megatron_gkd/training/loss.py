@@ -19,6 +19,7 @@ from megatron_gkd.models.label_rows import label_rows
 from megatron_gkd.ops.chunk_loss import PerToken
 from megatron_gkd.ops.fused_linear import fused_linear_divergence
 from megatron_gkd.ops.topk import MISSING, TopK
+from megatron_gkd.ops.topk_statistics import TailMode
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.teachers.base import Hidden, Parts, TeacherSignal
 
@@ -66,8 +67,8 @@ class Objective:
     beta: float = 0.5
     temperature: float = 1.0
     sft_alpha: float = 0.0
-    topk: int | None = None
-    tail: str = "renormalize"
+    k: int | None = None
+    tail_mode: TailMode = "renormalize"
     chunk_tokens: int | None = None
     upstream: float | None = None
     """The gradient that the loss will get in backward, where it is known: see ``fused_linear_divergence``."""
@@ -142,8 +143,8 @@ class Objective:
             vocab_size=self.vocab_size,
             labels=labels,
             sft_weights=sft_alpha * from_dataset * counted if sft_alpha else None,
-            topk=signal if isinstance(signal, TopK) else self.topk if teacher is not None else None,
-            tail=self.tail,
+            topk=signal if isinstance(signal, TopK) else self.k if teacher is not None else None,
+            tail_mode=self.tail_mode,
             chunk_tokens=self.chunk_tokens,
             upstream=self.upstream,
         )

@@ -76,7 +76,7 @@ def test_expert_parallel_needs_experts_in_one_of_the_models(workspace):
     workspace.model("teacher", MIXTURE)
     assert workspace.problems(*EP2, world_size=2) == []
     assert workspace.problems(*EP2, "--teacher_model", "org/name", world_size=2) == [], "a hub id is not known"
-    assert workspace.problems(*EP2, "--kind", "none", world_size=2) == [
+    assert workspace.problems(*EP2, "--teacher_kind", "none", world_size=2) == [
         "parallel.expert_model_parallel_size = 2: must be 1, as no model here has experts"
     ]
 

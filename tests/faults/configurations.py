@@ -110,15 +110,17 @@ CONFIGURATIONS = {
         frozenset({"rollouts", "embedded engine", "completions"}),
     ),
     "steps_ahead 1": Configuration(
-        (SAMPLING, {"rollout": {"engine": "vllm_server", "steps_ahead": 1, "server_timeout_s": 20.0}}),
+        (SAMPLING, {"rollout": {"engine": "vllm_server", "steps_ahead": 1, "vllm_server_timeout_s": 20.0}}),
         frozenset({"rollouts", "servers", "completions"}),
     ),
     "EMA self-teacher": Configuration(
-        ({"teacher": {"kind": "self", "ema": 0.9}}, VALIDATION), frozenset({"validation"}), has_teacher=False
+        ({"teacher": {"teacher_kind": "self", "teacher_ema": 0.9}}, VALIDATION),
+        frozenset({"validation"}),
+        has_teacher=False,
     ),
     "cached teacher": Configuration(
         (
-            {"teacher": {"cache": "cache"}, "distill": {"gkd_logits_topk": K, "gkd_topk_tail": "bucket"}},
+            {"teacher": {"teacher_cache": "cache"}, "distill": {"gkd_logits_topk": K, "gkd_topk_tail": "bucket"}},
             {"parallel": {"context_parallel_size": 2}},
             VALIDATION,
         ),

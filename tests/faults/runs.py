@@ -89,7 +89,7 @@ class FaultRuns:
         write_rows(folder)
         recipe = self.configuration.recipe(steps)
         (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-        if "cache" in recipe["teacher"]:
+        if "teacher_cache" in recipe["teacher"]:
             self._score(recipe)
         with self._server() as options:
             whole = self._launch("whole", options, self._injection(None, 0, "whole", 1), 1)
@@ -176,7 +176,7 @@ class FaultRuns:
         """Make the teacher's cache."""
         own = {"teacher": {"teacher_model": teacher_model()}}
         (self.folder / "score.yaml").write_text(yaml.safe_dump(recipe | own))
-        arguments = ("score", "score.yaml", "--output", recipe["teacher"]["cache"], "--output_dir", "unused")
+        arguments = ("score", "score.yaml", "--output", recipe["teacher"]["teacher_cache"], "--output_dir", "unused")
         score = Launch(arguments, self.configuration.processes, self.folder, self.folder / "score-logs")
         _require_success(score, launch.run(score))
 

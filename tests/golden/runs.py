@@ -70,7 +70,7 @@ def numbers_of(name: str, folder: Path) -> list[dict[str, float]]:
     recipe = run.recipe()
     if run.caches_teacher:
         _start(run, folder, recipe, "score", "--output", "cache")
-        recipe["teacher"] = {"cache": "cache"}
+        recipe["teacher"] = {"teacher_cache": "cache"}
     _start(run, folder, recipe, "train")
     lines = (folder / "run/metrics.jsonl").read_text().splitlines()
     records = [record for record in map(json.loads, lines) if "loss" in record]

@@ -199,7 +199,7 @@ def test_a_token_of_weight_zero_adds_exactly_zero_even_where_the_divergence_is_i
 
 @dataclass(frozen=True)
 class TopKCase:
-    tail: str
+    tail_mode: str
     k: int = 5
     known: bool = False  # a TopK is given, instead of the teacher's hidden states
     beta: float = 0.5
@@ -221,7 +221,12 @@ def run_topk(rank, world_size, cases):
         if case.known:
             topk = vocab_parallel_topk(x["teacher_hidden"] @ teacher.t(), case.k, **common)
             teacher = x["teacher_hidden"] = None
-        x |= {"student_weight": student.requires_grad_(), "teacher_weight": teacher, "topk": topk, "tail": case.tail}
+        x |= {
+            "student_weight": student.requires_grad_(),
+            "teacher_weight": teacher,
+            "topk": topk,
+            "tail_mode": case.tail_mode,
+        }
         x["student_hidden"].requires_grad_()
         total, per_token = fused_linear_divergence(
             **x, **common, beta=case.beta, divergence=case.divergence, chunk_tokens=base.chunk_tokens
@@ -254,7 +259,7 @@ def test_top_k_equals_the_materialised_op(gloo_world, tp):
         student, teacher = hidden @ weight.t(), x["teacher_hidden"] @ x["teacher_weight"].t()
         common = {"temperature": TEMPERATURE, "vocab_size": case.vocab_size}
         topk = vocab_parallel_topk(teacher, case.k, **common)
-        options = {"beta": case.beta, "divergence": case.divergence, "tail": case.tail}
+        options = {"beta": case.beta, "divergence": case.divergence, "tail_mode": case.tail_mode}
         divergence = topk_divergence(student, topk, **options, **common)
         total = (x["token_weights"] * divergence).sum()
         if case.sft:
@@ -383,7 +388,7 @@ def test_no_gradient_is_made_where_none_is_needed():
         ({"token_weights": torch.zeros(4)}, r"token_weights is \[4\]; it must be \[23\]"),
         ({"vocab_size": 33}, "vocab_size is 33; allowed are 1 to 32"),
         ({"topk": 33}, "k is 33; allowed are 1 to 32"),
-        ({"topk": 3, "tail": "drop"}, "tail is 'drop'; allowed are renormalize, bucket"),
+        ({"topk": 3, "tail_mode": "drop"}, "tail_mode is 'drop'; allowed are renormalize, bucket"),
         (
             {"topk": TopK(torch.zeros(23, 1, dtype=torch.int64), torch.zeros(23, 1))},
             "a TopK takes the place of teacher_hidden and teacher_weight",

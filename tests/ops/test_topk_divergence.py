@@ -27,7 +27,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 class Case:
     beta: float
     temperature: float = 1.0
-    tail: str = "bucket"
+    tail_mode: str = "bucket"
     dtype: torch.dtype = torch.float32
     k: int = 9
     width: int = 25 * 4  # over all ranks, padding included
@@ -52,7 +52,7 @@ class Case:
         return {
             "beta": self.beta,
             "temperature": self.temperature,
-            "tail": self.tail,
+            "tail_mode": self.tail_mode,
             "divergence": self.divergence,
         }
 
@@ -82,7 +82,9 @@ class Case:
         return replace(chosen, ids=torch.where(gone, outside, chosen.ids))
 
 
-def oracle(student, upstream, topk, size, *, beta, temperature, tail, divergence="jsd", mask=None, dtype=torch.float64):
+def oracle(
+    student, upstream, topk, size, *, beta, temperature, tail_mode, divergence="jsd", mask=None, dtype=torch.float64
+):
     """(D [N], gradient [N, V]) by autograd through the reference's row over the k tokens and the bucket."""
     student = student.detach().to(dtype).requires_grad_()
     z = student[:, :size] / temperature
@@ -90,7 +92,7 @@ def oracle(student, upstream, topk, size, *, beta, temperature, tail, divergence
     ids = torch.where(present, topk.ids, 0)
     s = torch.where(present, z.gather(1, ids), -torch.inf)
     t = torch.where(present, topk.values.to(dtype) / temperature, -torch.inf)
-    if tail == "bucket" and (present.sum(-1) < size).any():
+    if tail_mode == "bucket" and (present.sum(-1) < size).any():
         chosen = torch.zeros_like(z).scatter_add(1, ids, present.to(dtype)) > 0
         s = torch.cat([s, torch.where(chosen, -torch.inf, z).logsumexp(-1, keepdim=True)], -1)
         t = torch.cat([t, topk.tail.to(dtype)[:, None]], -1)
@@ -136,7 +138,7 @@ def assert_exact(world, cases):
         assert (gradient[:, case.size :] == 0).all(), case
         if case.masked:
             assert (loss[~case.mask] == 0).all() and (gradient[~case.mask] == 0).all(), case
-        if case.tail == "renormalize":
+        if case.tail_mode == "renormalize":
             there = torch.zeros_like(gradient, dtype=torch.bool)
             for row, ids in zip(there, topk.ids, strict=True):
                 row[ids[(ids >= 0) & (ids < case.size)]] = True
@@ -156,18 +158,18 @@ def test_edges_of_k_of_the_vocabulary_and_of_the_numbers(gloo_world, tp):
         case
         for beta, tail in itertools.product([0.0, 0.5, 1.0], TAILS)
         for case in (
-            Case(beta, tail=tail, k=1),
-            Case(beta, tail=tail, k=99),
-            Case(beta, tail=tail, k=100),
-            Case(beta, tail=tail, teacher="one rank"),
-            Case(beta, tail=tail, teacher="ties", dtype=torch.bfloat16, masked=True),
-            Case(beta, tail=tail, missing=True, temperature=0.7),
-            Case(beta, tail=tail, width=9 * 4, vocab_size=9 * 4 - 5, masked=True),  # padding on the last shard
-            Case(beta, tail=tail, width=9 * 4, vocab_size=9, k=8, missing=True),  # all of some shards
-            Case(beta, tail=tail, width=4, k=3),
-            Case(beta, tail=tail, scale=1e4),
-            Case(beta, tail=tail, teacher="one-hot", k=3, temperature=0.5),
-            Case(beta, tail=tail, tokens=0),
+            Case(beta, tail_mode=tail, k=1),
+            Case(beta, tail_mode=tail, k=99),
+            Case(beta, tail_mode=tail, k=100),
+            Case(beta, tail_mode=tail, teacher="one rank"),
+            Case(beta, tail_mode=tail, teacher="ties", dtype=torch.bfloat16, masked=True),
+            Case(beta, tail_mode=tail, missing=True, temperature=0.7),
+            Case(beta, tail_mode=tail, width=9 * 4, vocab_size=9 * 4 - 5, masked=True),  # padding on the last shard
+            Case(beta, tail_mode=tail, width=9 * 4, vocab_size=9, k=8, missing=True),  # all of some shards
+            Case(beta, tail_mode=tail, width=4, k=3),
+            Case(beta, tail_mode=tail, scale=1e4),
+            Case(beta, tail_mode=tail, teacher="one-hot", k=3, temperature=0.5),
+            Case(beta, tail_mode=tail, tokens=0),
         )
     ]
     assert_exact(gloo_world(tp), cases)
@@ -176,7 +178,7 @@ def test_edges_of_k_of_the_vocabulary_and_of_the_numbers(gloo_world, tp):
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_every_divergence_of_the_table(gloo_world, tp):
     cases = [
-        Case(beta, tail=tail, divergence=name, temperature=0.7, missing=missing)
+        Case(beta, tail_mode=tail, divergence=name, temperature=0.7, missing=missing)
         for name, family in reference.FAMILIES.items()
         for beta in (*([0.0] if family.at_0 else []), 0.1, 0.5, 0.9, *([1.0] if family.at_1 else []))
         for tail, missing in itertools.product(TAILS, [False, True])
@@ -202,7 +204,7 @@ def test_all_tokens_are_the_full_divergence(beta, tail):
     ):
         options = {"beta": beta, "temperature": 0.7, "vocab_size": 11}
         for actual, expected in zip(
-            value_and_gradient(s, topk, upstream, tail=tail, **options),
+            value_and_gradient(s, topk, upstream, tail_mode=tail, **options),
             full_oracle(s, t, upstream, **options),
             strict=True,
         ):
@@ -216,7 +218,7 @@ def test_gradcheck(beta, tail):
     topk = vocab_parallel_topk(t, 3, vocab_size=6, temperature=0.7)
     mask = torch.tensor([True, False, True])
     assert torch.autograd.gradcheck(
-        lambda s: topk_divergence(s, topk, beta=beta, temperature=0.7, vocab_size=6, mask=mask, tail=tail),
+        lambda s: topk_divergence(s, topk, beta=beta, temperature=0.7, vocab_size=6, mask=mask, tail_mode=tail),
         (s.requires_grad_(),),
     )
 
@@ -231,8 +233,8 @@ def test_log_probs_of_a_server_are_as_good_as_logits_at_temperature_1(beta, tail
     shuffled = TopK.from_log_probs(server.ids[:, order], server.values[:, order])
     for topk in (server, shuffled):
         for actual, expected in zip(
-            value_and_gradient(s, topk, beta=beta, tail=tail),
-            value_and_gradient(s, local, beta=beta, tail=tail),
+            value_and_gradient(s, topk, beta=beta, tail_mode=tail),
+            value_and_gradient(s, local, beta=beta, tail_mode=tail),
             strict=True,
         ):
             torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
@@ -259,9 +261,9 @@ def test_the_student_may_exclude_tokens(beta, tail):
         s[1, others[1]] = -torch.inf  # the student's bucket is empty
     if 0 < beta:
         s[2, topk.ids[2, 1]] = -torch.inf
-    value, gradient = value_and_gradient(s, topk, beta=beta, tail=tail)
+    value, gradient = value_and_gradient(s, topk, beta=beta, tail_mode=tail)
     far = s.double().clamp(min=-2000)
-    expected = oracle(far, torch.ones(3), topk, 12, beta=beta, temperature=1.0, tail=tail)
+    expected = oracle(far, torch.ones(3), topk, 12, beta=beta, temperature=1.0, tail_mode=tail)
     assert relative_error(value, expected[0]) < 1e-5
     assert relative_error(gradient, expected[1]) < 1e-5
     assert (gradient[s == -torch.inf] == 0).all()
@@ -272,7 +274,7 @@ def test_a_student_that_excludes_all_of_the_top_k_gets_a_finite_loss_and_no_nan(
     topk = vocab_parallel_topk(random_logits(2, 6, seed=1), 3)
     s = random_logits(2, 6, seed=0).scatter(1, topk.ids, -torch.inf)
     for tail in TAILS:
-        value, gradient = value_and_gradient(s, topk, beta=beta, tail=tail)
+        value, gradient = value_and_gradient(s, topk, beta=beta, tail_mode=tail)
         assert value.isfinite().all() and gradient.isfinite().all()
 
 
@@ -285,11 +287,11 @@ def test_statistics_fall_out(tail):
     least = t[2].argmin()
     s[2, topk.ids[2, 0]], s[2, least] = 10.0, 30.0  # they agree within the top-k only
     mask = torch.arange(6) < 5
-    _, sums = measure_topk(s, topk, TopKSpec.of(9, beta=0.3, temperature=0.9, tail=tail), mask=mask)
+    _, sums = measure_topk(s, topk, TopKSpec.of(9, beta=0.3, temperature=0.9, tail_mode=tail), mask=mask)
     assert all(x[5] == 0 for x in sums)
     s, t, topk, sums = s[:5], t[:5], topk[:5], type(sums)(*(x[:5] for x in sums))
-    torch.testing.assert_close(sums.forward_kl, topk_divergence(s, topk, beta=0.0, temperature=0.9, tail=tail))
-    torch.testing.assert_close(sums.reverse_kl, topk_divergence(s, topk, beta=1.0, temperature=0.9, tail=tail))
+    torch.testing.assert_close(sums.forward_kl, topk_divergence(s, topk, beta=0.0, temperature=0.9, tail_mode=tail))
+    torch.testing.assert_close(sums.reverse_kl, topk_divergence(s, topk, beta=1.0, temperature=0.9, tail_mode=tail))
     for logits, entropy in ((s, sums.student_entropy), (t, sums.teacher_entropy)):
         chosen = (logits / 0.9).gather(1, topk.ids)
         rest = (logits / 0.9).scatter(1, topk.ids, -torch.inf).logsumexp(-1, keepdim=True)
@@ -316,7 +318,7 @@ def test_in_place_equals_out_of_place_and_blocks_of_rows_change_nothing(beta, ta
     def gradient(in_place):
         student = s.clone()
         out = student if in_place else torch.full_like(student, torch.nan)
-        spec = TopKSpec.of(21, beta=beta, tail=tail)
+        spec = TopKSpec.of(21, beta=beta, tail_mode=tail)
         normalizers, sums = measure_topk(student, topk, spec)
         write_topk_gradient(out, student, topk, normalizers, sums.slope, weights, spec)
         return *sums, out
@@ -356,7 +358,9 @@ def test_the_bucket_only_takes_from_the_full_divergence_and_less_with_a_larger_k
     options = {"beta": beta, "temperature": temperature}
     full, _ = full_oracle(student, teacher, torch.ones(len(student)), **options)
     coarse, fine = (
-        topk_divergence(student, vocab_parallel_topk(teacher, n, temperature=temperature), tail="bucket", **options)
+        topk_divergence(
+            student, vocab_parallel_topk(teacher, n, temperature=temperature), tail_mode="bucket", **options
+        )
         for n in (max(k - 1, 1), k)
     )
     assert (coarse >= 0).all()
@@ -369,7 +373,7 @@ def test_the_bucket_only_takes_from_the_full_divergence_and_less_with_a_larger_k
 def test_never_negative_zero_for_equal_distributions_and_gradients_that_sum_to_zero(problem, tail):
     student, teacher, k, beta, temperature = problem
     topk = vocab_parallel_topk(teacher.float(), k, temperature=temperature)
-    options = {"beta": beta, "temperature": temperature, "tail": tail}
+    options = {"beta": beta, "temperature": temperature, "tail_mode": tail}
     value, gradient = value_and_gradient(student.float(), topk, **options)
     assert (value >= 0).all()
     assert (gradient.sum(-1).abs() <= 1e-5 * ((student - teacher).abs().amax(-1) + 1) / temperature**2).all()
@@ -384,7 +388,7 @@ def test_permuting_the_vocabulary_permutes_the_gradient(problem, tail, random):
     order = torch.tensor(random.sample(range(student.shape[1]), student.shape[1]))
     topk = vocab_parallel_topk(teacher, k, temperature=temperature)
     moved = replace(topk, ids=order.argsort()[topk.ids])
-    options = {"beta": beta, "temperature": temperature, "tail": tail}
+    options = {"beta": beta, "temperature": temperature, "tail_mode": tail}
     value, gradient = value_and_gradient(student, topk, **options)
     permuted_value, permuted_gradient = value_and_gradient(student[:, order], moved, **options)
     torch.testing.assert_close(permuted_value, value, rtol=1e-9, atol=1e-12)
@@ -411,7 +415,7 @@ def collectives_of_one_call(rank, world_size, tail):
     try:
         for name, original in originals.items():
             setattr(dist, name, counting(name, original))
-        topk_divergence(student, topk, beta=0.5, group=dist.group.WORLD, tail=tail).sum().backward()
+        topk_divergence(student, topk, beta=0.5, group=dist.group.WORLD, tail_mode=tail).sum().backward()
     finally:
         for name, original in originals.items():
             setattr(dist, name, original)
@@ -433,7 +437,7 @@ def test_backward_keeps_a_few_numbers_a_token_beside_the_inputs(tail, numbers):
     inputs = {x.data_ptr() for x in (student, topk.ids, topk.values, topk.tail, mask)}
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        value = topk_divergence(student, topk, beta=0.5, mask=mask, tail=tail)
+        value = topk_divergence(student, topk, beta=0.5, mask=mask, tail_mode=tail)
     value.sum().backward()
     extra = [x for x in kept if x.data_ptr() not in inputs]
     assert [x.shape for x in extra] == [(tokens,)] * numbers
@@ -451,19 +455,19 @@ def test_backward_keeps_a_few_numbers_a_token_beside_the_inputs(tail, numbers):
         ({"temperature": 1e38}, "temperature is 1e.38; allowed are values from 0.01 to 1000"),
         ({"temperature": torch.inf}, "temperature is inf; allowed are values from 0.01 to 1000"),
         ({"temperature": torch.nan}, "temperature is nan; allowed are values from 0.01 to 1000"),
-        ({"tail": "drop"}, "tail is 'drop'; allowed are renormalize, bucket"),
+        ({"tail_mode": "drop"}, "tail_mode is 'drop'; allowed are renormalize, bucket"),
         ({"divergence": "distance"}, "divergence is 'distance'; allowed are jsd, "),
         ({"vocab_size": 9}, "vocab_size is 9; allowed are 1 to 8"),
         ({"mask": torch.ones(3, dtype=torch.bool)}, r"mask is torch.bool \[3\]; it must be torch.bool \[2\]"),
         ({"student_logits": torch.zeros(3, 8)}, r"topk is for tokens \[2\]; student_logits are for \[3\]"),
         ({"student_logits": torch.zeros(2, 8).long()}, r"student_logits are torch.int64 \[2, 8\]; allowed are floats"),
         (
-            {"tail": "bucket", "temperature": 2.0},
-            r"tail is 'bucket' at temperature 2.0, but this TopK's tail is for temperature 1.0; .* tell it at 1 only",
+            {"tail_mode": "bucket", "temperature": 2.0},
+            r"tail_mode is 'bucket' at temperature 2.0, but this TopK's tail is for temperature 1.0; .* tell it at 1 only",
         ),
         (
-            {"tail": "bucket", "topk": vocab_parallel_topk(torch.zeros(2, 8), 3, temperature=None)},
-            "tail is 'bucket', but this TopK has none",
+            {"tail_mode": "bucket", "topk": vocab_parallel_topk(torch.zeros(2, 8), 3, temperature=None)},
+            "tail_mode is 'bucket', but this TopK has no tail",
         ),
     ],
 )

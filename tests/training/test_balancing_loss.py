@@ -48,7 +48,7 @@ def gradients_of_transformers(path, rows: RandomRows) -> dict[str, torch.Tensor]
 
 
 def changes(layout: str = "") -> dict[str, dict]:
-    section = {"teacher": {"kind": "none", "teacher_model": None}, "train": {"moe_aux_loss_coeff": COEFFICIENT}}
+    section = {"teacher": {"teacher_kind": "none", "teacher_model": None}, "train": {"moe_aux_loss_coeff": COEFFICIENT}}
     return section | (MOE[layout][1] if layout else {})
 
 

@@ -27,7 +27,7 @@ from megatron_gkd.config.schema import RolloutSection
 from megatron_gkd.data.rows import parse_row
 from megatron_gkd.data.sample import IGNORED_LABEL
 from megatron_gkd.data.template import RowRenderer
-from megatron_gkd.errors import UserError
+from megatron_gkd.errors import GkdError, UserError
 from megatron_gkd.rollout.base import Sampling
 from megatron_gkd.training.generated_file import GeneratedFile
 
@@ -102,7 +102,7 @@ def test_rows_of_ids_become_samples_as_they_are(whole):
 @pytest.mark.parametrize("truncated", ["mask", "drop"])
 def test_truncated_answers_are_masked_or_left_out(truncated, gloo_world, whole, tmp_path):
     path = tmp_path / "answers.jsonl"
-    gloo_world(1).run(write, CHECKPOINT(), {"rollout": {"truncated": truncated}}, path)
+    gloo_world(1).run(write, CHECKPOINT(), {"rollout": {"truncated_completions": truncated}}, path)
     kept = read(whole)
     expected = [row | ({"masked": True} if row["finish_reason"] == "length" else {}) for row in kept]
     if truncated == "drop":
@@ -156,7 +156,7 @@ def answer_by_servers(rank, world_size, checkpoint, folder):
     fakes["two"].pause()
     urls = [f"http://{host}:1" for host in fakes]
     rollout = {"engine": "vllm_server", "vllm_server_urls": urls, "weight_sync_dir": str(folder)}
-    rollout |= {"server_patience_s": 0.2}
+    rollout |= {"vllm_server_max_downtime_s": 0.2}
     recipe = recipe_of({}).model_copy(update={"rollout": RolloutSection(**rollout)})
     mesh = initialize_mesh(Layout.from_section(recipe.parallel), recipe.train.seed)
     client = httpx.Client
@@ -207,7 +207,7 @@ def verify_chunks(rank, world_size, checkpoint, path, url, swapped):
 
         answers.of = answer
         write_answers(GeneratedFile(path, 7, settings_of(recipe, "model", N, rows)), answers, verify)
-    except UserError as error:
+    except GkdError as error:
         return str(error)
     finally:
         destroy_mesh()

@@ -22,7 +22,7 @@ def judge_all(rank, world_size, beta, tail):
     def sharded(rows):
         return ShardedRows.from_replicated(rows, mesh.tp)
 
-    objective = Objective(mesh, V, beta=beta, temperature=0.8, sft_alpha=0.3, tail=tail)
+    objective = Objective(mesh, V, beta=beta, temperature=0.8, sft_alpha=0.3, tail_mode=tail)
     hidden, head = torch.randn(LABELS, H), torch.randn(V, H)
     states, teacher_head = torch.randn(LABELS, 5), torch.randn(V, 5)
     labels, from_dataset = torch.randint(V, (LABELS,)), torch.tensor([1.0, 0, 1, 1, 0, 1, 1])

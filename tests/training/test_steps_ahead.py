@@ -98,9 +98,9 @@ def train_ahead(rank, world_size, student, teacher, changes, folder):
     for step in range(STEPS):
         trainer.train_step(step + 1, None if rollouts.due(step) else batches.step(step))
     rollouts.close()
-    is_speaker = rollouts.engine.is_speaker
+    is_leader = rollouts.engine.mesh.is_leader
     destroy_mesh()
-    return records, announced, trained if is_speaker else []
+    return records, announced, trained if is_leader else []
 
 
 def train_by_hand(rank, world_size, student, teacher, changes, folder):
@@ -157,7 +157,7 @@ def probe(rank, world_size, student, changes, offset, folder):
     from megatron_gkd.rollout.megatron.engine import MegatronEngine
     from megatron_gkd.runtime.mesh import destroy_mesh
 
-    mesh, student, _, _ = build(student, None, changes | {"teacher": {"kind": "none", "teacher_model": None}})
+    mesh, student, _, _ = build(student, None, changes | {"teacher": {"teacher_kind": "none", "teacher_model": None}})
     rollouts = rollouts_over_fake_servers(mesh, student, changes, folder, lambda path: None, steps_ahead=1)
     rollouts.lambda_schedule = LambdaSchedule(0.4, "row", SEED)
     engine = rollouts.engine = MegatronEngine(student.model, [3])

@@ -80,7 +80,7 @@ def choose_attention(attn: str, dtype: torch.dtype) -> str:
         (not is_real(), "needs Transformer Engine, which is not installed here"),
     ):
         if condition:
-            raise UserError(f"train.attn = {attn}: {problem}; auto and sdpa run everywhere")
+            raise UserError(f"train.attention_backend = {attn}: {problem}; auto and sdpa run everywhere")
     return attn
 
 

@@ -30,7 +30,7 @@ it in bf16."""
 
 
 class Patience(servers.Patience):
-    key = "teacher.teacher_server_patience_s"
+    key = "teacher.teacher_server_max_downtime_s"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Work in threads of its own, which never keeps the process from ending."""
+"""Run work in daemon threads, which never keep the process from ending."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def in_background(work: Callable[[], T]) -> Future[T]:
-    """Begin `work`. Unlike an executor's, its thread is not waited for at exit, however long it hangs."""
+    """Start `work` in a daemon thread; unlike an executor's thread, it is not waited for at exit."""
     future: Future[T] = Future()
 
     def run() -> None:
@@ -21,12 +21,15 @@ def in_background(work: Callable[[], T]) -> Future[T]:
         except BaseException as error:
             future.set_exception(error)
 
-    threading.Thread(target=run, daemon=True, name="rollout").start()
+    threading.Thread(target=run, daemon=True, name="background").start()
     return future
 
 
-def each(work: Callable[[S], T], items: Iterable[S], limit: int | None = None) -> list[T]:
-    """`work` of every item, in order, `limit` of them at a time. The first error ends it, once what runs is done."""
+def parallel_map(work: Callable[[S], T], items: Iterable[S], limit: int | None = None) -> list[T]:
+    """Call `work` on every item, at most `limit` at a time, and return the results in the order of the items.
+
+    The first error is raised when the calls that run already have returned; no further call starts.
+    """
     items = list(items)
     results: list[Any] = [None] * len(items)
     waiting = list(reversed(range(len(items))))
@@ -50,10 +53,11 @@ def each(work: Callable[[S], T], items: Iterable[S], limit: int | None = None) -
     return results
 
 
-def together(futures: Sequence[Future], timeout: float) -> None:
-    """Wait for parts that need each other: raises the error of the first that fails, whatever the others wait for.
+def wait_all(futures: Sequence[Future], timeout: float) -> None:
+    """Wait for calls that depend on each other; raise the error of the first that fails without waiting for the rest.
 
-    TimeoutError after `timeout` seconds.
+    Raises:
+        TimeoutError: not all of them have returned within `timeout` seconds.
     """
     done, pending = wait(futures, timeout, FIRST_EXCEPTION)
     for future in done:
