@@ -94,7 +94,7 @@ def _write(folder: Path, manifest: Manifest, keys: np.ndarray, scored: dict[int,
 class _Rows:
     """Data sets one after the other, each row numbered over all of them."""
 
-    def __init__(self, datasets: Sequence[SampleDataset]):
+    def __init__(self, datasets: Sequence[SampleDataset]) -> None:
         self._datasets = datasets
         self._ends = np.cumsum([len(dataset) for dataset in datasets])
         self.lengths = np.concatenate([dataset.lengths for dataset in datasets])
@@ -123,7 +123,7 @@ class Scorer:
         teacher: TeacherSource,
         manifest: Manifest,
         pad_token_id: int,
-    ):
+    ) -> None:
         self.recipe, self.mesh, self.rows, self.manifest, self.teacher = recipe, mesh, rows, manifest, teacher
         self.chunk_tokens = recipe.distill.loss_chunk_tokens
         self.pad_token_id = pad_token_id
