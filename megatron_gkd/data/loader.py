@@ -39,7 +39,7 @@ class StepLoader:
         dataset: where samples come from.
         order: which rows a step has.
         config: how a step's rows become this rank's microbatches.
-        steps: the steps to yield, counted from 0.
+        steps: the steps to yield, counted from 1.
         num_workers: processes that prepare steps ahead; 0 prepares them in this one.
         skip: steps for which None is yielded: their microbatches are made elsewhere.
     """
@@ -74,7 +74,7 @@ class StepLoader:
             yield None if item is None else [Microbatch.from_arrays(arrays) for arrays in item]
 
     def step(self, step: int) -> list[Microbatch] | None:
-        """The microbatches of this rank at a step, counted from 0."""
+        """Build this rank's microbatches of a step, counted from 1; None for a step that is skipped."""
         if self._skip is not None and self._skip(step):
             return None
         rows = self._order.rows_of_step(step, self._config.global_batch_size)
@@ -94,7 +94,7 @@ def require_responses(dataset: SampleDataset, rows: Sequence[int], step: int) ->
     for row in rows:
         if dataset.num_labels[row] == 0:
             raise UserError(
-                f"step {step + 1}: row {row} of the dataset has no response, and in this step the student does not "
+                f"step {step}: row {row} of the dataset has no response, and in this step the student does not "
                 "answer it; give it one, or set lmbda to 1"
             )
 
@@ -117,7 +117,9 @@ def validation_batches(dataset: SampleDataset, config: BatchConfig, num_steps: i
     """
     order = SequentialOrder(len(dataset))
     steps = order.num_steps(config.global_batch_size)
-    return StepLoader(dataset, order, config, range(steps if num_steps is None else min(steps, num_steps)))
+    if num_steps is not None:
+        steps = min(steps, num_steps)
+    return StepLoader(dataset, order, config, range(1, steps + 1))
 
 
 class _Steps(Dataset):

@@ -110,7 +110,7 @@ class Rollouts:
     def is_early(self, step: int) -> bool:
         """Return whether `step` is to be sampled while the step before it trains. The same on every rank."""
         steps_ahead, num_steps = self.options.steps_ahead, self.options.num_steps
-        return steps_ahead > 0 and (num_steps is None or step < num_steps) and self.prompts.is_on_policy(step)
+        return steps_ahead > 0 and (num_steps is None or step <= num_steps) and self.prompts.is_on_policy(step)
 
     def probe_mismatch(self, student: Student, step: int) -> float | None:
         """Return what `MismatchProbe.measure` returns. All ranks must call it together."""
@@ -195,7 +195,7 @@ class Rollouts:
             dataset_rows=len(rows) - len(completions),
             seconds=seconds,
             generation_seconds=generation_seconds,
-            staleness=sum(step - one.version for one in completions.values()) / max(len(completions), 1),
+            staleness=sum(step - 1 - one.version for one in completions.values()) / max(len(completions), 1),
             tokens=sum(len(one.token_ids) for one in completions.values()),
             truncated=sum(one.finish_reason == "length" for one in completions.values()),
             log_prob=sum((sum(one.completion.log_probs) for one in sampled.values() if one.is_trained_on), 0.0),
@@ -215,12 +215,13 @@ class Rollouts:
             share = self._sampler.generate_share(list(requests.values()))
             seconds = time.perf_counter() - start
         completions = self._sampler.gather(list(requests.values()), share)
-        oldest = step - self.options.steps_ahead
+        newest = step - 1  # updates before this step
+        oldest = newest - self.options.steps_ahead
         for completion in completions:
-            if not oldest <= completion.version <= step:
+            if not oldest <= completion.version <= newest:
                 raise RolloutFailed(
-                    f"step {step + 1}: a sample is of the student after {completion.version} updates; allowed are "
-                    f"{oldest} to {step}"
+                    f"step {step}: a sample is of the student after {completion.version} updates; allowed are "
+                    f"{oldest} to {newest}"
                 )
         return dict(zip(requests, completions, strict=True)), seconds
 

@@ -60,5 +60,5 @@ class StepPrompts:
         max_length = self.config.max_length
         room = max_response_length(sample, max_length, self.teacher_max_length or max_length)
         # The seed depends neither on the rank that samples the row nor on the other rows.
-        sequence = np.random.SeedSequence([self.lambda_schedule.seed, step, position])
+        sequence = np.random.SeedSequence([self.lambda_schedule.seed, step - 1, position])
         return SampleRequest(extract_prompt(sample), int(sequence.generate_state(1, np.uint64)[0] >> 1), room)
