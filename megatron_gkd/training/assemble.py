@@ -16,8 +16,9 @@ from megatron_gkd.training.build_teacher import averages_of, build_teacher
 from megatron_gkd.training.checkpointing.loader import load, load_weights
 from megatron_gkd.training.checkpointing.resume import find_checkpoint
 from megatron_gkd.training.checkpointing.state import Saved
-from megatron_gkd.training.on_policy import Rollouts
+from megatron_gkd.training.on_policy import RolloutOptions, Rollouts
 from megatron_gkd.training.prepare import PreparedRun
+from megatron_gkd.training.step_prompts import StepPrompts
 from megatron_gkd.training.student import Student
 
 
@@ -48,7 +49,7 @@ def assemble(recipe: Recipe, mesh: Mesh, prepared: PreparedRun) -> AssembledRun:
         prepared.training,
         prepared.order,
         prepared.batch_config,
-        range(prepared.last_step, train_iters),
+        range(prepared.last_step + 1, train_iters + 1),
         num_workers=recipe.data.dataloader_num_workers,
         skip=partial(prepared.lambda_schedule.any, count=recipe.train.global_batch_size),
     )
@@ -72,20 +73,19 @@ def build_rollouts(
     sampling = sampling_of(section, student.objective.vocab_size)
     if section.engine != "megatron":
         logit_bias(sampling, checkpoint.vocab_size)  # too many excluded ids end the run before the engine starts
-    rollouts = Rollouts(
-        build_engine(recipe, mesh, student.model, checkpoint),
-        prepared.lambda_schedule,
-        prepared.training,
-        prepared.order,
-        prepared.batch_config,
+    options = RolloutOptions(
         sampling,
         truncated=section.truncated_completions,
-        dp=mesh.dp,
         steps_ahead=section.steps_ahead,
         num_steps=prepared.train_iters,
-        teacher_max_length=recipe.data.teacher_max_length,
         tensors=rollout_tensors(recipe),
     )
-    if isinstance(teacher, ScoresAhead):
-        rollouts.on_sample = lambda sample: teacher.begin([sample])
-    return rollouts
+    prompts = StepPrompts(
+        prepared.training,
+        prepared.order,
+        prepared.lambda_schedule,
+        prepared.batch_config,
+        recipe.data.teacher_max_length,
+    )
+    on_sample = (lambda sample: teacher.begin([sample])) if isinstance(teacher, ScoresAhead) else None
+    return Rollouts(build_engine(recipe, mesh, student.model, checkpoint), prompts, options, mesh.dp, on_sample)

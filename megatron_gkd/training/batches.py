@@ -14,7 +14,8 @@ from megatron_gkd.data.sample import FROM_DATASET
 from megatron_gkd.runtime import portability
 from megatron_gkd.teachers.base import ScoresAhead, TeacherSource
 from megatron_gkd.training.metrics import describe_rollouts
-from megatron_gkd.training.on_policy import RolloutReport, Rollouts
+from megatron_gkd.training.on_policy import Rollouts
+from megatron_gkd.training.rollout_report import RolloutReport
 from megatron_gkd.training.student import Student
 
 Batch = list[Microbatch] | None
@@ -92,21 +93,21 @@ def prepare_batch(step: int, microbatches: Batch, rollouts: Rollouts | None, stu
         return StepBatch(_to_device(microbatches))
     report, sync_seconds, probed = None, 0.0, None
     if microbatches is None:
-        if not rollouts.has_begun(step - 1):
+        if not rollouts.has_begun(step):
             sync_seconds += _sync_weights(rollouts, student, step)
         with record_function("gkd/rollout"):
-            microbatches, report = rollouts.microbatches(step - 1)
-    if rollouts.is_early(step):  # the next step: `rollouts` counts from 0
+            microbatches, report = rollouts.microbatches(step)
+    if rollouts.is_early(step + 1):
         sync_seconds += _sync_weights(rollouts, student, step)
         with record_function("gkd/rollout"):
-            probed = rollouts.probe_mismatch(student, step)
-            rollouts.begin(step)
+            probed = rollouts.probe_mismatch(student, step + 1)
+            rollouts.begin(step + 1)
     return StepBatch(_to_device(microbatches), report, sync_seconds, probed)
 
 
 def _sync_weights(rollouts: Rollouts, student: Student, step: int) -> float:
     with record_function("gkd/weight_sync"):
-        return rollouts.load_weights(student, version=step - 1)
+        return rollouts.load_weights(student, version=step - 1)  # the updates before this step
 
 
 def _to_device(microbatches: Iterable[Microbatch]) -> list[Microbatch]:

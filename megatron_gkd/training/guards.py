@@ -55,14 +55,14 @@ class Guards:
         entropy, most = totals["teacher_entropy"] / tokens, math.log(self.vocab_size)
         if not -_ROUNDING <= entropy <= most + _ROUNDING:
             return (
-                f"the teacher's mean entropy is {entropy:.4g} nats, which no distribution over {self.vocab_size} tokens "
-                f"has (allowed are 0 to {most:.4g})"
+                f"the teacher's mean entropy is {entropy:.4g} nats, which no distribution over {self.vocab_size} "
+                f"tokens has (allowed are 0 to {most:.4g})"
             )
         for name in ("forward_kl", "reverse_kl"):  # Gibbs' inequality: not negative where both sum to 1
             if totals[name] / tokens < -_ROUNDING:
                 return (
-                    f"{name} is {totals[name] / tokens:.4g} nats, which is negative: the probabilities of the teacher or "
-                    "the student do not sum to 1"
+                    f"{name} is {totals[name] / tokens:.4g} nats, which is negative: the probabilities of the teacher "
+                    "or the student do not sum to 1"
                 )
         return None
 

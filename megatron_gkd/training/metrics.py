@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from megatron_gkd.training.on_policy import RolloutReport
+from megatron_gkd.training.rollout_report import RolloutReport
 
 
 def summarize(totals: Mapping[str, float], *, has_teacher: bool) -> dict[str, float | None]:

@@ -20,7 +20,7 @@ from megatron_gkd.training.checkpointing.folder import checkpoint_folder
 from megatron_gkd.training.checkpointing.identity import recipe_identity
 from megatron_gkd.training.checkpointing.run_checkpoints import RunCheckpoints
 from megatron_gkd.training.checkpointing.saver import Saver
-from megatron_gkd.training.completions import Completions
+from megatron_gkd.training.completion_recorder import CompletionRecorder
 from megatron_gkd.training.exports import Exports
 from megatron_gkd.training.interruptions import Interruptions
 from megatron_gkd.training.prepare import PreparedRun, prepare
@@ -115,8 +115,8 @@ def _build_checkpoints(
     return RunCheckpoints(saver, parts.saved, recipe.output.save_interval, identity)
 
 
-def _build_completions(recipe: Recipe, prepared: PreparedRun, parts: AssembledRun) -> Completions | None:
+def _build_completions(recipe: Recipe, prepared: PreparedRun, parts: AssembledRun) -> CompletionRecorder | None:
     output = recipe.output
     if parts.data.rollouts is None or not output.log_completions:
         return None
-    return Completions(parts.student.mesh, prepared.models.tokenizer, output.log_completions_interval)
+    return CompletionRecorder(parts.student.mesh, prepared.models.tokenizer, output.log_completions_interval)

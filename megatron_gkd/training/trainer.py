@@ -22,7 +22,7 @@ from megatron_gkd.teachers.base import FollowsStudent, ReadOnce, TeacherSignal, 
 from megatron_gkd.training.bad_steps import BadSteps
 from megatron_gkd.training.batches import TrainingData, announce_ahead, prepare_batch
 from megatron_gkd.training.checkpointing.run_checkpoints import RunCheckpoints
-from megatron_gkd.training.completions import Completions
+from megatron_gkd.training.completion_recorder import CompletionRecorder
 from megatron_gkd.training.exports import ExportFolders, Exports
 from megatron_gkd.training.guards import Guards
 from megatron_gkd.training.interruptions import Interruptions
@@ -64,7 +64,7 @@ class RunOutput:
     reporter: Reporter
     exports: Exports
     checkpoints: RunCheckpoints | None = None
-    completions: Completions | None = None
+    completions: CompletionRecorder | None = None
 
 
 class Trainer:

@@ -1,8 +1,8 @@
 """Write checkpoints in the background, without a process that could block the run when it dies.
 
 Megatron's writer starts processes and waits for them without a time limit. Here each rank copies its share to host
-memory, and a thread of its own writes the copy. Once the threads of all ranks are done, the main threads exchange what was
-written (a collective, at the end of a step) and publish the checkpoint.
+memory, and a thread of its own writes the copy. Once the threads of all ranks are done, the main threads exchange the
+names and digests of the files (a collective, at the end of a step) and publish the checkpoint.
 """
 
 from __future__ import annotations
