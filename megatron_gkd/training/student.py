@@ -135,6 +135,8 @@ class Student:
         head = self.model.head_weight
 
         def loss(hidden: torch.Tensor, index: int) -> tuple[torch.Tensor, torch.Tensor, MicrobatchMetrics]:
+            if head is None:
+                raise ValueError("only the last pipeline stage, which has the head, computes a loss")
             return self.objective(hidden, head, microbatches[index], signals[index])
 
         records = forward_backward(
