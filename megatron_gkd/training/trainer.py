@@ -19,7 +19,7 @@ from megatron_gkd.teachers.base import FollowsStudent, ReadOnce, TeacherSignal, 
 from megatron_gkd.training.ahead import announce_ahead
 from megatron_gkd.training.bad_steps import BadSteps
 from megatron_gkd.training.checkpointing.run_checkpoints import RunCheckpoints
-from megatron_gkd.training.completions import Completions
+from megatron_gkd.training.completion_recorder import CompletionRecorder
 from megatron_gkd.training.exports import ExportFolders, Exports
 from megatron_gkd.training.guards import Guards
 from megatron_gkd.training.interruptions import Interruptions
@@ -45,7 +45,7 @@ class Trainer:
         reporter: Reporter,
         *,
         rollouts: Rollouts | None = None,
-        completions: Completions | None = None,
+        completions: CompletionRecorder | None = None,
         mismatch_kl_threshold: float | None = None,
         teacher_is_student: bool = False,
         train_iters: int,
