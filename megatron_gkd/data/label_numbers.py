@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_gkd.data.context_parallel import context_parallel_indices
 from megatron_gkd.data.microbatch import Microbatch
 from megatron_gkd.data.sample import IGNORE
+from megatron_gkd.runtime.context_parallel import context_parallel_indices
 
 
 def label_numbers(microbatch: Microbatch, cp_rank: int, cp_size: int) -> Tensor:

@@ -79,7 +79,7 @@ class Nodes:
             with _Heartbeat(call, name, is_main=self.is_main, is_needed=is_worker or self.is_main):
                 result = self._work(call, name, work) if is_worker else None
                 if broadcasts and self.is_main:
-                    call.set("result", pickle.dumps(result))
+                    call.set("result", pickle.dumps(result))  # type: ignore[arg-type]  # torch takes bytes, its stub not
                 call.add("done", 1)
                 self._wait(call)
                 return pickle.loads(call.get("result")) if broadcasts else result

@@ -37,7 +37,8 @@ class Patience:
     """The recipe's key that has these seconds."""
 
     def __init__(self, seconds: float):
-        self.seconds, self._deadline, self._pause = seconds, None, _FIRST_PAUSE
+        self.seconds, self._pause = seconds, _FIRST_PAUSE
+        self._deadline: float | None = None
 
     def wait(self, error: ServerDown) -> None:
         """Until the next attempt. UserError if there is to be none."""

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
+from typing import Any
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1)
 SAME_KEYSTROKE_S = 0.5  # a launcher and the terminal may both deliver one Ctrl-C
@@ -38,7 +39,7 @@ class StopSignals:
         self._leave = leave
         self._is_deferred = False
         self._first_interrupt: float | None = None
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Any] = {}  # handlers, as `signal.signal` returns them
         self._lock = threading.Lock()
         self.received: str | None = None
 

@@ -27,7 +27,7 @@ class TimeLimit:
     started: float = field(default_factory=lambda: process_start())
     longest_save: Callable[[], float | None] = lambda: None
     longest_step: float = 0.0
-    _step_began: float | None = None
+    _step_began: float = field(default_factory=time.time)
 
     def begin(self) -> None:
         """Note that the first step begins."""

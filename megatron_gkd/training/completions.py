@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
-from megatron_gkd.data.context_parallel import context_parallel_indices
 from megatron_gkd.data.microbatch import Microbatch
 from megatron_gkd.data.sample import IGNORE
+from megatron_gkd.runtime.context_parallel import context_parallel_indices
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.training.on_policy import Answer, RolloutReport
 
