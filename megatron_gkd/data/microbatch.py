@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -57,7 +57,7 @@ class Microbatch:
         """Padded tokens of the whole microbatch, over all context-parallel ranks."""
         return int(self.cu_seqlens[-1])
 
-    def to(self, device: torch.device | str) -> Microbatch:
+    def to(self, device: torch.device | str) -> Self:
         return replace(self, **{name: value.to(device) for name, value in vars(self).items() if torch.is_tensor(value)})
 
     def to_arrays(self) -> dict[str, Any]:
@@ -110,12 +110,12 @@ def collate(samples: Sequence[Sample], *, pad_multiple: int, pad_token_id: int) 
     )
 
 
-def lengthen(microbatch: Microbatch, total_length: int, pad_token_id: int) -> Microbatch:
+def pad_to(microbatch: Microbatch, total_length: int, pad_token_id: int) -> Microbatch:
     """Append one sequence of nothing but padding, so that a whole microbatch has `total_length` tokens."""
     missing = total_length - microbatch.total_length
     if missing == 0:
         return microbatch
-    fillings = {
+    columns = {
         "input_ids": torch.full((1, missing), pad_token_id),
         "labels": torch.full((1, missing), IGNORE),
         "position_ids": torch.arange(missing).unsqueeze(0),
@@ -125,7 +125,7 @@ def lengthen(microbatch: Microbatch, total_length: int, pad_token_id: int) -> Mi
     end = torch.tensor([total_length], dtype=torch.int32)
     return replace(
         microbatch,
-        **{name: torch.cat([getattr(microbatch, name), filling], dim=1) for name, filling in fillings.items()},
+        **{name: torch.cat([getattr(microbatch, name), column], dim=1) for name, column in columns.items()},
         cu_seqlens=torch.cat([microbatch.cu_seqlens, end]),
         max_seqlen=max(microbatch.max_seqlen, missing),
     )

@@ -10,7 +10,7 @@ from typing import TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from megatron_gkd.errors import UserError
+from megatron_gkd.errors import GkdError, UserError
 from megatron_gkd.runtime import portability
 
 T = TypeVar("T")
@@ -33,7 +33,7 @@ def first_problem(problem: str | None) -> str | None:
 
 
 def raise_together(
-    problem: str | None, kind: type[Exception] = UserError, *, cause: BaseException | None = None
+    problem: str | None, kind: type[GkdError] = UserError, *, cause: BaseException | None = None
 ) -> None:
     """Raise the first rank's `problem` in every rank; return if no rank has one. All ranks must call it.
 
@@ -47,11 +47,11 @@ def raise_together(
         raise kind(problem) from cause
 
 
-def run_on_all(work: Callable[[], T], kind: type[Exception] = UserError, *, os_error: str = "") -> T:
+def run_on_all(work: Callable[[], T], kind: type[GkdError] = UserError, *, os_error: str = "") -> T:
     """Run `work` on every rank and return each rank its own result. All ranks must call it.
 
     Args:
-        work: raises UserError, OSError or `kind` if it fails. It may only use collectives before it can fail.
+        work: raises GkdError or OSError if it fails. It may only use collectives before it can fail.
         kind: the exception to raise in all ranks.
         os_error: begins the message for an OSError.
 
@@ -65,13 +65,13 @@ def run_on_all(work: Callable[[], T], kind: type[Exception] = UserError, *, os_e
         result = work()
     except OSError as error:
         problem, cause = f"{os_error} ({error})" if os_error else str(error), error
-    except (UserError, kind) as error:
+    except GkdError as error:
         problem, cause = str(error), error
     raise_together(problem, kind, cause=cause)
     return cast(T, result)
 
 
-def run_on_main(work: Callable[[], T], kind: type[Exception] = UserError, *, os_error: str = "") -> T:
+def run_on_main(work: Callable[[], T], kind: type[GkdError] = UserError, *, os_error: str = "") -> T:
     """Run `work` on rank 0 and return its result, which must be picklable, on every rank; see `run_on_all`.
 
     The ranks wait in a collective, which has a time limit. For work that may take longer see `runtime.nodes`.

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_gkd.data.label_numbers import label_numbers, num_labels
-from megatron_gkd.data.microbatch import Microbatch, collate, lengthen, shard_context_parallel
+from megatron_gkd.data.microbatch import Microbatch, collate, pad_to, shard_context_parallel
 from megatron_gkd.data.teacher_view import teacher_view
 from megatron_gkd.models.label_rows import has_label, label_rows
 from megatron_gkd.models.megatron_model import hidden_states
@@ -63,7 +63,7 @@ def _readings(microbatches: Sequence[Microbatch], mesh: Mesh, *, equal_lengths: 
     }
     if equal_lengths and wholes:
         longest = max(whole.total_length for whole in wholes.values())
-        wholes = {index: lengthen(whole, longest, _PAD_TOKEN_ID) for index, whole in wholes.items()}
+        wholes = {index: pad_to(whole, longest, _PAD_TOKEN_ID) for index, whole in wholes.items()}
     readings = list(microbatches)
     for index, whole in wholes.items():
         part = shard_context_parallel(whole, mesh.cp.rank(), mesh.cp.size())

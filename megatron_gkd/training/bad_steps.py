@@ -25,7 +25,7 @@ class BadSteps:
         in_a_row: bad steps since the last update; the caller sets it back.
     """
 
-    def __init__(self, folder: Path, most_in_a_row: int):
+    def __init__(self, folder: Path, most_in_a_row: int) -> None:
         self.folder, self.most_in_a_row = folder, most_in_a_row
         self.in_a_row = 0
 

@@ -1,4 +1,4 @@
-"""The parts of a run that a recipe and a mesh determine: how batches are cut, the student, and what samples from it."""
+"""The parts of a run that a recipe and a mesh determine: the student, and what samples from it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +13,9 @@ from torch import Tensor
 from megatron_gkd.checkpoint_format.adapter_files import adapter_config, factor_shapes
 from megatron_gkd.config.lora_checks import layer_rules
 from megatron_gkd.config.schema import LoraSection, Recipe, RolloutSection
-from megatron_gkd.data.cutting import Cutting
+from megatron_gkd.data.batch_config import BatchConfig
+from megatron_gkd.data.lambda_schedule import LambdaSchedule
 from megatron_gkd.data.loader import SampleDataset, StepOrder
-from megatron_gkd.data.policy import OnPolicy
 from megatron_gkd.data.prompt import PromptLimits
 from megatron_gkd.models.checkpoint import Checkpoint
 from megatron_gkd.models.lora.options import LoraOptions
@@ -35,25 +34,6 @@ from megatron_gkd.training.on_policy import Rollouts
 from megatron_gkd.training.student import Student
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-def batching(recipe: Recipe, mesh: Mesh, pad_token_id: int) -> dict[str, Any]:
-    """How global batches are cut for this rank: the arguments that training and validation loaders share."""
-    return {
-        "global_batch_size": recipe.train.global_batch_size,
-        "micro_batch_size": recipe.train.micro_batch_size,
-        "packing": recipe.data.packing,
-        "max_length": recipe.data.max_length,
-        "dp_rank": mesh.dp.rank(),
-        "dp_size": mesh.dp.size(),
-        "cp_rank": mesh.cp.rank(),
-        "cp_size": mesh.cp.size(),
-        "pad_multiple": mesh.layout.pad_multiple,
-        # The interleaved schedule wants a multiple of the pipeline's length, and one shape for all.
-        "microbatch_multiple": mesh.layout.pipeline if mesh.layout.virtual_pipeline else 1,
-        "equal_lengths": mesh.layout.virtual_pipeline is not None,
-        "pad_token_id": pad_token_id,
-    }
 
 
 def build_student(recipe: Recipe, mesh: Mesh, checkpoint: Checkpoint, vocab_size: int, train_iters: int) -> Student:
@@ -106,26 +86,24 @@ def build_rollouts(
     mesh: Mesh,
     student: Student,
     checkpoint: Checkpoint,
-    policy: OnPolicy,
+    lambda_schedule: LambdaSchedule,
     dataset: SampleDataset,
     order: StepOrder,
-    cut: dict[str, Any],
+    config: BatchConfig,
     train_iters: int,
 ) -> Rollouts:
-    """What samples the steps that `policy` gives to the student. `cut` is what ``batching`` returns."""
+    """What samples the steps that `lambda_schedule` gives to the student."""
     section = recipe.rollout
-    cutting = Cutting(**{name: value for name, value in cut.items() if name != "global_batch_size"})
     sampling = sampling_of(section, student.objective.vocab_size)
     if section.engine != "megatron":
         logit_bias(sampling, checkpoint.vocab_size)  # what vLLM can't exclude ends the run before the engine starts
     return Rollouts(
         build_engine(recipe, mesh, student.model, checkpoint),
-        policy,
+        lambda_schedule,
         dataset,
         order,
-        cutting,
+        config,
         sampling,
-        global_batch_size=recipe.train.global_batch_size,
         truncated=section.truncated_completions,
         dp=mesh.dp,
         steps_ahead=section.steps_ahead,

@@ -11,10 +11,11 @@ import numpy as np
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_gkd.data.cutting import Cutting
+from megatron_gkd.data.batch_config import BatchConfig
+from megatron_gkd.data.lambda_schedule import LambdaSchedule
 from megatron_gkd.data.loader import SampleDataset, StepOrder, filler, require_responses
 from megatron_gkd.data.microbatch import Microbatch
-from megatron_gkd.data.policy import OnPolicy
+from megatron_gkd.data.microbatch_planner import MicrobatchPlanner
 from megatron_gkd.data.prompt import answered, prompt_of, room_for_answer
 from megatron_gkd.data.sample import FROM_DATASET, FROM_STUDENT, Sample
 from megatron_gkd.models.megatron_model import MegatronModel
@@ -106,11 +107,11 @@ class Rollouts:
 
     Args:
         engine: samples completions. Its ranks of one replica are asked together; replicas share the prompts out.
-        policy: which rows of which step the student answers.
+        lambda_schedule: which rows of which step the student answers.
         dataset, order: where prompts and the other rows come from.
-        cutting: how the global batch becomes this rank's microbatches.
-        sampling: `max_completion_length` is cut to what a sequence of `cutting.max_length` tokens leaves.
-        teacher_max_length: the same of a row's `teacher_prompt` with the answer behind it; None: `cutting.max_length`.
+        config: how the global batch becomes this rank's microbatches.
+        sampling: `max_completion_length` is cut to what a sequence of `config.max_length` tokens leaves.
+        teacher_max_length: the same of a row's `teacher_prompt` with the answer behind it; None: `config.max_length`.
         truncated: completions without an end are trained on ("keep"), kept without labels ("mask"), or left out.
         dp: the data-parallel group.
         steps_ahead: 1 has a `BackgroundEngine` sample a step while the one before it trains.
@@ -121,13 +122,12 @@ class Rollouts:
     def __init__(
         self,
         engine: RolloutEngine,
-        policy: OnPolicy,
+        lambda_schedule: LambdaSchedule,
         dataset: SampleDataset,
         order: StepOrder,
-        cutting: Cutting,
+        config: BatchConfig,
         sampling: Sampling,
         *,
-        global_batch_size: int,
         truncated: Truncated,
         dp: dist.ProcessGroup,
         steps_ahead: int = 0,
@@ -135,8 +135,8 @@ class Rollouts:
         teacher_max_length: int | None = None,
         tensors: Callable[[MegatronModel], Iterable[tuple[str, Tensor]]] = MegatronModel.named_tensors,
     ):
-        self.engine, self.policy, self.dataset, self.order = engine, policy, dataset, order
-        self.cutting, self.sampling, self.global_batch_size = cutting, sampling, global_batch_size
+        self.engine, self.lambda_schedule, self.dataset, self.order = engine, lambda_schedule, dataset, order
+        self.config, self.sampling, self.global_batch_size = config, sampling, config.global_batch_size
         self.truncated, self.dp = truncated, dp
         self.steps_ahead, self.num_steps, self.tensors = steps_ahead, num_steps, tensors
         self.on_sample: Callable[[Sample], None] | None = None
@@ -145,11 +145,11 @@ class Rollouts:
         self._begun: dict[int, Generation] = {}
         self._probe_calls = 0
         self._version: int | None = None
-        self.teacher_max_length = teacher_max_length or cutting.max_length
+        self.teacher_max_length = teacher_max_length or config.max_length
 
     def due(self, step: int) -> bool:
         """Whether the student answers any row of `step`, counted from 0. The same on every rank."""
-        return self.policy.any(step, self.global_batch_size)
+        return self.lambda_schedule.any(step, self.global_batch_size)
 
     def load_weights(self, student: Student, version: int) -> float:
         """Sample from the student as it is, after `version` updates. Nothing to do the second time.
@@ -179,14 +179,15 @@ class Rollouts:
         if self._probe_calls % _PROBE_INTERVAL != 2:
             return None
         rows = self.order.rows_of_step(step, self.global_batch_size)
-        cutting = self.cutting
-        count = cutting.micro_batch_size * cutting.dp_size * cutting.microbatch_multiple
-        positions = [int(position) for position in np.flatnonzero(self.policy.rows(step, len(rows)))][:count]
+        config = self.config
+        count = config.micro_batch_size * config.dp_size * config.microbatch_multiple
+        positions = [int(position) for position in np.flatnonzero(self.lambda_schedule.rows(step, len(rows)))][:count]
         short = replace(self.sampling, max_completion_length=min(_PROBE_TOKENS, self.sampling.max_completion_length))
         completions = self._sample_now(step, positions, short)
         samples = [answered(self.dataset[rows[position]], done.token_ids) for position, done in completions.items()]
-        samples += [filler(cutting.pad_token_id)] * (count - len(samples))
-        microbatches = cutting.microbatches([len(sample.input_ids) for sample in samples], samples.__getitem__)
+        samples += [filler(config.pad_token_id)] * (count - len(samples))
+        lengths = [len(sample.input_ids) for sample in samples]
+        microbatches = MicrobatchPlanner(config).make_microbatches(lengths, samples.__getitem__)
         microbatches = [microbatch.to(portability.device()) for microbatch in microbatches]
         totals = student.evaluate(microbatches, [None] * len(microbatches))
         log_prob = sum(sum(done.log_probs) for done in completions.values())
@@ -279,10 +280,11 @@ class Rollouts:
         lengths = [
             len(samples[i].input_ids) if i in samples else int(self.dataset.lengths[row]) for i, row in enumerate(rows)
         ]
-        bins = self.cutting.bins(lengths)
-        cut = self.cutting.cut(bins, lambda i: samples[i] if i in samples else self.dataset[rows[i]])
+        planner = MicrobatchPlanner(self.config)
+        bins = planner.plan(lengths)
+        microbatches = planner.build(bins, lambda i: samples[i] if i in samples else self.dataset[rows[i]])
         found = list(completions.values())
-        return cut, RolloutReport(
+        return microbatches, RolloutReport(
             student_rows=len(found),
             dataset_rows=len(rows) - len(found),
             seconds=seconds,
@@ -326,7 +328,7 @@ class Rollouts:
             UserError: in all ranks, as each checks the rows of all; see ``microbatches``.
         """
         rows = self.order.rows_of_step(step, self.global_batch_size)
-        is_sampled = self.policy.rows(step, len(rows))
+        is_sampled = self.lambda_schedule.rows(step, len(rows))
         require_responses(self.dataset, [rows[position] for position in np.flatnonzero(~is_sampled)], step)
         prompts = {int(position): self._prompt(rows[position]) for position in np.flatnonzero(is_sampled)}
         mine = list(prompts)[self.dp.rank() :: self.dp.size()]
@@ -338,15 +340,17 @@ class Rollouts:
         return prompt_of(sample)
 
     def _room(self, sample: Sample) -> int:
-        return room_for_answer(sample, self.cutting.max_length, self.teacher_max_length)
+        return room_for_answer(sample, self.config.max_length, self.teacher_max_length)
 
     def _seed(self, step: int, position: int) -> int:
         """Of one row of one step: whatever rank samples it, and in whatever company."""
-        return int(np.random.SeedSequence([self.policy.seed, step, position]).generate_state(1, np.uint64)[0] >> 1)
+        return int(
+            np.random.SeedSequence([self.lambda_schedule.seed, step, position]).generate_state(1, np.uint64)[0] >> 1
+        )
 
     def _sample(self, source: Sample, completion: Completion) -> tuple[Sample, bool]:
         """The sample, and whether it is trained on."""
         trained = completion.finish_reason == "stop" or self.truncated == "keep"
         if not trained and self.truncated == "drop":
-            return filler(self.cutting.pad_token_id), False
+            return filler(self.config.pad_token_id), False
         return answered(source, completion.token_ids, trained=trained), trained

@@ -11,15 +11,16 @@ from pathlib import Path
 import megatron_gkd.runtime.preload  # noqa: F401  isort: skip  (before anything that imports Megatron-Core)
 
 from megatron_gkd.config.schema import Recipe
+from megatron_gkd.data.batch_config import BatchConfig
+from megatron_gkd.data.lambda_schedule import LambdaSchedule
 from megatron_gkd.data.loader import StepLoader, validation_batches
 from megatron_gkd.data.order import SampleOrder
-from megatron_gkd.data.policy import OnPolicy
 from megatron_gkd.models.export import try_companions
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.runtime.signals import StopSignals
 from megatron_gkd.runtime.time_limit import TimeLimit
 from megatron_gkd.teachers.base import ScoresAhead
-from megatron_gkd.training.build import DTYPES, batching, build_rollouts, build_student
+from megatron_gkd.training.build import DTYPES, build_rollouts, build_student
 from megatron_gkd.training.build_teacher import (
     averages_of,
     begins_as_student,
@@ -80,29 +81,30 @@ def _train(recipe: Recipe, mesh: Mesh, folder: RunFolder, signals: StopSignals |
     if point is not None:
         point.require_same(identity)
     first_step = 0 if point is None else point.step
-    cut = batching(recipe, mesh, pad_token_id(models))
-    policy = OnPolicy(recipe.distill.lmbda, recipe.distill.lmbda_granularity, recipe.train.seed)
+    config = BatchConfig.from_recipe(recipe, mesh, pad_token_id(models))
+    lambda_schedule = LambdaSchedule(recipe.distill.lmbda, recipe.distill.lmbda_granularity, recipe.train.seed)
     batches = StepLoader(
         dataset,
         order,
-        **cut,
+        config,
+        range(first_step, train_iters),
         num_workers=recipe.data.dataloader_num_workers,
-        start_step=first_step,
-        num_steps=max(0, train_iters - first_step),
-        skip=partial(policy.any, count=recipe.train.global_batch_size),
+        skip=partial(lambda_schedule.any, count=recipe.train.global_batch_size),
     )
     rows, validation = {"training": (dataset, data_report)}, None
     if recipe.data.val_dataset:
         rows["validation"] = held_out, _ = open_rows(recipe, mesh, models, "validation")
         check_tags(recipe.teacher, held_out)
         require_cached_rows(recipe.teacher, held_out, "data.val_dataset")
-        validation = validation_batches(held_out, **cut, num_steps=recipe.train.eval_iters)
+        validation = validation_batches(held_out, config, recipe.train.eval_iters)
 
     student = build_student(recipe, mesh, models.student, vocab_size, train_iters)
     teacher = build_teacher(recipe, mesh, student, models.teachers)
     rollouts = None
     if recipe.distill.lmbda > 0:
-        rollouts = build_rollouts(recipe, mesh, student, models.student, policy, dataset, order, cut, train_iters)
+        rollouts = build_rollouts(
+            recipe, mesh, student, models.student, lambda_schedule, dataset, order, config, train_iters
+        )
     output = recipe.output
     if rollouts is not None and isinstance(teacher, ScoresAhead):
         rollouts.on_sample = lambda sample: teacher.begin([sample])

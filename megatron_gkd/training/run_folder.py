@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-from megatron_gkd.errors import Interrupted, UserError
+from megatron_gkd.errors import GkdError, Interrupted, UserError
 from megatron_gkd.runtime.agreement import run_on_main
 from megatron_gkd.runtime.disk import replace_text
 from megatron_gkd.runtime.run_lock import RunLock
@@ -34,7 +34,7 @@ class RunFolder:
         step: returns the newest step of the run.
     """
 
-    def __init__(self, path: Path, *, is_main: bool):
+    def __init__(self, path: Path, *, is_main: bool) -> None:
         self.path, self._is_main = path, is_main
         self._lock = RunLock(path / LOCK_FILE)
         self._is_mine = False
@@ -50,8 +50,8 @@ class RunFolder:
         if error is None:
             self._give_up(0, "finished")
         else:
-            code = error.exit_code if isinstance(error, UserError) else 1
-            self._give_up(code, str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
+            code = error.exit_code if isinstance(error, GkdError) else 1
+            self._give_up(code, str(error) if isinstance(error, GkdError) else f"{type(error).__name__}: {error}")
 
     def leave(self, signal_name: str, is_second: bool) -> None:
         """End this process at once, by a signal before the first step or by a second SIGINT. Callable by any thread."""

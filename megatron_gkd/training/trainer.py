@@ -54,7 +54,7 @@ class Trainer:
         max_bad_steps: int = 10,
         checkpoints: RunCheckpoints | None = None,
         interruptions: Interruptions | None = None,
-    ):
+    ) -> None:
         self.student, self.teacher = student, teacher
         self.batches, self.validation, self.reporter = batches, validation, reporter
         self.rollouts, self.completions = rollouts, completions

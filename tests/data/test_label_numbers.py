@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from megatron_gkd.data.label_numbers import label_numbers, num_labels
-from megatron_gkd.data.microbatch import collate, lengthen, shard_context_parallel
+from megatron_gkd.data.microbatch import collate, pad_to, shard_context_parallel
 from megatron_gkd.data.sample import FROM_DATASET, IGNORE, Sample
 
 
@@ -22,7 +22,7 @@ SAMPLES = [sample(9, [2, 3, 6]), sample(5, []), sample(11, [0, 4, 5, 9])]
 def test_every_label_is_found_on_the_rank_that_has_it(cp_size, total_length):
     whole = collate(SAMPLES, pad_multiple=2 * cp_size, pad_token_id=0)
     if total_length:
-        whole = lengthen(whole, total_length, 0)
+        whole = pad_to(whole, total_length, 0)
     wanted = np.concatenate([s.labels[s.labels != IGNORE] for s in SAMPLES])
     assert num_labels(whole) == len(wanted) == 7
     seen = []

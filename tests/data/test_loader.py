@@ -1,11 +1,13 @@
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from megatron_gkd.data.batch_config import BatchConfig
 from megatron_gkd.data.loader import StepLoader, validation_batches
 from megatron_gkd.data.order import SampleOrder
 from megatron_gkd.data.sample import Sample, shift_labels
@@ -14,7 +16,8 @@ from megatron_gkd.runtime.context_parallel import context_parallel_indices
 
 PAD = 0
 ROWS = 11
-LAYOUT = dict(
+CONFIG = BatchConfig(
+    global_batch_size=8,
     micro_batch_size=1,
     packing=False,
     max_length=32,
@@ -41,9 +44,9 @@ class Rows:
         return Sample(input_ids, shift_labels(input_ids, np.arange(len(input_ids)) >= 2), "dataset", row)
 
 
-def loader(**options):
+def loader(steps=range(3), num_workers=0, skip=None, **layout):
     order = SampleOrder([ROWS], [1.0], 7, shuffle=True)
-    return StepLoader(Rows(), order, **({"global_batch_size": 8, "num_steps": 3} | LAYOUT | options))
+    return StepLoader(Rows(), order, replace(CONFIG, **layout), steps, num_workers=num_workers, skip=skip)
 
 
 def tokens_of_step(step, dp_size=1, cp_size=1, **options):
@@ -102,7 +105,7 @@ def test_context_parallel_ranks_share_microbatches():
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_iterating_gives_the_steps_in_order_and_leaves_the_random_state_alone(num_workers):
     state = torch.get_rng_state()
-    steps = list(loader(num_workers=num_workers, start_step=1, num_steps=4))
+    steps = list(loader(steps=range(1, 5), num_workers=num_workers))
     assert torch.equal(torch.get_rng_state(), state)
     assert len(steps) == 4
     for index, microbatches in enumerate(steps, start=1):
@@ -116,7 +119,7 @@ import test_loader
 import torch
 
 resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))
-for microbatches in test_loader.loader(num_workers=2, global_batch_size=64, num_steps=4):
+for microbatches in test_loader.loader(range(4), num_workers=2, global_batch_size=64):
     assert len(microbatches) == 64
     assert all(torch.is_tensor(microbatch.to("cpu").input_ids) for microbatch in microbatches)
 """
@@ -143,12 +146,12 @@ def test_equal_lengths_are_those_of_the_longest_and_change_no_token(cp_size):
 
 
 def test_length_is_the_number_of_steps():
-    assert len(loader(num_steps=5)) == 5
+    assert len(loader(range(5))) == 5
 
 
 class TestValidation:
-    def batches(self, **options):
-        return validation_batches(Rows(), **({"global_batch_size": 8} | LAYOUT | options))
+    def batches(self, num_steps=None, **layout):
+        return validation_batches(Rows(), replace(CONFIG, **layout), num_steps)
 
     @pytest.mark.parametrize("packing", [False, True])
     def test_every_row_counts_once_and_every_rank_has_equal_work(self, packing):
@@ -177,10 +180,9 @@ def test_a_prompt_alone_in_a_step_of_the_dataset_is_an_error():
     class Prompts(Rows):
         num_labels = np.zeros(ROWS, dtype=np.int64)
 
-    options = {"global_batch_size": 8, "num_steps": 3} | LAYOUT
     order = SampleOrder([ROWS], [1.0], seed=0, shuffle=False)
     with pytest.raises(UserError, match="step 1: row 0 of the dataset has no response"):
-        StepLoader(Prompts(), order, **options).step(0)
+        StepLoader(Prompts(), order, CONFIG, range(3)).step(0)
     with pytest.raises(UserError) as error:
-        next(iter(StepLoader(Prompts(), order, num_workers=1, **options)))
+        next(iter(StepLoader(Prompts(), order, CONFIG, range(3), num_workers=1)))
     assert "\n" not in str(error.value), "a worker's traceback"

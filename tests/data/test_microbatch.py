@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_gkd.data.microbatch import collate, lengthen, shard_context_parallel
+from megatron_gkd.data.microbatch import collate, pad_to, shard_context_parallel
 from megatron_gkd.data.sample import FROM_DATASET, FROM_STUDENT, Sample
 from megatron_gkd.runtime.context_parallel import context_parallel_indices
 
@@ -68,8 +68,8 @@ def test_nothing_makes_no_microbatch():
 
 def test_lengthening_appends_a_sequence_of_padding():
     microbatch = collate([sample(5, 6, 7), sample(8)], pad_multiple=2, pad_token_id=1)
-    longer = lengthen(microbatch, 12, pad_token_id=1)
-    assert lengthen(microbatch, 6, pad_token_id=1) is microbatch
+    longer = pad_to(microbatch, 12, pad_token_id=1)
+    assert pad_to(microbatch, 6, pad_token_id=1) is microbatch
     assert longer.total_length == longer.input_ids.shape[1] == 12
     assert longer.cu_seqlens.tolist() == [0, 4, 6, 12] and longer.cu_seqlens.dtype == torch.int32
     assert longer.max_seqlen == 6 and longer.num_rows == 2

@@ -42,10 +42,10 @@ def train_and_export(rank, world_size, model, teacher, directory, changes):
     """Three steps, an export, and the validation totals of the model that was exported."""
     from training_layouts import recipe_of
 
+    from megatron_gkd.data.batch_config import BatchConfig
     from megatron_gkd.data.loader import validation_batches
     from megatron_gkd.models.export import export_checkpoint
     from megatron_gkd.runtime.mesh import destroy_mesh
-    from megatron_gkd.training.build import batching
 
     mesh, student, teacher, batches = build(model, teacher, changes)
     for microbatches in batches:
@@ -56,9 +56,8 @@ def train_and_export(rank, world_size, model, teacher, directory, changes):
     student.gather_parameters()
     export_checkpoint(student.model, directory)
     totals: dict[str, float] = {}
-    for microbatches in validation_batches(
-        RandomRows(11, seed=9), **batching(recipe_of(changes), mesh, pad_token_id=0)
-    ):
+    config = BatchConfig.from_recipe(recipe_of(changes), mesh, pad_token_id=0)
+    for microbatches in validation_batches(RandomRows(11, seed=9), config):
         with teacher.resident():
             signals = teacher.score(microbatches)
         for name, value in student.evaluate(microbatches, signals).items():

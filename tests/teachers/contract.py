@@ -106,11 +106,11 @@ def in_every_rank(gloo_world, name: str, answers_of: Callable, *args) -> list[An
 
 def microbatches_of(mesh) -> list:
     """`MICROBATCHES` as the loader cuts them for this rank; the first has a sequence of padding at its end."""
-    from megatron_gkd.data.microbatch import collate, lengthen, shard_context_parallel
+    from megatron_gkd.data.microbatch import collate, pad_to, shard_context_parallel
 
     multiple = mesh.layout.pad_multiple
     whole = [collate(samples, pad_multiple=multiple, pad_token_id=0) for samples in MICROBATCHES.values()]
-    whole[0] = lengthen(whole[0], whole[0].total_length + 4 * multiple, pad_token_id=0)
+    whole[0] = pad_to(whole[0], whole[0].total_length + 4 * multiple, pad_token_id=0)
     return [shard_context_parallel(one, mesh.cp.rank(), mesh.cp.size()) for one in whole]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,8 +12,8 @@ from layouts import DENSE, MOE, PP2, SP, TP2
 from rows import RandomRows
 from training_layouts import build, named_gradients, recipe_of
 
-from megatron_gkd.data.cutting import Cutting
-from megatron_gkd.data.policy import OnPolicy
+from megatron_gkd.data.batch_config import BatchConfig
+from megatron_gkd.data.lambda_schedule import LambdaSchedule
 from megatron_gkd.errors import UserError
 from megatron_gkd.rollout.base import Completion, RolloutFailed, Sampling
 from megatron_gkd.training.on_policy import Rollouts
@@ -33,20 +34,17 @@ def train_on_policy(rank, world_size, student, teacher, changes, lmbda, granular
     from megatron_gkd.rollout.megatron.engine import MegatronEngine
     from megatron_gkd.runtime.mesh import destroy_mesh
     from megatron_gkd.teachers.base import FollowsStudent
-    from megatron_gkd.training.build import batching
     from megatron_gkd.training.completions import Completions
 
     rows = rows or RandomRows(count=24)
     mesh, student, teacher, batches = build(student, teacher, changes, rows)
-    cut = batching(recipe_of(changes), mesh, pad_token_id=0)
     rollouts = Rollouts(
         MegatronEngine(student.model, [3]),
-        OnPolicy(lmbda, granularity, seed=7),
+        LambdaSchedule(lmbda, granularity, seed=7),
         rows,
         SampleOrder(rows.sizes, [1.0], seed=1234, shuffle=True),
-        Cutting(**{name: value for name, value in cut.items() if name != "global_batch_size"}),
+        BatchConfig.from_recipe(recipe_of(changes), mesh, pad_token_id=0),
         Sampling(max_completion_length=9, temperature=1.3),
-        global_batch_size=cut["global_batch_size"],
         truncated="keep",
         dp=mesh.dp,
     )
@@ -86,11 +84,11 @@ LAYOUTS = [
     *(("dense", name) for name in ("TP2+SP", "PP2", "CP2", "DP2", "TP2xPP2", "CP2xDP2, packed")),
     *(("mixture", name) for name in ("EP2", "TP2+SPxEP2")),
 ]
-CASES = [(*layout, *policy) for layout in LAYOUTS for policy in (ALWAYS, BY_ROW)]
+CASES = [(*layout, *lambda_schedule) for layout in LAYOUTS for lambda_schedule in (ALWAYS, BY_ROW)]
 CASES += [("dense", name, *BY_STEP) for name in ("DP2", "TP2xPP2")]
 REPLICAS = {"TP2+SPxPP2xDP2": (8, {"parallel": TP2 | SP | PP2})}
 """Tensor-parallel ranks, stages and replicas at once: none may wait for one that took the other branch."""
-LARGE = [("dense", name, *policy) for name in REPLICAS for policy in (BY_STEP, BY_ROW)]
+LARGE = [("dense", name, *lambda_schedule) for name in REPLICAS for lambda_schedule in (BY_STEP, BY_ROW)]
 
 
 @pytest.mark.parametrize(("kind", "layout", "lmbda", "granularity"), CASES + LARGE)
@@ -120,7 +118,10 @@ def test_every_layout_equals_one_process(kind, layout, lmbda, granularity, gloo_
 
 def test_there_are_steps_of_every_kind(one_process):
     """Of the dataset alone, of the student alone, and with so few rows of the student's that a replica has none."""
-    rows = {policy: [r.get("student_rows", 0) for r in one_process("dense", *policy)] for policy in (BY_STEP, BY_ROW)}
+    rows = {
+        lambda_schedule: [r.get("student_rows", 0) for r in one_process("dense", *lambda_schedule)]
+        for lambda_schedule in (BY_STEP, BY_ROW)
+    }
     assert set(rows[BY_STEP]) == {0, 4} and 1 in rows[BY_ROW] and 3 in rows[BY_ROW]
 
 
@@ -174,25 +175,24 @@ class Alone:
         return 1
 
 
-CUTTING = Cutting(
-    micro_batch_size=1, packing=False, max_length=64, dp_rank=0, dp_size=1, cp_rank=0, cp_size=1, pad_multiple=1,
+CONFIG = BatchConfig(
+    global_batch_size=8, micro_batch_size=1, packing=False, max_length=64, dp_rank=0, dp_size=1, cp_rank=0, cp_size=1, pad_multiple=1,
     pad_token_id=0,
 )  # fmt: skip
 
 
-def rollouts_of(monkeypatch, rows=None, truncated="keep", lmbda=1.0, granularity="step", cutting=CUTTING):
+def rollouts_of(monkeypatch, rows=None, truncated="keep", lmbda=1.0, granularity="step", config=CONFIG):
     from megatron_gkd.data.order import SampleOrder
 
     monkeypatch.setattr("torch.distributed.all_gather_object", lambda into, value, group: into.__setitem__(0, value))
     rows = rows or RandomRows(count=8)
     return Rollouts(
         Parrot(),
-        OnPolicy(lmbda, granularity, seed=3),
+        LambdaSchedule(lmbda, granularity, seed=3),
         rows,
         SampleOrder(rows.sizes, [1.0], seed=1, shuffle=False),
-        cutting,
+        config,
         Sampling(max_completion_length=4),
-        global_batch_size=8,
         truncated=truncated,
         dp=Alone(),
     )
@@ -229,9 +229,9 @@ def test_rows_mix_and_keep_their_place(monkeypatch):
 
 
 def test_a_completion_is_cut_to_the_longest_sequence(monkeypatch):
-    cutting = Cutting(**{**vars(CUTTING), "max_length": 10})
+    config = replace(CONFIG, max_length=10)
     rows = RandomRows(count=8, longest=20)
-    microbatches, report = rollouts_of(monkeypatch, rows, cutting=cutting).microbatches(0)
+    microbatches, report = rollouts_of(monkeypatch, rows, config=config).microbatches(0)
     assert max(microbatch.total_length for microbatch in microbatches) <= 10
 
 
@@ -260,10 +260,10 @@ def test_only_steps_that_come_and_that_the_student_answers_are_early(monkeypatch
 
 
 def test_a_completion_leaves_room_for_what_the_teacher_reads(monkeypatch):
-    cutting = Cutting(**{**vars(CUTTING), "max_length": 24})
+    config = replace(CONFIG, max_length=24)
     rows = RandomRows(count=8, longest=15)
     rows.teacher_prompts = [np.arange(4, 4 + 17)] * 4 + [None] * 4
-    rollouts = rollouts_of(monkeypatch, rows, cutting=cutting)
+    rollouts = rollouts_of(monkeypatch, rows, config=config)
     rollouts.teacher_max_length = 20
     samples = [sample for microbatch in rollouts.microbatches(0)[0] for sample in microbatch.samples]
     answers = {sample.row_id: int((sample.labels != -100).sum()) for sample in samples}
@@ -274,12 +274,12 @@ def test_a_completion_leaves_room_for_what_the_teacher_reads(monkeypatch):
 
 
 def test_a_prompt_that_leaves_no_room_is_an_error(monkeypatch):
-    cutting = Cutting(**{**vars(CUTTING), "max_length": 5})
+    config = replace(CONFIG, max_length=5)
     rows = RandomRows(count=8, longest=40)
     with pytest.raises(
         UserError, match="^data.max_length = 5: the prompt of row . of .* leaves no room for a completion"
     ):
-        rollouts_of(monkeypatch, rows, cutting=cutting).microbatches(0)
+        rollouts_of(monkeypatch, rows, config=config).microbatches(0)
 
 
 def test_a_row_without_a_response_that_the_student_does_not_answer_is_an_error(monkeypatch):
@@ -306,7 +306,7 @@ def test_a_row_that_only_one_replica_samples_is_refused_by_all_before_any_sample
     rollouts.dp = Replica()
     with pytest.raises(UserError, match="data.teacher_max_length = 64: the teacher_prompt of row 3 of the dataset"):
         rollouts.microbatches(0)
-    rows.teacher_prompts[3], rollouts.policy = None, OnPolicy(0.5, "row", seed=3)
+    rows.teacher_prompts[3], rollouts.lambda_schedule = None, LambdaSchedule(0.5, "row", seed=3)
     rows.num_labels = np.zeros(8, dtype=np.int64)
     with pytest.raises(UserError, match="in this step the student does not answer it"):
         rollouts.microbatches(0)

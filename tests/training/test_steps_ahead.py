@@ -16,7 +16,7 @@ from layouts import DENSE, PP2, TP2
 from rows import RandomRows
 from training_layouts import build, recipe_of
 
-from megatron_gkd.data.policy import OnPolicy
+from megatron_gkd.data.lambda_schedule import LambdaSchedule
 from megatron_gkd.data.sample import FROM_STUDENT
 
 STEPS = 4
@@ -24,14 +24,12 @@ SEED = 29  # with lambda 0.6 the student answers in steps 0, 2 and 3
 
 
 def rollouts_over_fake_servers(mesh, student, changes, folder, before, steps_ahead):
-    from megatron_gkd.data.cutting import Cutting
+    from megatron_gkd.data.batch_config import BatchConfig
     from megatron_gkd.data.order import SampleOrder
     from megatron_gkd.rollout.base import Sampling
     from megatron_gkd.rollout.vllm.server import ServerOptions, VllmServerEngine
-    from megatron_gkd.training.build import batching
     from megatron_gkd.training.on_policy import Rollouts
 
-    cut = batching(recipe_of(changes), mesh, pad_token_id=0)
     rows = RandomRows(count=24)
     fakes = {"one": FakeVllm(before), "two": FakeVllm(before)}
     with mock.patch.object(httpx, "Client", lambda **_: real_client(transport=transport(fakes))):
@@ -39,12 +37,11 @@ def rollouts_over_fake_servers(mesh, student, changes, folder, before, steps_ahe
         engine = VllmServerEngine(mesh, student.model.checkpoint, options)
     return Rollouts(
         engine,
-        OnPolicy(0.6, "step", SEED),
+        LambdaSchedule(0.6, "step", SEED),
         rows,
         SampleOrder(rows.sizes, [1.0], seed=1234, shuffle=True),
-        Cutting(**{name: value for name, value in cut.items() if name != "global_batch_size"}),
+        BatchConfig.from_recipe(recipe_of(changes), mesh, pad_token_id=0),
         Sampling(max_completion_length=9),
-        global_batch_size=cut["global_batch_size"],
         truncated="keep",
         dp=mesh.dp,
         steps_ahead=steps_ahead,
@@ -162,7 +159,7 @@ def probe(rank, world_size, student, changes, offset, folder):
 
     mesh, student, _, _ = build(student, None, changes | {"teacher": {"teacher_kind": "none", "teacher_model": None}})
     rollouts = rollouts_over_fake_servers(mesh, student, changes, folder, lambda path: None, steps_ahead=1)
-    rollouts.policy = OnPolicy(0.4, "row", SEED)
+    rollouts.lambda_schedule = LambdaSchedule(0.4, "row", SEED)
     engine = rollouts.engine = MegatronEngine(student.model, [3])
     generate, lengths = engine.generate, []
 

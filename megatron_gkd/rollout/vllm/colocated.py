@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_gkd.errors import UserError
+from megatron_gkd.errors import GkdError
 from megatron_gkd.models.checkpoint import Checkpoint
 from megatron_gkd.rollout.base import Completion, RolloutFailed, Sampling, check_prompts
 from megatron_gkd.rollout.vllm.process import ColocatedOptions, VllmProcess
@@ -86,7 +86,7 @@ class VllmColocatedEngine:
             pass
         try:
             check_shapes(tensors.found, self.expected, self.optional)
-        except UserError as error:
+        except GkdError as error:
             problem = _failure(error)
         _all_gather(None, problem)
         self.version = version
@@ -187,7 +187,7 @@ def _all_gather(value: T, problem: Exception | None) -> list[T]:
 
 
 def _failure(error: Exception) -> RolloutFailed:
-    if isinstance(error, UserError):
+    if isinstance(error, GkdError):
         return RolloutFailed(str(error))
     told = "".join(traceback.format_exception(error)).strip()
     return RolloutFailed(f"vLLM failed in rank {dist.get_rank()}:\n{told}")

@@ -20,7 +20,7 @@ from megatron_gkd.data.label_numbers import label_numbers, num_labels
 from megatron_gkd.data.microbatch import Microbatch
 from megatron_gkd.data.sample import Sample
 from megatron_gkd.data.teacher_view import teacher_view
-from megatron_gkd.errors import UserError
+from megatron_gkd.errors import GkdError
 from megatron_gkd.ops.topk import MISSING, TopK
 from megatron_gkd.runtime.agreement import raise_together, run_on_main
 from megatron_gkd.runtime.mesh import Mesh
@@ -114,7 +114,7 @@ class ServerTeacher:
             mine += [begun[key] for key, giver in gifts.items() if giver == me]
             try:
                 scores = self.requests.collect(mine)
-            except UserError as error:
+            except GkdError as error:
                 problem = str(error)
             self.largest = max(self.largest, len(wanted))
             self.requests.forget_all_but(_MOST_AHEAD * self.largest)
@@ -141,7 +141,7 @@ class ServerTeacher:
             try:
                 for server in self.requests.servers[replica.rank() :: replica.size()]:
                     server.check()
-            except UserError as error:
+            except GkdError as error:
                 since = f"; {self.options.check_interval} steps at most were scored since the last check"
                 problem = f"{error}{since if self.options.check_interval > 1 else ''}"
         raise_together(problem, TeacherFailed)

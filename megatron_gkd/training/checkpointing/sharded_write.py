@@ -76,7 +76,7 @@ class ShardedWrite:
         SaveFailed: in all ranks.
     """
 
-    def __init__(self, state: dict[str, Any], folder: Path):
+    def __init__(self, state: dict[str, Any], folder: Path) -> None:
         self.folder = folder
         self._digests: dict[str, list] = {}
         self._results: list = []

@@ -1,4 +1,4 @@
-"""Which rows of a step the student answers itself: a pure function of the seed and the step, the same on every rank."""
+"""The schedule of on-policy rows: a pure function of the seed and the step, the same on every rank."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ _STREAM = 0x6C6D62  # keeps these draws apart from those of the data order, whic
 
 
 @dataclass(frozen=True)
-class OnPolicy:
-    """λ of Agarwal et al., arXiv:2306.13649, algorithm 1.
+class LambdaSchedule:
+    """Draw the rows that the student generates, with λ of Agarwal et al., arXiv:2306.13649, algorithm 1.
 
     Attributes:
         lmbda: probability of training on a sequence that the student has just sampled, in [0, 1].
@@ -25,10 +25,11 @@ class OnPolicy:
     seed: int
 
     def rows(self, step: int, count: int) -> np.ndarray:
-        """Bool [count]: which rows of global batch `step`, counted from 0, the student answers."""
+        """Return bool [count]: which rows of global batch `step`, counted from 0, the student generates."""
         random = np.random.Generator(np.random.PCG64([self.seed, _STREAM, step]))
         draws = random.random(1 if self.granularity == "step" else count)
         return np.broadcast_to(draws < self.lmbda, count)
 
     def any(self, step: int, count: int) -> bool:
+        """Return whether the student generates any row of global batch `step`, counted from 0."""
         return bool(self.rows(step, count).any())
