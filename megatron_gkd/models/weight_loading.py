@@ -90,7 +90,7 @@ class _RecordedTensor:
         read: set[str],
         report: Callable[[int], None],
         adapters: MergedAdapters | None,
-    ):
+    ) -> None:
         self._name, self._tensor, self._read, self._report = name, tensor, read, report
         self._adapters = adapters
 

@@ -92,7 +92,7 @@ class FailureMeeting:
         seconds: how long `join` waits for the other ranks.
     """
 
-    def __init__(self, name: str, seconds: float = 30.0):
+    def __init__(self, name: str, seconds: float = 30.0) -> None:
         self.name, self.seconds = name, seconds
 
     @classmethod

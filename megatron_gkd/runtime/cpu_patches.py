@@ -66,7 +66,7 @@ class _NullStream:
 
     cuda_stream = 0
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
     def _do_nothing(self, *args: Any, **kwargs: Any) -> None:

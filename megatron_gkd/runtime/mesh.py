@@ -92,7 +92,7 @@ class Mesh:
 
     @contextlib.contextmanager
     def virtual_stages(self, count: int | None) -> Iterator[None]:
-        """Set Megatron's global number of virtual stages to `count` inside: student and teacher may have different ones."""
+        """Set Megatron's global number of virtual stages to `count` inside; the student and a teacher may differ."""
         outside = parallel_state.get_virtual_pipeline_model_parallel_world_size()
         parallel_state.set_virtual_pipeline_model_parallel_world_size(count)
         try:

@@ -42,7 +42,7 @@ class TEDotProductAttention(MegatronModule):
         softmax_scale: float | None = None,
         pg_collection: ProcessGroupCollection | None = None,
         **_: Any,
-    ):
+    ) -> None:
         super().__init__(config)
         if getattr(config, "window_size", None) is not None:
             raise ValueError("sliding-window attention needs Transformer Engine")

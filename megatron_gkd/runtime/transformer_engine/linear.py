@@ -33,7 +33,7 @@ def _tensor_parallel_size(is_expert: bool) -> int:
 
 
 class _TELinearMeta(type):
-    """Makes the parallel linears instances of TELinear, as in Transformer Engine; ours derive from Megatron's layers."""
+    """Makes parallel linears instances of TELinear, as in Transformer Engine; these derive from Megatron's layers."""
 
     def __instancecheck__(cls, instance: object) -> bool:
         is_own = type.__instancecheck__(cls, instance)
@@ -52,7 +52,7 @@ class TELinear(nn.Module, metaclass=_TELinearMeta):
         init_method: Callable[[Tensor], Any],
         bias: bool,
         **options: Any,
-    ):
+    ) -> None:
         super().__init__()
         self.config, self.in_features, self.out_features = config, input_size, output_size
         self.parallel_mode, self.use_bias, self.tp_size = options.get("parallel_mode"), bias, 1
@@ -90,7 +90,9 @@ class _ParallelLinear(nn.Module):
 class TEColumnParallelLinear(_ParallelLinear, ColumnParallelLinear):
     """A linear layer whose outputs are split over tensor-parallel ranks."""
 
-    def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, bias: bool, **options: Any):
+    def __init__(
+        self, input_size: int, output_size: int, *, config: TransformerConfig, bias: bool, **options: Any
+    ) -> None:
         super().__init__(input_size, output_size, config=config, bias=bias, **options)
         self._describe("column", bias)
 
@@ -98,7 +100,9 @@ class TEColumnParallelLinear(_ParallelLinear, ColumnParallelLinear):
 class TERowParallelLinear(_ParallelLinear, RowParallelLinear):
     """A linear layer whose inputs are split over tensor-parallel ranks."""
 
-    def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, bias: bool, **options: Any):
+    def __init__(
+        self, input_size: int, output_size: int, *, config: TransformerConfig, bias: bool, **options: Any
+    ) -> None:
         super().__init__(input_size, output_size, config=config, bias=bias, **options)
         self._describe("row", bias)
 
@@ -108,7 +112,9 @@ class TELayerNormColumnParallelLinear(_ParallelLinear, ColumnParallelLinear):
 
     is_te_linear = False
 
-    def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, bias: bool, **options: Any):
+    def __init__(
+        self, input_size: int, output_size: int, *, config: TransformerConfig, bias: bool, **options: Any
+    ) -> None:
         super().__init__(input_size, output_size, config=config, bias=bias, **options)
         self._describe("column", bias)
         norm = Norm(config, input_size, config.layernorm_epsilon)
@@ -152,7 +158,7 @@ class TEGroupedLinear(nn.Module):
         config: TransformerConfig,
         init_method: Callable[[Tensor], Any],
         **options: Any,
-    ):
+    ) -> None:
         super().__init__()
         bias, mode = options.get("bias", False), self.parallel_mode
         if options.get("parallel_mode", mode) != mode:

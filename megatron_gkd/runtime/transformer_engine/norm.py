@@ -16,7 +16,7 @@ from torch import nn
 class Norm(nn.Module):
     """RMSNorm or LayerNorm over the last dimension, chosen by `config.normalization`; statistics in fp32."""
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5):
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.eps, self.kind = eps, config.normalization
         self.gamma_offset = 1.0 if config.layernorm_zero_centered_gamma else 0.0
