@@ -8,17 +8,9 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
 from megatron_gkd.config.durations import FORMS
-from megatron_gkd.config.schema import (
-    Datasets,
-    Duration,
-    ModuleName,
-    PathText,
-    Recipe,
-    Section,
-    ServerUrl,
-    StopText,
-    TokenId,
-)
+from megatron_gkd.config.schema import Recipe, Section
+from megatron_gkd.config.schema.base import Duration, ModuleName, PathText, ServerUrl, StopText, TokenId
+from megatron_gkd.config.schema.data import Datasets
 
 
 def _section_of(annotation: Any) -> type[Section]:
