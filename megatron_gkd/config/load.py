@@ -6,7 +6,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_gkd.config import checks, keys, yaml_text
+from megatron_gkd.config import keys, yaml_text
+from megatron_gkd.config.checks import TRAIN, CommandChecks, find_problems
 from megatron_gkd.config.errors import RecipeError
 from megatron_gkd.config.overrides import apply_overrides
 from megatron_gkd.config.renamed import rename_keys
@@ -21,7 +22,7 @@ def load(
     *,
     world_size: int,
     require_paths: bool = True,
-    command: checks.CommandChecks = checks.TRAIN,
+    command: CommandChecks = TRAIN,
 ) -> Recipe:
     """Read, override, validate and cross-check a recipe.
 
@@ -41,9 +42,7 @@ def load(
     problems += _drop_unknown(tree, doubtful)
     problems += _drop_invalid(tree, doubtful)
     recipe = Recipe.model_validate(tree)
-    problems += checks.run(
-        recipe, world_size=world_size, require_paths=require_paths, doubtful=doubtful, command=command
-    )
+    problems += find_problems(recipe, world_size, command=command, doubtful=doubtful, require_paths=require_paths)
     if problems:
         raise RecipeError(problems)
     return recipe
