@@ -38,7 +38,7 @@ class VllmColocatedEngine:
     def __init__(self, mesh: Mesh, checkpoint: Checkpoint, options: ColocatedOptions, vllm: VllmProcess):
         self.checkpoint, self.options, self.vllm = checkpoint, options, vllm
         self.replica = mesh.dp.rank()
-        self.is_speaker = mesh.tp.rank() == mesh.pp.rank() == mesh.cp.rank() == 0
+        self.is_leader = mesh.is_leader
         self.engine, self.place = divmod(dist.get_rank(), options.tensor_parallel_size)
         self.num_engines = dist.get_world_size() // options.tensor_parallel_size
         self.expected = checkpoint.shapes
@@ -99,7 +99,7 @@ class VllmColocatedEngine:
             self._check_ready(prompts)
         except (ValueError, RolloutFailed) as error:
             problem = error
-        asked = list(zip(prompts, seeds, strict=False)) if self.is_speaker else []
+        asked = list(zip(prompts, seeds, strict=False)) if self.is_leader else []
         requests = [
             (replica, index, prompt, seed)
             for replica, part in _all_gather((self.replica, asked), problem)
