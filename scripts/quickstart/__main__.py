@@ -1,4 +1,4 @@
-"""The quickstart and its experiment: bash scripts/quickstart.sh [--fresh] [--experiment ...]
+"""The quickstart and its experiment: bash scripts/quickstart.sh [--fresh] [--experiment ...].
 
 A teacher learns arithmetic word problems from many correct solutions. A smaller student has few solutions, with wrong
 calculations in them; it learns from them alone (cross-entropy), or from the teacher's distributions on the same rows
