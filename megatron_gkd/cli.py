@@ -14,7 +14,7 @@ from megatron_gkd import __version__
 from megatron_gkd.commands import COMMANDS
 from megatron_gkd.commands.checkpoint import ACTIONS
 from megatron_gkd.commands.parts import Work, print_text
-from megatron_gkd.errors import CommandRefused, RunStopped, ServiceFailed, UserError
+from megatron_gkd.errors import CommandRefused, GkdError
 from megatron_gkd.launch import environment
 from megatron_gkd.launch.failures import end_with_launcher, report_failure
 
@@ -83,14 +83,12 @@ def _has_process_group() -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return the exit code: 0, 2 where the user has to change something, 75 of an interrupted run."""
+    """Run a command and return the exit code: 0, or that of the GkdError that ends it (see `errors`)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         return _dispatch(arguments)
-    except UserError as error:
-        # Every rank raises these together; another error may be of one rank alone.
-        is_shared = isinstance(error, CommandRefused | RunStopped | ServiceFailed)
-        report_failure(str(error), None, error.exit_code, is_shared=is_shared)
+    except GkdError as error:
+        report_failure(str(error), None, error.exit_code, is_shared=error.is_shared)
         return error.exit_code
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -57,7 +57,7 @@ class Microbatch:
         """Padded tokens of the whole microbatch, over all context-parallel ranks."""
         return int(self.cu_seqlens[-1])
 
-    def to(self, device: torch.device | str) -> Microbatch:
+    def to(self, device: torch.device | str) -> Self:
         return replace(self, **{name: value.to(device) for name, value in vars(self).items() if torch.is_tensor(value)})
 
     def to_arrays(self) -> dict[str, Any]:

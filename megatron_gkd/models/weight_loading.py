@@ -75,9 +75,7 @@ def read_weights(
     problem = _load(bridge, chunks, checkpoint, read, report) or _describe_unfilled(parameters)
     raise_together(None if problem is None else f"{checkpoint.path}: {problem}")
     unused = _unused_everywhere(sorted(checkpoint.tensors), read)
-    problem = None
-    if dist.get_rank() == 0:
-        problem = _describe_unused(unused, checkpoint)
+    problem = _describe_unused(unused, checkpoint) if dist.get_rank() == 0 else None
     raise_together(None if problem is None else f"{checkpoint.path}: {problem}")
 
 

@@ -9,14 +9,16 @@ from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from megatron_gkd.errors import ServiceFailed
+from megatron_gkd.errors import ServiceError
 
 # vLLM raises lower temperatures to 0.01. Above the highest, logits of ordinary size differ by rounding errors only.
 TEMPERATURES = (1e-2, 1e3)
 
 
-class RolloutFailed(ServiceFailed):
+class RolloutFailed(ServiceError):
     """No samples are to be had. All ranks raise it together, and the student is as it was before."""
+
+    is_shared = True
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from megatron_gkd.errors import RunStopped, UserError
+from megatron_gkd.errors import GkdError, RunStopped
 
 BEAT_EVERY_S = 5.0  # a working rank shows this often that it is alive
 DEAD_AFTER_S = 120.0  # a rank without a sign of life for so long ends the run
@@ -33,7 +33,7 @@ class Nodes:
     """The ranks of a run, and which of them stand for their nodes.
 
     All ranks must make the same calls in the same order. What fails in one rank is raised in all, as RunStopped; only
-    an exception that is no UserError stays as it is in that rank.
+    an exception that is no GkdError stays as it is in that rank.
 
     Args:
         store: shared by the ranks, and used for nothing else.
@@ -84,20 +84,21 @@ class Nodes:
                 self._wait(call)
                 return pickle.loads(call.get("result")) if broadcasts else result
         except dist.DistError as error:
-            raise UserError(
-                f"the connection to rank 0 is lost, which has probably ended; see its message ({error})"
+            raise RunStopped(
+                f"the connection to rank 0 is lost, which has probably ended; see its message ({error})",
+                is_shared=False,
             ) from error
 
     def _work(self, call: dist.Store, name: str, work: Callable[[], Any]) -> Any:
         try:
             return work()
         except BaseException as error:
-            text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            text = str(error) if isinstance(error, GkdError) else f"{type(error).__name__}: {error}"
             call.set("failure", text if self.is_main else f"{name}: {text}")
             if isinstance(error, Exception):  # one who presses Ctrl-C should not wait
                 self._let_others_read(call)
-            if isinstance(error, UserError):
-                raise RunStopped(text if self.is_main else f"{name}: {text}") from error
+            if isinstance(error, GkdError):
+                raise RunStopped(text if self.is_main else f"{name}: {text}", exit_code=error.exit_code) from error
             raise
 
     def _wait(self, call: dist.Store) -> None:
@@ -114,7 +115,7 @@ class Nodes:
             if problem is not None:
                 call.set("failure", problem)
                 if not self.is_main:
-                    raise UserError(problem)  # not RunStopped: rank 0, which prints that, may be gone
+                    raise RunStopped(problem, is_shared=False)  # rank 0, which prints shared ones, may be gone
                 continue
             time.sleep(pause)
             pause = min(1.0, 1.5 * pause)

@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 import httpx
 import msgspec
 
-from megatron_gkd.errors import UserError
+from megatron_gkd.errors import ServiceError, UserError
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
 _SHOWN = 500  # characters of a server's error message
@@ -40,12 +40,12 @@ class Patience:
         self.seconds, self._deadline, self._pause = seconds, None, _FIRST_PAUSE
 
     def wait(self, error: ServerDown) -> None:
-        """Until the next attempt. UserError if there is to be none."""
+        """Until the next attempt. ServiceError if there is to be none."""
         now = time.monotonic()
         if self._deadline is None:
             self._deadline = now + self.seconds
         if now + self._pause > self._deadline:
-            raise UserError(
+            raise ServiceError(
                 f"{error}; that was so for {self.seconds:g} s ({self.key}). Look into the server's log, "
                 "start it again, and then the run"
             ) from error

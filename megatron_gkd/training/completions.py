@@ -79,11 +79,7 @@ class Completions:
         for position, piece in (item for part in parts for item in part.items()):
             known = whole.get(position, piece)
             whole[position] = np.where(np.isnan(known), piece, known)
-        if mesh.pp.size() > 1:
-            told = [whole]
-            dist.broadcast_object_list(told, dist.get_global_rank(mesh.pp, mesh.pp.size() - 1), group=mesh.pp)
-            whole = told[0]
-        return whole
+        return mesh.broadcast_from_last_stage(whole)
 
     def _pieces(
         self, microbatch: Microbatch, positions: Sequence[int], divergence: torch.Tensor, answers: dict[int, Answer]

@@ -17,13 +17,12 @@ from transformers import PreTrainedTokenizerBase
 from megatron_gkd.config.schema import Recipe
 from megatron_gkd.data.loader import SampleDataset
 from megatron_gkd.data.prompt import prompt_of, room_for_answer
-from megatron_gkd.errors import UserError
 from megatron_gkd.models.megatron_model import BuildOptions
 from megatron_gkd.reporting.progress import Progress
 from megatron_gkd.rollout.base import BackgroundEngine, Completion, RolloutEngine, check_completions
 from megatron_gkd.rollout.megatron.engine import MegatronEngine
 from megatron_gkd.rollout.vllm.own_weights import OwnWeightsEngine
-from megatron_gkd.runtime.agreement import raise_together
+from megatron_gkd.runtime.agreement import run_on_main
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.runtime.servers import open_client
 from megatron_gkd.teachers.server.client import TeacherRequirements, TeacherServer, handshake_all
@@ -63,13 +62,13 @@ def write_answers(file: GeneratedFile, answers: Answers, verify: Callable[[], No
     `verify` raises UserError if the answers that were made last are not the model's; the main rank calls it.
     """
     mesh, total = answers.mesh, len(answers.dataset)
-    first = _on_main(mesh, file.resume) * file.chunk_rows
+    first = run_on_main(file.resume) * file.chunk_rows
     with Progress(total, mesh.is_main, description="generating", unit="row") as progress:
         for start in range(first, total, file.chunk_rows):
             rows = range(start, min(start + file.chunk_rows, total))
             found = answers.of(rows)
-            _on_main(mesh, verify)
-            _on_main(mesh, lambda found=found: file.append(answers.as_rows(found)))
+            run_on_main(verify)
+            run_on_main(lambda found=found: file.append(answers.as_rows(found)))
             progress.update(rows[-1] + 1, {})
         progress.message(f"answers {file.path}: {answers.n} to each of {total} prompts")
 
@@ -137,7 +136,7 @@ def _verify_teacher(recipe: Recipe, mesh: Mesh, tokenizer: PreTrainedTokenizerBa
         needs = TeacherRequirements(k, max_length, tokenizer_probes(tokenizer))
         servers = [TeacherServer(url, http, needs) for url in section.teacher_model_server]
     patience = section.teacher_server_max_downtime_s
-    _on_main(mesh, lambda: handshake_all(servers, patience))
+    run_on_main(lambda: handshake_all(servers, patience))
 
     def verify() -> None:
         for server in servers:
@@ -230,16 +229,3 @@ class Answers:
                 record["masked"] = True
             rows.append(record)
         return rows
-
-
-def _on_main(mesh: Mesh, work) -> Any:
-    """What `work` returns on the main rank, on all of them; or its error, as UserError on all of them."""
-    told, problem = [None], None
-    if mesh.is_main:
-        try:
-            told = [work()]
-        except (UserError, OSError) as error:
-            problem = str(error)
-    raise_together(problem)
-    dist.broadcast_object_list(told, src=0)
-    return told[0]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_gkd.errors import UserError
+from megatron_gkd.runtime.disk import replace_text
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,7 @@ class GeneratedFile:
             if self.path.exists():
                 raise UserError(f"{self.path}: exists, and not by generate; name another file")
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = self._settings_file.with_name(f".{self._settings_file.name}.{os.getpid()}")
-            unfinished.write_text(json.dumps(settings, indent=2), encoding="utf-8")
-            os.replace(unfinished, self._settings_file)
+            replace_text(self._settings_file, json.dumps(settings, indent=2))
             return
         found = json.loads(self._settings_file.read_text(encoding="utf-8"))
         for name in sorted(found.keys() | settings.keys()):

@@ -73,7 +73,7 @@ class MismatchWarning:
     `threshold`: of the size of `mismatch_kl`, in nats a token; None never warns.
     """
 
-    def __init__(self, threshold: float | None):
+    def __init__(self, threshold: float | None) -> None:
         self.threshold, self.count = threshold, 0
 
     def of_step(self, step: int, mismatch_kl: float | None) -> str | None:
@@ -101,7 +101,7 @@ class Reporter:
         *,
         is_main: bool,
         last_step: int | None = None,
-    ):
+    ) -> None:
         """`last_step`: of a run that is resumed; None for a new one."""
         self.output_dir, self.output, self.is_main = output_dir, output, is_main
         self.log = MetricsLog(output_dir, tensorboard=output.tensorboard, last_step=last_step) if is_main else None

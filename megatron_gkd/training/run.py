@@ -62,7 +62,7 @@ def _train(recipe: Recipe, mesh: Mesh, folder: RunFolder, signals: StopSignals |
     if mesh.is_main:
         (output_dir / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     models = open_models(recipe, mesh)
-    try_companions(models.student, DTYPES[recipe.train.dtype], output_dir, is_main=mesh.is_main)
+    try_companions(models.student, DTYPES[recipe.train.dtype], output_dir)
     manifests = read_manifests(recipe.teacher, models.tokenizer)
     vocab_size = min([models.vocab_size, *(manifest.vocab_size for manifest in manifests)])
 
@@ -77,7 +77,7 @@ def _train(recipe: Recipe, mesh: Mesh, folder: RunFolder, signals: StopSignals |
     )
     identity = data_identity(dataset, models.tokenizer, train_iters)
     if recipe.lora is not None:
-        identity |= base_identity(models.student.path, is_main=mesh.is_main)
+        identity |= base_identity(models.student.path)
     if point is not None:
         point.require_same(identity)
     first_step = 0 if point is None else point.step

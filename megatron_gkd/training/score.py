@@ -22,7 +22,7 @@ from megatron_gkd.data.order import FILLER
 from megatron_gkd.data.sample import Sample
 from megatron_gkd.reporting.progress import Progress
 from megatron_gkd.runtime import portability
-from megatron_gkd.runtime.agreement import raise_together
+from megatron_gkd.runtime.agreement import run_on_all
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.teachers.base import TeacherSource
 from megatron_gkd.teachers.cache.entries import cached_rows
@@ -53,7 +53,7 @@ def score(recipe: Recipe, output: str, shard_rows: int) -> None:
 def write_cache(folder: Path, scorer: Scorer, shard_rows: int) -> None:
     """Write what `folder` lacks of the scorer's rows. All ranks must call it."""
     rows, manifest, mesh = scorer.rows, scorer.manifest, scorer.mesh
-    cache = open_for_writing(folder, manifest, main_process=mesh.is_main)
+    cache = open_for_writing(folder, manifest)
     keys = dataset_keys(rows)
     if scorer.recipe.teacher.teachers:
         refuse_unlike_twins(keys, [rows[row].tag for row in range(len(rows))])
@@ -84,19 +84,17 @@ def manifest_of(recipe: Recipe, models: Models) -> Manifest:
 
 
 def _write(folder: Path, manifest: Manifest, keys: np.ndarray, scored: dict[int, CachedRow]) -> None:
-    problem = None
-    if scored:
-        try:
+    def write() -> None:
+        if scored:
             write_shard(folder, manifest, keys[list(scored)], list(scored.values()))
-        except OSError as error:
-            problem = f"{folder}: can't be written to ({error})"
-    raise_together(problem)
+
+    run_on_all(write, os_error=f"{folder}: can't be written to")
 
 
 class _Rows:
     """Data sets one after the other, each row numbered over all of them."""
 
-    def __init__(self, datasets: Sequence[SampleDataset]):
+    def __init__(self, datasets: Sequence[SampleDataset]) -> None:
         self._datasets = datasets
         self._ends = np.cumsum([len(dataset) for dataset in datasets])
         self.lengths = np.concatenate([dataset.lengths for dataset in datasets])
@@ -125,7 +123,7 @@ class Scorer:
         teacher: TeacherSource,
         manifest: Manifest,
         pad_token_id: int,
-    ):
+    ) -> None:
         self.recipe, self.mesh, self.rows, self.manifest, self.teacher = recipe, mesh, rows, manifest, teacher
         self.chunk_tokens = recipe.distill.loss_chunk_tokens
         self.pad_token_id = pad_token_id
@@ -150,7 +148,7 @@ class Scorer:
     def _call(self, rows: list[int]) -> dict[int, CachedRow]:
         microbatches = list(self._microbatches(rows))
         signals = self.teacher.score(microbatches)
-        if self.mesh.pp.rank() < self.mesh.pp.size() - 1:
+        if not self.mesh.is_last_stage:
             return {}
         found = {}
         for microbatch, signal in zip(microbatches, signals, strict=True):

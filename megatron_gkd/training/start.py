@@ -148,7 +148,7 @@ def _teachers(recipe: Recipe, models: Models) -> list[ModelLine]:
                 _name(teacher),
                 None if checkpoint is None else checkpoint.config.model_type,
                 None if checkpoint is None else checkpoint.num_parameters,
-                place=", ".join(description),
+                location=", ".join(description),
             )
         )
     return lines

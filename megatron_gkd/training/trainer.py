@@ -14,7 +14,7 @@ from megatron_gkd.errors import Interrupted, RunStopped, UserError
 from megatron_gkd.models.adapter_export import export_adapters
 from megatron_gkd.models.export import export_checkpoint
 from megatron_gkd.runtime import portability
-from megatron_gkd.runtime.agreement import FailureMeeting, raise_together
+from megatron_gkd.runtime.agreement import FailureMeeting, run_on_all
 from megatron_gkd.teachers.base import FollowsStudent, ReadOnce, TeacherSignal, TeacherSource
 from megatron_gkd.training.ahead import announce_ahead
 from megatron_gkd.training.bad_steps import BadSteps
@@ -54,7 +54,7 @@ class Trainer:
         max_bad_steps: int = 10,
         checkpoints: RunCheckpoints | None = None,
         interruptions: Interruptions | None = None,
-    ):
+    ) -> None:
         self.student, self.teacher = student, teacher
         self.batches, self.validation, self.reporter = batches, validation, reporter
         self.rollouts, self.completions = rollouts, completions
@@ -225,17 +225,16 @@ class Trainer:
 
     def write(self, record: dict, completions: list[dict] | None) -> None:
         """Write a step's record. All ranks must call it: if the main rank can't write, all raise the UserError."""
-        problem = None
-        try:
+
+        def write() -> None:
             self.reporter.step(record)
             warning = self.mismatch_warning.of_step(record["step"], record.get("mismatch_kl"))
             if warning is not None:
                 self.reporter.message(warning)
             if completions is not None:
                 self.reporter.completions(completions)
-        except OSError as error:
-            problem = f"output.output_dir = {self.exports.output_dir}: can't be written to ({error})"
-        raise_together(problem)
+
+        run_on_all(write, os_error=f"output.output_dir = {self.exports.output_dir}: can't be written to")
 
     def validate(self, step: int) -> None:
         totals: dict[str, float] = {}

@@ -28,7 +28,7 @@ from megatron_gkd.config.schema import RolloutSection
 from megatron_gkd.data.rows import parse_row
 from megatron_gkd.data.sample import IGNORE
 from megatron_gkd.data.template import RowRenderer
-from megatron_gkd.errors import UserError
+from megatron_gkd.errors import GkdError, UserError
 from megatron_gkd.rollout.base import Sampling
 from megatron_gkd.training.generated_file import GeneratedFile
 
@@ -208,7 +208,7 @@ def verify_chunks(rank, world_size, checkpoint, path, url, swapped):
 
         answers.of = answer
         write_answers(GeneratedFile(path, 7, settings_of(recipe, "model", N, rows)), answers, verify)
-    except UserError as error:
+    except GkdError as error:
         return str(error)
     finally:
         destroy_mesh()

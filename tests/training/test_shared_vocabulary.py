@@ -42,13 +42,13 @@ def opened(data, tmp_path):
 
 def open_the_rows(rank, world_size, data, tmp_path):
     """What is said about them; None if they are taken."""
-    from megatron_gkd.errors import UserError
+    from megatron_gkd.errors import GkdError
     from megatron_gkd.training.setup import open_rows
 
     with opened(data, tmp_path) as (recipe, mesh, found):
         try:
             open_rows(recipe, mesh, found, "train")
-        except UserError as error:
+        except GkdError as error:
             return str(error)
 
 

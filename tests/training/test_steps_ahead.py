@@ -98,9 +98,9 @@ def train_ahead(rank, world_size, student, teacher, changes, folder):
     for step in range(STEPS):
         trainer.train_step(step + 1, None if rollouts.due(step) else batches.step(step))
     rollouts.close()
-    is_speaker = rollouts.engine.is_speaker
+    is_leader = rollouts.engine.mesh.is_leader
     destroy_mesh()
-    return records, announced, trained if is_speaker else []
+    return records, announced, trained if is_leader else []
 
 
 def train_by_hand(rank, world_size, student, teacher, changes, folder):

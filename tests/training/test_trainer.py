@@ -72,7 +72,7 @@ def test_the_signal_of_a_finished_microbatch_takes_no_memory(gloo_world, tmp_pat
 def train_until_the_teacher_is_gone(rank, world_size, model, directory, scorings):
     """What each rank is told; the student as it was then, from the main rank."""
     from megatron_gkd.config.schema import OutputSection
-    from megatron_gkd.errors import UserError
+    from megatron_gkd.errors import GkdError
     from megatron_gkd.runtime.mesh import destroy_mesh
     from megatron_gkd.teachers.base import TeacherFailed
     from megatron_gkd.training.metrics import Reporter
@@ -91,7 +91,7 @@ def train_until_the_teacher_is_gone(rank, world_size, model, directory, scorings
     with Reporter(directory, 3, output, is_main=mesh.is_main) as reporter:
         exports = Exports(directory)
         trainer = Trainer(student, teacher, batches, None, reporter, train_iters=3, eval_interval=None, exports=exports)
-        with pytest.raises(UserError) as error:
+        with pytest.raises(GkdError) as error:
             trainer.run()
     weights = {name: tensor.clone() for name, tensor in student.model.named_tensors()}
     destroy_mesh()

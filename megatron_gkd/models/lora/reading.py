@@ -15,9 +15,10 @@ from torch import nn
 from megatron_gkd.checkpoint_format.adapter_files import WEIGHTS, AdapterFiles, AdapterProblem, factor_name
 from megatron_gkd.checkpoint_format.fingerprint import weights_fingerprint
 from megatron_gkd.checkpoint_format.lora_layers import AdaptedLayer, describe_joined
+from megatron_gkd.errors import UserError
 from megatron_gkd.models.checkpoint import Checkpoint
 from megatron_gkd.models.lora.injection import Adapters
-from megatron_gkd.runtime.agreement import raise_together
+from megatron_gkd.runtime.agreement import run_on_all
 
 
 def read_adapters(
@@ -28,8 +29,8 @@ def read_adapters(
     Raises:
         UserError: in all ranks; they are not of this base model, or have other layers, ranks or scales.
     """
-    problem = None
-    try:
+
+    def read() -> None:
         files = AdapterFiles.open(folder)
         files.require_fit(adapters.layers, checkpoint.shapes)
         if files.base is not None and files.base != weights_fingerprint(checkpoint.path):
@@ -40,11 +41,16 @@ def read_adapters(
         for factor in adapters.factors:
             if not bool(factor.parameter.isfinite().all()):
                 raise AdapterProblem(f"NaN or infinite values in {factor.name}")
-    except AdapterProblem as error:
-        problem = str(error)
-    except Exception as error:  # whatever it is, the other ranks must learn of it
-        problem = f"can't be read ({type(error).__name__}: {error})"
-    raise_together(None if problem is None else f"lora.adapters = {folder}: {problem}")
+
+    def read_or_explain() -> None:
+        try:
+            read()
+        except AdapterProblem as error:
+            raise UserError(f"lora.adapters = {folder}: {error}") from error
+        except Exception as error:  # whatever it is, the other ranks must raise it, too
+            raise UserError(f"lora.adapters = {folder}: can't be read ({type(error).__name__}: {error})") from error
+
+    run_on_all(read_or_explain)
 
 
 def _require_shared_factors(folder: Path, layers: Sequence[AdaptedLayer]) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from megatron_gkd.checkpoint_format.fingerprint import weights_fingerprint
@@ -15,6 +14,7 @@ from megatron_gkd.config.renamed import current_key
 from megatron_gkd.config.schema import Recipe
 from megatron_gkd.data.cache import hash_tokenizer
 from megatron_gkd.data.dataset import TokenizedDataset
+from megatron_gkd.runtime.agreement import run_on_main
 
 _MAY_CHANGE_SECTIONS = ("output", "parallel")
 _MAY_CHANGE = frozenset(
@@ -85,14 +85,12 @@ def data_identity(dataset: TokenizedDataset, tokenizer: PreTrainedTokenizerBase,
     }
 
 
-def base_identity(path: Path, *, is_main: bool) -> dict[str, Any]:
+def base_identity(path: Path) -> dict[str, Any]:
     """Return what a checkpoint of adapters says of the weights under them, which it does not hold.
 
-    All ranks of the world must call it; `is_main` is true in rank 0, which reads the files in `path`.
+    All ranks of the world must call it; rank 0 reads the files in `path`.
     """
-    found = [weights_fingerprint(path) if is_main else None]
-    dist.broadcast_object_list(found, src=0)
-    return {"student.model (its weights)": found[0]}
+    return {"student.model (its weights)": run_on_main(lambda: weights_fingerprint(path))}
 
 
 def differences(found: Mapping[str, Any], saved: Mapping[str, Any], where: str) -> list[str]:

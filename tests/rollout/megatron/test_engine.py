@@ -163,9 +163,9 @@ def generate_wrongly(rank, world_size):
     layers[0].mlp.eval()
 
     class Broken(MegatronEngine):
-        def _append_tokens(self, lanes, hidden, sampling):
-            super()._append_tokens(lanes, hidden, sampling)
-            if len(lanes[0].rows[0].token_ids) == 3:
+        def _append_tokens(self, batches, hidden, sampling):
+            super()._append_tokens(batches, hidden, sampling)
+            if len(batches[0].sequences[0].token_ids) == 3:
                 raise KeyError("half-way")
 
     request = REQUESTS["greedy"]

@@ -126,7 +126,7 @@ def sample_a_sharded_student(rank, world_size, urls, folder, layout, requests):
     with engine_of(urls, folder, layout) as engine:
         model = MegatronModel.load(engine.checkpoint, engine.mesh, BuildOptions())
         engine.load_weights(model.named_tensors(), version=3)
-        return engine.is_speaker, generate(engine, requests[engine.mesh.dp.rank()])
+        return engine.mesh.is_leader, generate(engine, requests[engine.mesh.dp.rank()])
 
 
 LAYOUTS = {

@@ -13,7 +13,7 @@ from checkpoints import tiny_checkpoint, tiny_tokenizer
 from teachers.contract import CHECKPOINT, transformers_log_probs
 from teachers.fake_server import FakeServer
 
-from megatron_gkd.errors import UserError
+from megatron_gkd.errors import ServiceError, UserError
 from megatron_gkd.runtime.servers import ServerDown, open_client
 from megatron_gkd.teachers.server.client import TeacherRequirements, TeacherServer, handshake_all
 from megatron_gkd.teachers.server.response import Question
@@ -111,7 +111,7 @@ def test_something_else_than_vllm_is_refused(answer, message, fake):
 def test_a_server_that_is_not_there_is_a_clear_error(fake):
     fake.stop()
     with pytest.raises(
-        UserError, match=rf"{fake.url}/v1/models: ConnectError.* 0.2 s \(teacher.teacher_server_max_downtime_s"
+        ServiceError, match=rf"{fake.url}/v1/models: ConnectError.* 0.2 s \(teacher.teacher_server_max_downtime_s"
     ):
         client_of(fake).hello(patience=0.2)
 

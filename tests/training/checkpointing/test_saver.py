@@ -26,8 +26,8 @@ PHASES = {
     "shard": (f"{WRITER}.write_preloaded_data", 1),
     ".metadata": (f"{WRITER}.finish", 0),
     "metadata.json": (f"{SAVED}.sharded_write.save_config", 0),
-    "manifest.json": (f"{SAVED}.folder.flush", 0),
-    "rename": ("pathlib.Path.rename", 0),
+    "manifest.json": (f"{SAVED}.folder.publish", 0),
+    "rename": ("pathlib.Path.replace", 0),
 }
 """What is made to fail, and on which rank: where only one rank has that work, on this one."""
 
