@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_gkd.checkpoint_format.adapter_files import adapter_config, factor_shapes
 from megatron_gkd.checkpoint_format.weight_files import HEAD
-from megatron_gkd.config.lora_checks import layer_rules
+from megatron_gkd.config.lora_rules import layer_rules
 from megatron_gkd.config.schema import LoraSection, Recipe, RolloutSection
 from megatron_gkd.data.prompt import PromptLimits
 from megatron_gkd.errors import UserError
