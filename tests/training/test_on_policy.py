@@ -226,7 +226,7 @@ def test_rows_mix_and_keep_their_place(monkeypatch):
 def test_a_completion_is_cut_to_the_longest_sequence(monkeypatch):
     config = replace(CONFIG, max_length=10)
     rows = RandomRows(count=8, longest=20)
-    microbatches, report = build_rollouts(monkeypatch, rows, config=config).microbatches(1)
+    microbatches, _report = build_rollouts(monkeypatch, rows, config=config).microbatches(1)
     assert max(microbatch.total_length for microbatch in microbatches) <= 10
 
 

@@ -32,7 +32,7 @@ def rollouts_over_fake_servers(mesh, student, changes, folder, before, on_sample
 
     rows = RandomRows(count=24)
     fakes = {"one": FakeVllm(before), "two": FakeVllm(before)}
-    with mock.patch.object(httpx, "Client", lambda **_: real_client(transport=transport(fakes))):
+    with mock.patch.object(httpx, "Client", return_value=real_client(transport=transport(fakes))):
         options = ServerOptions(("http://one:1", "http://two:1"), folder, max_length=64)
         engine = VllmServerEngine(mesh, student.model.checkpoint, options)
     prompts = StepPrompts(
@@ -125,9 +125,8 @@ def test_one_step_ahead_is_what_it_would_be_by_hand(gloo_world, tmp_path):
     changes = {"parallel": TP2 | PP2, "train": {"lr_decay_style": "constant"}}
     ranks = gloo_world(8).run(train_ahead, student, teacher, changes, tmp_path / "ahead")
     by_hand = gloo_world(8).run(train_by_hand, student, teacher, changes, tmp_path / "by hand")[0]
-    assert sorted(sum((announced for _, announced, _ in ranks), [])) == sorted(
-        sum((trained for *_, trained in ranks), [])
-    )
+    all_announced = [sample for _, announced, _ in ranks for sample in announced]
+    assert sorted(all_announced) == sorted(sample for *_, trained in ranks for sample in trained)
     assert [bool(announced) for _, announced, _ in ranks] == [bool(trained) for *_, trained in ranks]
     for records, *_ in ranks:
         assert [record["source"] for record in records] == ["student", "dataset", "student", "student"]
