@@ -30,17 +30,22 @@ class RouteMissing(UserError):
     """The server answers, and has no such route (404)."""
 
 
-class Patience:
-    """The pauses between the attempts at one task; they grow, and end `seconds` after its first failure."""
+class Backoff:
+    """Pauses between the attempts at one task: they grow, and end `seconds` after its first failure."""
 
     key: ClassVar[str]
     """The recipe's key that has these seconds."""
 
-    def __init__(self, seconds: float):
-        self.seconds, self._deadline, self._pause = seconds, None, _FIRST_PAUSE
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self._pause = seconds, _FIRST_PAUSE
+        self._deadline: float | None = None
 
     def wait(self, error: ServerDown) -> None:
-        """Until the next attempt. ServiceError if there is to be none."""
+        """Wait until the next attempt.
+
+        Raises:
+            ServiceError: there is no time for another one.
+        """
         now = time.monotonic()
         if self._deadline is None:
             self._deadline = now + self.seconds

@@ -26,7 +26,7 @@ from megatron_gkd.rollout.megatron.engine import MegatronEngine
 from megatron_gkd.rollout.vllm.colocated import VllmColocatedEngine
 from megatron_gkd.rollout.vllm.logit_bias import logit_bias
 from megatron_gkd.rollout.vllm.process import ColocatedOptions
-from megatron_gkd.rollout.vllm.server import ServedAdapters, ServerOptions, VllmServerEngine
+from megatron_gkd.rollout.vllm.server import ServedAdapters, RolloutServerOptions, VllmServerEngine
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.training.load_model import load_model
 from megatron_gkd.training.loss import Objective
@@ -185,10 +185,10 @@ def served_adapters(model: MegatronModel) -> ServedAdapters:
     return ServedAdapters(config, factor_shapes(adapters.layers, model.checkpoint.shapes))
 
 
-def server_options(recipe: Recipe, urls: Sequence[str]) -> ServerOptions:
+def server_options(recipe: Recipe, urls: Sequence[str]) -> RolloutServerOptions:
     """How the servers at `urls` are asked for completions."""
     section = recipe.rollout
-    return ServerOptions(
+    return RolloutServerOptions(
         urls=tuple(urls),
         weight_sync=section.weight_sync,
         weight_sync_dir=Path(section.weight_sync_dir or Path(recipe.output.output_dir) / "rollout_weights"),
@@ -196,5 +196,5 @@ def server_options(recipe: Recipe, urls: Sequence[str]) -> ServerOptions:
         needs_fp32=recipe.lora is not None and recipe.lora.merge_dtype == "fp32",
         concurrency=section.vllm_server_concurrency,
         timeout=section.vllm_server_timeout_s,
-        patience=section.vllm_server_max_downtime_s,
+        max_downtime=section.vllm_server_max_downtime_s,
     )

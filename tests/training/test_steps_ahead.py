@@ -27,14 +27,14 @@ def rollouts_over_fake_servers(mesh, student, changes, folder, before, on_sample
     from megatron_gkd.data.batch_config import BatchConfig
     from megatron_gkd.data.order import SampleOrder
     from megatron_gkd.rollout.base import Sampling
-    from megatron_gkd.rollout.vllm.server import ServerOptions, VllmServerEngine
+    from megatron_gkd.rollout.vllm.server import RolloutServerOptions, VllmServerEngine
     from megatron_gkd.training.on_policy import RolloutOptions, Rollouts
     from megatron_gkd.training.step_prompts import StepPrompts
 
     rows = RandomRows(count=24)
     fakes = {"one": FakeVllm(before), "two": FakeVllm(before)}
     with mock.patch.object(httpx, "Client", lambda **_: real_client(transport=transport(fakes))):
-        options = ServerOptions(("http://one:1", "http://two:1"), folder, max_length=64)
+        options = RolloutServerOptions(("http://one:1", "http://two:1"), folder, max_length=64)
         engine = VllmServerEngine(mesh, student.model.checkpoint, options)
     prompts = StepPrompts(
         rows,

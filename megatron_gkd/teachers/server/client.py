@@ -29,7 +29,7 @@ _SAME_MODEL = 0.1
 it in bf16."""
 
 
-class Patience(servers.Patience):
+class Patience(servers.Backoff):
     key = "teacher.teacher_server_max_downtime_s"
 
 

@@ -186,7 +186,7 @@ def refuse(rank, world_size, checkpoint):
 
 def test_completions_end_at_the_longest_sequence(gloo_world):
     message, length, reason = gloo_world(1).run(refuse, CHECKPOINT())[0]
-    assert message == "prompt 1 of 256 tokens leaves no room for an answer in rollout.vllm_max_model_len = 256"
+    assert message == "prompt 1 of 256 tokens leaves no room for a completion in rollout.vllm_max_model_len = 256"
     assert (length, reason) == (6, "length")
 
 

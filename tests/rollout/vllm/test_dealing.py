@@ -8,7 +8,8 @@ from rollout.contract import CHECKPOINT, GREEDY
 from safetensors.torch import load_file
 
 from megatron_gkd.rollout.base import RolloutFailed
-from megatron_gkd.rollout.vllm.process import ColocatedOptions, Generated
+from megatron_gkd.rollout.vllm.completion_response import Sampled
+from megatron_gkd.rollout.vllm.process import ColocatedOptions
 
 
 class FakeVllm:
@@ -26,7 +27,7 @@ class FakeVllm:
             raise MemoryError("no room")
         self.calls.append([list(prompt) for prompt in prompts])
         answers = [[*prompt, seed][:most] for prompt, seed, most in zip(prompts, seeds, max_tokens, strict=True)]
-        return [Generated(tokens, [-1.0] * len(tokens), "length") for tokens in answers]
+        return [Sampled(tokens, [-1.0] * len(tokens), "length") for tokens in answers]
 
     def sleep(self, level):
         self.calls.append(f"sleep {level}")
@@ -104,7 +105,7 @@ def test_a_failure_anywhere_is_raised_everywhere(gloo_world):
     assert [text.split("\n")[0] for _, text in first] == [
         "vLLM failed in rank 1:",
         "prompt 1 has the token id 99; allowed are 0 to 98",
-        "prompt 1 of 256 tokens leaves no room for an answer in rollout.vllm_max_model_len = 256",
+        "prompt 1 of 256 tokens leaves no room for a completion in rollout.vllm_max_model_len = 256",
     ]
     assert first[0][1].endswith("MemoryError: no room")
     assert [text for _, text in second] == [text for _, text in first]

@@ -14,7 +14,7 @@ from rollout.contract import CHECKPOINT, EOS, Request
 from teachers.contract import mesh_of
 
 from megatron_gkd.errors import UserError
-from megatron_gkd.rollout.base import Sampling
+from megatron_gkd.rollout.base import RolloutFailed, Sampling
 from megatron_gkd.rollout.vllm.logit_bias import logit_bias
 
 REQUEST = Request.of([3, 5, 2, 7], Sampling(max_completion_length=6, temperature=0.8))
@@ -66,10 +66,10 @@ def server():
 def completions_of(rank, world_size, layout, url, max_length, vocab_size=None):
     from megatron_gkd.models.checkpoint import Checkpoint
     from megatron_gkd.rollout.vllm.own_weights import OwnWeightsEngine
-    from megatron_gkd.rollout.vllm.server import ServerOptions
+    from megatron_gkd.rollout.vllm.server import RolloutServerOptions
 
     with mesh_of(layout) as mesh:
-        options = ServerOptions((url,), Path("unused"), max_length=max_length, patience=1)
+        options = RolloutServerOptions((url,), Path("unused"), max_length=max_length, max_downtime=1)
         engine = OwnWeightsEngine(mesh, Checkpoint.open(str(CHECKPOINT())), options)
         engine.load_weights(iter(()), version=0)
         sampling = replace(REQUEST.sampling, vocab_size=vocab_size)
@@ -99,13 +99,13 @@ def test_more_ids_than_vllm_has_room_for_are_refused():
 
 
 def test_a_server_of_shorter_sequences_is_refused(gloo_world, server):
-    with pytest.raises(UserError, match="up to 64 tokens, fewer than data.max_length = 65"):
+    with pytest.raises(RolloutFailed, match="up to 64 tokens, fewer than data.max_length = 65"):
         gloo_world(1).run(completions_of, {}, server.url, 65)
 
 
 def test_a_server_that_is_paused_is_refused_instead_of_waited_for(gloo_world, server):
     server.is_paused = True
-    with pytest.raises(UserError, match=f"{server.url}: generation is paused; resume it"):
+    with pytest.raises(RolloutFailed, match=f"{server.url}: generation is paused; resume it"):
         gloo_world(1).run(completions_of, {}, server.url, 64)
     server.is_paused = False
     assert len(gloo_world(1).run(completions_of, {}, server.url, 64)[0]) == 4

@@ -33,13 +33,13 @@ MANY = Request.of([20] * 48, replace(DRAWN, max_completion_length=200, ignore_eo
 @contextlib.contextmanager
 def engine_of(urls, folder, layout=None, weight_sync="folder", **options):
     from megatron_gkd.models.checkpoint import Checkpoint
-    from megatron_gkd.rollout.vllm.server import ServerOptions, VllmServerEngine
+    from megatron_gkd.rollout.vllm.server import RolloutServerOptions, VllmServerEngine
     from megatron_gkd.runtime.mesh import Layout, destroy_mesh, initialize_mesh
 
     mesh = initialize_mesh(Layout(**(layout or {})), seed=1)
     try:
-        options = {"patience": 120} | options
-        options = ServerOptions(tuple(urls), folder, max_length=256, weight_sync=weight_sync, **options)
+        options = {"max_downtime": 120} | options
+        options = RolloutServerOptions(tuple(urls), folder, max_length=256, weight_sync=weight_sync, **options)
         with contextlib.closing(VllmServerEngine(mesh, Checkpoint.open(str(CHECKPOINT())), options)) as engine:
             yield engine
     finally:
@@ -155,7 +155,7 @@ def test_one_rank_of_a_replica_asks_and_all_have_the_answers(layout, student_ser
 
 def fail_to_reach(rank, world_size, url, folder):
     try:
-        with engine_of([url], folder, {"tensor": 2}, patience=1.0):
+        with engine_of([url], folder, {"tensor": 2}, max_downtime=1.0):
             return None
     except RolloutFailed as error:
         return str(error)
@@ -171,9 +171,9 @@ def test_all_ranks_hear_that_there_is_no_server(gloo_world, tmp_path):
     )
 
 
-def generate_while_it_dies(rank, world_size, url, folder, patience, weight_sync):
+def generate_while_it_dies(rank, world_size, url, folder, max_downtime, weight_sync):
     """Completions before; and those during which the server dies, or the error."""
-    with engine_of([url], folder, patience=patience, weight_sync=weight_sync) as engine:
+    with engine_of([url], folder, max_downtime=max_downtime, weight_sync=weight_sync) as engine:
         engine.load_weights(weights_of(CHECKPOINT()), version=2)
         before = generate(engine, MANY)
         (folder / "second time").touch()
@@ -183,10 +183,10 @@ def generate_while_it_dies(rank, world_size, url, folder, patience, weight_sync)
             return before, str(error)
 
 
-def kill_while_it_answers(server, gloo_world, folder, patience, *, restart, weight_sync="folder"):
+def kill_while_it_answers(server, gloo_world, folder, max_downtime, *, restart, weight_sync="folder"):
     """Returns also how long it took from the kill until there was an answer or an error, in seconds."""
     with ThreadPoolExecutor(1) as pool:
-        call = pool.submit(gloo_world(1).run, generate_while_it_dies, server.url, folder, patience, weight_sync)
+        call = pool.submit(gloo_world(1).run, generate_while_it_dies, server.url, folder, max_downtime, weight_sync)
         while not (folder / "second time").exists():
             assert not call.done(), call.result()
             time.sleep(0.05)

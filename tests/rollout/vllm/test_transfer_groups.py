@@ -22,8 +22,8 @@ def test_nccl_without_a_gpu_is_refused():
 def receive(connection):
     """As vLLM's worker does: join, add up one number, and receive each buffer."""
     with torch.cuda.device(1):
-        invitation, sizes = connection.recv()
-        comm = nccl.init_rank(invitation["world_size"], base64.b64decode(invitation["nccl_unique_id_b64"]), 1)
+        init_info, sizes = connection.recv()
+        comm = nccl.init_rank(init_info["world_size"], base64.b64decode(init_info["nccl_unique_id_b64"]), 1)
         nccl.all_reduce([torch.zeros(1, device=1)], comms=[comm])
         received = [torch.empty(size, dtype=torch.uint8, device=1) for size in sizes]
         for buffer in received:
@@ -43,7 +43,7 @@ def test_what_is_broadcast_over_nccl_arrives():
     ours, theirs = multiprocessing.get_context("spawn").Pipe()
     worker = multiprocessing.get_context("spawn").Process(target=receive, args=(theirs,))
     worker.start()
-    ours.send((group.invitation(), [data.numel() for data in sent]))
+    ours.send((group.init_info(), [data.numel() for data in sent]))
     group.join()
     for data in sent:
         group.broadcast(data)

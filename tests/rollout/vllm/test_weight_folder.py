@@ -31,7 +31,7 @@ def test_what_is_written_is_what_was_given(tmp_path):
 
 
 def test_large_models_are_written_in_several_files(tmp_path, monkeypatch):
-    monkeypatch.setattr("megatron_gkd.rollout.vllm.weight_folder._MOST_BYTES", 80)
+    monkeypatch.setattr("megatron_gkd.rollout.vllm.weight_folder._MAX_FILE_BYTES", 80)
     given = tensors(large=(30,))
     weights = WeightFolder(tmp_path, {**SHAPES, "large": (30,)}).write(given.items(), version=1)
     files = sorted(weights.directory.iterdir())
@@ -48,7 +48,7 @@ def test_old_versions_and_unfinished_ones_are_forgotten(tmp_path):
     newest = later.write(tensors().items(), version=2)
     assert newest.directory not in [weights.directory for weights in old], "another run, another folder"
     assert newest.label not in [weights.label for weights in old]
-    later.forget_all_but(newest)
+    later.remove_all_but(newest)
     assert sorted(path.name for path in (tmp_path / "sync").iterdir()) == ["notes", newest.directory.name]
 
 
