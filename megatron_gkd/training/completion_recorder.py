@@ -11,9 +11,8 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
-from megatron_gkd.data.context_parallel import context_parallel_indices
 from megatron_gkd.data.microbatch import Microbatch
-from megatron_gkd.data.sample import IGNORE
+from megatron_gkd.runtime.context_parallel import context_parallel_indices
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.training.rollout_report import RolloutReport, SampledRow
 
@@ -98,7 +97,7 @@ class CompletionRecorder:
         cp = self.mesh.cp
         here = context_parallel_indices(microbatch.cu_seqlens, cp.rank(), cp.size())
         whole = torch.full((microbatch.total_length,), torch.nan, device=divergence.device)
-        whole[here[microbatch.labels.squeeze(0) != IGNORE]] = divergence.float()
+        whole[here[microbatch.label_positions]] = divergence.float()
         pieces = {}
         for position, start in zip(positions, microbatch.cu_seqlens.tolist(), strict=False):
             row = sampled.get(position)

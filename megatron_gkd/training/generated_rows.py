@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_gkd.config.schema import Recipe
 from megatron_gkd.data.loader import SampleDataset
-from megatron_gkd.data.prompt import prompt_of, room_for_answer
+from megatron_gkd.data.prompt import extract_prompt, max_response_length
 from megatron_gkd.rollout.base import Completion
 from megatron_gkd.training.completion_sampler import CompletionSampler, SampleRequest
 
@@ -51,10 +51,10 @@ class ResponseGenerator:
         requests: list[SampleRequest] = []
         for row in rows:
             sample = self.dataset[row]
-            room = room_for_answer(sample, data.max_length, data.teacher_max_length or data.max_length)
+            room = max_response_length(sample, data.max_length, data.teacher_max_length or data.max_length)
             for number in range(self.num_responses):
                 places.append((row, number))
-                requests.append(SampleRequest(prompt_of(sample), self._seed(row, number), room))
+                requests.append(SampleRequest(extract_prompt(sample), self._seed(row, number), room))
         completions = self.sampler.generate(requests)
         return [GeneratedResponse(*place, completion) for place, completion in zip(places, completions, strict=True)]
 
@@ -87,7 +87,7 @@ class RowFormatter:
 
     def _format(self, response: GeneratedResponse) -> dict[str, Any]:
         sample, completion = self.dataset[response.row], response.completion
-        prompt = prompt_of(sample).tolist()
+        prompt = extract_prompt(sample).tolist()
         record = {
             "row": response.row,
             "number": response.number,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from megatron_gkd.data.loader import filler
+from megatron_gkd.data.loader import padding_sample
 from megatron_gkd.data.microbatch_planner import MicrobatchPlanner
-from megatron_gkd.data.prompt import answered
+from megatron_gkd.data.prompt import replace_response
 from megatron_gkd.runtime import portability
 from megatron_gkd.training.completion_sampler import CompletionSampler
 from megatron_gkd.training.step_prompts import StepPrompts
@@ -48,10 +48,10 @@ class MismatchProbe:
         completions = self._sampler.generate(list(requests.values()), short)
         rows = prompts.rows(step)
         samples = [
-            answered(prompts.dataset[rows[position]], completion.token_ids)
+            replace_response(prompts.dataset[rows[position]], completion.token_ids)
             for position, completion in zip(requests, completions, strict=True)
         ]
-        samples += [filler(config.pad_token_id)] * (count - len(samples))
+        samples += [padding_sample(config.pad_token_id)] * (count - len(samples))
         lengths = [len(sample.input_ids) for sample in samples]
         microbatches = MicrobatchPlanner(config).make_microbatches(lengths, samples.__getitem__)
         microbatches = [microbatch.to(portability.device()) for microbatch in microbatches]

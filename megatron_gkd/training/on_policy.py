@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_gkd.data.loader import filler
+from megatron_gkd.data.loader import padding_sample
 from megatron_gkd.data.microbatch import Microbatch
 from megatron_gkd.data.microbatch_planner import MicrobatchPlanner
-from megatron_gkd.data.prompt import answered
+from megatron_gkd.data.prompt import replace_response
 from megatron_gkd.data.sample import Sample
 from megatron_gkd.models.megatron_model import MegatronModel
 from megatron_gkd.rollout.base import (
@@ -110,7 +110,7 @@ class Rollouts:
     def is_early(self, step: int) -> bool:
         """Return whether `step` is to be sampled while the step before it trains. The same on every rank."""
         steps_ahead, num_steps = self.options.steps_ahead, self.options.num_steps
-        return steps_ahead > 0 and (num_steps is None or step < num_steps) and self.prompts.is_on_policy(step)
+        return steps_ahead > 0 and (num_steps is None or step <= num_steps) and self.prompts.is_on_policy(step)
 
     def probe_mismatch(self, student: Student, step: int) -> float | None:
         """Return what `MismatchProbe.measure` returns. All ranks must call it together."""
@@ -195,7 +195,7 @@ class Rollouts:
             dataset_rows=len(rows) - len(completions),
             seconds=seconds,
             generation_seconds=generation_seconds,
-            staleness=sum(step - one.version for one in completions.values()) / max(len(completions), 1),
+            staleness=sum(step - 1 - one.version for one in completions.values()) / max(len(completions), 1),
             tokens=sum(len(one.token_ids) for one in completions.values()),
             truncated=sum(one.finish_reason == "length" for one in completions.values()),
             log_prob=sum((sum(one.completion.log_probs) for one in sampled.values() if one.is_trained_on), 0.0),
@@ -215,12 +215,13 @@ class Rollouts:
             share = self._sampler.generate_share(list(requests.values()))
             seconds = time.perf_counter() - start
         completions = self._sampler.gather(list(requests.values()), share)
-        oldest = step - self.options.steps_ahead
+        newest = step - 1  # updates before this step
+        oldest = newest - self.options.steps_ahead
         for completion in completions:
-            if not oldest <= completion.version <= step:
+            if not oldest <= completion.version <= newest:
                 raise RolloutFailed(
-                    f"step {step + 1}: a sample is of the student after {completion.version} updates; allowed are "
-                    f"{oldest} to {step}"
+                    f"step {step}: a sample is of the student after {completion.version} updates; allowed are "
+                    f"{oldest} to {newest}"
                 )
         return dict(zip(requests, completions, strict=True)), seconds
 
@@ -228,5 +229,5 @@ class Rollouts:
         """Return the sample, and whether it is trained on."""
         is_trained_on = completion.finish_reason == "stop" or self.options.truncated == "keep"
         if not is_trained_on and self.options.truncated == "drop":
-            return filler(self.prompts.config.pad_token_id), False
-        return answered(source, completion.token_ids, trained=is_trained_on), is_trained_on
+            return padding_sample(self.prompts.config.pad_token_id), False
+        return replace_response(source, completion.token_ids, trained=is_trained_on), is_trained_on

@@ -87,7 +87,7 @@ def _train(recipe: Recipe, mesh: Mesh, folder: RunFolder, signals: StopSignals |
         dataset,
         order,
         config,
-        range(first_step, train_iters),
+        range(first_step + 1, train_iters + 1),
         num_workers=recipe.data.dataloader_num_workers,
         skip=partial(lambda_schedule.any, count=recipe.train.global_batch_size),
     )

@@ -9,7 +9,7 @@ import numpy as np
 from megatron_gkd.data.batch_config import BatchConfig
 from megatron_gkd.data.lambda_schedule import LambdaSchedule
 from megatron_gkd.data.loader import SampleDataset, StepOrder, require_responses
-from megatron_gkd.data.prompt import prompt_of, room_for_answer
+from megatron_gkd.data.prompt import extract_prompt, max_response_length
 from megatron_gkd.data.sample import Sample
 from megatron_gkd.training.completion_sampler import SampleRequest
 
@@ -58,7 +58,7 @@ class StepPrompts:
 
     def _build_request(self, step: int, position: int, sample: Sample) -> SampleRequest:
         max_length = self.config.max_length
-        room = room_for_answer(sample, max_length, self.teacher_max_length or max_length)
+        room = max_response_length(sample, max_length, self.teacher_max_length or max_length)
         # The seed depends neither on the rank that samples the row nor on the other rows.
-        sequence = np.random.SeedSequence([self.lambda_schedule.seed, step, position])
-        return SampleRequest(prompt_of(sample), int(sequence.generate_state(1, np.uint64)[0] >> 1), room)
+        sequence = np.random.SeedSequence([self.lambda_schedule.seed, step - 1, position])
+        return SampleRequest(extract_prompt(sample), int(sequence.generate_state(1, np.uint64)[0] >> 1), room)

@@ -12,7 +12,6 @@ from types import SimpleNamespace
 from unittest import mock
 
 import httpx
-import numpy as np
 import pytest
 import torch
 from checkpoints import tiny_checkpoint, tiny_tokenizer
@@ -26,7 +25,7 @@ from world import World
 
 from megatron_gkd.config.schema import RolloutSection
 from megatron_gkd.data.rows import parse_row
-from megatron_gkd.data.sample import IGNORE
+from megatron_gkd.data.sample import IGNORED_LABEL
 from megatron_gkd.data.template import RowRenderer
 from megatron_gkd.errors import GkdError, UserError
 from megatron_gkd.rollout.base import Sampling
@@ -85,7 +84,7 @@ def test_every_prompt_has_its_answers_in_order_by_seeds_of_their_own(whole):
     data = RandomRows(count=COUNT)
     for row in rows:
         sample = data[row["row"]]
-        assert row["prompt_token_ids"] == sample.input_ids[: np.flatnonzero(sample.labels != IGNORE)[0] + 1].tolist()
+        assert row["prompt_token_ids"] == sample.input_ids[: sample.label_positions[0] + 1].tolist()
         assert 1 <= len(row["response_token_ids"]) <= 9
         assert (row["finish_reason"] == "stop") == (row["response_token_ids"][-1] in EOS)
         assert row["prompt"] == tiny_tokenizer().decode(row["prompt_token_ids"]) and row["model"] == "model"
@@ -106,7 +105,7 @@ def test_rows_of_ids_become_samples_as_they_are(whole):
         input_ids, labels = render(parse_row(row))
         start = len(row["prompt_token_ids"])
         assert input_ids.tolist() == row["prompt_token_ids"] + row["response_token_ids"]
-        assert labels.tolist() == [IGNORE] * (start - 1) + row["response_token_ids"] + [IGNORE]
+        assert labels.tolist() == [IGNORED_LABEL] * (start - 1) + row["response_token_ids"] + [IGNORED_LABEL]
 
 
 @pytest.mark.parametrize("truncated", ["mask", "drop"])

@@ -20,7 +20,7 @@ from megatron_gkd.data.lambda_schedule import LambdaSchedule
 from megatron_gkd.data.sample import FROM_STUDENT
 
 STEPS = 4
-SEED = 29  # with lambda 0.6 the student answers in steps 0, 2 and 3
+SEED = 29  # with lambda 0.6 the student answers in steps 1, 3 and 4
 
 
 def rollouts_over_fake_servers(mesh, student, changes, folder, before, on_sample=None):
@@ -73,7 +73,7 @@ def train_ahead(rank, world_size, student, teacher, changes, folder):
     begin, compute_gradients = rollouts.begin, student.compute_gradients
 
     def begin_behind_gate(step):
-        if step > 0:
+        if step > 1:
             gate.clear()
         begin(step)
 
@@ -97,8 +97,8 @@ def train_ahead(rank, world_size, student, teacher, changes, folder):
         eval_interval=None,
         exports=Exports(folder),
     )
-    for step in range(STEPS):
-        trainer.train_step(step + 1, None if rollouts.prompts.is_on_policy(step) else batches.step(step))
+    for step in range(1, STEPS + 1):
+        trainer.train_step(step, None if rollouts.prompts.is_on_policy(step) else batches.step(step))
     rollouts.close()
     is_leader = rollouts.engine.mesh.is_leader
     destroy_mesh()
@@ -113,15 +113,15 @@ def train_by_hand(rank, world_size, student, teacher, changes, folder):
     rollouts = rollouts_over_fake_servers(mesh, student, changes, folder, lambda path: None)
 
     def sample(step):
-        rollouts.engine.load_weights(student.model.named_tensors(), version=min(updates, step))
+        rollouts.engine.load_weights(student.model.named_tensors(), version=min(updates, step - 1))
         return rollouts.microbatches(step)[0]
 
     records, waiting = [], {}
-    for step in range(STEPS):
-        updates = step
-        if step == 0:
-            waiting[0] = sample(0)
-        if step + 1 < STEPS and rollouts.prompts.is_on_policy(step + 1):
+    for step in range(1, STEPS + 1):
+        updates = step - 1
+        if step == 1:
+            waiting[1] = sample(1)
+        if step < STEPS and rollouts.prompts.is_on_policy(step + 1):
             waiting[step + 1] = sample(step + 1)
         microbatches = waiting[step] if rollouts.prompts.is_on_policy(step) else batches.step(step)
         with teacher.resident():
@@ -156,12 +156,11 @@ def test_one_step_ahead_is_what_it_would_be_by_hand(gloo_world, tmp_path):
 
 def probe(rank, world_size, student, changes, offset):
     """Mismatch of ten calls, while an engine that has a constant error in its log-probabilities samples."""
-    from megatron_gkd.rollout.megatron.engine import MegatronEngine
-    from megatron_gkd.runtime.mesh import destroy_mesh
-
     from megatron_gkd.data.batch_config import BatchConfig
     from megatron_gkd.data.order import SampleOrder
     from megatron_gkd.rollout.base import Sampling
+    from megatron_gkd.rollout.megatron.engine import MegatronEngine
+    from megatron_gkd.runtime.mesh import destroy_mesh
     from megatron_gkd.training.on_policy import RolloutOptions, Rollouts
     from megatron_gkd.training.step_prompts import StepPrompts
 
@@ -181,7 +180,7 @@ def probe(rank, world_size, student, changes, offset):
 
     engine.generate = generate_with_error
     before = {name: tensor.clone() for name, tensor in student.model.named_tensors()}
-    found = [rollouts.probe_mismatch(student, step) for step in range(12)]
+    found = [rollouts.probe_mismatch(student, step) for step in range(1, 13)]
     assert all(torch.equal(tensor, before[name]) for name, tensor in student.model.named_tensors())
     destroy_mesh()
     return found, lengths
