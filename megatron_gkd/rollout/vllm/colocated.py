@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class _Request:
+class _PromptRequest:
     """One prompt of a replica. `index` is its place in the replica's request."""
 
     replica: int
@@ -121,11 +121,11 @@ class VllmColocatedEngine:
         except (ValueError, RolloutFailed) as error:
             problem = error
         own = [
-            _Request(self.replica, index, prompt, seed)
+            _PromptRequest(self.replica, index, prompt, seed)
             for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=False))
         ]
         requests = [request for part in _all_gather(own if self.is_leader else [], problem) for request in part]
-        completions: list[tuple[_Request, Completion]] = []
+        completions: list[tuple[_PromptRequest, Completion]] = []
         try:
             completions = self._complete(requests[self.engine :: self.num_engines], sampling)
         except Exception as error:
@@ -148,7 +148,9 @@ class VllmColocatedEngine:
                     f"rollout.vllm_max_model_len = {self.options.max_model_len}"
                 )
 
-    def _complete(self, requests: Sequence[_Request], sampling: Sampling) -> list[tuple[_Request, Completion]]:
+    def _complete(
+        self, requests: Sequence[_PromptRequest], sampling: Sampling
+    ) -> list[tuple[_PromptRequest, Completion]]:
         version = self.version
         if version is None:  # `_check_ready` has found it out, on this rank or another
             return []

@@ -94,7 +94,7 @@ class RolloutServerOptions:
 
 
 @dataclass(frozen=True)
-class _Request:
+class _GenerationRequest:
     """The prompts of one generation, for the threads that complete them."""
 
     prompts: Sequence[Sequence[int]]
@@ -196,7 +196,7 @@ class VllmServerEngine:
         """Start to generate in the background; see `BackgroundEngine.start`."""
         check_prompts(prompts, seeds, self.checkpoint.vocab_size)
         version = 0 if self.weights is None else self.weights.version
-        request = _Request(prompts, sampling, seeds, version, on_completion)
+        request = _GenerationRequest(prompts, sampling, seeds, version, on_completion)
         return ServerGeneration(self, in_background(lambda: self._complete(request)) if self.mesh.is_leader else None)
 
     def close(self) -> None:
@@ -206,7 +206,7 @@ class VllmServerEngine:
         if isinstance(self.sync, WeightTransfer):
             self.sync.close()
 
-    def _complete(self, request: _Request) -> tuple[list[Completion], float]:
+    def _complete(self, request: _GenerationRequest) -> tuple[list[Completion], float]:
         """Return the completions, and how many seconds they took."""
         models = self.models
         if self.options.adapters is not None and isinstance(self.weights, SharedWeights):

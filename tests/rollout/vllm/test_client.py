@@ -1,4 +1,4 @@
-"""What the client makes of answers that a healthy vLLM server does not give, or not on demand."""
+"""The client's treatment of responses that a healthy vLLM server does not send, or not on demand."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from megatron_gkd.rollout.vllm.completion_response import Sampled
 from megatron_gkd.rollout.vllm.handshake import Handshake, ServerRequirements
 from megatron_gkd.rollout.vllm.weight_folder import WeightFolder, load_from_folder
 
-ANSWER = {"finish_reason": "stop", "token_ids": [5], "logprobs": {"token_logprobs": [-1.0]}}
+CHOICE = {"finish_reason": "stop", "token_ids": [5], "logprobs": {"token_logprobs": [-1.0]}}
 SAMPLED = Sampled([5], [-1.0], "stop")
 REQUEST = {"max_tokens": 4}
 
 
 class Scripted:
-    """Answers like a vLLM server, except where `failures` has another answer for the next requests to a path."""
+    """Respond like a vLLM server, except if `failures` has another response for the next requests to a path."""
 
     def __init__(self):
         self.label = "default"
@@ -52,14 +52,14 @@ class Scripted:
         model_config = {"logprobs_mode": self.logprobs_mode, "dtype": self.dtype}
         models = [{"id": self.model, "max_model_len": self.max_model_len, "parent": None}]
         models += [{"id": name, "max_model_len": None, "parent": self.model} for name in self.adapters]
-        answers = {
+        responses = {
             "/v1/models": {"data": models},
             "/server_info": {"vllm_config": {"model_config": model_config, "lora_config": self.lora_config}},
             "/weight_info": {"weight_version": self.label},
             "/reset_prefix_cache": {"success": True},
-            "/v1/completions": {"choices": [ANSWER]},
+            "/v1/completions": {"choices": [CHOICE]},
         }
-        return httpx.Response(200, json=answers.get(path, {}))
+        return httpx.Response(200, json=responses.get(path, {}))
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +92,7 @@ DOWN = [
 ]
 
 
-def test_hello_waits_for_a_server_that_is_still_starting(server, scripted):
+def test_the_handshake_waits_for_a_server_that_is_still_starting(server, scripted):
     scripted.failures["/v1/models"] = DOWN[:3]
     model = server.wait_until_ready(ServerRequirements(64))
     assert (model.name, model.max_model_len) == ("tiny", 64) and scripted.calls.count("/v1/models") == 4
@@ -145,7 +145,7 @@ def test_a_prefix_cache_in_use_is_reset_again(server, scripted, weights):
     assert scripted.calls.count("/reset_prefix_cache") == 2
 
 
-def test_a_server_that_lives_but_can_not_load_is_an_error_at_once(server, scripted, weights):
+def test_a_server_that_is_up_but_can_not_load_is_an_error_at_once(server, scripted, weights):
     scripted.failures["/collective_rpc"] = [httpx.Response(500, text="no such file")]
     with pytest.raises(ServiceError, match=r"can't load .*\(rollout.weight_sync_dir\).*no such file"):
         server.load(weights)
@@ -155,7 +155,7 @@ def test_a_server_that_lives_but_can_not_load_is_an_error_at_once(server, script
 def test_bad_weights_are_never_sent(server, scripted, weights):
     for file in weights.directory.iterdir():
         file.unlink()
-    with pytest.raises(UserError, match="no .*safetensors file there"):
+    with pytest.raises(UserError, match=r"no .*safetensors file there"):
         server.load(weights)
     assert scripted.calls == ["/weight_info"]
 
@@ -165,7 +165,7 @@ def test_bad_weights_are_never_sent(server, scripted, weights):
     [*DOWN, httpx.Response(200, json={"choices": [{"finish_reason": "abort"}]})],
     ids=lambda failure: getattr(failure, "text", None) or str(failure),
 )
-def test_a_failed_completion_is_asked_again(failure, server, scripted, weights):
+def test_a_failed_completion_is_requested_again(failure, server, scripted, weights):
     server.load(weights)
     scripted.failures["/v1/completions"] = [failure] * 2
     assert server.complete(REQUEST) == (scripted.label, SAMPLED)
@@ -182,7 +182,7 @@ def test_a_restarted_server_is_given_the_weights_again_under_another_label(serve
     assert scripted.calls.count("/collective_rpc") == 2
 
 
-def test_an_answer_of_a_server_that_was_restarted_unnoticed_is_told_by_its_label(server, scripted, weights):
+def test_the_label_shows_that_a_server_was_restarted_before_it_responded(server, scripted, weights):
     server.load(weights)
     scripted.label = "default"
     label, _ = server.complete(REQUEST)
@@ -205,7 +205,7 @@ def test_a_request_that_is_refused_is_an_error_at_once(server, scripted, weights
     ],
 )
 def test_a_server_that_comes_back_as_another_is_refused(change, message, server, scripted, weights):
-    """The label says that it has lost the weights; so the handshake is made again before it gets them."""
+    """Its label shows that it has lost the weights, so the handshake is repeated before it gets them."""
     server.handshake = Handshake(ServerRequirements(64), server.wait_until_ready(ServerRequirements(64)))
     server.load(weights)
     scripted.label, before = "default", scripted.calls.count("/collective_rpc")

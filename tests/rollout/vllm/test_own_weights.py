@@ -1,4 +1,4 @@
-"""Servers as they were started: asked for completions, and for nothing that an ordinary server has not."""
+"""Servers with the weights that they were started with: only routes of an ordinary server are used."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ REQUEST = Request.of([3, 5, 2, 7], Sampling(max_completion_length=6, temperature
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Repeats the prompt, and tells an EOS where there is room."""
+    """Repeat the prompt, and add an EOS if there is room."""
 
-    def answer(self, content):
+    def respond(self, content):
         body = json.dumps(content).encode()
         self.send_response(200 if content else 404)
         self.send_header("Content-Length", str(len(body)))
@@ -31,14 +31,14 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def do_GET(self):
-        self.server.asked.add(self.path)
-        answers = {"/v1/models": {"data": [{"id": "big", "max_model_len": 64}]}}
+        self.server.requested.add(self.path)
+        responses = {"/v1/models": {"data": [{"id": "big", "max_model_len": 64}]}}
         if self.server.is_paused is not None:  # an ordinary server has no such route
-            answers["/is_paused"] = {"is_paused": self.server.is_paused}
-        self.answer(answers.get(self.path))
+            responses["/is_paused"] = {"is_paused": self.server.is_paused}
+        self.respond(responses.get(self.path))
 
     def do_POST(self):
-        self.server.asked.add(self.path)
+        self.server.requested.add(self.path)
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.biases.append(request.get("logit_bias"))
         assert request["model"] == "big" and request["temperature"] == 0.8 and EOS in request["stop_token_ids"]
@@ -46,7 +46,7 @@ class Handler(BaseHTTPRequestHandler):
         log_probs = {"token_logprobs": [-1.0] * len(tokens)}
         reason = "stop" if tokens[-1] == EOS else "length"
         choice = {"token_ids": tokens, "finish_reason": reason, "logprobs": log_probs, "text": ""}
-        self.answer({"choices": [choice]})
+        self.respond({"choices": [choice]})
 
     def log_message(self, *_):
         pass
@@ -55,7 +55,7 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.asked, server.is_paused, server.biases = set(), None, []
+    server.requested, server.is_paused, server.biases = set(), None, []
     server.url = f"http://127.0.0.1:{server.server_address[1]}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
@@ -76,13 +76,13 @@ def completions_of(rank, world_size, layout, url, max_length, vocab_size=None):
         return engine.generate(REQUEST.prompts, sampling, REQUEST.seeds)
 
 
-def test_every_rank_of_a_replica_has_the_answers(gloo_world, server):
+def test_every_rank_of_a_replica_gets_the_completions(gloo_world, server):
     world_size, layout = DENSE["TP2xPP2"]
     ranks = gloo_world(world_size).run(completions_of, layout, server.url, 64)
     for completions in ranks:
         assert [one.token_ids for one in completions] == [[*prompt, EOS][:6] for prompt in REQUEST.prompts]
         assert [one.finish_reason for one in completions] == ["stop", "stop", "stop", "length"]
-    assert server.asked == {"/v1/models", "/is_paused", "/v1/completions"} and not any(server.biases)
+    assert server.requested == {"/v1/models", "/is_paused", "/v1/completions"} and not any(server.biases)
 
 
 def test_ids_that_may_not_be_drawn_are_named_to_the_server(gloo_world, server):
@@ -99,7 +99,7 @@ def test_more_ids_than_vllm_has_room_for_are_refused():
 
 
 def test_a_server_of_shorter_sequences_is_refused(gloo_world, server):
-    with pytest.raises(RolloutFailed, match="up to 64 tokens, fewer than data.max_length = 65"):
+    with pytest.raises(RolloutFailed, match=r"up to 64 tokens, fewer than data.max_length = 65"):
         gloo_world(1).run(completions_of, {}, server.url, 65)
 
 

@@ -1,4 +1,4 @@
-"""The group over NCCL, as far as one machine can tell; over gloo it is tested with the transfer."""
+"""The group over NCCL, as far as one machine can test it; over gloo it is tested with the transfer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_gkd.rollout.vllm.transfer_groups import NcclGroup
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_nccl_without_a_gpu_is_refused():
-    with pytest.raises(UserError, match="rollout.weight_sync = nccl: torch finds no CUDA device here"):
+    with pytest.raises(UserError, match=r"rollout.weight_sync = nccl: torch finds no CUDA device here"):
         NcclGroup(2)
 
 
@@ -55,7 +55,7 @@ def test_what_is_broadcast_over_nccl_arrives():
 
 @pytest.mark.gpu
 def test_one_rank_alone_joins_and_broadcasts():
-    """That is, torch's binding takes what it is given."""
+    """torch's binding takes these arguments."""
     group = NcclGroup(1)
     group.join()
     group.broadcast(torch.arange(16, dtype=torch.uint8, device="cuda"))

@@ -1,4 +1,4 @@
-"""Weights to several servers at once, through real gloo groups, by fake servers that fail when they are told to."""
+"""Weights to several servers at once, through real gloo groups, to fake servers that fail on demand."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_all_workers_of_all_servers_get_all_tensors(servers, fakes, transfer):
             assert times(fake, "/reset_prefix_cache") == version
 
 
-def test_a_restarted_server_is_sent_the_same_again_alone(servers, fakes, transfer):
+def test_only_a_restarted_server_is_sent_the_weights_again(servers, fakes, transfer):
     transfer.load(weights_of(1).items(), 1, servers)
     first, second = fakes.values()
     second.restart()
@@ -120,7 +120,7 @@ def test_a_server_that_goes_down_meanwhile_delays_only_itself(path, servers, fak
     assert all(server.ensure_current() == fake.label for server, fake in zip(servers, fakes.values(), strict=True))
 
 
-def test_what_a_broken_update_has_left_is_cleared_away(servers, fakes, http, transfer):
+def test_the_tensors_of_an_incomplete_update_are_discarded(servers, fakes, http, transfer):
     """A trainer dies between two tensors; the next one must not have its first tensor taken for its last."""
     dead = WeightTransfer("gloo", SHAPES, ("lm_head.weight",), timeout=10)
 
@@ -149,13 +149,13 @@ def test_unexpected_tensors_are_never_served(named_tensors, message, servers, fa
     assert not any(times(fake, "/resume") for fake in fakes.values())
 
 
-def test_a_server_that_lives_but_can_not_take_them_is_an_error_at_once(servers, fakes, transfer):
+def test_a_server_that_is_up_but_can_not_receive_weights_is_an_error_at_once(servers, fakes, transfer):
     def refuse(update_info):
         raise RuntimeError("KeyError: a")
 
     fakes["localhost"].update_weights = refuse
     with pytest.raises(
-        ServiceError, match="http://localhost:8000: can't be sent the student's weights over gloo.*KeyError"
+        ServiceError, match=r"http://localhost:8000: can't be sent the student's weights over gloo.*KeyError"
     ):
         transfer.load(weights_of(1).items(), 1, servers)
 
@@ -167,7 +167,7 @@ def test_another_backend_than_the_recipes_is_refused(servers):
     assert servers[0].wait_until_ready(ServerRequirements(64, "gloo")).name == "fake"
 
 
-def test_other_ranks_wait_until_the_first_has_sent_them_again(servers, fakes, http, transfer):
+def test_other_ranks_wait_until_the_main_rank_has_sent_the_weights_again(servers, fakes, http, transfer):
     other = StudentServer(servers[1].url, http, 10.0, wait_for_main_rank)
     other.wanted = transfer.load(weights_of(1).items(), 1, servers)
     fakes["localhost"].restart()
@@ -179,10 +179,10 @@ def test_other_ranks_wait_until_the_first_has_sent_them_again(servers, fakes, ht
     assert same(fakes["localhost"].weights, weights_of(1)) and times(fakes["127.0.0.1"], "/update_weights") == 3
 
 
-def test_other_ranks_do_not_wait_for_ever(servers, http, transfer):
+def test_other_ranks_wait_no_longer_than_the_limit(servers, http, transfer):
     other = StudentServer(servers[1].url, http, 0.05, wait_for_main_rank)
     other.wanted = transfer.load(weights_of(1).items(), 1, servers[:1])
     with pytest.raises(
-        ServiceError, match="does not have the student's weights of version 1 again yet; all attempts failed for 0.05"
+        ServiceError, match=r"does not have the student's weights of version 1 again yet; all attempts failed for 0.05"
     ):
         other.ensure_current()
