@@ -26,7 +26,8 @@ from megatron_gkd.rollout.megatron.engine import MegatronEngine
 from megatron_gkd.rollout.vllm.colocated import VllmColocatedEngine
 from megatron_gkd.rollout.vllm.logit_bias import logit_bias
 from megatron_gkd.rollout.vllm.process import ColocatedOptions
-from megatron_gkd.rollout.vllm.server import ServedAdapters, RolloutServerOptions, VllmServerEngine
+from megatron_gkd.rollout.vllm.server import VllmServerEngine
+from megatron_gkd.rollout.vllm.server_options import RolloutServerOptions, ServedAdapters
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.training.load_model import load_model
 from megatron_gkd.training.loss import Objective

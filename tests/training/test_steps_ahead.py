@@ -28,7 +28,8 @@ def rollouts_over_fake_servers(mesh, student, changes, folder, before, on_sample
     from megatron_gkd.data.batch_config import BatchConfig
     from megatron_gkd.data.order import SampleOrder
     from megatron_gkd.rollout.base import Sampling
-    from megatron_gkd.rollout.vllm.server import RolloutServerOptions, VllmServerEngine
+    from megatron_gkd.rollout.vllm.server import VllmServerEngine
+    from megatron_gkd.rollout.vllm.server_options import RolloutServerOptions
     from megatron_gkd.training.on_policy import RolloutOptions, Rollouts
     from megatron_gkd.training.step_prompts import StepPrompts
 

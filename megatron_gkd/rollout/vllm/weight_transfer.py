@@ -91,7 +91,7 @@ class Link:
         self.server.pause()
         label = self.server.reported_label()
         if label == _UNFINISHED:  # what has arrived of that update would count as part of the next
-            with contextlib.suppress(ServerDown):  # it waits for the rest, and has not to be started
+            with contextlib.suppress(ServerDown):  # it may still wait for the other tensors
                 self._post("/start_weight_update")
             self._post("/finish_weight_update")
         if self._group is None or label != self.server.label:  # not as this run has left it

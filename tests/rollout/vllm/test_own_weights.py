@@ -66,7 +66,7 @@ def server():
 def completions_of(rank, world_size, layout, url, max_length, vocab_size=None):
     from megatron_gkd.models.checkpoint import Checkpoint
     from megatron_gkd.rollout.vllm.own_weights import OwnWeightsEngine
-    from megatron_gkd.rollout.vllm.server import RolloutServerOptions
+    from megatron_gkd.rollout.vllm.server_options import RolloutServerOptions
 
     with mesh_of(layout) as mesh:
         options = RolloutServerOptions((url,), Path("unused"), max_length=max_length, max_downtime=1)

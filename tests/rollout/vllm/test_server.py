@@ -33,7 +33,8 @@ MANY = Request.of([20] * 48, replace(DRAWN, max_completion_length=200, ignore_eo
 @contextlib.contextmanager
 def engine_of(urls, folder, layout=None, weight_sync="folder", **options):
     from megatron_gkd.models.checkpoint import Checkpoint
-    from megatron_gkd.rollout.vllm.server import RolloutServerOptions, VllmServerEngine
+    from megatron_gkd.rollout.vllm.server import VllmServerEngine
+    from megatron_gkd.rollout.vllm.server_options import RolloutServerOptions
     from megatron_gkd.runtime.mesh import Layout, destroy_mesh, initialize_mesh
 
     mesh = initialize_mesh(Layout(**(layout or {})), seed=1)
