@@ -11,11 +11,9 @@ import torch
 from torch import Tensor
 
 from megatron_gkd.checkpoint_format.adapter_files import adapter_config, factor_shapes
+from megatron_gkd.checkpoint_format.weight_files import HEAD
 from megatron_gkd.config.lora_rules import layer_rules
 from megatron_gkd.config.schema import LoraSection, Recipe, RolloutSection
-from megatron_gkd.data.batch_config import BatchConfig
-from megatron_gkd.data.lambda_schedule import LambdaSchedule
-from megatron_gkd.data.loader import SampleDataset, StepOrder
 from megatron_gkd.data.prompt import PromptLimits
 from megatron_gkd.models.checkpoint import Checkpoint
 from megatron_gkd.models.lora.options import LoraOptions
@@ -24,15 +22,11 @@ from megatron_gkd.reporting.phases import phase
 from megatron_gkd.rollout.base import RolloutEngine, Sampling
 from megatron_gkd.rollout.megatron.engine import MegatronEngine
 from megatron_gkd.rollout.vllm.colocated import VllmColocatedEngine
-from megatron_gkd.rollout.vllm.logit_bias import logit_bias
 from megatron_gkd.rollout.vllm.process import ColocatedOptions
 from megatron_gkd.rollout.vllm.server import VllmServerEngine
 from megatron_gkd.rollout.vllm.server_options import RolloutServerOptions, ServedAdapters
 from megatron_gkd.runtime.mesh import Mesh
-from megatron_gkd.training.load_model import load_model
 from megatron_gkd.training.loss import Objective
-from megatron_gkd.training.on_policy import OnSample, RolloutOptions, Rollouts
-from megatron_gkd.training.step_prompts import StepPrompts
 from megatron_gkd.training.student import Student
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -81,34 +75,6 @@ def lora_options(section: LoraSection, seed: int) -> LoraOptions:
         seed=seed,
         adapters=None if section.adapters is None else Path(section.adapters),
     )
-
-
-def build_rollouts(
-    recipe: Recipe,
-    mesh: Mesh,
-    student: Student,
-    checkpoint: Checkpoint,
-    lambda_schedule: LambdaSchedule,
-    dataset: SampleDataset,
-    order: StepOrder,
-    config: BatchConfig,
-    train_iters: int,
-    on_sample: OnSample | None = None,
-) -> Rollouts:
-    """What samples the steps that `lambda_schedule` gives to the student."""
-    section = recipe.rollout
-    sampling = sampling_of(section, student.objective.vocab_size)
-    if section.engine != "megatron":
-        logit_bias(sampling, checkpoint.vocab_size)  # what vLLM can't exclude ends the run before the engine starts
-    options = RolloutOptions(
-        sampling,
-        truncated=section.truncated_completions,
-        steps_ahead=section.steps_ahead,
-        num_steps=train_iters,
-        tensors=rollout_tensors(recipe),
-    )
-    prompts = StepPrompts(dataset, order, lambda_schedule, config, recipe.data.teacher_max_length)
-    return Rollouts(build_engine(recipe, mesh, student.model, checkpoint), prompts, options, mesh.dp, on_sample)
 
 
 def rollout_tensors(recipe: Recipe) -> Callable[[MegatronModel], Iterable[tuple[str, Tensor]]]:
@@ -199,3 +165,26 @@ def server_options(recipe: Recipe, urls: Sequence[str]) -> RolloutServerOptions:
         timeout=section.vllm_server_timeout_s,
         max_downtime=section.vllm_server_max_downtime_s,
     )
+
+
+def load_model(title: str, checkpoint: Checkpoint, mesh: Mesh, options: BuildOptions) -> MegatronModel:
+    """Load a model and show the progress. All ranks of the world must call it.
+
+    Args:
+        title: role and name of the model: `the student Qwen/Qwen3-1.7B`.
+        checkpoint: its weights.
+        mesh: how it is sharded.
+        options: how it is built.
+    """
+    total = _tensors_of_main_rank(checkpoint, mesh)
+    with phase(f"Loading {title}", is_main=mesh.is_main, unit="tensors") as shown:
+        shown.update(0, total)
+        return MegatronModel.load(checkpoint, mesh, options, lambda read: shown.update(read, total))
+
+
+def _tensors_of_main_rank(checkpoint: Checkpoint, mesh: Mesh) -> int | None:
+    """Return the number of tensors that rank 0 reads; None where it reads only some of the layers or experts."""
+    if mesh.layout.pipeline > 1 or (checkpoint.is_moe and mesh.layout.expert > 1):
+        return None
+    is_tied = checkpoint.config.tie_word_embeddings
+    return sum(not (is_tied and name == HEAD) for name in checkpoint.tensors)

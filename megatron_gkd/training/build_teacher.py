@@ -25,8 +25,7 @@ from megatron_gkd.teachers.self_teacher import SelfTeacher, require_teacher_prom
 from megatron_gkd.teachers.self_weights import AverageWeights, BaseWeights, CurrentWeights, InitialWeights
 from megatron_gkd.teachers.server.teacher import ServerOptions, ServerTeacher
 from megatron_gkd.teachers.several import SeveralTeachers, require_teachers
-from megatron_gkd.training.build import DTYPES
-from megatron_gkd.training.load_model import load_model
+from megatron_gkd.training.build import DTYPES, load_model
 from megatron_gkd.training.student import Student
 
 

@@ -44,7 +44,7 @@ def score(recipe: Recipe, output: str, shard_rows: int) -> None:
     with world_of(recipe) as mesh:
         models = open_models(recipe, mesh)
         splits = ["train", *(["validation"] if recipe.data.val_dataset else [])]
-        rows = _Rows([open_rows(recipe, mesh, models, split)[0] for split in splits])
+        rows = _Rows([open_rows(recipe, models, split)[0] for split in splits])
         teacher = build_teacher(recipe, mesh, models.student, models.teachers)
         scorer = Scorer(recipe, mesh, rows, teacher, manifest_of(recipe, models), pad_token_id(models))
         write_cache(Path(output).expanduser(), scorer, shard_rows)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import threading
 from dataclasses import replace
-from types import SimpleNamespace
 from unittest import mock
 
 import httpx
@@ -15,7 +14,7 @@ from checkpoints import tiny_checkpoint
 from fake_vllm import FakeVllm, transport
 from layouts import DENSE, PP2, TP2
 from rows import RandomRows
-from training_layouts import build, recipe_of
+from training_layouts import build, recipe_of, trainer_of
 
 from megatron_gkd.data.lambda_schedule import LambdaSchedule
 from megatron_gkd.data.sample import FROM_STUDENT
@@ -54,8 +53,6 @@ def train_ahead(rank, world_size, student, teacher, changes, folder):
     No server completes prompts that were sent ahead before the step in between trains.
     """
     from megatron_gkd.runtime.mesh import destroy_mesh
-    from megatron_gkd.training.exports import Exports
-    from megatron_gkd.training.trainer import Trainer
 
     mesh, student, teacher, batches = build(student, teacher, changes)
     gate = threading.Event()
@@ -83,19 +80,8 @@ def train_ahead(rank, world_size, student, teacher, changes, folder):
         return compute_gradients(microbatches, signals)
 
     rollouts.begin, student.compute_gradients = begin_behind_gate, open_gate
-    records, trained = [], []
-    reporter = SimpleNamespace(step=records.append, message=lambda text: None)
-    trainer = Trainer(
-        student,
-        teacher,
-        batches,
-        None,
-        reporter,
-        rollouts=rollouts,
-        train_iters=STEPS,
-        eval_interval=None,
-        exports=Exports(folder),
-    )
+    trained = []
+    trainer, records = trainer_of(student, teacher, batches, folder, rollouts=rollouts, train_iters=STEPS)
     for step in range(1, STEPS + 1):
         trainer.train_step(step, None if rollouts.prompts.is_on_policy(step) else batches.step(step))
     rollouts.close()

@@ -91,7 +91,7 @@ class CheckpointFolder:
             shutil.rmtree(path, ignore_errors=True)
         return leftovers
 
-    def forget_old(self, most: int, keep: int | None = None) -> None:
+    def remove_old(self, most: int, keep: int | None = None) -> None:
         """Delete all but the newest `most` checkpoints and that of step `keep`."""
         for step in self.steps()[:-most]:
             if step != keep:

@@ -198,11 +198,11 @@ def test_the_best_is_kept_and_the_newest(tmp_path):
     folder = CheckpointFolder(tmp_path)
     for step, score in SCORES.items():
         write(folder, step, score)
-    folder.forget_old(1, keep=Marks(folder).best())
+    folder.remove_old(1, keep=Marks(folder).best())
     assert folder.steps() == [4, 8]
-    folder.forget_old(2, keep=8)
+    folder.remove_old(2, keep=8)
     assert folder.steps() == [4, 8]
-    folder.forget_old(1, keep=None)
+    folder.remove_old(1, keep=None)
     assert folder.steps() == [8]
 
 
