@@ -30,6 +30,6 @@ def transformer_engine_is_installed(recipe: Recipe, _: int) -> Iterator[str]:
 
 
 def _has_transformer_engine() -> bool:
-    if getattr(sys.modules.get("transformer_engine"), "is_stand_in", False):
+    if getattr(sys.modules.get("transformer_engine"), "is_pytorch_fallback", False):
         return False
     return importlib.util.find_spec("transformer_engine") is not None
