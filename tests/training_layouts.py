@@ -60,7 +60,7 @@ def train_steps(rank, world_size, student, teacher, changes, break_gradient=Fals
     from megatron_gkd.runtime.mesh import destroy_mesh
     from megatron_gkd.teachers.base import FollowsStudent
 
-    mesh, student, teacher, batches = build(student, teacher, changes, rows)
+    _, student, teacher, batches = build(student, teacher, changes, rows)
     if break_gradient:
         _drop_sequence_parallel_reduction(student)
     records = []

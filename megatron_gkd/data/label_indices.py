@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_gkd.data.context_parallel import context_parallel_indices
 from megatron_gkd.data.microbatch import Microbatch
+from megatron_gkd.runtime.context_parallel import context_parallel_indices
 
 
 def local_label_indices(microbatch: Microbatch, cp_rank: int, cp_size: int) -> Tensor:

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_gkd.data.context_parallel import context_parallel_indices
 from megatron_gkd.data.sample import FROM_STUDENT, IGNORED_LABEL, PAD_TOKEN_ID, Sample
+from megatron_gkd.runtime.context_parallel import context_parallel_indices
 
 
 @dataclass(frozen=True)

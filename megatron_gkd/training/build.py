@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_gkd.checkpoint_format.adapter_files import adapter_config, factor_shapes
-from megatron_gkd.config.lora_checks import layer_rules
+from megatron_gkd.config.lora_rules import layer_rules
 from megatron_gkd.config.schema import LoraSection, Recipe, RolloutSection
 from megatron_gkd.data.batch_config import BatchConfig
 from megatron_gkd.data.lambda_schedule import LambdaSchedule

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
-from megatron_gkd.data.context_parallel import context_parallel_indices
 from megatron_gkd.data.microbatch import Microbatch
+from megatron_gkd.runtime.context_parallel import context_parallel_indices
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.training.rollout_report import RolloutReport, SampledRow
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from megatron_gkd.data.batch_config import BatchConfig
-from megatron_gkd.data.context_parallel import context_parallel_indices
 from megatron_gkd.data.loader import StepLoader, validation_batches
 from megatron_gkd.data.order import SampleOrder
 from megatron_gkd.data.sample import Sample, shift_labels
 from megatron_gkd.errors import UserError
+from megatron_gkd.runtime.context_parallel import context_parallel_indices
 
 PAD = 0
 ROWS = 11

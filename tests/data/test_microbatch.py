@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_gkd.data.context_parallel import context_parallel_indices
 from megatron_gkd.data.microbatch import collate, pad_to, shard_context_parallel
 from megatron_gkd.data.sample import FROM_DATASET, FROM_STUDENT, Sample
+from megatron_gkd.runtime.context_parallel import context_parallel_indices
 
 PAD = 99
 

@@ -230,7 +230,7 @@ def fewer_positions(answer):
     [
         (garbage, "/v1/completions: the response is not that of a vLLM server"),
         (fewer_positions, "/v1/completions: its answer has 12 positions of 14"),
-        (None, "that was so for 0.5 s (teacher.teacher_server_max_downtime_s)"),
+        (None, "all attempts failed for 0.5 s (teacher.teacher_server_max_downtime_s)"),
     ],
 )
 def test_all_ranks_stop_together_when_it_is_no_use_any_more(spoil, message, gloo_world, tmp_path):

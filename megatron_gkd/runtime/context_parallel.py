@@ -8,7 +8,7 @@ from torch import Tensor, arange, cat, int64
 
 
 def context_parallel_indices(cu_seqlens: Tensor, rank: int, size: int) -> Tensor:
-    """Return the positions, in the whole microbatch, of the tokens of a context-parallel rank: int64 [T / size].
+    """Return the positions, in the whole microbatch, of a context-parallel rank's tokens.
 
     The layout is the zigzag of Megatron-Core and Transformer Engine for packed sequences: each sequence is split into
     2 * size chunks, of which rank r holds chunks r and 2 * size - 1 - r, so that causal attention costs every rank the
@@ -18,6 +18,9 @@ def context_parallel_indices(cu_seqlens: Tensor, rank: int, size: int) -> Tensor
         cu_seqlens: int [S + 1], boundaries of the padded sequences of the whole microbatch.
         rank: context-parallel rank.
         size: number of context-parallel ranks.
+
+    Returns:
+        int64 [T / size] on the device of `cu_seqlens`.
 
     Raises:
         ValueError: the length of a sequence is not a multiple of 2 * size (unless size is 1).
