@@ -9,7 +9,7 @@ from megatron_gkd.data.rows import BadRow, parse_row
 from megatron_gkd.data.sample import FROM_DATASET, IGNORED_LABEL, Sample, shift_labels
 from megatron_gkd.data.teacher_view import teacher_view
 from megatron_gkd.data.tokenizing import RowOptions
-from megatron_gkd.errors import UserError
+from megatron_gkd.errors import RunStopped
 
 
 def build(section, tokenizer, **options):
@@ -136,7 +136,7 @@ class TestRows:
     def test_a_conversation_without_a_user(self, read):
         messages = [{"role": "system", "content": "s"}, {"role": "assistant", "content": "a"}]
         with pytest.raises(
-            UserError, match="no user message: teacher_prompt replaces the last user message, and there is none"
+            RunStopped, match="no user message: teacher_prompt replaces the last user message, and there is none"
         ):
             read({"messages": messages, "teacher_prompt": "b"})
 
@@ -147,14 +147,14 @@ class TestRows:
             {"role": "tool", "content": "t"},
             {"role": "assistant", "content": "b"},
         ]
-        with pytest.raises(UserError, match="teacher_prompt: with loss_on: all, the last turn alone may follow it"):
+        with pytest.raises(RunStopped, match="teacher_prompt: with loss_on: all, the last turn alone may follow it"):
             read({"messages": messages, "teacher_prompt": "a longer q"}, loss_on="all")
 
     def test_a_template_that_renders_the_response_by_the_prompt(self, read, chat, tokenizers, monkeypatch):
         counting = "message.content }}{{ messages[0].content | length if message.role == 'assistant' }}"
         template = tokenizers["chatml"].chat_template.replace("message.content }}", counting, 1)
         monkeypatch.setattr(tokenizers["chatml"], "chat_template", template)
-        with pytest.raises(UserError, match="teacher_prompt: the response is tokenized differently after it"):
+        with pytest.raises(RunStopped, match="teacher_prompt: the response is tokenized differently after it"):
             read(chat("q", "a", teacher_prompt="longer"))
 
 
@@ -205,9 +205,9 @@ class TestTags:
     @pytest.mark.parametrize("tag", [None, ""])
     def test_a_row_without_a_tag(self, section, write_jsonl, chat, tokenizer, tag):
         path = write_jsonl([chat("q", "a", subject="math"), chat("q", "b", subject=tag)])
-        with pytest.raises(UserError, match="line 2: no tag: a row needs subject, which says what teacher it has"):
+        with pytest.raises(RunStopped, match="line 2: no tag: a row needs subject, which says what teacher it has"):
             build(section(path), tokenizer, tag_key="subject")
 
     def test_a_tag_is_text(self, section, write_jsonl, chat, tokenizer):
-        with pytest.raises(UserError, match="wrong type: subject must be a string, but is a number"):
+        with pytest.raises(RunStopped, match="wrong type: subject must be a string, but is a number"):
             build(section(write_jsonl([chat("q", "a", subject=3)])), tokenizer, tag_key="subject")

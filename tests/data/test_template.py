@@ -144,7 +144,7 @@ def test_plain_text_starts_with_bos_where_the_tokenizer_adds_it(tokenizers):
         (
             "chatml",
             {"messages": [{"role": "assistant", "content": "a"}]},
-            r"chat template: messages\[0\] is the assistant's",
+            r"chat template: messages\[0\] is an assistant turn",
         ),
         (
             None,
