@@ -9,7 +9,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 
 from megatron_gkd.data.microbatch import Microbatch
 from megatron_gkd.models.megatron_model import MegatronModel, hidden_states
-from megatron_gkd.models.pipeline import forward_backward
+from megatron_gkd.models.pipeline import Pipeline
 from megatron_gkd.teachers.base import TeacherSignal
 from megatron_gkd.training.loss import SUMS, Objective
 from megatron_gkd.training.optimizer import build_optimizer, build_scheduler, step_if_finite
@@ -101,7 +101,7 @@ class Student:
         def loss(hidden, index):
             return self.objective(hidden, head, microbatches[index], signals[index])
 
-        records = forward_backward(self.chunks, microbatches, hidden_states, loss, self.mesh, **options)
+        records = Pipeline(self.chunks, self.mesh).forward_backward(microbatches, hidden_states, loss, **options)
         sums = torch.zeros(len(SUMS), dtype=torch.float64, device=microbatches[0].labels.device)
         for record in records:
             sums += record.sums

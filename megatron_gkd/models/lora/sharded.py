@@ -1,7 +1,7 @@
-"""The factors as Megatron's sharded tensors, for checkpoints that any layout reads.
+"""Describe the factors as Megatron's sharded tensors, for checkpoints that any layout can load.
 
-mcore-bridge's own `sharded_state_dict` (1.6.5, tuners/lora.py) cuts fc1's B without its halves, gate and up, and gives
-replicated factors the replica number 0 on every tensor-parallel rank.
+mcore-bridge's own `sharded_state_dict` (1.6.5, tuners/lora.py) splits fc1's B without regard to its halves, gate and
+up, and gives replicated factors the replica number 0 on every tensor-parallel rank.
 """
 
 from __future__ import annotations

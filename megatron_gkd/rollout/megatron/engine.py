@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from megatron_gkd.data.microbatch import padded_length
 from megatron_gkd.models.megatron_model import MegatronModel, hidden_states, in_eval_mode
-from megatron_gkd.models.pipeline import forward_only
+from megatron_gkd.models.pipeline import Pipeline
 from megatron_gkd.ops.vocabulary import VocabShard
 from megatron_gkd.rollout.base import Completion, Sampling, check_prompts
 from megatron_gkd.rollout.megatron.decode_batch import DecodeBatch, DecodeInputs, DecodeSequence
@@ -156,7 +156,7 @@ class MegatronEngine:
             cache.begin(microbatch)
             return hidden_states(chunk, microbatch)
 
-        return forward_only(self.model.chunks, inputs, forward, self._take_newest, self.mesh)
+        return Pipeline(self.model.chunks, self.mesh).forward_only(inputs, forward, self._take_newest)
 
     def _take_newest(self, hidden: Tensor, inputs: DecodeInputs) -> Tensor:
         states = hidden.squeeze(0)
