@@ -258,7 +258,7 @@ def drop_tokens(rank, world_size, student, url):
     microbatches = next(iter(batches))
     totals = student.compute_gradients(microbatches, teacher.score(microbatches))
     destroy_mesh()
-    return totals, sum(one.num_tokens for one in microbatches)
+    return totals, sum(one.num_labels for one in microbatches)
 
 
 def test_positions_without_a_probable_token_are_dropped_and_counted(gloo_world):

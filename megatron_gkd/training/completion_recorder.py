@@ -1,4 +1,4 @@
-"""What the student said in a step, and token by token how far it was from the teacher: records for a human reader."""
+"""Records of the student's completions for a human reader, with each token's divergence from the teacher."""
 
 from __future__ import annotations
 
@@ -12,26 +12,36 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from megatron_gkd.data.microbatch import Microbatch
-from megatron_gkd.data.sample import IGNORE
 from megatron_gkd.runtime.context_parallel import context_parallel_indices
 from megatron_gkd.runtime.mesh import Mesh
-from megatron_gkd.training.on_policy import Answer, RolloutReport
+from megatron_gkd.training.rollout_report import RolloutReport, SampledRow
 
 
-class Completions:
-    """Of every `interval`-th step in which the student answers, from the first. `tokenizer` makes text of tokens."""
+class CompletionRecorder:
+    """Record the completions of every `interval`-th on-policy step, from the first.
 
-    def __init__(self, mesh: Mesh, tokenizer: PreTrainedTokenizerBase, interval: int):
+    Args:
+        mesh: of the ranks.
+        tokenizer: decodes prompts and completions.
+        interval: on-policy steps from one record to the next.
+    """
+
+    def __init__(self, mesh: Mesh, tokenizer: PreTrainedTokenizerBase, interval: int) -> None:
         self.mesh, self.tokenizer, self.interval = mesh, tokenizer, interval
         self.sampled_steps = 0
 
     def of_step(
         self, step: int, report: RolloutReport, microbatches: Sequence[Microbatch], divergence: Sequence[torch.Tensor]
     ) -> list[dict[str, Any]]:
-        """One record a completion, on the main rank; none elsewhere, or where the step is not due.
+        """Return one record a completion, on the main rank; none elsewhere, or where the step is not recorded.
 
-        All ranks must call it together, once for every step in which the student answers. `divergence` is the
-        student's `token_divergence`.
+        All ranks must call it together, once for every on-policy step.
+
+        Args:
+            step: its number.
+            report: of its sampling.
+            microbatches: of this rank.
+            divergence: the student's `token_divergence`, for each microbatch.
         """
         self.sampled_steps += 1
         if (self.sampled_steps - 1) % self.interval:
@@ -39,40 +49,39 @@ class Completions:
         by_position = self._gather(report, microbatches, divergence)
         if not self.mesh.is_main:
             return []
-        return [
-            self._record(step, answer, by_position.get(position)) for position, answer in sorted(report.answers.items())
-        ]
+        return [self._record(step, row, by_position.get(position)) for position, row in sorted(report.sampled.items())]
 
-    def _record(self, step: int, answer: Answer, divergence: np.ndarray | None) -> dict[str, Any]:
-        completion, of_token = answer.completion, None
+    def _record(self, step: int, row: SampledRow, divergence: np.ndarray | None) -> dict[str, Any]:
+        completion, by_token = row.completion, None
         if divergence is not None:
-            of_token = [None if math.isnan(value) else float(f"{value:.6g}") for value in divergence.tolist()]
-        known = [] if of_token is None else [value for value in of_token if value is not None]
+            by_token = [None if math.isnan(value) else float(f"{value:.6g}") for value in divergence.tolist()]
+        known = [] if by_token is None else [value for value in by_token if value is not None]
         return {
             "step": step,
-            "row": answer.row,
+            "row": row.row,
             "version": completion.version,
-            "prompt": self.tokenizer.decode(answer.prompt, skip_special_tokens=False),
+            "prompt": self.tokenizer.decode(row.prompt, skip_special_tokens=False),
             "completion": self.tokenizer.decode(completion.token_ids, skip_special_tokens=False),
-            "prompt_length": len(answer.prompt),
+            "prompt_length": len(row.prompt),
             "completion_length": len(completion.token_ids),
             "finish_reason": completion.finish_reason,
             "divergence": sum(known) / len(known) if known else None,
             "token_ids": list(completion.token_ids),
-            "token_divergence": of_token,
+            "token_divergence": by_token,
         }
 
     def _gather(
         self, report: RolloutReport, microbatches: Sequence[Microbatch], divergence: Sequence[torch.Tensor]
     ) -> dict[int, np.ndarray]:
-        """By position in the global batch, the divergence of each token of a completion that is trained on.
+        """Gather the divergence of each token of the completions that are trained on.
 
-        NaN where the teacher says nothing.
+        Returns:
+            By position in the global batch; NaN for tokens that the teacher does not score.
         """
         mesh = self.mesh
         own: dict[int, np.ndarray] = {}
         for microbatch, bin_, values in zip(microbatches, report.bins, divergence, strict=False):  # none: earlier stage
-            own |= self._pieces(microbatch, bin_, values, report.answers)
+            own |= self._divergence_of(microbatch, bin_, values, report.sampled)
         parts: list[dict[int, np.ndarray]] = [{} for _ in range(mesh.dp_cp.size())]
         dist.all_gather_object(parts, own, group=mesh.dp_cp)
         whole: dict[int, np.ndarray] = {}
@@ -81,18 +90,18 @@ class Completions:
             whole[position] = np.where(np.isnan(known), piece, known)
         return mesh.broadcast_from_last_stage(whole)
 
-    def _pieces(
-        self, microbatch: Microbatch, positions: Sequence[int], divergence: torch.Tensor, answers: dict[int, Answer]
+    def _divergence_of(
+        self, microbatch: Microbatch, positions: Sequence[int], divergence: torch.Tensor, sampled: dict[int, SampledRow]
     ) -> dict[int, np.ndarray]:
-        """As `_gather`, of one microbatch; NaN for tokens that another context-parallel rank holds."""
+        """Return one microbatch's part of `_gather`; NaN for tokens that another context-parallel rank holds."""
         cp = self.mesh.cp
         here = context_parallel_indices(microbatch.cu_seqlens, cp.rank(), cp.size())
         whole = torch.full((microbatch.total_length,), torch.nan, device=divergence.device)
-        whole[here[microbatch.labels.squeeze(0) != IGNORE]] = divergence.float()
+        whole[here[microbatch.label_positions]] = divergence.float()
         pieces = {}
         for position, start in zip(positions, microbatch.cu_seqlens.tolist(), strict=False):
-            answer = answers.get(position)
-            if answer is not None and answer.is_trained_on:
-                first = start + len(answer.prompt) - 1  # where the completion's first token is predicted
-                pieces[position] = whole[first : first + len(answer.completion.token_ids)].cpu().numpy()
+            row = sampled.get(position)
+            if row is not None and row.is_trained_on:
+                first = start + len(row.prompt) - 1  # where the completion's first token is predicted
+                pieces[position] = whole[first : first + len(row.completion.token_ids)].cpu().numpy()
         return pieces
