@@ -42,6 +42,7 @@ class Checkpoint:
         """Open a directory or a hub id, which one rank of each node downloads. All ranks of `nodes` must call it.
 
         Raises:
+            RunStopped: in all ranks; there is no such directory or hub model, or the nodes' directories differ.
             UserError: config.json is not supported, or the safetensors files don't hold exactly the parameters that it
                 describes.
         """

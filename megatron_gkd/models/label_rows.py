@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
+
+from megatron_gkd.runtime.mesh import Mesh
+
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
-
-from megatron_gkd.runtime.mesh import Mesh
 
 
 def label_rows(hidden: torch.Tensor, positions: torch.Tensor, mesh: Mesh) -> torch.Tensor:

@@ -31,7 +31,7 @@ def locate(model: str, nodes: Nodes) -> Path:
     Rank 0 decides which of the two it is, and downloads first; then one rank of each node downloads missing files.
 
     Raises:
-        UserError: in all ranks; there is no such directory or hub model, or a node's directory is not that of rank 0.
+        RunStopped: in all ranks; there is no such directory or hub model, or a node's directory is not that of rank 0.
     """
     found = nodes.on_main(lambda: _find(model))
     nodes.on_leaders(lambda: _check_directory(model, found) if found.revision is None else _complete(model, found))

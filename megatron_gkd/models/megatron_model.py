@@ -12,17 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from mcore_bridge import ModelConfig, get_mcore_model, hf_to_mcore_config
-from megatron.core.distributed import DistributedDataParallel
-from megatron.core.models.gpt import GPTModel
-from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.tensor_parallel.layers import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    VocabParallelEmbedding,
-    set_tensor_model_parallel_attributes,
-)
-from megatron.core.transformer.enums import AttnBackend
 from torch import nn
 
 from megatron_gkd.data.microbatch import Microbatch
@@ -38,6 +27,18 @@ from megatron_gkd.runtime import portability
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.runtime.transformer_engine import choose_attention, torch_attention
 from megatron_gkd.runtime.transformer_engine.attention import TEDotProductAttention
+
+from mcore_bridge import ModelConfig, get_mcore_model, hf_to_mcore_config
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.enums import AttnBackend
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from megatron_gkd.data.microbatch import Microbatch
 from megatron_gkd.runtime.mesh import Mesh
+
+from megatron.core.pipeline_parallel import get_forward_backward_func
 
 Forward = Callable[[nn.Module, Microbatch], Tensor]
 Loss = Callable[[Tensor, int], tuple[Tensor, Tensor, Any]]

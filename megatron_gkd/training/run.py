@@ -8,8 +8,6 @@ import os
 from functools import partial
 from pathlib import Path
 
-import megatron_gkd.runtime.preload  # noqa: F401  isort: skip  (before anything that imports Megatron-Core)
-
 from megatron_gkd.config.schema import Recipe
 from megatron_gkd.data.batch_config import BatchConfig
 from megatron_gkd.data.lambda_schedule import LambdaSchedule

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
 from megatron_gkd.data.microbatch import Microbatch
 from megatron_gkd.models.megatron_model import MegatronModel, hidden_states
@@ -13,6 +12,8 @@ from megatron_gkd.models.pipeline import Pipeline
 from megatron_gkd.teachers.base import TeacherSignal
 from megatron_gkd.training.loss import SUMS, Objective
 from megatron_gkd.training.optimizer import build_optimizer, build_scheduler, step_if_finite
+
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
 
 class Student:

@@ -9,7 +9,7 @@ from checkpoints import tiny_checkpoint
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from megatron_gkd.errors import UserError
+from megatron_gkd.errors import RunStopped, UserError
 from megatron_gkd.models.checkpoint import Checkpoint
 
 
@@ -200,6 +200,6 @@ def test_a_directory_without_a_tokenizer_is_refused(copy):
 
 def test_a_failed_download_is_one_line(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(UserError, match="nobody/nothing: neither a local directory nor a hub model") as error:
+    with pytest.raises(RunStopped, match="nobody/nothing: neither a local directory nor a hub model") as error:
         Checkpoint.open("nobody/nothing")
     assert "\n" not in str(error.value).split("(")[0]

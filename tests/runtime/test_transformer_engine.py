@@ -26,10 +26,10 @@ def naive_attention(q, k, v, visible):
 
 
 def attention(dropout=0.0):
+    from megatron_gkd.runtime.transformer_engine.attention import TEDotProductAttention
+
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.transformer_config import TransformerConfig
-
-    from megatron_gkd.runtime.transformer_engine.attention import TEDotProductAttention
 
     config = TransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=4, attention_dropout=dropout)
     groups = SimpleNamespace(cp=SimpleNamespace(size=lambda: 1, rank=lambda: 0))
@@ -138,12 +138,12 @@ def test_flash_attention_is_refused_without_its_requirements(on_host, what, monk
 
 def attention_of(rank, world_size, path, attn, dtype):
     """The class of the core attention that is built beside a Transformer Engine with one of its own."""
-    from megatron.core.extensions import transformer_engine_spec_provider as spec_provider
-
     from megatron_gkd.models.checkpoint import Checkpoint
     from megatron_gkd.models.megatron_model import BuildOptions, MegatronModel
     from megatron_gkd.runtime.mesh import Layout, destroy_mesh, initialize_mesh
     from megatron_gkd.runtime.transformer_engine.attention import TEDotProductAttention
+
+    from megatron.core.extensions import transformer_engine_spec_provider as spec_provider
 
     installed = spec_provider.TEDotProductAttention
     spec_provider.TEDotProductAttention = type("RealAttention", (TEDotProductAttention,), {})

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import Tensor, nn
+
 from mcore_bridge.tuners.lora import LoraParallelLinear
 from megatron.core.models.gpt import GPTModel
-from torch import Tensor, nn
 
 ADAPTER = "default"  # the name that PEFT gives to a model's one adapter
 

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
-from mcore_bridge.tuners.lora import LoraParallelLinear
-from megatron.core.models.gpt import GPTModel
 from torch import nn
 
 from megatron_gkd.checkpoint_format.lora_layers import AdaptedLayer, BaseLayer, LoraProblem, can_be_adapted
@@ -16,6 +14,9 @@ from megatron_gkd.models.lora.factors import ADAPTER, Factor, factors_of, global
 from megatron_gkd.models.lora.initialization import initialize_factors
 from megatron_gkd.models.lora.options import LoraOptions
 from megatron_gkd.runtime.mesh import Mesh
+
+from mcore_bridge.tuners.lora import LoraParallelLinear
+from megatron.core.models.gpt import GPTModel
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from mcore_bridge import ModelConfig
-from megatron.core.models.gpt import GPTModel
 from safetensors import safe_open
 
 from megatron_gkd.checkpoint_format.adapter_files import WEIGHTS, AdapterFiles, AdapterProblem, factor_name
@@ -18,6 +16,9 @@ from megatron_gkd.models.checkpoint import Checkpoint
 from megatron_gkd.models.lora.injection import Adapters
 from megatron_gkd.runtime.agreement import run_on_all
 from megatron_gkd.runtime.quiet import hidden_stderr
+
+from mcore_bridge import ModelConfig
+from megatron.core.models.gpt import GPTModel
 
 
 def read_adapters(

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
-from megatron.core.utils import make_sharded_tensor_for_checkpoint, make_tp_sharded_tensor_for_checkpoint
-
 from megatron_gkd.models.lora.factors import Factor
 from megatron_gkd.runtime.mesh import Mesh
+
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+from megatron.core.utils import make_sharded_tensor_for_checkpoint, make_tp_sharded_tensor_for_checkpoint
 
 
 def sharded_factors(factors: Iterable[Factor], mesh: Mesh) -> dict[str, Any]:

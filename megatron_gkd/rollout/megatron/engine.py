@@ -15,7 +15,6 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
@@ -29,6 +28,8 @@ from megatron_gkd.rollout.megatron.kv_cache import KeyValueCache
 from megatron_gkd.rollout.megatron.sampling import fold_to_int64, sample
 from megatron_gkd.rollout.stop_strings import StopStringDetector, get_fast_tokenizer
 from megatron_gkd.runtime import portability
+
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
 
 class MegatronEngine:
