@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_gkd.config import attention_checks, cache_checks, lora_checks, model_checks, output_checks, teacher_checks
+from megatron_gkd.config.divergences import FAMILIES
 from megatron_gkd.config.schema import Recipe
 
 LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
@@ -61,11 +62,10 @@ def _on_policy(recipe: Recipe, _: int) -> Iterator[str]:
 
 
 def _beta(recipe: Recipe, _: int) -> Iterator[str]:
-    """Where M = beta T + (1 - beta) S is one of the two, a divergence of that one from M is always 0."""
-    refused = {"skewed_forward_kl": 1.0, "skewed_reverse_kl": 0.0}.get(recipe.distill.divergence)
-    if recipe.distill.beta == refused:
-        allowed = "below 1" if refused else "above 0"
-        yield f"distill.beta = {recipe.distill.beta}: must be {allowed} with divergence = {recipe.distill.divergence}"
+    family = FAMILIES[recipe.distill.divergence]
+    if family.at(recipe.distill.beta) is None:
+        name = recipe.distill.divergence
+        yield f"distill.beta = {recipe.distill.beta}: must be {family.allowed} with divergence = {name}"
 
 
 def _tail(recipe: Recipe, _: int) -> Iterator[str]:

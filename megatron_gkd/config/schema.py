@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from megatron_gkd.config import yaml_text
+from megatron_gkd.config.divergences import DivergenceName
 from megatron_gkd.config.durations import parse_duration
 
 PathText = Annotated[str, StringConstraints(min_length=1), AfterValidator(os.path.expanduser)]
@@ -134,9 +135,6 @@ class TeacherSection(OneTeacher):
         if not self.teachers:
             return {"teacher": self}
         return {f"teacher.teachers[{index}]": teacher for index, teacher in enumerate(self.teachers)}
-
-
-DivergenceName = Literal["jsd", "total_variation", "skewed_forward_kl", "skewed_reverse_kl", "alpha"]
 
 
 class DistillSection(Section):
