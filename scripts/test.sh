@@ -38,7 +38,7 @@ run_everything() {
     begin "Static checks"
     bash scripts/lint.sh
     begin "Documentation"
-    mkdocs build --strict --quiet
+    NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
     begin "Tests"
     python -m pytest -q -m "not vllm and not serial" "${parallel[@]}"
     begin "Tests that need the machine for themselves"

@@ -1,6 +1,6 @@
-"""What vLLM servers answer, without a model: for tests of what servers do rarely, or not on demand.
+"""The responses of vLLM servers, without a model: for tests of what servers do rarely, or not on demand.
 
-Completions are a function of weights, prompt and seed: who asks other weights gets other tokens.
+Completions are a function of weights, prompt and seed: other weights give other tokens.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ COMPLETION_LENGTH = 6
 
 
 class FakeVllm:
-    """One server. `before(path)` may raise in place of an answer, or wait."""
+    """One server. `before(path)` may raise in place of a response, or wait."""
 
     def __init__(self, before: Callable[[str], None] = lambda path: None, world_size: int = 1):
         self.before, self.world_size = before, world_size

@@ -22,7 +22,7 @@ PYTHON = Path(os.environ.get("MEGATRON_GKD_VLLM_PYTHON", REPOSITORY / ".venv-vll
 WHY_ABSENT = f"no vLLM: {PYTHON} does not exist; `bash scripts/setup_vllm.sh` makes .venv-vllm"
 READY_SECONDS = 300.0
 TRANSFER_BACKEND = "nccl" if torch.cuda.device_count() > 1 else "gloo"
-"""Of weights between this process and the server, which on GPUs has the second to itself."""
+"""The transfer of weights between this process and the server, which on GPUs has the second to itself."""
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
@@ -84,7 +84,7 @@ class VllmServer:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        """Returns at once; see `wait_until_ready`."""
+        """Start it and return at once; see `wait_until_ready`."""
         module = ["-m", "vllm.entrypoints.openai.api_server"]  # the vllm command looks for a package named vllm
         arguments = [str(part) for pair in self.arguments.items() for part in pair]
         # This package without its requirements.
@@ -101,7 +101,11 @@ class VllmServer:
             )
 
     def wait_until_ready(self) -> None:
-        """Raises RuntimeError with the log's end if it dies, or takes longer than READY_SECONDS."""
+        """Wait until it responds.
+
+        Raises:
+            RuntimeError: it died, or took longer than READY_SECONDS; has the end of its log.
+        """
         deadline = time.monotonic() + READY_SECONDS
         while not self.is_healthy():
             if self.process.poll() is not None or time.monotonic() > deadline:
@@ -120,7 +124,7 @@ class VllmServer:
         self.wait_until_ready()
 
     def kill(self) -> None:
-        """All its processes, without a chance to say goodbye."""
+        """Kill all its processes at once."""
         if self.process is not None:
             try:
                 os.killpg(self.process.pid, signal.SIGKILL)

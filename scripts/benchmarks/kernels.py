@@ -32,7 +32,7 @@ READS_AND_WRITES = {K1: 2, K1_MOMENTS: 2, K2: 2, K3: 3}  # of one model's logits
 
 
 def run_case(case: Case, plan: Plan, stopwatch: Stopwatch) -> dict:
-    """The passes that the divergence at `case.beta` consists of: seconds of each, and the bytes that it moves."""
+    """Measure each pass of the divergence at `case.beta`: its seconds, and the bytes that it moves."""
     student, teacher = (x.detach() for x in case.inputs(stopwatch.device))
     spec = DivergenceSpec.of(case.beta, 1.0, VocabShard.of(case.columns))
     measured = measure(student, teacher, spec)
