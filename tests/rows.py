@@ -8,9 +8,10 @@ from megatron_gkd.data.sample import Sample
 
 
 class RandomRows:
-    """Return `count` rows of 5 to `longest` tokens below `vocab_size`.
+    """`count` rows of 5 to `longest` tokens below `vocab_size`.
 
     The first third of each is a prompt without labels.
+
     Rows have the tags a and b in turn. Of `privileged` ones, two of three have a prompt of their own for the teacher.
     `most_labels` leaves only so many at the end of each row.
     """
