@@ -167,6 +167,7 @@ def _launch(options: "LaunchOptions", name: str, path: str, arguments: list[str]
 def _help(name: str) -> str:
     from megatron_gkd.config import commands
     from megatron_gkd.config.help import recipe_keys
+    from megatron_gkd.config.options import help_of
     from megatron_gkd.launch.options import LAUNCH
 
     options = {
@@ -175,7 +176,7 @@ def _help(name: str) -> str:
         "generate": commands.GENERATE,
         "checkpoint": commands.EXPORT,
     }.get(name)
-    own = f"options of {name}:\n{commands.help_of(options)}\n\n" if options else ""
+    own = f"options of {name}:\n{help_of(options)}\n\n" if options else ""
     if name != "check":
-        own += f"options to start several processes:\n{commands.help_of(LAUNCH)}\n\n"
+        own += f"options to start several processes:\n{help_of(LAUNCH)}\n\n"
     return f"{USAGE}\n{own}{OVERRIDES}\n{recipe_keys()}"

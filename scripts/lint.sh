@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 if [ -z "${VIRTUAL_ENV:-}" ]; then
     # shellcheck source=scripts/setup_env.sh
     source scripts/setup_env.sh
-    setup_env dev
+    setup_env dev docs
 fi
 
 checks=(ruff-format ruff mypy codespell clang-format shellcheck)

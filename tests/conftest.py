@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import vllm_server
 from checkpoints import tiny_checkpoint
+from command_line import write_workspace
 from world import World
 
 _num_gpu_tests = pytest.StashKey[int]()
@@ -51,6 +53,13 @@ def gloo_world() -> Iterator[Callable[[int], World]]:
     yield of_size
     for world in worlds.values():
         world.close()
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Path:
+    """Return a folder with a small recipe and its data; see ``command_line``."""
+    write_workspace(tmp_path)
+    return tmp_path
 
 
 @pytest.fixture(scope="session")

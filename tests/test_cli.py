@@ -191,8 +191,8 @@ def test_train_help_names_every_key_in_under_a_second_of_work():
     assert done.returncode == 0 and done.stderr == ""
     for leaf, section in keys.SECTION_OF.items():
         _, _, below = done.stdout.partition(f"\n{section}:\n")
-        field = keys.field_of(leaf)
-        assert f"  --{leaf}  {keys.allowed(field)}  [" in below
+        field = keys.find_field(leaf)
+        assert f"  --{leaf}  {keys.describe_allowed(field)}  [" in below
         assert field.description in below
     assert "--beta  a number in [0, 1]  [default: 0.5]" in done.stdout
     for option in ("nproc", "nnodes", "node-rank", "rdzv", "rdzv-id", "max-restarts", "shutdown-timeout"):

@@ -52,7 +52,7 @@ def build(student, teacher, changes: dict[str, dict], rows: RandomRows | None = 
     order = SampleOrder(rows.sizes, [1.0], seed=recipe.train.seed, shuffle=True)
     teacher = build_teacher(recipe, mesh, student, teachers)
     config = BatchConfig.from_recipe(recipe, mesh, pad_token_id=0)
-    return mesh, student, teacher, StepLoader(rows, order, config, range(3))
+    return mesh, student, teacher, StepLoader(rows, order, config, range(1, 4))
 
 
 def train_steps(rank, world_size, student, teacher, changes, break_gradient=False, rows=None):
@@ -60,7 +60,7 @@ def train_steps(rank, world_size, student, teacher, changes, break_gradient=Fals
     from megatron_gkd.runtime.mesh import destroy_mesh
     from megatron_gkd.teachers.base import FollowsStudent
 
-    mesh, student, teacher, batches = build(student, teacher, changes, rows)
+    _, student, teacher, batches = build(student, teacher, changes, rows)
     if break_gradient:
         _drop_sequence_parallel_reduction(student)
     records = []

@@ -25,11 +25,11 @@ class LambdaSchedule:
     seed: int
 
     def rows(self, step: int, count: int) -> np.ndarray:
-        """Return bool [count]: which rows of global batch `step`, counted from 0, the student generates."""
-        random = np.random.Generator(np.random.PCG64([self.seed, _STREAM, step]))
+        """Return bool [count]: which rows of step `step`, counted from 1, the student generates."""
+        random = np.random.Generator(np.random.PCG64([self.seed, _STREAM, step - 1]))
         draws = random.random(1 if self.granularity == "step" else count)
         return np.broadcast_to(draws < self.lmbda, count)
 
     def any(self, step: int, count: int) -> bool:
-        """Return whether the student generates any row of global batch `step`, counted from 0."""
+        """Return whether the student generates any row of step `step`, counted from 1."""
         return bool(self.rows(step, count).any())

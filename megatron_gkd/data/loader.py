@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, Dataset
 from megatron_gkd.data.batch_config import BatchConfig
 from megatron_gkd.data.microbatch import Microbatch
 from megatron_gkd.data.microbatch_planner import MicrobatchPlanner
-from megatron_gkd.data.order import FILLER, SequentialOrder
-from megatron_gkd.data.sample import FROM_DATASET, IGNORE, Sample
+from megatron_gkd.data.order import PADDING_ROW, SequentialOrder
+from megatron_gkd.data.sample import FROM_DATASET, IGNORED_LABEL, PAD_TOKEN_ID, Sample
 from megatron_gkd.errors import UserError
 
 
@@ -39,7 +39,7 @@ class StepLoader:
         dataset: where samples come from.
         order: which rows a step has.
         config: how a step's rows become this rank's microbatches.
-        steps: the steps to yield, counted from 0.
+        steps: the steps to yield, counted from 1.
         num_workers: processes that prepare steps ahead; 0 prepares them in this one.
         skip: steps for which None is yielded: their microbatches are made elsewhere.
     """
@@ -74,24 +74,19 @@ class StepLoader:
             yield None if item is None else [Microbatch.from_arrays(arrays) for arrays in item]
 
     def step(self, step: int) -> list[Microbatch] | None:
-        """The microbatches of this rank at a step, counted from 0."""
+        """Build this rank's microbatches of a step, counted from 1; None for a step that is skipped."""
         if self._skip is not None and self._skip(step):
             return None
         rows = self._order.rows_of_step(step, self._config.global_batch_size)
-        require_responses(self._dataset, [row for row in rows if row != FILLER], step)
+        require_responses(self._dataset, [row for row in rows if row != PADDING_ROW], step)
         lengths = [self._length(row) for row in rows]
         return self._planner.make_microbatches(lengths, lambda position: self._sample(rows[position]))
 
-    def num_tokens(self, step: int) -> int:
-        """Labels that are not -100 in the whole global batch of a step, over all ranks: what its loss is divided by."""
-        rows = self._order.rows_of_step(step, self._config.global_batch_size)
-        return sum(int(self._dataset.num_labels[row]) for row in rows if row != FILLER)
-
     def _length(self, row: int) -> int:
-        return 1 if row == FILLER else int(self._dataset.lengths[row])
+        return 1 if row == PADDING_ROW else int(self._dataset.lengths[row])
 
     def _sample(self, row: int) -> Sample:
-        return filler(self._config.pad_token_id) if row == FILLER else self._dataset[row]
+        return padding_sample(self._config.pad_token_id) if row == PADDING_ROW else self._dataset[row]
 
 
 def require_responses(dataset: SampleDataset, rows: Sequence[int], step: int) -> None:
@@ -99,14 +94,14 @@ def require_responses(dataset: SampleDataset, rows: Sequence[int], step: int) ->
     for row in rows:
         if dataset.num_labels[row] == 0:
             raise UserError(
-                f"step {step + 1}: row {row} of the dataset has no response, and in this step the student does not "
+                f"step {step}: row {row} of the dataset has no response, and in this step the student does not "
                 "answer it; give it one, or set lmbda to 1"
             )
 
 
-def filler(pad_token_id: int) -> Sample:
-    """A row of one token and no label."""
-    return Sample(np.array([pad_token_id]), np.array([IGNORE]), FROM_DATASET, FILLER)
+def padding_sample(pad_token_id: int = PAD_TOKEN_ID) -> Sample:
+    """Build a row of one token and no label."""
+    return Sample(np.array([pad_token_id]), np.array([IGNORED_LABEL]), FROM_DATASET, PADDING_ROW)
 
 
 def validation_batches(dataset: SampleDataset, config: BatchConfig, num_steps: int | None = None) -> StepLoader:
@@ -122,7 +117,9 @@ def validation_batches(dataset: SampleDataset, config: BatchConfig, num_steps: i
     """
     order = SequentialOrder(len(dataset))
     steps = order.num_steps(config.global_batch_size)
-    return StepLoader(dataset, order, config, range(steps if num_steps is None else min(steps, num_steps)))
+    if num_steps is not None:
+        steps = min(steps, num_steps)
+    return StepLoader(dataset, order, config, range(1, steps + 1))
 
 
 class _Steps(Dataset):

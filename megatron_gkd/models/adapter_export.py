@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import shutil
 from pathlib import Path
@@ -14,6 +12,7 @@ from megatron_gkd.models.export import write_tokenizer
 from megatron_gkd.models.megatron_model import MegatronModel
 from megatron_gkd.runtime.agreement import run_on_main
 from megatron_gkd.runtime.disk import publish
+from megatron_gkd.runtime.quiet import hidden_stderr
 
 
 def export_adapters(model: MegatronModel, directory: str | Path) -> Path:
@@ -46,7 +45,7 @@ def export_adapters(model: MegatronModel, directory: str | Path) -> Path:
         publish(unfinished, directory)
 
     run_on_main(prepare, os_error=f"{directory}: can't be written to")
-    with model.exporting() as bridge, contextlib.redirect_stderr(io.StringIO()):  # its progress bar
+    with model.exporting() as bridge, hidden_stderr():
         bridge.save_weights(model.chunks, str(unfinished), peft_format=True)
     run_on_main(finish, os_error=f"{directory}: can't be written to")
     return directory

@@ -89,11 +89,11 @@ class Completion:
     finish_reason: Literal["stop", "length"]
     version: int
 
-    def within(self, room: int) -> Completion:
-        """The same, cut to `room` tokens."""
-        if len(self.token_ids) <= room:
+    def truncate(self, max_length: int) -> Completion:
+        """Return the completion with at most `max_length` tokens."""
+        if len(self.token_ids) <= max_length:
             return self
-        return Completion(self.token_ids[:room], self.log_probs[:room], "length", self.version)
+        return Completion(self.token_ids[:max_length], self.log_probs[:max_length], "length", self.version)
 
 
 class RolloutEngine(Protocol):

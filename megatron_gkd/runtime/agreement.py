@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import secrets
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -58,7 +58,9 @@ def run_on_all(work: Callable[[], T], kind: type[GkdError] = UserError, *, os_er
     Raises:
         kind: in all ranks, with the first failing rank's message; on that rank its own exception is the cause.
     """
-    result, problem, cause = None, None, None
+    result: T | None = None
+    problem: str | None = None
+    cause: Exception | None = None
     try:
         result = work()
     except OSError as error:
@@ -66,7 +68,7 @@ def run_on_all(work: Callable[[], T], kind: type[GkdError] = UserError, *, os_er
     except GkdError as error:
         problem, cause = str(error), error
     raise_together(problem, kind, cause=cause)
-    return result  # type: ignore[return-value]
+    return cast(T, result)
 
 
 def run_on_main(work: Callable[[], T], kind: type[GkdError] = UserError, *, os_error: str = "") -> T:
@@ -76,7 +78,7 @@ def run_on_main(work: Callable[[], T], kind: type[GkdError] = UserError, *, os_e
     """
     result = [run_on_all(lambda: work() if dist.get_rank() == 0 else None, kind, os_error=os_error)]
     dist.broadcast_object_list(result, src=0)
-    return result[0]  # type: ignore[return-value]
+    return cast(T, result[0])
 
 
 class FailureMeeting:
@@ -90,7 +92,7 @@ class FailureMeeting:
         seconds: how long `join` waits for the other ranks.
     """
 
-    def __init__(self, name: str, seconds: float = 30.0):
+    def __init__(self, name: str, seconds: float = 30.0) -> None:
         self.name, self.seconds = name, seconds
 
     @classmethod

@@ -1,16 +1,22 @@
-"""The process groups of a layout: the one place that touches Megatron's global `parallel_state`."""
+"""The process groups of a layout.
+
+Only this module and the PyTorch fallback for Transformer Engine, which Megatron-Core calls, use Megatron's global
+`parallel_state` (`tests/runtime/test_boundaries.py`).
+"""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from megatron_gkd.config.schema import ParallelSection
 
 T = TypeVar("T")
 
@@ -28,8 +34,8 @@ class Layout:
     sequence_parallel: bool = False
 
     @classmethod
-    def from_section(cls, parallel) -> Layout:
-        """The layout of a recipe's `parallel` section."""
+    def from_section(cls, parallel: ParallelSection) -> Layout:
+        """Return the layout of a recipe's `parallel` section."""
         return cls(
             tensor=parallel.tensor_model_parallel_size,
             pipeline=parallel.pipeline_model_parallel_size,
@@ -42,8 +48,10 @@ class Layout:
 
     @property
     def pad_multiple(self) -> int:
-        """What the length of every sequence must divide by: two zigzag chunks a context-parallel rank, and
-        under sequence parallelism an equal share of each for every tensor-parallel rank.
+        """The number that must divide the length of every sequence.
+
+        Each context-parallel rank gets two zigzag chunks, and each tensor-parallel rank an equal share of them under
+        sequence parallelism.
         """
         zigzag = 2 * self.context if self.context > 1 else 1
         return zigzag * (self.tensor if self.sequence_parallel else 1)
@@ -84,7 +92,7 @@ class Mesh:
 
     @contextlib.contextmanager
     def virtual_stages(self, count: int | None) -> Iterator[None]:
-        """Megatron's global number of virtual stages is `count` inside. The student may have them, the teacher not."""
+        """Set Megatron's global number of virtual stages to `count` inside; the student and a teacher may differ."""
         outside = parallel_state.get_virtual_pipeline_model_parallel_world_size()
         parallel_state.set_virtual_pipeline_model_parallel_world_size(count)
         try:
@@ -110,7 +118,7 @@ class Mesh:
             value = _broadcast(value, 0, self.cp)
         if self.tp.rank() == 0:
             value = _broadcast(value, self.pp.size() - 1, self.pp)
-        return _broadcast(value, 0, self.tp)  # type: ignore[return-value]
+        return cast(T, _broadcast(value, 0, self.tp))
 
 
 def _broadcast(value: T, source: int, group: dist.ProcessGroup) -> T:
@@ -122,7 +130,7 @@ def _broadcast(value: T, source: int, group: dist.ProcessGroup) -> T:
 
 
 def initialize_mesh(layout: Layout, seed: int) -> Mesh:
-    """Create the groups of `layout` in an initialised world, and seed every rank's random states."""
+    """Create the groups of `layout` in an initialized world, and seed every rank's random states."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,

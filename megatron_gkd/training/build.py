@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_gkd.checkpoint_format.adapter_files import adapter_config, factor_shapes
-from megatron_gkd.config.lora_checks import layer_rules
+from megatron_gkd.config.lora_rules import layer_rules
 from megatron_gkd.config.schema import LoraSection, Recipe, RolloutSection
 from megatron_gkd.data.batch_config import BatchConfig
 from megatron_gkd.data.lambda_schedule import LambdaSchedule
@@ -30,7 +30,8 @@ from megatron_gkd.rollout.vllm.server import ServedAdapters, ServerOptions, Vllm
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.training.load_model import load_model
 from megatron_gkd.training.loss import Objective
-from megatron_gkd.training.on_policy import Rollouts
+from megatron_gkd.training.on_policy import OnSample, RolloutOptions, Rollouts
+from megatron_gkd.training.step_prompts import StepPrompts
 from megatron_gkd.training.student import Student
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -91,26 +92,22 @@ def build_rollouts(
     order: StepOrder,
     config: BatchConfig,
     train_iters: int,
+    on_sample: OnSample | None = None,
 ) -> Rollouts:
     """What samples the steps that `lambda_schedule` gives to the student."""
     section = recipe.rollout
     sampling = sampling_of(section, student.objective.vocab_size)
     if section.engine != "megatron":
         logit_bias(sampling, checkpoint.vocab_size)  # what vLLM can't exclude ends the run before the engine starts
-    return Rollouts(
-        build_engine(recipe, mesh, student.model, checkpoint),
-        lambda_schedule,
-        dataset,
-        order,
-        config,
+    options = RolloutOptions(
         sampling,
         truncated=section.truncated_completions,
-        dp=mesh.dp,
         steps_ahead=section.steps_ahead,
         num_steps=train_iters,
-        teacher_max_length=recipe.data.teacher_max_length,
         tensors=rollout_tensors(recipe),
     )
+    prompts = StepPrompts(dataset, order, lambda_schedule, config, recipe.data.teacher_max_length)
+    return Rollouts(build_engine(recipe, mesh, student.model, checkpoint), prompts, options, mesh.dp, on_sample)
 
 
 def rollout_tensors(recipe: Recipe) -> Callable[[MegatronModel], Iterable[tuple[str, Tensor]]]:

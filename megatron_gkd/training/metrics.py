@@ -12,7 +12,7 @@ from megatron_gkd.reporting.metrics_log import MetricsLog
 from megatron_gkd.reporting.progress import Progress
 from megatron_gkd.reporting.start_report import StartReport
 from megatron_gkd.runtime import portability
-from megatron_gkd.training.on_policy import RolloutReport
+from megatron_gkd.training.rollout_report import RolloutReport
 
 
 def summarize(totals: dict[str, float], *, has_teacher: bool) -> dict[str, float | None]:

@@ -38,7 +38,7 @@ from megatron_gkd.training.checkpointing.run_checkpoints import RunCheckpoints
 from megatron_gkd.training.checkpointing.saver import Saver
 from megatron_gkd.training.checkpointing.state import Saved
 from megatron_gkd.training.checkpointing.workarounds import apply_workarounds
-from megatron_gkd.training.completions import Completions
+from megatron_gkd.training.completion_recorder import CompletionRecorder
 from megatron_gkd.training.exports import Exports
 from megatron_gkd.training.interruptions import Interruptions
 from megatron_gkd.training.metrics import Reporter
@@ -87,7 +87,7 @@ def _train(recipe: Recipe, mesh: Mesh, folder: RunFolder, signals: StopSignals |
         dataset,
         order,
         config,
-        range(first_step, train_iters),
+        range(first_step + 1, train_iters + 1),
         num_workers=recipe.data.dataloader_num_workers,
         skip=partial(lambda_schedule.any, count=recipe.train.global_batch_size),
     )
@@ -102,15 +102,14 @@ def _train(recipe: Recipe, mesh: Mesh, folder: RunFolder, signals: StopSignals |
     teacher = build_teacher(recipe, mesh, student, models.teachers)
     rollouts = None
     if recipe.distill.lmbda > 0:
+        on_sample = (lambda sample: teacher.begin([sample])) if isinstance(teacher, ScoresAhead) else None
         rollouts = build_rollouts(
-            recipe, mesh, student, models.student, lambda_schedule, dataset, order, config, train_iters
+            recipe, mesh, student, models.student, lambda_schedule, dataset, order, config, train_iters, on_sample
         )
     output = recipe.output
-    if rollouts is not None and isinstance(teacher, ScoresAhead):
-        rollouts.on_sample = lambda sample: teacher.begin([sample])
     completions = None
     if rollouts is not None and output.log_completions:
-        completions = Completions(mesh, models.tokenizer, output.log_completions_interval)
+        completions = CompletionRecorder(mesh, models.tokenizer, output.log_completions_interval)
     saved = Saved(student, averages_of(teacher), output.save_optim)
     if point is not None:
         load(saved, point.path, point.step)

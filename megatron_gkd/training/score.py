@@ -15,10 +15,10 @@ import torch.distributed as dist
 from megatron_gkd.config.schema import Recipe
 from megatron_gkd.data.batch_config import BatchConfig
 from megatron_gkd.data.cache import hash_tokenizer
-from megatron_gkd.data.loader import SampleDataset, filler
+from megatron_gkd.data.loader import SampleDataset, padding_sample
 from megatron_gkd.data.microbatch import Microbatch
 from megatron_gkd.data.microbatch_planner import MicrobatchPlanner
-from megatron_gkd.data.order import FILLER
+from megatron_gkd.data.order import PADDING_ROW
 from megatron_gkd.data.sample import Sample
 from megatron_gkd.reporting.progress import Progress
 from megatron_gkd.runtime import portability
@@ -159,16 +159,17 @@ class Scorer:
     def _microbatches(self, rows: list[int]) -> Iterator[Microbatch]:
         size = self.planner.config.micro_batch_size
         fill = -len(rows) % size if rows else size
-        filled = [*rows, *[FILLER] * fill]
+        filled = [*rows, *[PADDING_ROW] * fill]
         microbatches = self.planner.make_microbatches(
-            [1 if row == FILLER else int(self.rows.lengths[row]) for row in filled], lambda i: self._sample(filled[i])
+            [1 if row == PADDING_ROW else int(self.rows.lengths[row]) for row in filled],
+            lambda i: self._sample(filled[i]),
         )
         most = torch.tensor([len(microbatches)], device=portability.device())
         dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.mesh.dp)
         yield from (microbatch.to(portability.device()) for microbatch in microbatches)
         for _ in range(int(most) - len(microbatches)):
-            (empty,) = self.planner.make_microbatches([1] * size, lambda _: self._sample(FILLER))
+            (empty,) = self.planner.make_microbatches([1] * size, lambda _: self._sample(PADDING_ROW))
             yield empty.to(portability.device())
 
     def _sample(self, row: int) -> Sample:
-        return filler(self.pad_token_id) if row == FILLER else self.rows[row]
+        return padding_sample(self.pad_token_id) if row == PADDING_ROW else self.rows[row]

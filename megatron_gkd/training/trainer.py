@@ -19,7 +19,7 @@ from megatron_gkd.teachers.base import FollowsStudent, ReadOnce, TeacherSignal, 
 from megatron_gkd.training.ahead import announce_ahead
 from megatron_gkd.training.bad_steps import BadSteps
 from megatron_gkd.training.checkpointing.run_checkpoints import RunCheckpoints
-from megatron_gkd.training.completions import Completions
+from megatron_gkd.training.completion_recorder import CompletionRecorder
 from megatron_gkd.training.exports import ExportFolders, Exports
 from megatron_gkd.training.guards import Guards
 from megatron_gkd.training.interruptions import Interruptions
@@ -45,7 +45,7 @@ class Trainer:
         reporter: Reporter,
         *,
         rollouts: Rollouts | None = None,
-        completions: Completions | None = None,
+        completions: CompletionRecorder | None = None,
         mismatch_kl_threshold: float | None = None,
         teacher_is_student: bool = False,
         train_iters: int,
@@ -163,13 +163,13 @@ class Trainer:
         start = time.perf_counter()
         sampled, sync_time, probed = None, 0.0, None
         if microbatches is None:
-            if not self.rollouts.has_begun(step - 1):
+            if not self.rollouts.has_begun(step):
                 sync_time += self.rollouts.load_weights(self.student, step - 1)
-            microbatches, sampled = self.rollouts.microbatches(step - 1)
-        if self.rollouts is not None and self.rollouts.is_early(step):  # the next one: `rollouts` counts from 0
+            microbatches, sampled = self.rollouts.microbatches(step)
+        if self.rollouts is not None and self.rollouts.is_early(step + 1):
             sync_time += self.rollouts.load_weights(self.student, step - 1)
-            probed = self.rollouts.probe_mismatch(self.student, step)
-            self.rollouts.begin(step)
+            probed = self.rollouts.probe_mismatch(self.student, step + 1)
+            self.rollouts.begin(step + 1)
         rolled_out = time.perf_counter()
         microbatches = [microbatch.to(portability.device()) for microbatch in microbatches]
         signals = self.score(microbatches)

@@ -52,7 +52,7 @@ def flags(text: str) -> list[str]:
          "lr_warmup_iters (2)"),
         (2, "--eval_interval 5 --val_dataset []", "train.eval_interval = 5: needs data.val_dataset"),
         (2, "--lmbda 0.5 --teacher_kind none",
-         "distill.lmbda = 0.5: must be 0 with teacher.teacher_kind = none, which judges no samples"),
+         "distill.lmbda = 0.5: must be 0 with teacher.teacher_kind = none, which scores no samples"),
         (2, "--lmbda 1.5", "distill.lmbda = 1.5: must be a number in [0, 1]"),
         (2, "--beta 1.5", "distill.beta = 1.5: must be a number in [0, 1]"),
         (2, "--temperature 0", "distill.temperature = 0: must be a number in [0.01, 1000.0]"),

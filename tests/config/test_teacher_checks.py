@@ -39,7 +39,7 @@ KEY = ["--teacher_tag_key", "subject"]
         ([*SERVER, "--teacher_server_concurrency", "0"], "teacher.teacher_server_concurrency = 0: must be"),
         (
             ["--teacher_kind", "self"],
-            "teacher.teacher_model = teacher: must be student.model (student), for the weights",
+            "teacher.teacher_model = teacher: must be student.model (student), for its initial weights",
         ),
         (
             ["--teacher_kind", "self", "--teacher_model", "student", "--teacher_ema", "0.9"],

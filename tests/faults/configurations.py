@@ -1,4 +1,4 @@
-"""The runs that are killed: seven ways to train, with small models and few rows."""
+"""The runs that are killed: eight ways to train, with small models and few rows."""
 
 from __future__ import annotations
 
@@ -126,5 +126,13 @@ CONFIGURATIONS = {
         ),
         frozenset({"validation"}),
         has_teacher=False,
+    ),
+    "LoRA TP2": Configuration(
+        (
+            {"lora": {"lora_rank": 4, "lora_alpha": 8, "lora_dropout": 0.1, "merge_lora": True}},
+            {"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}},
+            VALIDATION,
+        ),
+        frozenset({"validation"}),
     ),
 }

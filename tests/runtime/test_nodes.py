@@ -130,7 +130,7 @@ def test_a_rank_that_dies_ends_the_wait(ranks, dying):
     answers = ranks.collect(2)
     assert set(answers) == {0, 1, 2} - {dying}
     assert {text for _, text in answers.values()} == {
-        f"rank {dying} on {HOST} has shown no sign of life for 2 s; it has probably died"
+        f"rank {dying} on {HOST} has sent no heartbeat for 2 s; it has probably died"
     }
     # Rank 0 prints what all raise together; if it is the dead one, another has to.
     assert ("RunStopped, not shared" in {kind for kind, _ in answers.values()}) == (dying == 0)

@@ -1,4 +1,4 @@
-"""The stand-ins compute what the classes they stand in for promise."""
+"""The PyTorch fallback computes what Transformer Engine's classes promise."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def attention(dropout=0.0):
 
     config = TransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=4, attention_dropout=dropout)
     groups = SimpleNamespace(cp=SimpleNamespace(size=lambda: 1, rank=lambda: 0))
-    return TEDotProductAttention(config, 1, AttnMaskType.causal, "self", pg_collection=groups)
+    return TEDotProductAttention(config, attn_mask_type=AttnMaskType.causal, pg_collection=groups)
 
 
 def qkv(queries=6, keys=6, batch=()):
@@ -88,7 +88,7 @@ def test_norms(kind, zero_centered):
 def test_the_package_can_be_imported_by_name():
     import transformer_engine.pytorch
 
-    assert transformer_engine.is_stand_in and isinstance(transformer_engine.pytorch.Linear, type)
+    assert transformer_engine.is_pytorch_fallback and isinstance(transformer_engine.pytorch.Linear, type)
 
 
 BF16, FP32 = torch.bfloat16, torch.float32

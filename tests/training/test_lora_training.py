@@ -149,7 +149,7 @@ def answering_model(rank, world_size, model, folder, changes):
     from megatron_gkd.models.adapter_export import export_adapters
     from megatron_gkd.models.checkpoint import Checkpoint
     from megatron_gkd.runtime.mesh import destroy_mesh
-    from megatron_gkd.training.generate import build_engine_of
+    from megatron_gkd.training.generation_engine import build_generation_engine
 
     plain = {"teacher": {"teacher_kind": "none"}, "student": {"model": str(model)}}
     mesh, student, _, _ = build_with_random_b(model, None, changes | plain)
@@ -157,7 +157,7 @@ def answering_model(rank, world_size, model, folder, changes):
     expected = {name: tensor.clone() for name, tensor in student.model.named_tensors()}
     recipe = recipe_of(changes | plain | {"lora": changes["lora"] | {"adapters": str(folder)}})
     models = SimpleNamespace(student=Checkpoint.open(str(model)), teachers={})
-    engine = build_engine_of("student", recipe, mesh, models)
+    engine = build_generation_engine("student", recipe, mesh, models)
     found = {name: tensor.clone() for name, tensor in engine.model.named_tensors()}
     destroy_mesh()
     return expected, found

@@ -38,7 +38,7 @@ def oracle(
     teacher = None if teacher_path is None else open_model(teacher_path)
     rows = rows or RandomRows(count=24)
     order = SampleOrder(rows.sizes, [1.0], seed=1234, shuffle=True).rows_of_step(
-        0, RECIPE["train"]["global_batch_size"]
+        1, RECIPE["train"]["global_batch_size"]
     )
     total, tokens = 0.0, 0
     for sample in filter(of, (rows[row] for row in order)):

@@ -110,12 +110,12 @@ def sample_and_train(rank, world_size, parallel):
         3,
     )
     rollouts.load_weights(student, 0)
-    microbatches, report = rollouts.microbatches(0)
+    microbatches, report = rollouts.microbatches(1)
     with teacher.resident():
         signals = teacher.score(microbatches)
     totals = student.compute_gradients(microbatches, signals)
     destroy_mesh()
-    drawn = {token for answer in report.answers.values() for token in answer.completion.token_ids}
+    drawn = {token for row in report.sampled.values() for token in row.completion.token_ids}
     return drawn, report.log_prob, -totals["student_cross_entropy"]
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from megatron_gkd.errors import UserError
 from megatron_gkd.models.checkpoint import Checkpoint
 from megatron_gkd.models.lora.injection import Adapters
 from megatron_gkd.runtime.agreement import run_on_all
+from megatron_gkd.runtime.quiet import hidden_stderr
 
 
 def read_adapters(
@@ -36,7 +35,7 @@ def read_adapters(
         if files.base is not None and files.base != weights_fingerprint(checkpoint.path):
             raise AdapterProblem(f"its adapters are of other weights than those in student.model ({checkpoint.path})")
         _require_shared_factors(folder, adapters.layers)
-        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar
+        with hidden_stderr():
             config.bridge.load_weights(list(chunks), str(folder), peft_format=True)
         for factor in adapters.factors:
             if not bool(factor.parameter.isfinite().all()):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_gkd.data.microbatch import Microbatch
-from megatron_gkd.data.sample import IGNORE
+from megatron_gkd.data.sample import IGNORED_LABEL
 from megatron_gkd.rollout.stop_strings import StopStringDetector
 
 
@@ -111,7 +111,7 @@ class DecodeBatch:
         decode_positions = [sequence.num_cached for sequence in self.sequences if sequence.token_ids]
         return DecodeInputs(
             input_ids=torch.tensor([tokens + [0] * missing]),
-            labels=torch.full((1, length), IGNORE),
+            labels=torch.full((1, length), IGNORED_LABEL),
             position_ids=torch.tensor([positions + [0] * missing]),
             padding_mask=(torch.arange(length) >= len(tokens))[None],
             from_dataset=torch.zeros(1, length, dtype=torch.bool),

@@ -26,7 +26,7 @@ _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _ROUNDING = 1e-3  # nats by which a log-probability may be above 0
 
 
-class Patience(servers.Patience):
+class Patience(servers.Backoff):
     key = "rollout.vllm_server_max_downtime_s"
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_gkd.data.label_numbers import label_numbers
+from megatron_gkd.data.label_indices import local_label_indices
 from megatron_gkd.data.loader import SampleDataset
 from megatron_gkd.data.microbatch import Microbatch
-from megatron_gkd.data.sample import IGNORE, Sample
+from megatron_gkd.data.sample import Sample
 from megatron_gkd.errors import UserError
 from megatron_gkd.ops.topk import TopK
 from megatron_gkd.runtime.agreement import holds_everywhere, run_on_all
@@ -97,7 +97,7 @@ class CachedTeacher:
             [
                 sample
                 for sample, place in zip(microbatch.samples, found, strict=True)
-                if place == MISSING and (sample.labels != IGNORE).any()
+                if place == MISSING and sample.num_labels
             ]
             for microbatch, found in zip(microbatches, places, strict=True)
         ]
@@ -135,9 +135,9 @@ class CachedTeacher:
     def _read(self, microbatch: Microbatch, places: np.ndarray) -> Part:
         """Of the labels on this context-parallel rank: which ones the cache knows, and what it says of them."""
         samples = microbatch.samples
-        counts = np.array([int((sample.labels != IGNORE).sum()) for sample in samples], dtype=np.int64)
+        counts = np.array([sample.num_labels for sample in samples], dtype=np.int64)
         is_known = torch.from_numpy(np.repeat(places != MISSING, counts))
-        numbers = label_numbers(microbatch, self.mesh.cp.rank(), self.mesh.cp.size())
+        numbers = local_label_indices(microbatch, self.mesh.cp.rank(), self.mesh.cp.size())
         rows = is_known[numbers].nonzero().squeeze(1)
         entries = []
         for sample, place, count in zip(samples, places, counts, strict=True):

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from megatron_gkd.data.label_numbers import label_numbers, num_labels
+from megatron_gkd.data.label_indices import local_label_indices
 from megatron_gkd.data.microbatch import Microbatch
 from megatron_gkd.data.sample import Sample
 from megatron_gkd.data.teacher_view import teacher_view
@@ -97,7 +97,7 @@ class ServerTeacher:
         told = self._tell_last_stage(self._collect(asked), asked, microbatches[0].labels.device)
         if told is None:
             return [None] * len(microbatches)
-        pieces = told.split([num_labels(microbatch) for microbatch in microbatches], dim=1)
+        pieces = told.split([microbatch.num_labels for microbatch in microbatches], dim=1)
         return [self._signal(piece, one) for piece, one in zip(pieces, microbatches, strict=True)]
 
     def _collect(self, asked: list[Question]) -> dict[bytes, Scores]:
@@ -178,7 +178,7 @@ class ServerTeacher:
 
     def _signal(self, told: Tensor, microbatch: Microbatch) -> TopK:
         """This rank's rows of a microbatch's [2, labels, k]."""
-        numbers = label_numbers(microbatch, self.mesh.cp.rank(), self.mesh.cp.size()).to(told.device)
+        numbers = local_label_indices(microbatch, self.mesh.cp.rank(), self.mesh.cp.size()).to(told.device)
         ids, log_probs = told[0, numbers].long(), told[1, numbers].view(torch.float32)
         return TopK.from_log_probs(ids.masked_fill(ids >= self.vocab_size, MISSING), log_probs)
 

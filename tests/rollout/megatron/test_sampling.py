@@ -143,7 +143,7 @@ def measure_largest_tensor(rank, world_size, rows, width, sampling):
 def test_no_rank_holds_a_row_of_the_whole_vocabulary(settings, gloo_world):
     rows, width = 8, 2048
     elements = gloo_world(2).run(measure_largest_tensor, rows, width, Sampling(1, **settings))
-    assert elements == [rows * width] * 2
+    assert all(rows * width <= number <= rows * (width + 1) for number in elements)
 
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.6}, {"top_k": 4}, {"top_p": 0.7}])

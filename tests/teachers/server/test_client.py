@@ -96,10 +96,10 @@ def test_shorter_sequences_than_the_longest_are_refused(fake):
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        ((404, {"detail": "Not Found"}), "404: .*Not Found.*; is it a vLLM server"),
+        ((404, {"detail": "Not Found"}), "404: .*Not Found.*; check that a vLLM server listens there"),
         ((200, b"<html>"), "the response is not that of a vLLM server .*<html>"),
         ((200, {"data": []}), "the response is not that of a vLLM server"),
-        ((200, {"data": [{"id": "gpt"}]}), "gives gpt no max_model_len; is it a vLLM server"),
+        ((200, {"data": [{"id": "gpt"}]}), "gpt has no max_model_len; check that a vLLM server"),
     ],
 )
 def test_something_else_than_vllm_is_refused(answer, message, fake):

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 from checkpoints import tiny_checkpoint
+from command_line import train
 from teachers.contract import CHECKPOINT
 from teachers.fake_server import FakeServer
-from test_train import train
 
 RECIPE = """
 student:  {{model: {student}}}

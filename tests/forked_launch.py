@@ -1,4 +1,4 @@
-"""Starts the command line in several ranks, as torchrun does, but forked from a process that has the imports done.
+"""Start the command line in several ranks, as torchrun does, but forked from a process that has the imports done.
 
 A launch has a session of its own: a launcher process with its ranks and whatever these start. The launcher ends the
 other ranks when one fails: SIGTERM, then SIGKILL.
@@ -10,15 +10,16 @@ import faulthandler
 import json
 import multiprocessing
 import os
+import runpy
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
-from faults.injection import Injection
 from vllm_server import free_port
 from world import forkserver
 
@@ -33,16 +34,23 @@ class Launch:
 
     Attributes:
         arguments: of the command line, from the command on.
+        processes: None: one process without a launcher's variables.
         folder: the ranks' working folder.
         logs: folder for what they print and for their exit codes; made anew.
-        injection: what is done to them.
+        program: a script in `folder` in place of the package.
+        prepare: called with the rank before the command line runs; can be pickled.
+        variables: environment variables beside those of the test process.
+        grace: seconds from a rank's failure until the others get SIGTERM.
     """
 
     arguments: tuple[str, ...]
-    processes: int
+    processes: int | None
     folder: Path
     logs: Path
-    injection: Injection = Injection()
+    program: str | None = None
+    prepare: Callable[[int], None] | None = None
+    variables: Mapping[str, str] = field(default_factory=dict)
+    grace: float = 0.0
     timeout: float = 300.0
 
 
@@ -120,8 +128,13 @@ def orphans_of(sessions: Iterable[int], seconds: float = 10.0) -> list[str]:
     return found
 
 
+def read_output(launch: Launch, stream: Literal["out", "err"]) -> str:
+    """Return what all ranks wrote to stdout or stderr, rank after rank."""
+    return "".join(path.read_text(errors="replace") for path in sorted(launch.logs.glob(f"rank*.{stream}")))
+
+
 def printed(launch: Launch) -> str:
-    """Return what all ranks printed."""
+    """Return what all ranks printed, with the name of each file."""
     return "".join(f"[{path.name}]\n{path.read_text(errors='replace')}" for path in sorted(launch.logs.glob("rank*")))
 
 
@@ -138,27 +151,27 @@ def _codes(launch: Launch) -> dict[int, int]:
 
 
 def _launcher(launch: Launch, port: int) -> None:
-    """The launcher's life."""
+    """Start the ranks and wait for their end."""
     os.setsid()
     ranks: dict[int, int] = {}
-    for rank in range(launch.processes):
+    for rank in range(launch.processes or 1):
         process = os.fork()
         if process == 0:
             _be_rank(launch, rank, port)
         ranks[process] = rank
     codes: dict[int, int] = {}
     failed_at = None
+    signals = [(launch.grace, signal.SIGTERM), (launch.grace + TERM_SECONDS, signal.SIGKILL)]
     while len(codes) < len(ranks):
         process, status = os.waitpid(-1, os.WNOHANG)
         if process in ranks:
             codes[ranks[process]] = os.waitstatus_to_exitcode(status)
             if codes[ranks[process]] and failed_at is None:
                 failed_at = time.monotonic()
-                _signal(ranks, codes, signal.SIGTERM)
-            continue
-        if failed_at is not None and time.monotonic() - failed_at > TERM_SECONDS:
-            _signal(ranks, codes, signal.SIGKILL)
-        time.sleep(_POLL_SECONDS)
+        while failed_at is not None and signals and time.monotonic() - failed_at >= signals[0][0]:
+            _signal(ranks, codes, signals.pop(0)[1])
+        if process == 0:
+            time.sleep(_POLL_SECONDS)
     (launch.logs / "exit_codes.json").write_text(json.dumps(codes))
     sys.exit(int(any(codes.values())))
 
@@ -169,24 +182,36 @@ def _signal(ranks: dict[int, int], codes: dict[int, int], number: int) -> None:
             os.kill(process, number)
 
 
+def _variables(launch: Launch, rank: int, port: int) -> dict[str, str]:
+    """Return the environment variables of a rank."""
+    names: dict[str, object] = dict(launch.variables)
+    if launch.processes is not None:
+        names |= {"RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        names |= {"WORLD_SIZE": launch.processes, "LOCAL_WORLD_SIZE": launch.processes}
+    return {name: str(value) for name, value in names.items()}
+
+
 def _be_rank(launch: Launch, rank: int, port: int) -> None:
-    """A rank's life. Does not return."""
+    """Run a rank to its end. Does not return."""
     code = 70
     try:
         for descriptor, name in ((1, "out"), (2, "err")):
             opened = os.open(launch.logs / f"rank{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(opened, descriptor)
         faulthandler.dump_traceback_later(max(1.0, launch.timeout - 5), file=sys.__stderr__)
-        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": launch.processes, "LOCAL_WORLD_SIZE": launch.processes}
-        names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in names.items()})
+        os.environ.update(_variables(launch, rank, port))
         os.chdir(launch.folder)
         multiprocessing.set_start_method(None, force=True)  # a process of a forkserver would start others by one, too
         sys.argv = ["megatron-gkd", *launch.arguments]
-        from megatron_gkd import cli
+        if launch.prepare is not None:
+            launch.prepare(rank)
+        if launch.program is not None:
+            runpy.run_path(launch.program, run_name="__main__")
+        else:
+            from megatron_gkd import cli
 
-        launch.injection.install(rank)
-        cli.run()
+            cli.run()
+        code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:

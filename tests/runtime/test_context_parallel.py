@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from megatron_gkd.data.context_parallel import context_parallel_indices
+from megatron_gkd.runtime.context_parallel import context_parallel_indices
 
 
 def test_zigzag_by_sequence():
