@@ -24,7 +24,8 @@ from megatron_gkd.rollout.base import RolloutEngine, Sampling
 from megatron_gkd.rollout.megatron.engine import MegatronEngine
 from megatron_gkd.rollout.vllm.colocated import VllmColocatedEngine
 from megatron_gkd.rollout.vllm.process import ColocatedOptions
-from megatron_gkd.rollout.vllm.server import ServedAdapters, ServerOptions, VllmServerEngine
+from megatron_gkd.rollout.vllm.server import VllmServerEngine
+from megatron_gkd.rollout.vllm.server_options import RolloutServerOptions, ServedAdapters
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.training.loss import Objective
 from megatron_gkd.training.student import Student
@@ -169,10 +170,10 @@ def served_adapters(model: MegatronModel) -> ServedAdapters:
     return ServedAdapters(config, factor_shapes(adapters.layers, model.checkpoint.shapes))
 
 
-def server_options(recipe: Recipe, urls: Sequence[str]) -> ServerOptions:
+def server_options(recipe: Recipe, urls: Sequence[str]) -> RolloutServerOptions:
     """Return the options of the rollout servers at `urls`."""
     section = recipe.rollout
-    return ServerOptions(
+    return RolloutServerOptions(
         urls=tuple(urls),
         weight_sync=section.weight_sync,
         weight_sync_dir=Path(section.weight_sync_dir or Path(recipe.output.output_dir) / "rollout_weights"),
@@ -180,7 +181,7 @@ def server_options(recipe: Recipe, urls: Sequence[str]) -> ServerOptions:
         needs_fp32=recipe.lora is not None and recipe.lora.merge_dtype == "fp32",
         concurrency=section.vllm_server_concurrency,
         timeout=section.vllm_server_timeout_s,
-        patience=section.vllm_server_max_downtime_s,
+        max_downtime=section.vllm_server_max_downtime_s,
     )
 
 

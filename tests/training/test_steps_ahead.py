@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from dataclasses import replace
 from unittest import mock
@@ -19,21 +20,22 @@ from megatron_gkd.data.lambda_schedule import LambdaSchedule
 from megatron_gkd.data.sample import FROM_STUDENT
 
 STEPS = 4
-SEED = 29  # with lambda 0.6 the student answers in steps 1, 3 and 4
+SEED = 29  # with lambda 0.6 steps 1, 3 and 4 are on-policy
 
 
 def rollouts_over_fake_servers(mesh, student, changes, folder, before, on_sample=None):
     from megatron_gkd.data.batch_config import BatchConfig
     from megatron_gkd.data.order import SampleOrder
     from megatron_gkd.rollout.base import Sampling
-    from megatron_gkd.rollout.vllm.server import ServerOptions, VllmServerEngine
+    from megatron_gkd.rollout.vllm.server import VllmServerEngine
+    from megatron_gkd.rollout.vllm.server_options import RolloutServerOptions
     from megatron_gkd.training.on_policy import RolloutOptions, Rollouts
     from megatron_gkd.training.step_prompts import StepPrompts
 
     rows = RandomRows(count=24)
     fakes = {"one": FakeVllm(before), "two": FakeVllm(before)}
-    with mock.patch.object(httpx, "Client", return_value=real_client(transport=transport(fakes))):
-        options = ServerOptions(("http://one:1", "http://two:1"), folder, max_length=64)
+    with mock.patch.object(httpx, "Client", return_value=httpx.Client(transport=transport(fakes))):
+        options = RolloutServerOptions(("http://one:1", "http://two:1"), folder, max_length=64)
         engine = VllmServerEngine(mesh, student.model.checkpoint, options)
     prompts = StepPrompts(
         rows,
@@ -45,13 +47,10 @@ def rollouts_over_fake_servers(mesh, student, changes, folder, before, on_sample
     return Rollouts(engine, prompts, options, mesh.dp, on_sample)
 
 
-real_client = httpx.Client
-
-
 def train_ahead(rank, world_size, student, teacher, changes, folder):
     """The steps' records; the samples that were announced, and on one rank of each replica those that it trained on.
 
-    No server answers prompts that were sent ahead before the step in between trains.
+    No server completes prompts that were sent ahead before the step in between trains.
     """
     from megatron_gkd.runtime.mesh import destroy_mesh
 
@@ -118,15 +117,16 @@ def train_by_hand(rank, world_size, student, teacher, changes, folder):
     return records
 
 
-def test_one_step_ahead_is_what_it_would_be_by_hand(gloo_world, tmp_path):
+def test_one_step_ahead_equals_the_same_steps_in_sequence(gloo_world, tmp_path):
     """Under a layout in which every kind of rank waits for every other: nobody waits for ever."""
     student = tiny_checkpoint("qwen3_tied", seed=2, num_hidden_layers=2)
     teacher = tiny_checkpoint("qwen3", seed=1, num_hidden_layers=2, hidden_size=48)
     changes = {"parallel": TP2 | PP2, "train": {"lr_decay_style": "constant"}}
     ranks = gloo_world(8).run(train_ahead, student, teacher, changes, tmp_path / "ahead")
     by_hand = gloo_world(8).run(train_by_hand, student, teacher, changes, tmp_path / "by hand")[0]
-    all_announced = [sample for _, announced, _ in ranks for sample in announced]
-    assert sorted(all_announced) == sorted(sample for *_, trained in ranks for sample in trained)
+    assert sorted(itertools.chain.from_iterable(announced for _, announced, _ in ranks)) == sorted(
+        itertools.chain.from_iterable(trained for *_, trained in ranks)
+    )
     assert [bool(announced) for _, announced, _ in ranks] == [bool(trained) for *_, trained in ranks]
     for records, *_ in ranks:
         assert [record["source"] for record in records] == ["student", "dataset", "student", "student"]

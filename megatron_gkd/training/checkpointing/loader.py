@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_gkd.errors import RunStopped
@@ -19,6 +17,9 @@ from megatron_gkd.runtime.agreement import first_problem, run_on_all
 from megatron_gkd.training.checkpointing.folder import CheckpointFolder, find_damage, read_run
 from megatron_gkd.training.checkpointing.state import Saved, layout_of, model_state, set_random_states
 from megatron_gkd.training.checkpointing.workarounds import apply_workarounds, separate_steps
+
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.validation import StrictHandling
 
 _LONGEST_REASON = 200  # characters; some list all tensors of the model
 _NO_WEIGHTS = re.compile(r"optimizer\.|average\d+\.|random$")  # these keys need not be wanted

@@ -16,6 +16,15 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem
+
+import megatron_gkd.runtime.preload  # noqa: F401  (before any import of Megatron-Core)
+from megatron_gkd.errors import GkdError
+from megatron_gkd.runtime.agreement import run_on_all
+from megatron_gkd.training.checkpointing.folder import digest
+
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -27,13 +36,6 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from megatron.core.dist_checkpointing.validation import determine_global_metadata, validate_sharding_integrity
-from torch.distributed.checkpoint import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import SavePlan, WriteItem
-
-from megatron_gkd.errors import GkdError
-from megatron_gkd.runtime.agreement import run_on_all
-from megatron_gkd.training.checkpointing.folder import digest
 
 T = TypeVar("T")
 Bucket = tuple[str, str, tuple[list, list]]  # file, its name, (bytes, tensors) that it gets

@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
+import megatron_gkd.runtime.preload  # noqa: F401  (before any import of Megatron-Core)
 from megatron_gkd.runtime import portability
+
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 _MARK = "_megatron_gkd_repaired"
 
