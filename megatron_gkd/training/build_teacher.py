@@ -23,7 +23,7 @@ from megatron_gkd.teachers.cache.teacher import CachedTeacher, open_cache, requi
 from megatron_gkd.teachers.local import LocalTeacher
 from megatron_gkd.teachers.self_teacher import SelfTeacher, require_teacher_prompts
 from megatron_gkd.teachers.self_weights import AverageWeights, BaseWeights, CurrentWeights, InitialWeights
-from megatron_gkd.teachers.server.teacher import ServerOptions, ServerTeacher
+from megatron_gkd.teachers.server.teacher import TeacherServerOptions, ServerTeacher
 from megatron_gkd.teachers.several import SeveralTeachers, require_teachers
 from megatron_gkd.training.build import DTYPES
 from megatron_gkd.training.load_model import load_model
@@ -70,8 +70,8 @@ def averages_of(teacher: TeacherSource | None) -> tuple[AverageWeights, ...]:
             return (average,)
         case SeveralTeachers(teachers=teachers):
             return tuple(average for one in teachers.values() for average in averages_of(one))
-        case CachedTeacher(rest=rest):
-            return averages_of(rest)
+        case CachedTeacher(fallback=fallback):
+            return averages_of(fallback)
     return ()
 
 
@@ -134,7 +134,7 @@ def _one(
     live = _live(recipe, mesh, student, teacher, checkpoint)
     if teacher.teacher_cache is None or isinstance(student, Checkpoint):
         return live
-    return CachedTeacher(open_cache(teacher.teacher_cache), mesh, k=recipe.distill.gkd_logits_topk, rest=live)
+    return CachedTeacher(open_cache(teacher.teacher_cache), mesh, k=recipe.distill.gkd_logits_topk, fallback=live)
 
 
 def _live(
@@ -188,13 +188,13 @@ def _checkpoint_of(student: Student | Checkpoint) -> Checkpoint:
 
 
 def _server(recipe: Recipe, mesh: Mesh, student: Student | Checkpoint, teacher: OneTeacher) -> ServerTeacher:
-    options = ServerOptions(
+    options = TeacherServerOptions(
         urls=teacher.teacher_model_server,
         k=recipe.distill.gkd_logits_topk,
         max_length=recipe.data.longest_for_teacher,
         concurrency=teacher.teacher_server_concurrency,
         timeout=teacher.teacher_server_timeout_s,
-        patience=teacher.teacher_server_max_downtime_s,
+        max_downtime=teacher.teacher_server_max_downtime_s,
         # A cache outlives the run: nothing is written that was not checked.
         check_interval=teacher.teacher_server_check_interval if isinstance(student, Student) else 1,
     )
