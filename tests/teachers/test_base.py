@@ -20,7 +20,10 @@ def test_each_signal_is_released_as_it_is_read():
     once = ReadOnce(signals)
     del signals
     assert len(once) == 3
-    assert once[2] is not None and last() is None and first() is not None
-    assert once[1] is None and once[0] is not None and first() is None
+    once[2]
+    assert last() is None and first() is not None
+    assert once[1] is None
+    once[0]
+    assert first() is None
     with pytest.raises(ValueError, match="signal 2 has been read and released already"):
         once[2]
