@@ -18,7 +18,7 @@ from megatron_gkd.data.microbatch import Microbatch, collate, pad_to, shard_cont
 from megatron_gkd.data.teacher_view import teacher_view
 from megatron_gkd.models.label_rows import label_rows
 from megatron_gkd.models.megatron_model import MegatronModel, hidden_states
-from megatron_gkd.models.pipeline import forward_only
+from megatron_gkd.models.pipeline import Pipeline
 from megatron_gkd.models.sharded_rows import ShardedRows
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.teachers.base import Hidden
@@ -59,7 +59,7 @@ def compute_label_states(
             states = _exchange_states(states, read, microbatch, mesh)
         return ShardedRows.from_replicated(states, mesh.tp)
 
-    return forward_only(chunks, teacher_microbatches, hidden_states, collect, mesh)
+    return Pipeline(chunks, mesh).forward_only(teacher_microbatches, hidden_states, collect)
 
 
 def _build_teacher_microbatches(
