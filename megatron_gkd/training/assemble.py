@@ -16,7 +16,7 @@ from megatron_gkd.training.build_teacher import averages_of, build_teacher
 from megatron_gkd.training.checkpointing.loader import load, load_weights
 from megatron_gkd.training.checkpointing.resume import find_checkpoint
 from megatron_gkd.training.checkpointing.state import Saved
-from megatron_gkd.training.on_policy import RolloutOptions, Rollouts
+from megatron_gkd.training.on_policy import OnSample, RolloutOptions, Rollouts
 from megatron_gkd.training.prepare import PreparedRun
 from megatron_gkd.training.step_prompts import StepPrompts
 from megatron_gkd.training.student import Student
@@ -87,5 +87,14 @@ def build_rollouts(
         prepared.batch_config,
         recipe.data.teacher_max_length,
     )
-    on_sample = (lambda sample: teacher.begin([sample])) if isinstance(teacher, ScoresAhead) else None
-    return Rollouts(build_engine(recipe, mesh, student.model, checkpoint), prompts, options, mesh.dp, on_sample)
+    return Rollouts(
+        build_engine(recipe, mesh, student.model, checkpoint), prompts, options, mesh.dp, _announce_to(teacher)
+    )
+
+
+def _announce_to(teacher: TeacherSource | None) -> OnSample | None:
+    """Return the function that lets a teacher begin with one sample; None where it can't score ahead."""
+    if teacher is None or not isinstance(teacher, ScoresAhead):
+        return None
+    begin = teacher.begin
+    return lambda sample: begin([sample])

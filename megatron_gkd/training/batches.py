@@ -33,7 +33,7 @@ class TrainingData:
     """
 
     batches: Iterable[Batch]
-    validation: Iterable[list[Microbatch]] | None = None
+    validation: Iterable[Batch] | None = None
     rollouts: Rollouts | None = None
 
 
@@ -65,7 +65,7 @@ def announce_ahead(batches: Iterable[Batch], teacher: TeacherSource | None) -> I
     So a step's rows are scored while the student trains on those before, or samples. Rows that it samples (None) are
     not known yet.
     """
-    if not isinstance(teacher, ScoresAhead):
+    if teacher is None or not isinstance(teacher, ScoresAhead):
         yield from batches
         return
 

@@ -1,4 +1,4 @@
-"""The parts of a run that a recipe and a mesh determine: the student, and what samples from it."""
+"""Build the student and the rollout engine that a recipe names."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from megatron_gkd.checkpoint_format.weight_files import HEAD
 from megatron_gkd.config.lora_rules import layer_rules
 from megatron_gkd.config.schema import LoraSection, Recipe, RolloutSection
 from megatron_gkd.data.prompt import PromptLimits
+from megatron_gkd.errors import UserError
 from megatron_gkd.models.checkpoint import Checkpoint
-from megatron_gkd.models.lora.options import LoraOptions
+from megatron_gkd.models.lora.options import Initialization, LoraOptions
 from megatron_gkd.models.megatron_model import BuildOptions, MegatronModel
 from megatron_gkd.reporting.phases import phase
 from megatron_gkd.rollout.base import RolloutEngine, Sampling
@@ -30,10 +31,19 @@ from megatron_gkd.training.loss import Objective
 from megatron_gkd.training.student import Student
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_INITIALIZATIONS: dict[str, Initialization] = {"kaiming": "kaiming", "gaussian": "gaussian"}
 
 
 def build_student(recipe: Recipe, mesh: Mesh, checkpoint: Checkpoint, vocab_size: int, train_iters: int) -> Student:
-    """The model with its optimizer and its loss, over the ids below `vocab_size`."""
+    """Build the model in training with its optimizer and its loss. All ranks must call it.
+
+    Args:
+        recipe: of the run.
+        mesh: how the model is sharded.
+        checkpoint: the weights that it starts with.
+        vocab_size: the loss is over the ids below it.
+        train_iters: number of steps of the learning-rate schedule.
+    """
     parallel, distill, section = recipe.parallel, recipe.distill, recipe.train
     model = load_model(
         f"the student {recipe.student.model}",
@@ -66,11 +76,11 @@ def build_student(recipe: Recipe, mesh: Mesh, checkpoint: Checkpoint, vocab_size
 
 
 def lora_options(section: LoraSection, seed: int) -> LoraOptions:
-    """Return how the student's adapters are made. `seed`: of the run."""
+    """Return the options of the student's adapters. `seed`: recipe key `train.seed`."""
     return LoraOptions(
         rules=layer_rules(section),
         dropout=section.lora_dropout,
-        initialization=section.init_lora_weights,
+        initialization=_INITIALIZATIONS[section.init_lora_weights],
         dtype=None if section.lora_dtype is None else DTYPES[section.lora_dtype],
         seed=seed,
         adapters=None if section.adapters is None else Path(section.adapters),
@@ -78,20 +88,23 @@ def lora_options(section: LoraSection, seed: int) -> LoraOptions:
 
 
 def rollout_tensors(recipe: Recipe) -> Callable[[MegatronModel], Iterable[tuple[str, Tensor]]]:
-    """Return what the rollout engine is given of the student: its adapters, or its weights with adapters merged."""
+    """Return the function that yields the tensors which a rollout engine gets of the student.
+
+    They are its adapters, or its weights with adapters merged.
+    """
     if recipe.rollout.weight_sync == "lora":
         return MegatronModel.adapter_tensors
     return partial(MegatronModel.named_tensors, merged_dtype=rollout_dtype(recipe))
 
 
 def rollout_dtype(recipe: Recipe) -> torch.dtype:
-    """Return the type of the layers that adapters are merged into for rollouts."""
+    """Return the dtype of layers with merged adapters in rollouts."""
     merged = None if recipe.lora is None else recipe.lora.merge_dtype
     return DTYPES[merged or recipe.train.dtype]
 
 
 def prompt_limits(recipe: Recipe) -> PromptLimits:
-    """Return the longest prompts that leave room for a completion in what the recipe's models and engine read."""
+    """Return the longest prompts that leave room for a completion in the sequences of models and engine."""
     data, rollout = recipe.data, recipe.rollout
     longest = data.max_length
     if rollout.engine == "vllm" and rollout.vllm_max_model_len is not None:
@@ -100,7 +113,7 @@ def prompt_limits(recipe: Recipe) -> PromptLimits:
 
 
 def sampling_of(section: RolloutSection, vocab_size: int | None = None) -> Sampling:
-    """Return how a recipe has completions drawn, of the ids below `vocab_size` (None: of all)."""
+    """Return the recipe's sampling parameters. Only ids below `vocab_size` are sampled (None: all)."""
     return Sampling(
         max_completion_length=section.max_completion_length,
         temperature=section.rollout_temperature,
@@ -113,7 +126,10 @@ def sampling_of(section: RolloutSection, vocab_size: int | None = None) -> Sampl
 
 
 def build_engine(recipe: Recipe, mesh: Mesh, model: MegatronModel, checkpoint: Checkpoint) -> RolloutEngine:
-    """What samples from `model`, which began as `checkpoint`, once it has been given its weights."""
+    """Build the engine that samples from `model`, once it has its weights. All ranks must call it.
+
+    `checkpoint`: the weights that `model` started with.
+    """
     with phase(f"Starting the rollout engine {recipe.rollout.engine}", is_main=mesh.is_main):
         return _build_engine(recipe, mesh, model, checkpoint)
 
@@ -144,8 +160,10 @@ def _build_engine(recipe: Recipe, mesh: Mesh, model: MegatronModel, checkpoint: 
 
 
 def served_adapters(model: MegatronModel) -> ServedAdapters:
-    """Return what servers must know of the adapters that they are given."""
+    """Return the description of the adapters that rollout servers get."""
     adapters = model.adapters
+    if adapters is None:
+        raise UserError("rollout.weight_sync = lora: the student has no adapters; set train.tuner_type = lora")
     config = adapter_config(
         adapters.layers, adapters.base_layers, str(model.checkpoint.path), adapters.options.rules.rank
     )
@@ -153,7 +171,7 @@ def served_adapters(model: MegatronModel) -> ServedAdapters:
 
 
 def server_options(recipe: Recipe, urls: Sequence[str]) -> RolloutServerOptions:
-    """How the servers at `urls` are asked for completions."""
+    """Return the options of the rollout servers at `urls`."""
     section = recipe.rollout
     return RolloutServerOptions(
         urls=tuple(urls),

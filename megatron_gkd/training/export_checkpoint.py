@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import megatron_gkd.runtime.preload  # noqa: F401  isort: skip  (before anything that imports Megatron-Core)
-
 from megatron_gkd.config.schema import Recipe
 from megatron_gkd.errors import RunStopped
 from megatron_gkd.models.adapter_export import export_adapters

@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import megatron_gkd.runtime.preload  # noqa: F401  isort: skip  (before anything that imports Megatron-Core)
-
 from transformers import PreTrainedTokenizerBase
 
 from megatron_gkd.config.schema import Recipe

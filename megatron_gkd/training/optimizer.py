@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import nn
+
+import megatron_gkd.runtime.preload  # noqa: F401  (before any import of Megatron-Core)
+from megatron_gkd.config.schema import TrainSection
+from megatron_gkd.runtime.agreement import holds_everywhere
+
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from torch import nn
-
-from megatron_gkd.config.schema import TrainSection
-from megatron_gkd.runtime.agreement import holds_everywhere
 
 
 def build_optimizer(

@@ -6,8 +6,6 @@ import contextlib
 import os
 from pathlib import Path
 
-import megatron_gkd.runtime.preload  # noqa: F401  isort: skip  (before anything that imports Megatron-Core)
-
 from megatron_gkd.config.schema import Recipe
 from megatron_gkd.reporting.logging import LOGGER, log_to_file
 from megatron_gkd.reporting.reporter import Reporter, open_reporter

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
 from megatron_gkd.config.schema import ParallelSection, TrainSection
 from megatron_gkd.data.microbatch import Microbatch
 from megatron_gkd.models.megatron_model import MegatronModel, hidden_states
-from megatron_gkd.models.pipeline import forward_backward
+from megatron_gkd.models.pipeline import Pipeline
 from megatron_gkd.teachers.base import TeacherSignal
 from megatron_gkd.training.loss import SUMS, MicrobatchMetrics, Objective
 from megatron_gkd.training.optimizer import build_optimizer, build_scheduler, step_if_finite
+
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
 
 class Student:
@@ -135,16 +136,12 @@ class Student:
         head = self.model.head_weight
 
         def loss(hidden: torch.Tensor, index: int) -> tuple[torch.Tensor, torch.Tensor, MicrobatchMetrics]:
+            if head is None:
+                raise ValueError("only the last pipeline stage, which has the head, computes a loss")
             return self.objective(hidden, head, microbatches[index], signals[index])
 
-        records = forward_backward(
-            self.chunks,
-            microbatches,
-            hidden_states,
-            loss,
-            self.mesh,
-            backward=backward,
-            force_all_reduce=force_all_reduce,
+        records = Pipeline(self.chunks, self.mesh).forward_backward(
+            microbatches, hidden_states, loss, backward=backward, force_all_reduce=force_all_reduce
         )
         sums = torch.zeros(len(SUMS), dtype=torch.float64, device=microbatches[0].labels.device)
         for record in records:

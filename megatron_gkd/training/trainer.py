@@ -256,7 +256,7 @@ class Trainer:
         if grad_norm is not None and math.isfinite(grad_norm):
             self.state.updates += 1
             self.bad_steps.in_a_row = 0
-            if isinstance(self.teacher, FollowsStudent):
+            if self.teacher is not None and isinstance(self.teacher, FollowsStudent):
                 self.teacher.after_update()
         self.state.step, self.state.is_updating = step, False
         return grad_norm
@@ -284,7 +284,7 @@ class Trainer:
             return
         totals: dict[str, float] = {}
         for microbatches in self.data.validation:
-            on_device = [microbatch.to(portability.device()) for microbatch in microbatches]
+            on_device = [microbatch.to(portability.device()) for microbatch in microbatches or ()]
             for name, value in self.student.evaluate(on_device, self.score(on_device)).items():
                 totals[name] = totals.get(name, 0.0) + value
         record = summarize(totals, has_teacher=self.teacher is not None)

@@ -56,7 +56,7 @@ def _rows(topk: TopK, rows: torch.Tensor) -> TopK:
 
 
 @pytest.mark.parametrize(("beta", "tail"), [(0.0, "renormalize"), (0.5, "bucket"), (1.0, "renormalize")])
-def test_signals_of_the_same_teacher_are_judged_alike(beta, tail, gloo_world):
+def test_signals_of_the_same_teacher_give_equal_losses(beta, tail, gloo_world):
     found = gloo_world(1).run(judge_all, beta, tail)[0]
     for name in ("top-k of all", "parts"):
         for a, b in zip(found[name], found["hidden"], strict=True):

@@ -112,7 +112,7 @@ class Saver:
             if self.most is not None:
                 self.folder.remove_old(self.most, keep=self._marks.best())
         except OSError as error:
-            LOGGER.warning(f"step {step}: an old checkpoint can't be deleted ({error}); training goes on")
+            LOGGER.warning(f"step {step}: an old checkpoint can't be deleted ({error}); training continues")
 
     def _unfinished(self, step: int) -> Path:
         return self.folder.unfinished(step, self._attempt)
@@ -148,5 +148,5 @@ class Saver:
     def _failed(self, step: int, problem: str) -> bool:
         if dist.get_rank() == 0:
             shutil.rmtree(self._unfinished(step), ignore_errors=True)
-        LOGGER.warning(f"step {step}: the checkpoint could not be saved: {problem}; training goes on")
+        LOGGER.warning(f"step {step}: the checkpoint could not be saved: {problem}; training continues")
         return False

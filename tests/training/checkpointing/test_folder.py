@@ -89,7 +89,7 @@ def test_a_manifest_that_is_none(content, folder):
     (path / MANIFEST).write_text(content)
     assert find_damage(path).startswith(f"{path / MANIFEST}: can't be read")
     (path / MANIFEST).unlink()
-    assert "no whole checkpoint" in find_damage(path) and folder.newest() is None
+    assert "so the checkpoint is incomplete" in find_damage(path) and folder.newest() is None
 
 
 @pytest.mark.parametrize(
