@@ -37,7 +37,7 @@ ARCHITECTURES = {
 """The supported architectures by their names in config.json."""
 _OF_MODEL_TYPE = {one.model_type: one for one in ARCHITECTURES.values()}
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-"""Rotary embeddings whose frequencies do not depend on the length of the sequence, which differs between packed rows."""
+"""Rotary embeddings whose frequencies do not depend on the sequence length, which differs between packed rows."""
 
 
 class CheckpointProblem(ValueError):
