@@ -42,7 +42,7 @@ def test_each_message_is_printed_once_with_its_ranks_in_the_order_of_time():
     assert describe(ends, 8) == "ranks 3, 5-6 of 8: early\nrank 0 of 8: late"
 
 
-def test_what_all_ranks_have_names_none():
+def test_a_message_of_all_ranks_names_none():
     assert describe([failed(0, "bad row"), failed(1, "bad row")], 2) == "bad row"
     assert describe([failed(1, "stopped after step 2\nsaved", is_shared=True)], 8) == "stopped after step 2\nsaved"
 
