@@ -26,7 +26,7 @@ def workspace(tmp_path, monkeypatch):
 
 @pytest.fixture
 def trainer(monkeypatch):
-    """What `train` was called with; set `trainer.error` to make it raise."""
+    """Record what `train` is called with; set `trainer.error` to make it raise."""
     module = types.ModuleType("megatron_gkd.training.run")
     module.calls, module.error = [], None
 
@@ -42,7 +42,7 @@ def trainer(monkeypatch):
 
 
 def run(*command):
-    """A command in a process of its own, which finds the package from any folder."""
+    """Run a command in a process of its own, which finds the package from any folder."""
     environment = {**os.environ, "PYTHONPATH": str(Path(megatron_gkd.__file__).parents[1])}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
 
