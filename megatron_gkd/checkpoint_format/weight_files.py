@@ -73,7 +73,7 @@ def expected_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
 
 
 def _layer_shapes(config: Mapping[str, Any]) -> Iterator[tuple[str, Shape]]:
-    hidden, size, layout = config["hidden_size"], head_dim(config), architecture(config)
+    hidden, size, layout = config["hidden_size"], head_dim(config), architecture(config["model_type"])
     queries, keys = config["num_attention_heads"] * size, num_key_value_heads(config) * size
     yield "input_layernorm.weight", (hidden,)
     yield "post_attention_layernorm.weight", (hidden,)

@@ -97,7 +97,7 @@ def test_a_dataset_may_stand_alone_or_with_a_weight(workspace):
     ("text", "problem"),
     [
         ("student: [", "not YAML: line 1: "),
-        ("train: {lr: 1}\ntrain: {lr: 2}\n", "not YAML: line 2: the key 'train' stands twice"),
+        ("train: {lr: 1}\ntrain: {lr: 2}\n", "not YAML: line 2: the key 'train' occurs twice"),
         ("just words", "must hold the sections student, teacher"),
         ("", "must hold the sections student, teacher"),
         ("a: \x00", "not YAML: "),
