@@ -127,8 +127,8 @@ def test_every_damaged_file_is_named(output_dir, capsys):
         (["list"], "checkpoint list : must be list RUN"),
         (["list", "x", "3"], "checkpoint list x 3: must be list RUN"),
         (["verify", "x", "3", "--lr", "2"], "checkpoint verify x 3 --lr 2: must be verify RUN [STEP]"),
-        (["verfy", "x"], "checkpoint verfy: what to do must come first: list, verify, export"),
-        ([], "checkpoint: what to do must come first: list, verify, export"),
+        (["verfy", "x"], "checkpoint verfy: unknown action; the actions are list, verify, export"),
+        ([], "checkpoint: the action must come first: list, verify, export"),
         (["export", "x", "--output"], "--output = : must be a folder that does not exist"),
     ],
 )
