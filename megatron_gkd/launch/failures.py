@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_gkd.launch import claims, environment
+from megatron_gkd.runtime.disk import replace_text
 
 FOLDER = "MEGATRON_GKD_FAILURES"
 """The environment variable by which our launcher names the folder for its ranks' failures."""
@@ -113,7 +114,4 @@ def _file(folder: Path, rank: int) -> Path:
 
 
 def _write(folder: Path, rank: int, failure: Failure) -> None:
-    file = _file(folder, rank)
-    unfinished = file.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(asdict(failure)), encoding="utf-8")
-    unfinished.rename(file)
+    replace_text(_file(folder, rank), json.dumps(asdict(failure)))

@@ -37,7 +37,7 @@ def generate(recipe: Recipe, source: Source, output: str, n: int, chunk_rows: in
     """
     with world_of(recipe) as mesh:
         models = open_models(recipe, mesh)
-        dataset, _ = open_rows(recipe, mesh, models, "train", prompts=True)
+        dataset, _ = open_rows(recipe, models, "train", prompts=True)
         name = source_name(recipe, source)
         file = GeneratedFile(Path(output).expanduser(), chunk_rows, settings_of(recipe, name, n, dataset))
         engine = build_generation_engine(source, recipe, mesh, models)

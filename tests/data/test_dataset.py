@@ -16,7 +16,7 @@ from megatron_gkd.data.prompt import PromptLimits, extract_prompt, max_response_
 from megatron_gkd.data.report import DataReport
 from megatron_gkd.data.sample import IGNORED_LABEL
 from megatron_gkd.data.teacher_view import teacher_view
-from megatron_gkd.errors import UserError
+from megatron_gkd.errors import RunStopped, UserError
 from megatron_gkd.reporting import phases
 from megatron_gkd.runtime.nodes import Nodes
 
@@ -107,7 +107,7 @@ class TestDroppedRows:
 
     def test_bad_rows_are_an_error_that_names_the_first(self, section, write_jsonl, chat, tokenizer):
         path = write_jsonl([chat("q", "a"), '{"messages": [}', chat("q"), {"prompt": 1}])
-        with pytest.raises(UserError) as error:
+        with pytest.raises(RunStopped) as error:
             build(section(path), tokenizer)
         assert str(error.value) == (
             f"{path}, line 2: not JSON: Expecting value at column 15 "
@@ -135,12 +135,12 @@ class TestDroppedRows:
             == conversation.input_ids.tolist()
         )
         assert tokenizer.decode(text.input_ids) == "p q"
-        with pytest.raises(UserError, match="no assistant turn"):  # and not from the cache
+        with pytest.raises(RunStopped, match="no assistant turn"):  # and not from the cache
             build(section(path), tokenizer)
 
     def test_a_bad_row_of_a_table_is_named_by_its_number(self, section, tokenizer, tmp_path, chat):
         datasets.Dataset.from_list([chat("q", "a"), chat("q")]).to_parquet(tmp_path / "rows.parquet")
-        with pytest.raises(UserError, match=r"rows.parquet, row 2: no assistant turn"):
+        with pytest.raises(RunStopped, match=r"rows.parquet, row 2: no assistant turn"):
             build(section(tmp_path / "rows.parquet"), tokenizer)
 
     @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ class TestDroppedRows:
     )
     def test_a_source_that_yields_nothing_is_an_error(self, section, write_jsonl, tokenizer, rows, message):
         path = write_jsonl(rows)
-        with pytest.raises(UserError, match=f"^{path}: {message}"):
+        with pytest.raises(RunStopped, match=f"^{path}: {message}"):
             build(section(path, data_errors="skip"), tokenizer)
 
 
@@ -258,7 +258,7 @@ class TestPreprocessor:
         )
 
     def test_an_unknown_one_is_an_error(self, section, write_jsonl, chat, tokenizer):
-        with pytest.raises(UserError, match="preprocessor 'nobody' is not registered"):
+        with pytest.raises(RunStopped, match="preprocessor 'nobody' is not registered"):
             build(section(write_jsonl([chat("q", "a")]), preprocessor="nobody"), tokenizer)
 
 
@@ -318,7 +318,7 @@ class TestCache:
         class Slow:
             is_fast = False
 
-        with pytest.raises(UserError, match="tokenizer Slow: a fast tokenizer"):
+        with pytest.raises(RunStopped, match="tokenizer Slow: a fast tokenizer"):
             build(section(write_jsonl([chat("q", "a")])), Slow())
 
 
@@ -465,7 +465,7 @@ class TestRowsOfTokenIds:
 
     def test_ids_of_another_vocabulary_are_refused(self, section, write_jsonl, tokenizer):
         path = write_jsonl([{**self.ROW, "response_token_ids": [8, 200_000]}])
-        with pytest.raises(UserError, match=f"foreign token id: 200000 is .* 0 to {len(tokenizer) - 1}"):
+        with pytest.raises(RunStopped, match=f"foreign token id: 200000 is .* 0 to {len(tokenizer) - 1}"):
             build(section(path), tokenizer)
         options = dict(prompts=False, vocab_size=200_001)
         dataset, _ = build_dataset(section(path), "train", tokenizer, **options)

@@ -163,7 +163,7 @@ def test_several_files_with_an_index_are_one_checkpoint(copy):
         (lambda path: (path / "model.safetensors.index.json").write_text("{"), "model.safetensors.index.json: not an "),
         (lambda path: shutil.copy(path / "a.safetensors", path / "c.safetensors"), "c.safetensors: not part of the "),
         (lambda path: shutil.copy(path / "a.safetensors", path / "b.safetensors"), "b.safetensors: lm_head.weight is "
-         "in it, but model.safetensors.index.json says a.safetensors"),
+         "in it, but model.safetensors.index.json has a.safetensors"),
         (lambda path: save_file({}, path / "a.safetensors"), "a.safetensors: lm_head.weight is not in it, but "),
     ],
 )  # fmt: skip

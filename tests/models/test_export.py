@@ -94,7 +94,7 @@ def train_with_a_tokenizer_that_can_not_be_saved(rank, world_size, recipe):
     from megatron_gkd.config.schema import Recipe
     from megatron_gkd.errors import UserError
     from megatron_gkd.runtime.mesh import Layout, destroy_mesh, initialize_mesh
-    from megatron_gkd.training.run import _train
+    from megatron_gkd.training.run import run
     from megatron_gkd.training.run_folder import RunFolder
 
     def refuse(self, directory):
@@ -105,7 +105,7 @@ def train_with_a_tokenizer_that_can_not_be_saved(rank, world_size, recipe):
     saved, PreTrainedTokenizerBase.save_pretrained = PreTrainedTokenizerBase.save_pretrained, refuse
     try:
         with RunFolder(Path(recipe.output.output_dir), is_main=rank == 0) as folder:
-            _train(recipe, mesh, folder)
+            run(recipe, mesh, folder)
     except UserError as error:
         return str(error)
     finally:

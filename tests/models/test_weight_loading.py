@@ -55,7 +55,7 @@ def reads(rank, world_size, path, layout):
     from megatron_gkd.models.megatron_model import BuildOptions
     from megatron_gkd.reporting import phases
     from megatron_gkd.runtime.mesh import Layout, destroy_mesh, initialize_mesh
-    from megatron_gkd.training.load_model import load_model
+    from megatron_gkd.training.build import load_model
 
     mesh, seconds = initialize_mesh(Layout(**layout), seed=1), (phases.ANNOUNCE_AFTER_S, phases.LINE_EVERY_S)
     try:

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from megatron_gkd.errors import UserError
-from megatron_gkd.rollout.vllm.client import ServerNeeds, StudentServer
-from megatron_gkd.rollout.vllm.weight_folder import WeightFolder, hand_over
+from megatron_gkd.rollout.vllm.client import StudentServer
+from megatron_gkd.rollout.vllm.handshake import ServerRequirements
+from megatron_gkd.rollout.vllm.weight_folder import WeightFolder, load_from_folder
 from megatron_gkd.rollout.vllm.weight_transfer import WeightTransfer
 from megatron_gkd.runtime.servers import exchange
 from megatron_gkd.teachers.server.client import TeacherRequirements, TeacherServer
@@ -62,15 +63,15 @@ REQUEST = {"prompt": [5, 6], "max_tokens": 4}
 
 
 def use_student(http: httpx.Client, folder) -> None:
-    server = StudentServer(URL, http, 0.0, hand_over)
-    server.hello(ServerNeeds(64))
+    server = StudentServer(URL, http, 0.0, load_from_folder)
+    server.wait_until_ready(ServerRequirements(64))
     server.load(WeightFolder(folder, {"a": (2,)}).write([("a", torch.zeros(2))], version=4))
     server.complete(REQUEST)
 
 
 def use_student_of_transfer(http: httpx.Client, folder) -> None:
     transfer = WeightTransfer("gloo", {"a": (2,)}, (), 1.0)
-    transfer.load([("a", torch.zeros(2))], 1, [StudentServer(URL, http, 0.0, transfer.hand_over)])
+    transfer.load([("a", torch.zeros(2))], 1, [StudentServer(URL, http, 0.0, transfer.send_to)])
 
 
 def use_teacher(http: httpx.Client, folder) -> None:
