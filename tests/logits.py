@@ -16,7 +16,7 @@ def sequences() -> list[torch.Tensor]:
 
 @torch.no_grad()
 def logits_of_megatron(model) -> torch.Tensor | None:
-    """[tokens, V] of the packed sequences, in order, on the last stage's ranks; None elsewhere."""
+    """Return the logits [tokens, V] of the packed sequences, in order, on the last stage's ranks; None elsewhere."""
     from megatron_gkd.data.microbatch import collate, shard_context_parallel
     from megatron_gkd.data.sample import Sample
     from megatron_gkd.models.megatron_model import hidden_states, in_eval_mode
@@ -49,7 +49,7 @@ def logits_of_megatron(model) -> torch.Tensor | None:
 
 @torch.no_grad()
 def logits_of_transformers(path, adapters=None) -> torch.Tensor:
-    """[tokens, V] of the same sequences, one after the other. `adapters`: folder of PEFT adapters."""
+    """Return the logits [tokens, V] of the same sequences, one after the other. `adapters`: folder of PEFT adapters."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
     if adapters is not None:
         from peft import PeftModel

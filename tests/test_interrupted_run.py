@@ -1,4 +1,4 @@
-"""Whole runs that a signal ends, and what the folder says of them afterwards."""
+"""Whole runs that a signal ends, and what they leave in their folder."""
 
 from __future__ import annotations
 

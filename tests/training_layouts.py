@@ -29,7 +29,7 @@ def recipe_of(changes: dict[str, dict]):
 
 
 def build(student, teacher, changes: dict[str, dict], rows: RandomRows | None = None):
-    """The mesh, the student, the teacher and the loader that a recipe with `changes` gives, over random rows.
+    """Return the mesh, the student, the teacher and the loader that a recipe with `changes` gives, over random rows.
 
     `teacher` may be several, by their places in the recipe; None where there is no model beside the student.
     """
@@ -56,7 +56,7 @@ def build(student, teacher, changes: dict[str, dict], rows: RandomRows | None = 
 
 
 def train_steps(rank, world_size, student, teacher, changes, break_gradient=False, rows=None):
-    """Per step: loss, other totals, gradient norm, and on rank 0 the whole gradient by Hugging Face name."""
+    """Return for each step: loss, other totals, gradient norm, and on rank 0 the gradient by Hugging Face name."""
     from megatron_gkd.runtime.mesh import destroy_mesh
     from megatron_gkd.teachers.base import FollowsStudent
 
@@ -98,7 +98,7 @@ def trainer_of(student, teacher, batches, directory, **options):
 
 
 def weights_of(student) -> dict[str, torch.Tensor]:
-    """The student's weights whole, under their Hugging Face names."""
+    """Return the student's whole weights, under their Hugging Face names."""
     student.gather_parameters()
     return {name: tensor.clone() for name, tensor in student.model.named_tensors()}
 
@@ -124,7 +124,7 @@ def export_gradients(parameters, named_tensors) -> dict[str, torch.Tensor]:
 
 
 def _drop_sequence_parallel_reduction(student) -> None:
-    """The classic bug: norms' gradients, each made from a part of the tokens, are not summed over the ranks."""
+    """Leave the norms' gradients, each made from a part of the tokens, unsummed over the ranks: the classic bug."""
     for chunk in student.model.chunks:
         for parameter in chunk.parameters():
             parameter.sequence_parallel = False

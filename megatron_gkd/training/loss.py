@@ -18,9 +18,15 @@ from torch import Tensor
 from megatron_gkd.data.microbatch import Microbatch
 from megatron_gkd.models.label_rows import label_rows
 from megatron_gkd.ops.chunk_loss import PerToken
-from megatron_gkd.ops.fused_linear import fused_linear_divergence
+from megatron_gkd.ops.fused_linear import (
+    DEFAULT_CHUNK_TOKENS,
+    FusedLinearOptions,
+    LinearHead,
+    TokenTargets,
+    fused_linear_divergence,
+)
+from megatron_gkd.ops.spec import DivergenceSpec, TailMode, TopKSpec
 from megatron_gkd.ops.topk import MISSING, TopK
-from megatron_gkd.ops.topk_statistics import TailMode
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.teachers.base import Hidden, Parts, TeacherSignal
 
@@ -82,7 +88,7 @@ class Objective:
         sft_alpha: weight of the cross-entropy on rows of the dataset.
         k: compare the teacher's k most likely tokens; None: all.
         tail_mode: the treatment of the other tokens where `k` is given.
-        chunk_tokens: number of rows of logits that exist at the same time; None: the op's default.
+        chunk_tokens: number of rows of logits that exist at the same time.
         upstream: the gradient that the loss will get in backward, where it is known; see ``fused_linear_divergence``.
     """
 
@@ -94,7 +100,7 @@ class Objective:
     sft_alpha: float = 0.0
     k: int | None = None
     tail_mode: TailMode = "renormalize"
-    chunk_tokens: int | None = None
+    chunk_tokens: int = DEFAULT_CHUNK_TOKENS
     upstream: float | None = None
 
     def __call__(
@@ -163,7 +169,6 @@ class Objective:
         from_dataset: Tensor,
         signal: Hidden | TopK | None,
     ) -> LabelLosses:
-        teacher = signal if isinstance(signal, Hidden) else None
         valid_mask = torch.ones_like(from_dataset)
         if isinstance(signal, TopK):
             is_entry = (signal.ids >= 0) & (signal.ids < self.vocab_size) & (signal.values > -torch.inf)
@@ -173,22 +178,13 @@ class Objective:
             tail = None if signal.tail is None else signal.tail.masked_fill(is_empty, 0)
             signal = replace(signal, ids=signal.ids.masked_fill(is_empty[:, None], MISSING), tail=tail)
         sft_alpha = 1.0 if signal is None else self.sft_alpha
+        sft_weights = sft_alpha * from_dataset * valid_mask if sft_alpha else None
         total, token = fused_linear_divergence(
-            student,
-            head_weight,
-            None if teacher is None else teacher.states.gather(),
-            None if teacher is None else teacher.head_weight,
-            divergence=self.divergence,
-            beta=self.beta,
-            temperature=self.temperature,
-            token_weights=valid_mask,
-            group=self.mesh.tp,
-            vocab_size=self.vocab_size,
-            labels=labels,
-            sft_weights=sft_alpha * from_dataset * valid_mask if sft_alpha else None,
-            topk=signal if isinstance(signal, TopK) else self.k if teacher is not None else None,
-            tail_mode=self.tail_mode,
-            chunk_tokens=self.chunk_tokens,
-            upstream=self.upstream,
+            LinearHead(student, head_weight),
+            LinearHead(signal.states.gather(), signal.head_weight) if isinstance(signal, Hidden) else signal,
+            TokenTargets(valid_mask, labels, sft_weights),
+            DivergenceSpec(self.beta, self.temperature, self.divergence, self.mesh.tp, self.vocab_size),
+            TopKSpec(self.k, self.tail_mode),
+            FusedLinearOptions(self.chunk_tokens, self.upstream),
         )
         return LabelLosses(total, token, valid_mask)

@@ -16,6 +16,7 @@ from megatron_gkd.config.schema import Recipe
 from megatron_gkd.data.dataset import TokenizedDataset, build_dataset
 from megatron_gkd.data.report import DataReport
 from megatron_gkd.data.sample import PAD_TOKEN_ID
+from megatron_gkd.data.tokenizing import RowOptions
 from megatron_gkd.models.checkpoint import Checkpoint
 from megatron_gkd.reporting.logging import log_to_console
 from megatron_gkd.reporting.phases import phase
@@ -101,10 +102,12 @@ def open_rows(
         recipe.data,
         split,
         models.tokenizer,
-        prompts=prompts,
-        prompt_limits=prompt_limits(recipe) if is_completed else None,
-        tag_key=recipe.teacher.teacher_tag_key,
-        vocab_size=models.vocab_size,
+        RowOptions(
+            allows_prompts=prompts,
+            prompt_limits=prompt_limits(recipe) if is_completed else None,
+            tag_key=recipe.teacher.teacher_tag_key,
+            vocab_size=models.vocab_size,
+        ),
         nodes=Nodes.from_world(),
     )
 

@@ -18,7 +18,7 @@ class Point:
 
     Attributes:
         kind: of work that is interrupted.
-        name: says what, within the kind; see `find`.
+        name: of the place, within the kind; see `find`.
         target: the function, as `module:name` or `module:Class.name`.
         moment: before its call, inside it, after it; or with only a part of what it writes or removes.
         only: text in its first argument, in calls that count.
