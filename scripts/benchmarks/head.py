@@ -13,7 +13,14 @@ from benchmarks.cases import DTYPES
 from benchmarks.measure import OURS, TrainingWork, Work, compete, relative_error
 from benchmarks.peers import Unavailable, installed
 from benchmarks.timing import Plan, Stopwatch
-from megatron_gkd.ops import fused_linear_divergence, reference
+from megatron_gkd.ops import (
+    DivergenceSpec,
+    FusedLinearOptions,
+    LinearHead,
+    TokenTargets,
+    fused_linear_divergence,
+    reference,
+)
 
 PRODUCTS = "four products"
 CHECKED_ROWS = 4
@@ -63,13 +70,11 @@ class Heads:
 
 
 def ours(case: HeadCase, heads: Heads) -> Callable[[], Tensor]:
+    student = LinearHead(heads.student_hidden, heads.student_weight)
+    teacher = LinearHead(heads.teacher_hidden, heads.teacher_weight)
     weights = torch.full((case.tokens,), 1 / case.tokens, device=heads.student_hidden.device)
-
-    def loss() -> Tensor:
-        options = {"beta": case.beta, "temperature": 1.0, "chunk_tokens": CHUNK_TOKENS}
-        return fused_linear_divergence(**vars(heads), token_weights=weights, **options)[0]
-
-    return loss
+    tokens, spec, options = TokenTargets(weights), DivergenceSpec(case.beta), FusedLinearOptions(CHUNK_TOKENS)
+    return lambda: fused_linear_divergence(student, teacher, tokens, spec, options=options)[0]
 
 
 def liger(case: HeadCase, heads: Heads) -> Callable[[], Tensor]:
