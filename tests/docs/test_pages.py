@@ -26,9 +26,10 @@ BASE = {
 }
 WORLD_SIZE = 8
 PATH = re.compile(r"(?<![\w/.-])(?:megatron_gkd|csrc|scripts|tests|docs)/[\w./*-]*")
-MADE_BY_RUNS = ("hf", "hf-step-NNNNNN")
+CREATED = {block.title for block in blocks(REPOSITORY / "docs/extending.md")}  # by who follows the page
 ROW_KEYS = ("messages", "prompt", "response", "teacher_prompt")
-YAML_BLOCKS = [(page, block) for page in PAGES for block in blocks(page, "yaml")]
+# Recipes with a title are run by test_extending.py.
+YAML_BLOCKS = [(page, block) for page in PAGES for block in blocks(page, "yaml") if block.title is None]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -36,7 +37,7 @@ def test_files_that_a_page_names_exist(page):
     missing = []
     for path in PATH.findall(page.read_text(encoding="utf-8")):
         path = path.rstrip(".")
-        if not any(REPOSITORY.glob(path.rstrip("/"))):
+        if path not in CREATED and not any(REPOSITORY.glob(path.rstrip("/"))):
             missing.append(path)
     assert not missing
 
@@ -51,8 +52,6 @@ def test_relative_links_lead_to_files(page):
 def test_recipes_load(page, block, tmp_path):
     """A block that shows some sections is completed by those of a plain recipe."""
     sections = yaml.safe_load(block.code)
-    if not set(sections) <= set(SECTIONS):
-        pytest.skip("not a recipe")
     tree = BASE | sections
     for section in ("student", "data", "train", "output"):
         tree[section] = BASE[section] | (sections.get(section) or {})
