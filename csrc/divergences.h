@@ -1,4 +1,4 @@
-// The divergences at one vocabulary entry: what both the CPU's and the GPU's kernels compute. One functor each.
+// The divergences at one vocabulary entry, for the kernels of CPU and GPU: one functor each, and the list of them all.
 //
 // a and b are the log2-probabilities of student S and teacher T, p = 2^a, q = 2^b, and M = beta T + (1 - beta) S. With a
 // functor's terms at every entry and scales that are the same for all,
@@ -16,11 +16,11 @@
 
 #pragma once
 
-#include "math.h"
+#include "vector_math.h"
 
 namespace gkd {
 
-constexpr float kImpossible = -1e30f;  // stands for log2 of 0: finite, so that 0 * log 0 is 0
+constexpr float kImpossible = -1e30f;  // in place of log2(0): finite, so that 0 * log2(0) is 0
 
 template <class F>
 GKD_INLINE F log2_prob(F z, float scale, float shift, float bias) {
@@ -34,7 +34,7 @@ struct Terms {
   F p;
 };
 
-// p and q by the higher one and the ratio of the lower to it.
+// p and q, expressed by the higher one and the ratio of the lower to it.
 template <class F>
 struct Pair {
   decltype(F{} < F{}) student_is_higher;
@@ -59,7 +59,7 @@ struct Pair {
   GKD_INLINE F p() const { return pick(higher, lower); }
 };
 
-// The parts of the divergences from the mixture M: x ln(x/M) of the higher and of the lower probability x, in bits.
+// The terms of the divergences from the mixture M: x log2(x/M) of the higher and of the lower probability x.
 template <class Math, class F>
 struct Mixture {
   Pair<F> pair;
@@ -93,7 +93,7 @@ GKD_INLINE F not_negative(F x) {
   return at_least(x, 0.0f);
 }
 
-// What all functors are made from; beta in (0, 1) but for total variation.
+// The parameters of all functors; beta is in (0, 1), except for total variation.
 struct Weights {
   float teacher;  // beta
   float student;  // 1 - beta
@@ -211,5 +211,20 @@ struct Alpha {
     return {not_negative(pair.higher * (x * difference - power)), pair.higher * slope, pair.p()};
   }
 };
+
+// Every divergence: its name in ops/reference.py, and its functor. The list defines the numbering, the lookup by name and
+// the dispatch; `Math` is Fast or Accurate.
+#define GKD_DIVERGENCES(X)                    \
+  X(generalized_jsd, GeneralizedJsd<Math>)    \
+  X(forward_kl, ForwardKl)                    \
+  X(reverse_kl, ReverseKl)                    \
+  X(total_variation, TotalVariation)          \
+  X(skewed_forward_kl, SkewedForwardKl<Math>) \
+  X(skewed_reverse_kl, SkewedReverseKl<Math>) \
+  X(alpha, Alpha<Math>)
+
+#define GKD_ENUMERATOR(name, ...) name,
+enum class DivergenceKind { GKD_DIVERGENCES(GKD_ENUMERATOR) };
+#undef GKD_ENUMERATOR
 
 }  // namespace gkd

@@ -1,4 +1,4 @@
-// The gradient at one entry of a row, for F = float or a vector of them: used by the CPU's and the GPU's kernels.
+// The gradient at one entry of a row, for F = float or a vector of floats: for the kernels of CPU and GPU.
 
 #pragma once
 
@@ -7,7 +7,7 @@
 
 namespace gkd {
 
-// What is the same along a row is worked out once.
+// What is constant along a row is computed once.
 template <class Functor>
 struct GradientRow {
   Functor divergence;
@@ -15,10 +15,11 @@ struct GradientRow {
   float scale, factor, slope_sum, label_factor, label_shift, label_bias;
 
   GKD_INLINE GradientRow(const GradientParams& params, const Functor& functor, int64_t i) : divergence(functor) {
-    n = params.normalizers[i];
+    const bool with_divergence = params.weight != nullptr;
+    n = with_divergence ? params.normalizers[i] : RowNormalizers{};
     scale = params.scale;
-    factor = params.weight[i] * params.inverse_temperature * functor.w.slope_scale;
-    slope_sum = params.slope_sum[i];
+    factor = with_divergence ? params.weight[i] * params.inverse_temperature * functor.w.slope_scale : 0;
+    slope_sum = with_divergence ? params.slope_sum[i] : 0;
     label_factor = params.label_weight == nullptr ? 0 : params.label_weight[i];
     label_shift = label_factor == 0 ? 0 : params.label_shift[i];
     label_bias = label_factor == 0 ? 0 : params.label_bias[i];

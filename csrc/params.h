@@ -1,29 +1,21 @@
-// What the kernels take: plain pointers and numbers, the same for CPU and CUDA. No torch headers here.
+// The parameters of the kernels: plain pointers and numbers, the same for CPU and CUDA, without torch headers.
 //
 // Logits are [rows, columns] of one float type for student and teacher, each row contiguous, rows `*_stride` elements
-// apart. `columns` counts the true vocabulary of this shard only: columns past it are never read. Statistics are fp32.
+// apart. `columns` counts the true vocabulary of this shard only: columns past it are not read. Statistics are fp32.
 
 #pragma once
 
 #include <cstdint>
 
+#include "divergences.h"
+
 namespace gkd {
 
 enum class FloatType { f32, bf16, f16 };
 
-enum class DivergenceKind {
-  generalized_jsd,
-  forward_kl,
-  reverse_kl,
-  total_variation,
-  skewed_forward_kl,
-  skewed_reverse_kl,
-  alpha,
-};
-
 struct Logits {
   const void* student;
-  const void* teacher;
+  const void* teacher;  // null where a pass reads the student only
   int64_t student_stride;
   int64_t teacher_stride;
   int64_t rows;
@@ -31,7 +23,7 @@ struct Logits {
   FloatType type;
 };
 
-// Columns of what `statistics` writes, for each row. With m the maximum over this shard's columns, t = scale (z - m) in
+// The columns that `statistics` writes, for each row. With m the maximum over this shard's columns, t = scale (z - m) in
 // bits (0 in place of m where a shard has no finite entry) and e = 2^t, sums run over this shard's columns.
 enum StatisticsColumn {
   kStudentMaximum,
@@ -50,6 +42,15 @@ enum StatisticsColumn {
   // Only with `untempered_scale`, as the last column: sum of 2^(untempered_scale (z_S - m_S))
 };
 
+// The columns that `statistics` writes without a teacher, which needs `moments` and `untempered_scale`.
+enum StudentStatisticsColumn {
+  kAloneMaximum,
+  kAloneSum,
+  kAloneMoment,
+  kAloneUntempered,
+  kAloneColumns,
+};
+
 struct StatisticsParams {
   Logits logits;
   const uint8_t* mask;     // [rows] or null; rows of 0 are not read and get maximum 0, sum 1 and 0 elsewhere
@@ -57,7 +58,7 @@ struct StatisticsParams {
   float untempered_scale;  // log2(e), or 0 to leave that column out
   bool moments;
   int64_t first;  // global id of the first column
-  float* out;     // [rows, statistics_columns(params)]
+  float* out;     // [rows, statistics_columns(...)], or without a teacher [rows, kAloneColumns]
 };
 
 inline int statistics_columns(bool moments, bool untempered) {
@@ -91,7 +92,8 @@ struct GradientParams {
   float inverse_temperature;
   const RowNormalizers* normalizers;  // [rows]
   const float* slope_sum;             // [rows], over the whole vocabulary, without its scale
-  const float* weight;                // [rows]; where it is 0 the divergence adds exactly 0 and the teacher is not read
+  const float* weight;  // [rows]; where it is 0 the divergence adds exactly 0 and the teacher is not read
+  // `normalizers`, `slope_sum`, `weight` and the teacher are null without a divergence.
   DivergenceKind kind;
   double beta;
   // Cross-entropy at temperature 1; all null without it.

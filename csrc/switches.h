@@ -1,4 +1,4 @@
-// From values known at run time to template arguments. Inside a body, the name that a switch binds is a constant or type.
+// From values known at run time to template arguments: each switch runs its body with a constant or a type bound to a name.
 
 #pragma once
 
@@ -13,7 +13,7 @@ namespace gkd {
 // error divided by this threshold, 1e-5, stays below the rounding of 16-bit logits.
 constexpr double kFastMinimumWeight = 1e-2;
 
-// The formulas that serve logits of a type where beta is near neither 0 nor 1.
+// The formulas for logits of a type where beta is not near 0 or 1.
 template <FloatType type>
 using MathOf = std::conditional_t<type == FloatType::f32, Accurate, Fast>;
 
@@ -58,37 +58,13 @@ using MathOf = std::conditional_t<type == FloatType::f32, Accurate, Fast>;
     return __VA_ARGS__();                                                           \
   }()
 
-// Binds `Functor` to each divergence that a gradient may be wanted of.
-#define GKD_DIVERGENCE_SWITCH(kind, Math, ...)     \
-  [&] {                                            \
-    switch (kind) {                                \
-      case DivergenceKind::forward_kl: {           \
-        using Functor = ForwardKl;                 \
-        return __VA_ARGS__();                      \
-      }                                            \
-      case DivergenceKind::reverse_kl: {           \
-        using Functor = ReverseKl;                 \
-        return __VA_ARGS__();                      \
-      }                                            \
-      case DivergenceKind::total_variation: {      \
-        using Functor = TotalVariation;            \
-        return __VA_ARGS__();                      \
-      }                                            \
-      case DivergenceKind::skewed_forward_kl: {    \
-        using Functor = SkewedForwardKl<Math>;     \
-        return __VA_ARGS__();                      \
-      }                                            \
-      case DivergenceKind::skewed_reverse_kl: {    \
-        using Functor = SkewedReverseKl<Math>;     \
-        return __VA_ARGS__();                      \
-      }                                            \
-      case DivergenceKind::alpha: {                \
-        using Functor = Alpha<Math>;               \
-        return __VA_ARGS__();                      \
-      }                                            \
-      default: {                                   \
-        using Functor = GeneralizedJsd<Math>;      \
-        return __VA_ARGS__();                      \
-      }                                            \
-    }                                              \
+// Binds `Functor` to the functor of `kind`, one of GKD_DIVERGENCES.
+#define GKD_DIVERGENCE_SWITCH(kind, Math, ...)                         \
+  [&] {                                                                \
+    const auto body = [&]<class Functor>() { return __VA_ARGS__(); };  \
+    switch (kind) { GKD_DIVERGENCES(GKD_DIVERGENCE_CASE) }             \
   }()
+
+#define GKD_DIVERGENCE_CASE(name, ...) \
+  case DivergenceKind::name:           \
+    return body.template operator()<__VA_ARGS__>();

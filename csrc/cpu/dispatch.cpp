@@ -1,7 +1,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "cpu.h"
+#include "passes.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define GKD_X86 1

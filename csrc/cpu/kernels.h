@@ -14,7 +14,7 @@
 
 namespace gkd::GKD_CPU_NAMESPACE {
 
-constexpr int64_t kBlock = 2048;  // columns of both models that stay in the first-level cache between two loops
+constexpr int64_t kBlock = 2048;  // columns that stay in the first-level cache between two loops, of both models
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 template <FloatType type>
@@ -35,7 +35,7 @@ struct RunningSoftmax {
   int64_t top = 0;
   double sum = 0, moment = 0, gap = 0, untempered = 0;
 
-  // Take a new maximum in; return by how many bits terms relative to the old reference shrink.
+  // Takes a new maximum into account; returns by how many logits the reference fell.
   double raise(float candidate) {
     if (!(candidate > maximum)) return 0;
     const double shift = (double(reference) - candidate);
@@ -73,7 +73,8 @@ int64_t find(const typename Storage<type>::Element* row, int64_t begin, int64_t 
   return found;
 }
 
-template <FloatType type, bool kMoments>
+// Without a teacher its sums stay 0, and `out` has the columns of StudentStatisticsColumn.
+template <FloatType type, bool kMoments, bool kTeacher>
 void statistics_row(const StatisticsParams& params, const RowPointers<type>& row, float* out) {
   const bool untempered = params.untempered_scale != 0;
   RunningSoftmax student, teacher;
@@ -81,14 +82,20 @@ void statistics_row(const StatisticsParams& params, const RowPointers<type>& row
     const int64_t end = begin + kBlock < params.logits.columns ? begin + kBlock : params.logits.columns;
     Floats student_most = splat<Floats>(-kInfinity), teacher_most = student_most;
     for_each_vector(begin, end, [&](int64_t j, auto count) {
-      const Floats s = load_count<type>(row.student + j, count), t = load_count<type>(row.teacher + j, count);
+      const Floats s = load_count<type>(row.student + j, count);
       student_most = s > student_most ? s : student_most;
-      teacher_most = t > teacher_most ? t : teacher_most;
+      if constexpr (kTeacher) {
+        const Floats t = load_count<type>(row.teacher + j, count);
+        teacher_most = t > teacher_most ? t : teacher_most;
+      }
     });
+
     const double student_shift = student.raise(maximum(student_most));
-    const double teacher_shift = teacher.raise(maximum(teacher_most));
-    if (kMoments && student_shift != 0) student.top = find<type>(row.student, begin, end, student.maximum);
-    if (kMoments && teacher_shift != 0) teacher.top = find<type>(row.teacher, begin, end, teacher.maximum);
+    const double teacher_shift = kTeacher ? teacher.raise(maximum(teacher_most)) : 0;
+    if constexpr (kMoments && kTeacher) {
+      if (student_shift != 0) student.top = find<type>(row.student, begin, end, student.maximum);
+      if (teacher_shift != 0) teacher.top = find<type>(row.teacher, begin, end, teacher.maximum);
+    }
     student.rescale(student_shift, teacher_shift, params);
     teacher.rescale(teacher_shift, student_shift, params);
 
@@ -96,31 +103,41 @@ void statistics_row(const StatisticsParams& params, const RowPointers<type>& row
     Floats sums[7] = {};
     for_each_vector(begin, end, [&](int64_t j, auto count) {
       const Floats s = load_count<type>(row.student + j, count) - student_reference;
-      const Floats t = load_count<type>(row.teacher + j, count) - teacher_reference;
-      const Floats student_bits = s * params.scale, teacher_bits = t * params.scale;
-      const Floats student_e = exp2(student_bits), teacher_e = exp2(teacher_bits);
+      const Floats student_bits = s * params.scale;
+      const Floats student_e = exp2(student_bits);
+      const auto in_student = student_e != 0.0f;  // 0 * -inf must be 0: an excluded entry adds nothing
       sums[0] += student_e;
-      sums[1] += teacher_e;
-      if constexpr (kMoments) {
-        // 0 * -inf must be 0: an excluded entry adds nothing.
-        const auto in_student = student_e != 0.0f, in_teacher = teacher_e != 0.0f;
-        const Floats difference = student_bits - teacher_bits;
-        sums[2] += student_e * (in_student ? student_bits : Floats{});
-        sums[3] += student_e * (in_student ? difference : Floats{});
-        sums[4] += teacher_e * (in_teacher ? teacher_bits : Floats{});
-        sums[5] -= teacher_e * (in_teacher ? difference : Floats{});
+      if constexpr (kMoments) sums[2] += student_e * (in_student ? student_bits : Floats{});
+      if constexpr (kTeacher) {
+        const Floats t = load_count<type>(row.teacher + j, count) - teacher_reference;
+        const Floats teacher_bits = t * params.scale;
+        const Floats teacher_e = exp2(teacher_bits);
+        sums[1] += teacher_e;
+        if constexpr (kMoments) {
+          const auto in_teacher = teacher_e != 0.0f;
+          const Floats difference = student_bits - teacher_bits;
+          sums[3] += student_e * (in_student ? difference : Floats{});
+          sums[4] += teacher_e * (in_teacher ? teacher_bits : Floats{});
+          sums[5] -= teacher_e * (in_teacher ? difference : Floats{});
+        }
       }
       if (untempered) sums[6] += exp2(s * params.untempered_scale);
     });
     student.sum += sum(sums[0]);
     teacher.sum += sum(sums[1]);
-    if constexpr (kMoments) {
-      student.moment += sum(sums[2]);
-      student.gap += sum(sums[3]);
-      teacher.moment += sum(sums[4]);
-      teacher.gap += sum(sums[5]);
-    }
+    student.moment += sum(sums[2]);
+    student.gap += sum(sums[3]);
+    teacher.moment += sum(sums[4]);
+    teacher.gap += sum(sums[5]);
     student.untempered += sum(sums[6]);
+  }
+
+  if constexpr (!kTeacher) {
+    out[kAloneMaximum] = student.maximum;
+    out[kAloneSum] = float(student.sum);
+    out[kAloneMoment] = float(student.moment);
+    out[kAloneUntempered] = float(student.untempered);
+    return;
   }
   out[kStudentMaximum] = student.maximum;
   out[kStudentSum] = float(student.sum);
@@ -152,8 +169,15 @@ void statistics_rows(const StatisticsParams& params, int64_t begin, int64_t end)
     if (params.mask != nullptr && params.mask[i] == 0) {
       skipped_statistics(columns, untempered, out);
     } else {
-      statistics_row<type, kMoments>(params, RowPointers<type>(params.logits, i), out);
+      statistics_row<type, kMoments, true>(params, RowPointers<type>(params.logits, i), out);
     }
+  }
+}
+
+template <FloatType type>
+void student_statistics_rows(const StatisticsParams& params, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    statistics_row<type, true, false>(params, RowPointers<type>(params.logits, i), params.out + i * kAloneColumns);
   }
 }
 
@@ -198,7 +222,7 @@ void gradient_row(const GradientParams& params, const GradientRow<Functor>& at, 
     return g;
   };
   const int64_t label = kCrossEntropy ? params.label[i] : -1;
-  float at_label = 0;  // worked out before the loop, which may overwrite the logits
+  float at_label = 0;  // computed before the loop, which may overwrite the logits
   if (label >= 0) {
     const float t = kDivergence ? load_one<type>(row.teacher + label) : 0;
     at_label = gradient(load_one<type>(row.student + label), t) - at.label_factor;
@@ -224,7 +248,8 @@ void gradient_rows(const GradientParams& params, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     const GradientRow<Functor> at(params, divergence, i);
     Element* out = static_cast<Element*>(params.out) + i * params.out_stride;
-    const bool with_divergence = params.weight[i] != 0, with_label = at.label_factor != 0;
+    const bool with_divergence = params.weight != nullptr && params.weight[i] != 0;
+    const bool with_label = at.label_factor != 0;
     if (with_divergence && with_label) {
       gradient_row<type, true, true>(params, at, i);
     } else if (with_divergence) {
@@ -239,6 +264,7 @@ void gradient_rows(const GradientParams& params, int64_t begin, int64_t end) {
 
 void statistics(const StatisticsParams& params, int64_t begin, int64_t end) {
   GKD_TYPE_SWITCH(params.logits.type, [&] {
+    if (params.logits.teacher == nullptr) return student_statistics_rows<kType>(params, begin, end);
     GKD_BOOL_SWITCH(params.moments, kMoments, [&] { statistics_rows<kType, kMoments>(params, begin, end); });
   });
 }

@@ -6,7 +6,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "../math.h"
+#include "../vector_math.h"
 #include "../params.h"
 
 namespace gkd::GKD_CPU_NAMESPACE {

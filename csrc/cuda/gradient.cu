@@ -5,7 +5,7 @@
 
 #include "../gradient_row.h"
 #include "../switches.h"
-#include "cuda.h"
+#include "passes.h"
 #include "launch.cuh"
 #include "walk.cuh"
 
@@ -62,8 +62,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor - (kCrossEn
   const int64_t i = blockIdx.x;
   const GradientRow<Functor> at(params, divergence, i);
   Element* out = static_cast<Element*>(params.out) + i * params.out_stride;
-  const bool with_divergence = params.weight[i] != 0, with_label = kCrossEntropy && at.label_factor != 0;
-  // Zeros first, so that nothing has to be remembered for them during the loop.
+  const bool with_divergence = params.weight != nullptr && params.weight[i] != 0;
+  const bool with_label = kCrossEntropy && at.label_factor != 0;
+  // Zeros first, so that they need no registers during the loop.
   const int64_t first_zero = with_divergence || with_label ? params.logits.columns : 0;
   zero_fill<type>(out + first_zero, params.width - first_zero);
   if (with_divergence && !with_label) {

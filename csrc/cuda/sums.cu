@@ -2,7 +2,7 @@
 
 #include "../divergences.h"
 #include "../switches.h"
-#include "cuda.h"
+#include "passes.h"
 #include "launch.cuh"
 #include "reduce.cuh"
 #include "walk.cuh"

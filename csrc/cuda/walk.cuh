@@ -3,7 +3,7 @@
 // Where all tensors of a row lie alike modulo 16 bytes, a pack is 16 bytes between two multiples of 16: one load, one
 // store. Only the first and the last pack of a row may stick out of it, and are then taken element by element. Where
 // the tensors lie differently, every pack is taken element by element, and its elements are `kThreads` columns apart, so
-// that neighbouring threads read neighbouring elements. Which of the two is decided at run time: it costs one comparison
+// that adjacent threads read adjacent elements. Which of the two is decided at run time: it costs one comparison
 // a pack. Either way a thread's packs, and the elements of a pack, are in the order of their columns, and an element
 // belongs to the same thread in every tensor.
 
@@ -19,7 +19,7 @@
 namespace gkd::cuda {
 
 constexpr int kThreads = 256;
-constexpr int kBatch = 2;  // packs of each tensor that a thread asks for before it uses the first
+constexpr int kBatch = 2;  // packs of each tensor that a thread loads before it uses the first
 // Least blocks on a multiprocessor, which leaves 64 registers to a thread: enough packs are then under way to keep the
 // memory busy while others are worked on.
 constexpr int kBlocksPerMultiprocessor = 4;
@@ -110,6 +110,7 @@ inline bool lie_alike(const void* a, int64_t a_stride, const void* b, int64_t b_
 }
 
 inline bool lie_alike(const Logits& logits) {
+  if (logits.teacher == nullptr) return true;
   return lie_alike(logits.student, logits.student_stride, logits.teacher, logits.teacher_stride, logits.type);
 }
 

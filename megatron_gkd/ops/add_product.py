@@ -1,8 +1,8 @@
-"""Matrix products that are added to a tensor of a wider type, without rounding to the operands' type in between.
+"""Matrix products that are added to a tensor of a wider dtype, without rounding to the operands' dtype in between.
 
-The ways differ in speed and memory, and in which torch has them: ``torch.addmm`` with `out_dtype` came with 2.8, for
-CUDA only, and before 2.10 it refuses an fp32 matrix to add to. So each way is tried on a small problem, once for each
-device and pair of types, and the first one that gives the exact result serves.
+The methods differ in speed and memory, and in the versions of torch that have them: ``torch.addmm`` with `out_dtype`
+came with 2.8, for CUDA only, and before 2.10 it rejects an fp32 matrix to add to. So each method is tried on a small
+problem, once for each device and pair of dtypes, and the first one with an exact result is used.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ BLOCK_BYTES = 64 << 20
 
 
 def add_product(target: Tensor, a: Tensor, b: Tensor) -> None:
-    """Compute target += a @ b in place, in the type of `target`.
+    """Compute target += a @ b in place, in the dtype of `target`.
 
     Args:
-        target: [M, N] of the operands' type, or of a wider one.
+        target: [M, N] of the operands' dtype, or of a wider one.
         a: [M, K].
-        b: [K, N] of the same type as `a`.
+        b: [K, N] of the same dtype as `a`.
     """
     if target.dtype == a.dtype:
         target.addmm_(a, b)
     else:
-        _way(a.device, a.dtype, target.dtype)(target, a, b)
+        _method(a.device, a.dtype, target.dtype)(target, a, b)
 
 
 def _by_addmm(target: Tensor, a: Tensor, b: Tensor) -> None:
@@ -52,24 +52,28 @@ def _row_blocks(target: Tensor) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, rows, step))
 
 
-_WAYS = (_by_addmm, _by_mm, _by_casting)  # the fastest one first
+_METHODS = (_by_addmm, _by_mm, _by_casting)  # the fastest one first
 
 
 @functools.cache
-def _way(device: torch.device, operands: torch.dtype, target: torch.dtype) -> Callable[[Tensor, Tensor, Tensor], None]:
-    """Return the first of ``_WAYS`` that gives the exact result on `device`."""
-    return next((way for way in _WAYS[:-1] if _is_exact(way, device, operands, target)), _WAYS[-1])
+def _method(
+    device: torch.device, operands: torch.dtype, target: torch.dtype
+) -> Callable[[Tensor, Tensor, Tensor], None]:
+    """Return the first of ``_METHODS`` that gives the exact result on `device`."""
+    return next((method for method in _METHODS[:-1] if _is_exact(method, device, operands, target)), _METHODS[-1])
 
 
-def _is_exact(way: Callable, device: torch.device, operands: torch.dtype, target: torch.dtype) -> bool:
-    """Whether `way` runs and rounds no product: 1 + 16 x² is a number of fp32 here, but of no 16-bit type."""
+def _is_exact(
+    method: Callable[[Tensor, Tensor, Tensor], None], device: torch.device, operands: torch.dtype, target: torch.dtype
+) -> bool:
+    """Return whether `method` runs and rounds no product: 1 + 16 x² is exact in fp32 here, but in no 16-bit dtype."""
     x = 1 + 2.0**-7
     a, b = (torch.full((16, 16), x, dtype=operands, device=device) for _ in range(2))
     found = torch.ones(16, 16, dtype=target, device=device)
     try:
-        way(found, a.t(), b)
+        method(found, a.t(), b)
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, TypeError):  # refused, not implemented for this device, or without `out_dtype`
+    except (RuntimeError, TypeError):  # rejected, not implemented for this device, or without `out_dtype`
         return False
     return bool((found == 1 + 16 * x * x).all())

@@ -1,7 +1,7 @@
-"""The loss of one chunk of tokens from their logits: what is measured, and the gradient over the student's logits.
+"""The loss of one chunk of tokens from their logits: metrics of each token, and the gradient by the student's logits.
 
-Against a teacher's logits, against its top-k, or against nobody. Shape suffixes: n tokens of the chunk, V valid columns
-of this rank's vocabulary shard.
+One function for each kind of teacher: its logits, its top-k, or none. Shape suffixes: n tokens of the chunk, V valid
+columns of this rank's vocabulary shard.
 """
 
 from __future__ import annotations
@@ -13,57 +13,80 @@ import torch
 from torch import Tensor
 
 from megatron_gkd.ops import passes
-from megatron_gkd.ops.measure import Measured, measure
-from megatron_gkd.ops.reference import FORWARD_KL
-from megatron_gkd.ops.spec import DivergenceSpec
+from megatron_gkd.ops.forward import compute_forward_with_statistics, compute_student_forward
+from megatron_gkd.ops.normalizers import CrossEntropy
+from megatron_gkd.ops.params import DivergenceRows, LabelRows, Logits
+from megatron_gkd.ops.spec import ShardSpec, TopKShardSpec
 from megatron_gkd.ops.topk import TopK
-from megatron_gkd.ops.topk_statistics import TopKSpec, measure_topk, write_topk_gradient
+from megatron_gkd.ops.topk_statistics import compute_topk_forward, write_topk_gradient
 
 
 class PerToken(NamedTuple):
-    """What was measured at each token: detached, [N], fp32 (fp64 for fp64), the same bits on all ranks of the group.
+    """Hold the metrics of each token, [N], detached, in fp32 (fp64 for fp64).
 
-    All but the cross-entropy is of the tempered distributions (over the top-k, where the divergence is), in nats, and 0
-    for what takes an absent teacher.
+    They have the same bits on all ranks of the group. All but the cross-entropy are of the distributions at the
+    temperature of the loss (over the top-k, where the divergence is), in nats, and 0 where they need a teacher and
+    there is none.
+
+    Attributes:
+        divergence: the divergence of the loss.
+        cross_entropy: of the student at temperature 1, over the whole vocabulary; 0 where there is no label.
+        teacher_entropy: the entropy of the teacher's distribution.
+        student_entropy: the entropy of the student's distribution.
+        forward_kl: KL(T||S).
+        reverse_kl: KL(S||T).
+        top1_agreement: 1.0 where both have the same most likely token, else 0.
     """
 
     divergence: Tensor
-    cross_entropy: Tensor  # untempered, over the whole vocabulary; 0 without labels or where the label is -100
+    cross_entropy: Tensor
     teacher_entropy: Tensor
     student_entropy: Tensor
-    forward_kl: Tensor  # KL(T||S)
-    reverse_kl: Tensor  # KL(S||T)
-    top1_agreement: Tensor  # 1.0 where both have the same most likely token
+    forward_kl: Tensor
+    reverse_kl: Tensor
+    top1_agreement: Tensor
 
 
 @dataclass(frozen=True)
-class ChunkWeights:
-    """What each token counts in the loss, [n] in the statistics' type."""
+class ChunkTargets:
+    """Hold what the loss needs of each token of a chunk beside the logits; weights are in the dtype of the statistics.
 
-    divergence: Tensor
-    cross_entropy: Tensor | None  # 0 where the label is ignored; None where the cross-entropy is a statistic only
+    Attributes:
+        token_weights: [n], of the divergence in the loss.
+        labels: int64 [n], global ids; None without a cross-entropy.
+        label_weights: [n], of the cross-entropy in the loss, 0 where the label is ignored; None where the cross-entropy
+            is a metric only.
+    """
 
-    def times(self, factor: float) -> ChunkWeights:
-        return ChunkWeights(
-            self.divergence * factor, None if self.cross_entropy is None else self.cross_entropy * factor
-        )
+    token_weights: Tensor
+    labels: Tensor | None
+    label_weights: Tensor | None
+
+    def scaled(self, factor: float) -> ChunkTargets:
+        """Return the same with all weights multiplied by `factor`."""
+        label_weights = None if self.label_weights is None else self.label_weights * factor
+        return replace(self, token_weights=self.token_weights * factor, label_weights=label_weights)
+
+    def label_rows(self, cross_entropy: CrossEntropy | None, spec: ShardSpec) -> LabelRows | None:
+        """Return what the gradient needs of the labels; None where they have no gradient."""
+        if self.labels is None or self.label_weights is None or cross_entropy is None:
+            return None
+        here, column = spec.shard.owned(self.labels)
+        return LabelRows(cross_entropy.normalizers, self.label_weights, torch.where(here, column, -1))
 
 
-def full_loss(
-    student_nV: Tensor,
-    teacher_nV: Tensor,
-    labels: Tensor | None,
-    weights: ChunkWeights,
-    spec: DivergenceSpec,
-    needs_gradient: bool,
+def compute_full_loss(
+    student_nV: Tensor, teacher_nV: Tensor, targets: ChunkTargets, spec: ShardSpec, needs_gradient: bool
 ) -> PerToken:
-    """Against the teacher's logits."""
-    found = measure(student_nV, teacher_nV, spec, labels=labels, moments=True)
+    """Compare with the teacher's logits. With `needs_gradient`, the gradient overwrites the student's logits."""
+    logits = Logits(student_nV, teacher_nV)
+    found = compute_forward_with_statistics(logits, spec, targets.labels)
     if needs_gradient:
-        _write_gradient(student_nV, teacher_nV, found, labels, weights, spec)
+        rows = DivergenceRows(found.normalizers.packed(), found.slope_sum, targets.token_weights)
+        passes.gradient(student_nV, logits, rows, targets.label_rows(found.cross_entropy, spec), spec)
     return PerToken(
         found.divergence,
-        torch.zeros_like(found.divergence) if labels is None else found.cross_entropy,
+        torch.zeros_like(found.divergence) if found.cross_entropy is None else found.cross_entropy.value,
         found.statistics.teacher_entropy,
         found.statistics.student_entropy,
         found.statistics.forward_kl,
@@ -72,72 +95,53 @@ def full_loss(
     )
 
 
-def student_loss(
-    student_nV: Tensor, labels: Tensor | None, weights: ChunkWeights, spec: DivergenceSpec, needs_gradient: bool
-) -> PerToken:
-    """Against nobody: the cross-entropy. The student stands in for its teacher, from which it diverges by 0."""
-    alone = replace(spec, divergence=FORWARD_KL)
-    weights = replace(weights, divergence=torch.zeros_like(weights.divergence))
-    found = full_loss(student_nV, student_nV, labels, weights, alone, needs_gradient)
-    nothing = torch.zeros_like(found.divergence)
-    return found._replace(teacher_entropy=nothing, top1_agreement=nothing)
+def compute_student_loss(student_nV: Tensor, targets: ChunkTargets, spec: ShardSpec, needs_gradient: bool) -> PerToken:
+    """Compute the cross-entropy without a teacher. With `needs_gradient`, its gradient overwrites the logits."""
+    found = compute_student_forward(student_nV, spec, targets.labels)
+    if needs_gradient:
+        labels = targets.label_rows(found.cross_entropy, spec)
+        if labels is None:
+            student_nV.zero_()
+        else:
+            passes.cross_entropy_gradient(student_nV, student_nV, labels)
+    zero = torch.zeros_like(found.entropy)
+    cross_entropy = zero if found.cross_entropy is None else found.cross_entropy.value
+    return PerToken(zero, cross_entropy, zero, found.entropy, zero, zero, zero)
 
 
-def topk_loss(
+def compute_topk_loss(
     student_nV: Tensor,
     topk: TopK,
-    labels: Tensor | None,
-    weights: ChunkWeights,
-    spec: DivergenceSpec,
-    topk_spec: TopKSpec,
+    targets: ChunkTargets,
+    spec: TopKShardSpec,
     needs_gradient: bool,
-    scratch_nV: Tensor | None = None,
+    buffer_nV: Tensor | None = None,
 ) -> PerToken:
-    """Against the teacher's most likely tokens, and the cross-entropy over the whole vocabulary beside that.
+    """Compare with the teacher's top-k, and compute the cross-entropy over the whole vocabulary.
 
-    `scratch_nV` may be overwritten; it is made where it is needed and missing.
+    With `needs_gradient`, the gradient overwrites the student's logits. `buffer_nV` may be overwritten; without it, a
+    buffer is allocated where one is needed.
     """
-    normalizers, sums = measure_topk(student_nV, topk, topk_spec)
-    with_labels = needs_gradient and weights.cross_entropy is not None
+    found = compute_topk_forward(student_nV, topk, spec)
+    rows = found.gradient_rows(targets.token_weights)
+    needs_label_gradient = needs_gradient and targets.label_weights is not None
     gradient = student_nV
-    if with_labels:  # which still need the logits
-        gradient = torch.empty_like(student_nV) if scratch_nV is None else scratch_nV
-        write_topk_gradient(gradient, student_nV, topk, normalizers, sums.slope, weights.divergence, topk_spec)
-    cross_entropy = torch.zeros_like(sums.value)
-    if labels is not None:
-        cross_entropy = student_loss(student_nV, labels, weights, spec, with_labels).cross_entropy
-    if with_labels:
+    if needs_label_gradient:  # the cross-entropy still needs the logits
+        gradient = torch.empty_like(student_nV) if buffer_nV is None else buffer_nV
+        write_topk_gradient(gradient, student_nV, topk, rows, spec)
+    cross_entropy = torch.zeros_like(found.divergence)
+    if targets.labels is not None:
+        cross_entropy = compute_student_loss(student_nV, targets, spec.base, needs_label_gradient).cross_entropy
+    if needs_label_gradient:
         student_nV += gradient
     elif needs_gradient:
-        write_topk_gradient(gradient, student_nV, topk, normalizers, sums.slope, weights.divergence, topk_spec)
+        write_topk_gradient(gradient, student_nV, topk, rows, spec)
     return PerToken(
-        sums.value,
+        found.divergence,
         cross_entropy,
-        sums.teacher_entropy,
-        sums.student_entropy,
-        sums.forward_kl,
-        sums.reverse_kl,
-        sums.top1_agreement,
-    )
-
-
-def _write_gradient(
-    student_nV: Tensor,
-    teacher_nV: Tensor,
-    found: Measured,
-    labels: Tensor | None,
-    weights: ChunkWeights,
-    spec: DivergenceSpec,
-) -> None:
-    of_labels = {}
-    if weights.cross_entropy is not None:
-        here, column = spec.shard.owned(labels)
-        of_labels = {
-            "untempered_2N": found.untempered,
-            "label_weight_N": weights.cross_entropy,
-            "label_N": torch.where(here, column, -1),
-        }
-    normalizers = found.normalizers.packed()
-    passes.gradient(
-        student_nV, student_nV, teacher_nV, normalizers, found.slope_sum, weights.divergence, spec, **of_labels
+        found.teacher_entropy,
+        found.student_entropy,
+        found.forward_kl,
+        found.reverse_kl,
+        found.top1_agreement,
     )

@@ -1,100 +1,108 @@
-"""The divergence of materialised logits, sharded over the vocabulary, with its closed-form gradient.
+"""The divergence of logits that are sharded over the vocabulary, with its closed-form gradient.
 
-Registered with torch.library: to torch.compile it is one opaque operator, collectives included, with an operator of its
-own for the gradient.
+It is registered with torch.library: to torch.compile it is one opaque operator, collectives included, and its gradient
+is another.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_gkd.ops import passes
-from megatron_gkd.ops.measure import measure
+from megatron_gkd.ops.forward import Forward, compute_forward, compute_forward_with_statistics
 from megatron_gkd.ops.normalizers import Normalizers, TokenStatistics
-from megatron_gkd.ops.spec import DivergenceSpec, accumulate_dtype
-from megatron_gkd.ops.vocabulary import VocabShard, group_of_name, name_of_group
+from megatron_gkd.ops.params import DivergenceRows, Logits
+from megatron_gkd.ops.spec import DivergenceSpec, ShardSpec, accumulate_dtype
+from megatron_gkd.ops.vocabulary import group_of_name, name_of_group
 
 
 def vocab_parallel_divergence(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    *,
-    beta: float,
-    divergence: str = "jsd",
-    temperature: float = 1.0,
-    group: dist.ProcessGroup | None = None,
-    vocab_size: int | None = None,
-    mask: Tensor | None = None,
-    return_statistics: bool = False,
-) -> Tensor | tuple[Tensor, TokenStatistics]:
-    """The divergence of each token, in nats; by default the generalized Jensen-Shannon divergence.
+    student_logits: Tensor, teacher_logits: Tensor, spec: DivergenceSpec, *, mask: Tensor | None = None
+) -> Tensor:
+    """Return the divergence of each token, in nats, from logits that are sharded over the vocabulary.
 
-    Agarwal et al., arXiv:2306.13649, equation 1, with both distributions at `temperature` and no T² factor; forward KL
-    at beta 0, reverse KL at beta 1. Autograd through a plain all_reduce would drop the other shards' terms; the
-    gradient here is the closed form (slope_j - p_j sum_u slope_u) / temperature (``reference.Divergence``), with sums
-    over the whole vocabulary.
+    Autograd through a plain all_reduce would drop the terms of the other shards. The gradient here is the closed form
+    (slope_j - p_j sum_u slope_u) / temperature (``reference.Divergence``), with sums over the whole vocabulary.
 
     Args:
-        student_logits, teacher_logits: [..., V/TP] of one float type: this rank's columns. -inf excludes an entry.
-            The teacher never gets a gradient.
-        beta: in [0, 1].
-        divergence: a name of ``reference.FAMILIES``, whose formulas say what `beta` means to it.
-        group: the ranks that share the vocabulary, in equal shards in rank order; None where it is not sharded.
-        vocab_size: the true size over the group (default: all columns). Columns past it are padding: they don't count,
-            and their gradient is 0.
-        mask: bool [...], True for the tokens that count. Others are not read.
-        return_statistics: also return what falls out beside the loss.
+        student_logits: float [..., V/TP], this rank's columns. -inf excludes an entry.
+        teacher_logits: [..., V/TP] of the same dtype. The teacher gets no gradient.
+        spec: the divergence, and who holds the vocabulary.
+        mask: bool [...], True for the tokens that count; the others are not read.
 
     Returns:
-        [...] in fp32 (fp64 for fp64), the same bits on every rank of the group; exactly 0 where masked. With
-        `return_statistics` also a ``TokenStatistics`` of the same shapes, detached.
-        For backward it keeps the inputs and 16 bytes a token. One collective in forward for the KL divergences, two for
-        the others, none in backward.
+        [...] in fp32 (fp64 for fp64), with the same bits on every rank of the group; 0 where masked. One collective in
+        forward for the KL divergences, two for the others, none in backward, for which the inputs and 16 bytes per
+        token are saved.
 
     Raises:
-        ValueError: inputs of unequal shape or type, or a parameter out of range.
+        ValueError: shapes or dtypes do not agree, or the shards do not hold `spec.vocab_size` columns.
     """
-    if student_logits.shape != teacher_logits.shape or student_logits.dtype != teacher_logits.dtype:
-        raise ValueError(
-            f"student_logits are {student_logits.dtype} {list(student_logits.shape)}, teacher_logits "
-            f"{teacher_logits.dtype} {list(teacher_logits.shape)}; both must have one type and shape"
-        )
-    if not student_logits.is_floating_point() or student_logits.dim() == 0:
-        raise ValueError(f"logits are {student_logits.dtype} {list(student_logits.shape)}; allowed are floats [..., V]")
+    return _apply(student_logits, teacher_logits, spec, mask, return_statistics=False)[0]
+
+
+def vocab_parallel_divergence_with_statistics(
+    student_logits: Tensor, teacher_logits: Tensor, spec: DivergenceSpec, *, mask: Tensor | None = None
+) -> tuple[Tensor, TokenStatistics]:
+    """Return ``vocab_parallel_divergence`` and the statistics of each token, [...], which come from the same passes.
+
+    The statistics are detached, and 0 where masked.
+    """
+    value, statistics = _apply(student_logits, teacher_logits, spec, mask, return_statistics=True)
+    return value, TokenStatistics(*statistics.detach().view(-1, *value.shape).unbind())
+
+
+def _apply(
+    student_logits: Tensor, teacher_logits: Tensor, spec: DivergenceSpec, mask: Tensor | None, return_statistics: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the divergence [...] and the statistics [5, N] or, without them, [5, 0]."""
+    _check(student_logits, teacher_logits, mask)
     tokens, width = student_logits.shape[:-1], student_logits.shape[-1]
-    if mask is not None and (mask.dtype != torch.bool or mask.shape != tokens):
-        raise ValueError(f"mask is {mask.dtype} {list(mask.shape)}; it must be torch.bool {list(tokens)}")
-    shard = VocabShard.of(width, group, vocab_size)
-    DivergenceSpec.of(beta, temperature, shard, divergence)  # for its errors
     value, _, _, _, statistics = _forward(
         student_logits.reshape(-1, width),
         teacher_logits.detach().reshape(-1, width),
         None if mask is None else mask.reshape(-1).contiguous(),
-        divergence,
-        float(beta),
-        float(temperature),
-        shard.vocab_size,
-        name_of_group(group),
+        spec.divergence,
+        float(spec.beta),
+        float(spec.temperature),
+        spec.on_shard(width).shard.vocab_size,
+        name_of_group(spec.group),
         return_statistics,
     )
-    value = value.view(tokens)
-    if not return_statistics:
-        return value
-    return value, TokenStatistics(*(x.view(tokens) for x in statistics.detach().unbind()))
+    return value.view(tokens), statistics
 
 
-def _spec(width: int, divergence: str, beta: float, temperature: float, vocab_size: int, group: str) -> DivergenceSpec:
-    return DivergenceSpec.of(beta, temperature, VocabShard.of(width, group_of_name(group), vocab_size), divergence)
+def _check(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None) -> None:
+    student, teacher = (f"{x.dtype} {list(x.shape)}" for x in (student_logits, teacher_logits))
+    if student != teacher:
+        raise ValueError(f"teacher_logits = {teacher}: must be {student}, as student_logits are")
+    if not student_logits.is_floating_point() or student_logits.dim() == 0:
+        raise ValueError(f"student_logits = {student}: must be floats [..., V]")
+    tokens = student_logits.shape[:-1]
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != tokens):
+        raise ValueError(f"mask = {mask.dtype} {list(mask.shape)}: must be torch.bool {list(tokens)}")
 
 
-def _rows_contiguous(logits: Tensor) -> Tensor:
-    return logits if logits.stride(-1) == 1 or logits.shape[-1] <= 1 else logits.contiguous()
+def _shard_spec(width: int, divergence: str, beta: float, temperature: float, vocab_size: int, group: str) -> ShardSpec:
+    return DivergenceSpec(beta, temperature, divergence, group_of_name(group), vocab_size).on_shard(width)
+
+
+def _valid_logits(student: Tensor, teacher: Tensor, mask: Tensor | None, spec: ShardSpec) -> Logits:
+    def valid(logits: Tensor) -> Tensor:
+        has_contiguous_rows = logits.stride(-1) == 1 or logits.shape[-1] <= 1
+        return (logits if has_contiguous_rows else logits.contiguous())[:, : spec.shard.valid]
+
+    return Logits(valid(student), valid(teacher), mask)
+
+
+# Operators of torch.library take tensors, numbers and strings, so a specification is passed by its fields.
 
 
 @torch.library.custom_op("megatron_gkd::vocab_parallel_divergence", mutates_args=())
-def _forward(
+def _forward(  # noqa: PLR0913
     student: Tensor,
     teacher: Tensor,
     mask: Tensor | None,
@@ -105,20 +113,26 @@ def _forward(
     group: str,
     return_statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Of N tokens: the divergence [N], what backward needs (shifts [N, 2], biases [N, 2], slope sum [N]), and the
-    statistics [5, N], or [5, 0] where nobody wants them.
+    """Return the divergence [N], what backward needs, and the statistics [5, N], or [5, 0] without them.
+
+    Backward needs shifts [N, 2], biases [N, 2] and the slope sum [N].
     """
-    spec = _spec(student.shape[1], divergence, beta, temperature, vocab_size, group)
-    student, teacher = (_rows_contiguous(x)[:, : spec.shard.valid] for x in (student, teacher))
-    found = measure(student, teacher, spec, mask=mask, moments=return_statistics)
+    spec = _shard_spec(student.shape[1], divergence, beta, temperature, vocab_size, group)
+    logits = _valid_logits(student, teacher, mask, spec)
+    found: Forward
+    if return_statistics:
+        found = with_statistics = compute_forward_with_statistics(logits, spec)
+        statistics = torch.stack(with_statistics.statistics)
+    else:
+        found = compute_forward(logits, spec)
+        statistics = found.divergence.new_empty(5, 0)
     value = found.divergence.clone() if mask is None else torch.where(mask, found.divergence, 0)
-    statistics = torch.stack(found.statistics) if return_statistics else value.new_empty(5, 0)
     return value, found.normalizers.shifts, found.normalizers.biases, found.slope_sum, statistics
 
 
 @_forward.register_fake
-def _(student, teacher, mask, divergence, beta, temperature, vocab_size, group, return_statistics):
-    rows, dtype = student.shape[0], accumulate_dtype(student.dtype)
+def _fake_forward(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows, dtype, return_statistics = student.shape[0], accumulate_dtype(student.dtype), arguments[-1]
     value = student.new_empty(rows, dtype=dtype)
     return (
         value,
@@ -130,7 +144,7 @@ def _(student, teacher, mask, divergence, beta, temperature, vocab_size, group, 
 
 
 @torch.library.custom_op("megatron_gkd::vocab_parallel_divergence_backward", mutates_args=())
-def _backward(
+def _backward(  # noqa: PLR0913
     upstream: Tensor,
     student: Tensor,
     teacher: Tensor,
@@ -144,29 +158,28 @@ def _backward(
     vocab_size: int,
     group: str,
 ) -> Tensor:
-    """The student's gradient [N, V/TP]."""
-    spec = _spec(student.shape[1], divergence, beta, temperature, vocab_size, group)
+    """Return the student's gradient, [N, V/TP]."""
+    spec = _shard_spec(student.shape[1], divergence, beta, temperature, vocab_size, group)
     gradient = torch.empty(student.shape, dtype=student.dtype, device=student.device)
-    student, teacher = (_rows_contiguous(x)[:, : spec.shard.valid] for x in (student, teacher))
     weight = upstream if mask is None else torch.where(mask, upstream, 0)
-    normalizers = Normalizers(shifts, biases).packed()
-    passes.gradient(gradient, student, teacher, normalizers, slope_sum, weight.contiguous(), spec)
+    rows = DivergenceRows(Normalizers(shifts, biases).packed(), slope_sum, weight.contiguous())
+    passes.gradient(gradient, _valid_logits(student, teacher, None, spec), rows, None, spec)
     return gradient
 
 
 @_backward.register_fake
-def _(upstream, student, *_):
+def _fake_backward(upstream: Tensor, student: Tensor, *_: Any) -> Tensor:
     return torch.empty(student.shape, dtype=student.dtype, device=student.device)
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     student, teacher, mask, *ctx.parameters, _ = inputs
     _, shifts, biases, slope_sum, _ = output
     ctx.save_for_backward(student, teacher, mask, shifts, biases, slope_sum)
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, upstream: Tensor | None, *_):
+def _differentiate(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     gradient = None if upstream is None else _backward(upstream, *ctx.saved_tensors, *ctx.parameters)
     return gradient, None, None, None, None, None, None, None, None
 

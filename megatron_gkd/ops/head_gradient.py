@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,33 +14,52 @@ from megatron_gkd.ops.spec import accumulate_dtype
 
 @dataclass(frozen=True)
 class HeadGradient:
-    """Accumulates in fp32 (fp64 for fp64), into a buffer of its own or straight into Megatron's `main_grad`.
+    """Accumulate in fp32 (fp64 for fp64), into a buffer or directly into Megatron's `main_grad`.
 
-    Megatron's DistributedDataParallel gives each weight a `main_grad`. Layers that add to it themselves set the
-    weight's `grad_added_to_main_grad` and return a tensor that only makes the weight's hook fire: zeros where the
-    weight is shared with an embedding (`zero_out_wgrad`), whose own gradient is added to them, else anything.
+    Megatron's DistributedDataParallel sets a `main_grad` on each weight. Layers that add to it themselves set the
+    weight's `grad_added_to_main_grad` and return a tensor that only triggers the weight's hook: zeros where the weight
+    is shared with an embedding (`zero_out_wgrad`), whose own gradient is added to them, else anything.
+
+    Attributes:
+        weight: [V/TP, H]. Megatron adds attributes to it that a Tensor does not have, hence the type.
+        buffer: [V/TP, H]; None where chunks are added to `main_grad`.
     """
 
-    weight: Tensor  # [V/TP, H]
-    buffer: Tensor | None  # of the weight's shape; None where chunks go to `main_grad`
+    weight: Any
+    buffer: Tensor | None
 
     @classmethod
-    def of(cls, weight: Tensor, is_final: bool) -> HeadGradient:
-        """`is_final`: what is added needs no further factor, as the gradient of the total is known before backward."""
+    def from_weight(cls, weight: Tensor, is_final: bool) -> HeadGradient:
+        """Prepare the accumulation.
+
+        Args:
+            weight: [V/TP, H].
+            is_final: whether what is added needs no further factor, because the gradient of the total is known.
+        """
         if is_final and getattr(weight, "main_grad", None) is not None:
             return cls(weight, None)
         return cls(weight, torch.zeros(weight.shape, dtype=accumulate_dtype(weight.dtype), device=weight.device))
 
     def add(self, logits_gradient: Tensor, hidden: Tensor) -> None:
-        """Of one chunk: [n, V'] for the first V' rows, and [n, H]."""
+        """Add the gradient of one chunk.
+
+        Args:
+            logits_gradient: [n, V'], by the logits of the first V' rows of the weight.
+            hidden: [n, H].
+        """
         target = self.weight.main_grad if self.buffer is None else self.buffer
         add_product(target[: logits_gradient.shape[1]], logits_gradient.t(), hidden)
 
     def finish(self, buffer: Tensor | None, factor: Tensor | None) -> Tensor:
-        """What backward returns for the weight. `factor`: the gradient of the total, None where it is in `buffer`."""
-        if getattr(self.weight, "main_grad", None) is None:
+        """Return what backward returns for the weight.
+
+        Args:
+            buffer: the buffer, as saved for backward; None where chunks were added to `main_grad`.
+            factor: the gradient of the total; None where the buffer contains it.
+        """
+        if buffer is not None and getattr(self.weight, "main_grad", None) is None:
             return (buffer if factor is None else buffer * factor).to(self.weight.dtype)
-        if factor is not None:
+        if buffer is not None and factor is not None:
             self.weight.main_grad.addcmul_(buffer, factor.to(buffer.dtype))
         self.weight.grad_added_to_main_grad = True
         make = torch.zeros_like if getattr(self.weight, "zero_out_wgrad", False) else torch.empty_like

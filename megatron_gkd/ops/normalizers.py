@@ -1,6 +1,6 @@
-"""From the ranks' statistics to the normalizers of the whole vocabulary, and to what falls out beside them.
+"""The normalizers of the whole vocabulary and the statistics of each token, from the statistics of the ranks.
 
-A handful of numbers a token: all is worked out in fp64. Shape suffixes: R ranks, N tokens, C columns of
+These are a few numbers per token: all arithmetic is in fp64. Shape suffixes: R ranks, N tokens, C columns of
 ``csrc/params.h``.
 """
 
@@ -13,84 +13,147 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_gkd.ops.spec import LOG2_E, DivergenceSpec, round_to
+from megatron_gkd.ops.spec import LOG2_E, ShardSpec, round_to
 
 LN2 = math.log(2)
 IGNORED_LABEL = -100
 
 
 class TokenStatistics(NamedTuple):
-    """What is known of each token beside the loss, [N] of the tempered distributions, in nats."""
+    """Hold statistics of each token, [N], of the distributions at the temperature of the loss, in nats.
+
+    Attributes:
+        student_entropy: the entropy of the student's distribution.
+        teacher_entropy: the entropy of the teacher's distribution.
+        forward_kl: KL(T||S).
+        reverse_kl: KL(S||T).
+        top1_agreement: 1 where both have the same most likely token (the lowest id among equals), else 0.
+    """
 
     student_entropy: Tensor
     teacher_entropy: Tensor
-    forward_kl: Tensor  # KL(T||S)
-    reverse_kl: Tensor  # KL(S||T)
-    top1_agreement: Tensor  # 1 where both have the same most likely token, the lowest id counting among equals
+    forward_kl: Tensor
+    reverse_kl: Tensor
+    top1_agreement: Tensor
 
 
 @dataclass(frozen=True)
 class Normalizers:
-    """What turns logits into log-probabilities: log2 p = scale (z - shift) - bias, the same bits on all ranks.
+    """Hold what turns logits z into log-probabilities: log2 p = scale (z - shift) - bias.
 
-    `shift` is the log-sum-exp in the logits' units and `bias` what its rounding lost, so that large logits cost no
-    digits: a tiny number, for which bf16 is plenty.
+    All ranks have the same bits. The shift is the log-sum-exp in the logits' units. The bias is its rounding error, so
+    that large logits lose no digits; it is so small that bf16 is enough.
+
+    Attributes:
+        shifts: [N, 2], of student and teacher.
+        biases: bf16 [N, 2], of student and teacher.
     """
 
-    shifts: Tensor  # [N, 2], of student and teacher
-    biases: Tensor  # [N, 2], bf16
+    shifts: Tensor
+    biases: Tensor
 
     def packed(self) -> Tensor:
-        """[N, 4] as the passes take them: student's shift and bias, teacher's shift and bias."""
+        """Return [N, 4] as the passes take them: student's shift and bias, teacher's shift and bias."""
         return torch.stack([self.shifts, self.biases.to(self.shifts.dtype)], -1).flatten(1)
 
 
-@dataclass(frozen=True)
-class Combined:
-    normalizers: Normalizers
-    statistics: TokenStatistics | None  # where moments were taken
-    untempered: Tensor | None  # [2, N]: the student's shift and bias at temperature 1
-    cross_entropy: Tensor | None  # [N], untempered, 0 where the label is ignored
+class CrossEntropy(NamedTuple):
+    """Hold the cross-entropy of each token at temperature 1, over the whole vocabulary.
 
-
-def combine(gathered_RNC: Tensor, spec: DivergenceSpec, *, moments: bool, labels: Tensor | None = None) -> Combined:
-    """The ranks' statistics, stacked in rank order. With `labels` the last two columns are the untempered sum and the
-    label's logit (-inf where another rank has it).
+    Attributes:
+        value: [N], in nats; 0 where the label is ignored.
+        normalizers: [2, N], shift and bias of the student at temperature 1.
     """
-    dtype = gathered_RNC.dtype
-    scale, columns = spec.scale(dtype), gathered_RNC.double().unbind(-1)
-    student, teacher = (_Model.of(columns[i], columns[i + 1], scale) for i in (0, 2))
-    statistics = untempered = cross_entropy = None
-    if moments:
-        statistics = TokenStatistics(*(x.to(dtype) for x in _statistics(columns, student, teacher)))
-    if labels is not None:
-        at_one = _Model.of(columns[0], columns[-2], round_to(LOG2_E, dtype))
-        shift, bias = at_one.normalizer(dtype)
-        untempered = torch.stack([shift, bias.to(dtype)])
-        label_logit = columns[-1].amax(0)
-        negative_log_prob = LN2 * (at_one.log_sum - (label_logit - at_one.maximum) * at_one.scale)
-        cross_entropy = torch.where(labels == IGNORED_LABEL, 0, negative_log_prob).to(dtype)
-    (student_shift, student_bias), (teacher_shift, teacher_bias) = (x.normalizer(dtype) for x in (student, teacher))
-    normalizers = Normalizers(
-        torch.stack([student_shift, teacher_shift], -1), torch.stack([student_bias, teacher_bias], -1)
-    )
-    return Combined(normalizers, statistics, untempered, cross_entropy)
+
+    value: Tensor
+    normalizers: Tensor
+
+
+def combine_cross_entropy(maxima_RN: Tensor, sums_RN: Tensor, label_logits_RN: Tensor, labels: Tensor) -> CrossEntropy:
+    """Combine the ranks' statistics at temperature 1.
+
+    Args:
+        maxima_RN: each rank's largest logit.
+        sums_RN: each rank's sum of exponentials, relative to its maximum.
+        label_logits_RN: the label's logit on the rank that has it, -inf on the others.
+        labels: int64 [N], global ids.
+    """
+    dtype = maxima_RN.dtype
+    model = _Model.from_ranks(maxima_RN.double(), sums_RN.double(), round_to(LOG2_E, dtype))
+    shift, bias = model.normalizer(dtype)
+    negative_log_prob = LN2 * (model.log_sum - (label_logits_RN.double().amax(0) - model.maximum) * model.scale)
+    value = torch.where(labels == IGNORED_LABEL, 0, negative_log_prob).to(dtype)
+    return CrossEntropy(value, torch.stack([shift, bias.to(dtype)]))
+
+
+def combine_student_entropy(gathered_RNC: Tensor, spec: ShardSpec) -> Tensor:
+    """Return the student's entropy [N], in nats, from the ranks' ``passes.student_statistics``."""
+    maxima, sums, moments = gathered_RNC[..., :3].double().unbind(-1)
+    return _Model.from_ranks(maxima, sums, spec.scale(gathered_RNC.dtype)).entropy(moments).to(gathered_RNC.dtype)
+
+
+class Combined:
+    """Combine the ranks' ``passes.statistics``.
+
+    Args:
+        gathered_RNC: the statistics of all ranks, stacked in rank order.
+        spec: the specification that they were computed with.
+    """
+
+    def __init__(self, gathered_RNC: Tensor, spec: ShardSpec) -> None:
+        self._dtype = gathered_RNC.dtype
+        self._columns = gathered_RNC.double().unbind(-1)
+        scale = spec.scale(self._dtype)
+        self._student, self._teacher = (
+            _Model.from_ranks(self._columns[i], self._columns[i + 1], scale) for i in (0, 2)
+        )
+
+    def normalizers(self) -> Normalizers:
+        """Return the normalizers of both models."""
+        shifts, biases = zip(*(model.normalizer(self._dtype) for model in (self._student, self._teacher)), strict=True)
+        return Normalizers(torch.stack(shifts, -1), torch.stack(biases, -1))
+
+    def token_statistics(self) -> TokenStatistics:
+        """Return the statistics of each token; needs moments among the ranks' statistics."""
+        student, teacher = self._student, self._teacher
+        student_moment, student_gap, student_ids, teacher_moment, teacher_gap, teacher_ids = self._columns[4:10]
+        between = student.offsets - teacher.offsets
+        reverse = student.mean(student_gap, between) - student.log_sum + teacher.log_sum
+        forward = teacher.mean(teacher_gap, -between) - teacher.log_sum + student.log_sum
+        statistics = TokenStatistics(
+            student_entropy=student.entropy(student_moment),
+            teacher_entropy=teacher.entropy(teacher_moment),
+            forward_kl=(LN2 * forward).clamp(min=0),
+            reverse_kl=(LN2 * reverse).clamp(min=0),
+            top1_agreement=student.top(student_ids) == teacher.top(teacher_ids),
+        )
+        return TokenStatistics(*(x.to(self._dtype) for x in statistics))
 
 
 @dataclass(frozen=True)
 class _Model:
-    """One model's sums over the vocabulary, relative to its maximum over all ranks."""
+    """Hold one model's sums over the vocabulary, relative to its maximum over all ranks.
+
+    Attributes:
+        scale: turns logits into bits.
+        maxima: [R, N], each rank's maximum.
+        maximum: [N].
+        offsets: [R, N], by how many bits each rank's reference is below the maximum, <= 0.
+        shrink: [R, N], 2^offsets.
+        sums: [R, N], each relative to its rank's reference.
+        total: [N].
+    """
 
     scale: float
-    by_rank: Tensor  # [R, N], each rank's maximum
-    maximum: Tensor  # [N]
-    offsets: Tensor  # [R, N], in bits: how far each rank's reference lies below the maximum
-    shrink: Tensor  # [R, N], 2^offsets
-    sums: Tensor  # [R, N], each relative to its rank's reference
-    total: Tensor  # [N]
+    maxima: Tensor
+    maximum: Tensor
+    offsets: Tensor
+    shrink: Tensor
+    sums: Tensor
+    total: Tensor
 
     @classmethod
-    def of(cls, maxima_RN: Tensor, sums_RN: Tensor, scale: float) -> _Model:
+    def from_ranks(cls, maxima_RN: Tensor, sums_RN: Tensor, scale: float) -> _Model:
         maximum = maxima_RN.amax(0)
         references = torch.where(maxima_RN == -torch.inf, 0, maxima_RN)
         offsets = (references - maximum) * scale
@@ -103,28 +166,20 @@ class _Model:
         return self.total.log2()
 
     def mean(self, sums_RN: Tensor, offsets_RN: Tensor) -> Tensor:
-        """The mean over the distribution of a quantity, from sums in which it is less by `offsets`."""
+        """Return the mean of a quantity over the distribution, from sums in which it is too small by `offsets`."""
         shifted = self.shrink * (sums_RN + offsets_RN * self.sums)
         return torch.where(self.shrink == 0, 0, shifted).sum(0) / self.total
 
+    def entropy(self, moments_RN: Tensor) -> Tensor:
+        """Return the entropy in nats, [N]."""
+        return LN2 * (self.log_sum - self.mean(moments_RN, self.offsets))
+
     def normalizer(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return shift and bias, [N]; see ``Normalizers``."""
         exact = self.maximum + self.log_sum / self.scale
         shift = exact.to(dtype)
         return shift, ((exact - shift.double()) * self.scale).bfloat16()
 
     def top(self, ids_RN: Tensor) -> Tensor:
-        return torch.where(self.by_rank == self.maximum, ids_RN, torch.inf).amin(0)
-
-
-def _statistics(columns: tuple[Tensor, ...], student: _Model, teacher: _Model) -> TokenStatistics:
-    student_moment, student_gap, student_ids, teacher_moment, teacher_gap, teacher_ids = columns[4:10]
-    between = student.offsets - teacher.offsets
-    reverse = student.mean(student_gap, between) - student.log_sum + teacher.log_sum
-    forward = teacher.mean(teacher_gap, -between) - teacher.log_sum + student.log_sum
-    return TokenStatistics(
-        student_entropy=LN2 * (student.log_sum - student.mean(student_moment, student.offsets)),
-        teacher_entropy=LN2 * (teacher.log_sum - teacher.mean(teacher_moment, teacher.offsets)),
-        forward_kl=(LN2 * forward).clamp(min=0),
-        reverse_kl=(LN2 * reverse).clamp(min=0),
-        top1_agreement=(student.top(student_ids) == teacher.top(teacher_ids)).to(student.total.dtype),
-    )
+        """Return the lowest id of the maximum over all ranks, [N]."""
+        return torch.where(self.maxima == self.maximum, ids_RN, torch.inf).amin(0)

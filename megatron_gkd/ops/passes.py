@@ -1,16 +1,18 @@
-"""The three passes over logits that make up every loss here, by compiled kernels or in plain torch.
+"""The passes over logits of which every loss here consists, by compiled kernels or in plain torch.
 
     statistics   one read of both logits: maxima, sums of exponentials, moments   then one collective
     sums         one read: value and slope of the divergence                      then one collective
     gradient     one read, one write                                              no collective
 
-Their numbers are documented in ``csrc/params.h``; ``normalizers`` makes the first pass's whole over the ranks.
-MEGATRON_GKD_IMPL chooses: auto (compiled where there are kernels for the tensor, else torch), torch, or compiled (an
-error where there are none).
+Without a teacher: ``student_statistics`` and ``cross_entropy_gradient``, which read the student's logits only.
+``csrc/params.h`` documents their columns, and ``normalizers`` combines the statistics of the ranks. The environment
+variable MEGATRON_GKD_IMPL chooses the implementation: auto (compiled where there are kernels for the tensor, else
+torch), torch, or compiled (an error where there are no kernels).
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import warnings
 from types import ModuleType
@@ -19,95 +21,106 @@ import torch
 from torch import Tensor
 
 from megatron_gkd.ops import torch_passes
-from megatron_gkd.ops.spec import DivergenceSpec
+from megatron_gkd.ops.params import DivergenceRows, LabelRows, Logits
+from megatron_gkd.ops.spec import ShardSpec
 
 _CHOICES = ("auto", "torch", "compiled")
 
 
 def _load(choice: str) -> ModuleType | None:
-    """The kernels' module, or None where plain torch serves."""
+    """Return the module of kernels, or None where plain torch is used."""
     if choice not in _CHOICES:
-        raise ValueError(f"MEGATRON_GKD_IMPL is {choice!r}; allowed are {', '.join(_CHOICES)}")
+        raise ValueError(f"MEGATRON_GKD_IMPL = {choice!r}: must be one of {', '.join(_CHOICES)}")
     if choice == "torch":
         return None
     try:
-        from megatron_gkd import _C
+        return importlib.import_module("megatron_gkd._C")
     except ImportError as error:
         how = "build them with: pip install --no-build-isolation -e ."
         if choice == "compiled":
             raise ImportError(
-                f"MEGATRON_GKD_IMPL is compiled, but there are no compiled kernels ({error}); {how}"
+                f"MEGATRON_GKD_IMPL = compiled: there are no compiled kernels ({error}); {how}"
             ) from error
         warnings.warn(f"no compiled kernels ({error}), so the loss is computed in plain torch; {how}", stacklevel=2)
         return None
-    return _C
 
 
 _kernels = _load(os.environ.get("MEGATRON_GKD_IMPL", "auto"))
 
 
 def implementation(device: torch.device | str = "cpu") -> str:
-    """What serves 16- and 32-bit logits on `device`, in words."""
+    """Return which implementation computes on 16- and 32-bit logits on `device`: "torch" or "compiled (...)"."""
     device = torch.device(device)
-    if not _compiled_for(device):
+    kernels = _kernels_on(device)
+    if kernels is None:
         return "torch"
-    return f"compiled ({_kernels.cpu_capability()})" if device.type == "cpu" else "compiled (CUDA)"
+    return f"compiled ({kernels.cpu_capability()})" if device.type == "cpu" else "compiled (CUDA)"
 
 
-def _compiled_for(device: torch.device) -> bool:
-    return _kernels is not None and (device.type == "cpu" or (device.type == "cuda" and _kernels.has_cuda))
+def _kernels_on(device: torch.device) -> ModuleType | None:
+    if _kernels is not None and (device.type == "cpu" or (device.type == "cuda" and _kernels.has_cuda)):
+        return _kernels
+    return None
 
 
-def _compiled(logits: Tensor) -> bool:
-    return logits.dtype != torch.float64 and _compiled_for(logits.device)
+def _kernels_for(logits: Tensor) -> ModuleType | None:
+    return None if logits.dtype == torch.float64 else _kernels_on(logits.device)
 
 
-def statistics(
-    student_NV: Tensor,
-    teacher_NV: Tensor,
-    mask_N: Tensor | None,
-    spec: DivergenceSpec,
-    *,
-    moments: bool,
-    untempered: bool = False,
-) -> Tensor:
-    """[N, 4 (+ 6 with moments) (+ 1 untempered)] of this rank's V valid columns."""
-    if not _compiled(student_NV):
-        return torch_passes.statistics(student_NV, teacher_NV, mask_N, spec, moments=moments, untempered=untempered)
-    return _kernels.statistics(student_NV, teacher_NV, mask_N, spec.temperature, spec.shard.first, moments, untempered)
+def statistics(logits: Logits, spec: ShardSpec, *, moments: bool, untempered: bool = False) -> Tensor:
+    """Return the statistics of each row over this rank's columns, [N, 4 (+ 6 with moments) (+ 1 untempered)].
 
-
-def sums(
-    student_NV: Tensor, teacher_NV: Tensor, mask_N: Tensor | None, normalizers_N4: Tensor, spec: DivergenceSpec
-) -> Tensor:
-    """[N, 2]: the sums of values and slopes over this rank's columns."""
-    if not _compiled(student_NV):
-        return torch_passes.sums(student_NV, teacher_NV, mask_N, normalizers_N4, spec)
-    return _kernels.sums(
-        student_NV, teacher_NV, mask_N, normalizers_N4, spec.divergence.name, spec.beta, spec.temperature
-    )
-
-
-def gradient(
-    out: Tensor,
-    student_NV: Tensor,
-    teacher_NV: Tensor,
-    normalizers_N4: Tensor,
-    slope_sum_N: Tensor,
-    weight_N: Tensor,
-    spec: DivergenceSpec,
-    *,
-    untempered_2N: Tensor | None = None,
-    label_weight_N: Tensor | None = None,
-    label_N: Tensor | None = None,
-) -> None:
-    """Write ∂/∂z_S of sum_n (weight[n] D_n + label_weight[n] CE_n) into `out` [N, >= V], which may be the logits.
-
-    Rows of weight 0 become exactly 0, whatever they held, and so do columns from V on. `label_N` int64 holds columns of
-    this shard, -1 for labels of other shards.
+    Args:
+        logits: of both models. Rows outside the mask get what adds nothing.
+        spec: the temperature and the shard.
+        moments: also compute what the KL divergences and ``TokenStatistics`` need.
+        untempered: also compute the student's sum of exponentials at temperature 1, which the cross-entropy needs.
     """
-    per_row = (normalizers_N4, slope_sum_N, weight_N, untempered_2N, label_weight_N, label_N)
-    if not _compiled(student_NV):
-        torch_passes.gradient(out, student_NV, teacher_NV, *per_row, spec)
+    kernels = _kernels_for(logits.student)
+    if kernels is None:
+        return torch_passes.statistics(logits, spec, moments=moments, untempered=untempered)
+    return kernels.statistics(*logits, spec.temperature, spec.shard.first, moments, untempered)
+
+
+def student_statistics(student_NV: Tensor, spec: ShardSpec) -> Tensor:
+    """Return the student's part of ``statistics``, [N, 4]: maximum, sum, moment, and sum at temperature 1."""
+    kernels = _kernels_for(student_NV)
+    if kernels is None:
+        return torch_passes.student_statistics(student_NV, spec)
+    return kernels.student_statistics(student_NV, spec.temperature)
+
+
+def sums(logits: Logits, normalizers_N4: Tensor, spec: ShardSpec) -> Tensor:
+    """Return the sums of values and slopes over this rank's columns, [N, 2]; 0 outside the mask."""
+    kernels = _kernels_for(logits.student)
+    if kernels is None:
+        return torch_passes.sums(logits, normalizers_N4, spec)
+    return kernels.sums(*logits, normalizers_N4, spec.divergence.name, spec.beta, spec.temperature)
+
+
+def gradient(out: Tensor, logits: Logits, rows: DivergenceRows, labels: LabelRows | None, spec: ShardSpec) -> None:
+    """Write the gradient of sum_n (rows.weight[n] D_n + labels.weight[n] CE_n) by the student's logits into `out`.
+
+    Args:
+        out: [N, >= V], which may be the logits themselves. Columns from V on become 0, and so do rows whose weights
+            are 0, whatever their logits hold.
+        logits: of both models. Their mask is not used.
+        rows: what the divergence D needs of each row.
+        labels: what the cross-entropy CE needs of each row; None leaves it out.
+        spec: the divergence, its temperature and the shard.
+    """
+    kernels = _kernels_for(logits.student)
+    if kernels is None:
+        torch_passes.gradient(out, logits, rows, labels, spec)
+        return
+    divergence = spec.divergence.name, spec.beta, spec.temperature
+    kernels.gradient(out, logits.student, logits.teacher, *rows, *(labels or (None, None, None)), *divergence)
+
+
+def cross_entropy_gradient(out: Tensor, student_NV: Tensor, labels: LabelRows) -> None:
+    """Write the gradient of sum_n labels.weight[n] CE_n by the student's logits into `out`, as ``gradient`` does."""
+    kernels = _kernels_for(student_NV)
+    if kernels is None:
+        torch_passes.cross_entropy_gradient(out, student_NV, labels)
     else:
-        _kernels.gradient(out, student_NV, teacher_NV, *per_row, spec.divergence.name, spec.beta, spec.temperature)
+        kernels.cross_entropy_gradient(out, student_NV, *labels)

@@ -1,165 +1,128 @@
 """The divergences of ``reference`` at one vocabulary entry, written for low precision.
 
-`terms(a, b, p, q)` returns (value, slope) elementwise. Sums over the vocabulary only have to be right as sums, which
-leaves two freedoms, used here so that equal distributions give exactly 0 and rounding never makes a divergence
-negative: to the value any multiple of q - p may be added, and to the slope any multiple of p
-(see ``reference.Divergence``).
+Notation as in ``reference``. Sums over the vocabulary only have to be right as sums, which leaves two freedoms: any
+multiple of q - p may be added to a value, and any multiple of p to a slope. Here they are used so that equal
+distributions give exactly 0 and rounding never makes a divergence negative.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from megatron_gkd.ops.reference import Divergence, divergence_at
+from megatron_gkd.ops import reference
 
-_FAR = 60.0  # e^60 fits fp32, and 1 is nothing beside it
+_FAR = 60.0  # e^60 is finite in fp32, and adding 1 to it changes nothing
+
+Terms = Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+"""(a, b, p, q, beta) -> (value, slope), elementwise, of log-probabilities a and b and their exponentials p and q."""
+
+_TERMS: dict[str, Terms] = {}
 
 
-class Pointwise(Protocol):
-    """One divergence. All tensors have one shape and float type; p = exp a is the student, q = exp b the teacher."""
+def _computes(divergence: reference.Divergence) -> Callable[[Terms], Terms]:
+    """Register a function as the low-precision form of `divergence`."""
 
-    def terms(self, a: Tensor, b: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]: ...
+    def register(terms: Terms) -> Terms:
+        _TERMS[divergence.name] = terms
+        return terms
+
+    return register
 
 
 def _log_ratio(a: Tensor, b: Tensor) -> Tensor:
-    """B - a, and 0 where both are -inf."""
+    """Return b - a, and 0 where both are -inf."""
     return torch.where(a == b, 0, b - a)
 
 
 def weighted(weight: Tensor, x: Tensor) -> Tensor:
-    """Weight * x, and 0 where the weight is 0 and x perhaps infinite. NaN stays NaN."""
+    """Return weight * x, and 0 where the weight is 0, even if x is infinite."""
     return torch.where(weight == 0, 0, weight * x)
 
 
 def _log_mix(x: Tensor, w: float) -> Tensor:
-    """ln(1 - w + w e^x), accurate for any x and for w near 0 and 1."""
+    """Return ln(1 - w + w e^x), accurate for any x and for w near 0 and 1."""
     near = torch.log1p(w * torch.expm1(x.clamp(max=_FAR)))
     if w > 0.5:  # 1 - w would be lost beside 1
         near = torch.where(x < -0.5, torch.log(1 - w + w * x.exp()), near)
     return torch.where(x > _FAR, x + math.log(w), near)
 
 
-@dataclass(frozen=True)
-class GeneralizedJSD:
-    """beta KL(T||M) + (1 - beta) KL(S||M) with the mixture m = beta q + (1 - beta) p, for 0 < beta < 1."""
-
-    beta: float
-
-    def terms(self, a: Tensor, b: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-        beta, ratio = self.beta, _log_ratio(a, b)
-        student = weighted(p, -_log_mix(ratio, beta))  # p (a - ln m)
-        teacher = weighted(q, -_log_mix(-ratio, 1 - beta))  # q (b - ln m)
-        slope = (1 - beta) * student
-        return (beta * teacher + slope).clamp(min=0), slope  # >= 0 at each entry, by the log-sum inequality
+@_computes(reference.GENERALIZED_JSD)
+def _generalized_jsd(a: Tensor, b: Tensor, p: Tensor, q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """Compute beta KL(T||M) + (1 - beta) KL(S||M), for 0 < beta < 1."""
+    ratio = _log_ratio(a, b)
+    student = weighted(p, -_log_mix(ratio, beta))  # p (a - ln m)
+    teacher = weighted(q, -_log_mix(-ratio, 1 - beta))  # q (b - ln m)
+    slope = (1 - beta) * student
+    return (beta * teacher + slope).clamp(min=0), slope  # >= 0 at each entry, by the log-sum inequality
 
 
-@dataclass(frozen=True)
-class ForwardKL:
-    """KL(T||S). Infinite where the student excludes what the teacher allows."""
-
-    beta: float
-
-    def terms(self, a: Tensor, b: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-        difference = p - q
-        return (weighted(q, _log_ratio(a, b)) + difference).clamp(min=0), difference
+@_computes(reference.FORWARD_KL)
+def _forward_kl(a: Tensor, b: Tensor, p: Tensor, q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """Compute KL(T||S): infinite where the student excludes what the teacher allows."""
+    difference = p - q
+    return (weighted(q, _log_ratio(a, b)) + difference).clamp(min=0), difference
 
 
-@dataclass(frozen=True)
-class ReverseKL:
-    """KL(S||T). Infinite where the teacher excludes what the student allows."""
-
-    beta: float
-
-    def terms(self, a: Tensor, b: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-        slope = weighted(p, -_log_ratio(a, b))
-        return (slope - (p - q)).clamp(min=0), slope
+@_computes(reference.REVERSE_KL)
+def _reverse_kl(a: Tensor, b: Tensor, p: Tensor, q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """Compute KL(S||T): infinite where the teacher excludes what the student allows."""
+    slope = weighted(p, -_log_ratio(a, b))
+    return (slope - (p - q)).clamp(min=0), slope
 
 
-@dataclass(frozen=True)
-class TotalVariation:
-    """Half the sum of |p - q|, with slope 0 where they are equal."""
-
-    beta: float
-
-    def terms(self, a: Tensor, b: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-        return (p - q).abs() / 2, -p * _log_ratio(a, b).sign() / 2
+@_computes(reference.TOTAL_VARIATION)
+def _total_variation(a: Tensor, b: Tensor, p: Tensor, q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """Compute half the sum of |p - q|, with slope 0 where they are equal."""
+    return (p - q).abs() / 2, -p * _log_ratio(a, b).sign() / 2
 
 
 def _share(x: Tensor, p: Tensor, mixture: Tensor) -> Tensor:
-    """X p / M, and 0 where nothing is mixed."""
+    """Return x p / mixture, and 0 where the mixture is 0."""
     return x * p / torch.where(mixture > 0, mixture, 1)
 
 
-@dataclass(frozen=True)
-class SkewedForwardKL:
-    """KL(T||M), for 0 < beta < 1."""
-
-    beta: float
-
-    def terms(self, a: Tensor, b: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-        beta, excess = self.beta, p - q
-        teacher = weighted(q, -_log_mix(-_log_ratio(a, b), 1 - beta))
-        slope = (1 - beta) ** 2 * _share(excess, p, beta * q + (1 - beta) * p)
-        return (teacher + (1 - beta) * excess).clamp(min=0), slope
+@_computes(reference.SKEWED_FORWARD_KL)
+def _skewed_forward_kl(a: Tensor, b: Tensor, p: Tensor, q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """Compute KL(T||M), for 0 < beta < 1."""
+    excess = p - q
+    teacher = weighted(q, -_log_mix(-_log_ratio(a, b), 1 - beta))
+    slope = (1 - beta) ** 2 * _share(excess, p, beta * q + (1 - beta) * p)
+    return (teacher + (1 - beta) * excess).clamp(min=0), slope
 
 
-@dataclass(frozen=True)
-class SkewedReverseKL:
-    """KL(S||M), for 0 < beta < 1."""
-
-    beta: float
-
-    def terms(self, a: Tensor, b: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-        beta, excess = self.beta, p - q
-        student = weighted(p, -_log_mix(_log_ratio(a, b), beta))
-        slope = student - beta * (1 - beta) * _share(excess, p, beta * q + (1 - beta) * p)
-        return (student - beta * excess).clamp(min=0), slope
+@_computes(reference.SKEWED_REVERSE_KL)
+def _skewed_reverse_kl(a: Tensor, b: Tensor, p: Tensor, q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """Compute KL(S||M), for 0 < beta < 1."""
+    excess = p - q
+    student = weighted(p, -_log_mix(_log_ratio(a, b), beta))
+    slope = student - beta * (1 - beta) * _share(excess, p, beta * q + (1 - beta) * p)
+    return (student - beta * excess).clamp(min=0), slope
 
 
-@dataclass(frozen=True)
-class Alpha:
-    """(1 - sum p^beta q^(1 - beta)) / (beta (1 - beta)), for 0 < beta < 1."""
-
-    beta: float
-
-    def terms(self, a: Tensor, b: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-        beta, ratio = self.beta, _log_ratio(a, b)
-        teacher_is_higher = ratio > 0
-        gap, higher = -ratio.abs(), torch.maximum(p, q)
-        difference = torch.expm1(gap)  # lower / higher - 1
-        # p^beta q^(1 - beta) is higher · e^(exponent · gap), with the exponent of the lower one. Where that is above
-        # 1/2 one factor of the ratio is taken out: x stays small, since the scales are large where beta is near 0 or 1.
-        for_teacher, for_student = (exponent - (exponent > 0.5) for exponent in (beta, 1 - beta))
-        x = torch.where(teacher_is_higher, gap.new_tensor(for_teacher), gap.new_tensor(for_student))
-        taken_out = x < 0
-        power = torch.where(taken_out, difference + 1, 1) * torch.expm1((x * gap).clamp(max=_FAR))
-        mean = torch.where(taken_out, power + difference, power)  # the geometric mean / higher - 1
-        of_teacher = torch.where(taken_out, -power, difference - power)
-        value = higher * (x * difference - power) / (beta * (1 - beta))
-        return value.clamp(min=0), higher * torch.where(teacher_is_higher, of_teacher, -mean) / (1 - beta)
+@_computes(reference.ALPHA)
+def _alpha(a: Tensor, b: Tensor, p: Tensor, q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """Compute (1 - sum p^beta q^(1 - beta)) / (beta (1 - beta)), for 0 < beta < 1."""
+    ratio = _log_ratio(a, b)
+    teacher_is_higher = ratio > 0
+    gap, higher = -ratio.abs(), torch.maximum(p, q)
+    difference = torch.expm1(gap)  # lower / higher - 1
+    # p^beta q^(1 - beta) is higher · e^(exponent · gap), with the exponent of the lower one. Where that is above
+    # 1/2 one factor of the ratio is taken out: x stays small, since the scales are large where beta is near 0 or 1.
+    for_teacher, for_student = (exponent - (exponent > 0.5) for exponent in (beta, 1 - beta))
+    x = torch.where(teacher_is_higher, gap.new_tensor(for_teacher), gap.new_tensor(for_student))
+    taken_out = x < 0
+    power = torch.where(taken_out, difference + 1, 1) * torch.expm1((x * gap).clamp(max=_FAR))
+    mean = torch.where(taken_out, power + difference, power)  # the geometric mean / higher - 1
+    of_teacher = torch.where(taken_out, -power, difference - power)
+    value = higher * (x * difference - power) / (beta * (1 - beta))
+    return value.clamp(min=0), higher * torch.where(teacher_is_higher, of_teacher, -mean) / (1 - beta)
 
 
-_POINTWISE = {
-    "generalized_jsd": GeneralizedJSD,
-    "forward_kl": ForwardKL,
-    "reverse_kl": ReverseKL,
-    "total_variation": TotalVariation,
-    "skewed_forward_kl": SkewedForwardKL,
-    "skewed_reverse_kl": SkewedReverseKL,
-    "alpha": Alpha,
-}
-
-
-def pointwise(divergence: Divergence, beta: float) -> Pointwise:
-    """The low-precision form of a row of ``reference``."""
-    return _POINTWISE[divergence.name](beta)
-
-
-def pointwise_divergence(beta: float, family: str = "jsd") -> Pointwise:
-    """Likewise by name. ValueError as from ``reference.divergence_at``."""
-    return pointwise(divergence_at(beta, family), beta)
+def pointwise(divergence: reference.Divergence) -> Terms:
+    """Return the low-precision form of a divergence of ``reference``."""
+    return _TERMS[divergence.name]

@@ -1,9 +1,9 @@
-"""The divergences in plain differentiable torch, unsharded: what every faster implementation is tested against.
+"""The divergences in plain differentiable torch, unsharded: every faster implementation is tested against them.
 
-Log-probabilities are called a (student S) and b (teacher T), probabilities p = exp a and q = exp b, and the mixture is
-M = beta T + (1 - beta) S. Each divergence is one row: its value at one vocabulary entry, to be summed over the
-vocabulary, and the slope of that value. Give these functions fp64 and they are the oracle. Logits of -inf are legal:
-their entries count as probability zero.
+Notation: log-probabilities a (student S) and b (teacher T), probabilities p = exp a and q = exp b, and the mixture
+M = beta T + (1 - beta) S. Each divergence is a pair of functions of one vocabulary entry: its value, to be summed over
+the vocabulary, and the slope of that value. In fp64 they are the oracle of the tests. A logit of -inf is an entry of
+probability zero.
 """
 
 from __future__ import annotations
@@ -14,13 +14,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_gkd.config.divergences import FAMILIES
+
 
 @dataclass(frozen=True)
 class Divergence:
-    """A divergence that is a sum over the vocabulary: D = sum_j value(a_j, b_j, beta).
+    """Define a divergence that is a sum over the vocabulary: D = sum_j value(a_j, b_j, beta).
 
-    `slope` is ∂value/∂a, up to a multiple of p that the softmax takes out again:
-    ∂D/∂z_j = (slope_j - p_j sum_u slope_u) / temperature, for student logits z.
+    Attributes:
+        name: the name that ``config.divergences.FAMILIES``, ``ops.pointwise`` and the kernels use.
+        value: (a, b, beta) -> value, elementwise.
+        slope: (a, b, beta) -> ∂value/∂a, elementwise, up to a multiple of p, which cancels in the gradient by the
+            student's logits z: ∂D/∂z_j = (slope_j - p_j sum_u slope_u) / temperature.
     """
 
     name: str
@@ -29,12 +34,12 @@ class Divergence:
 
 
 def _safe_log(x: Tensor) -> Tensor:
-    """Ln x, and 0 with zero gradient at x = 0."""
+    """Return ln x, and 0 with zero gradient at x = 0."""
     return torch.where(x > 0, x, 1).log()
 
 
 def _weighted(weight: Tensor, x: Tensor) -> Tensor:
-    """Weight * x, and 0 with zero gradient where the weight is 0 and x perhaps infinite."""
+    """Return weight * x, and 0 with zero gradient where the weight is 0, even if x is infinite."""
     return weight * torch.where(weight > 0, x, 0)
 
 
@@ -50,14 +55,14 @@ def _jsd_slope(a: Tensor, b: Tensor, beta: float) -> Tensor:
 
 
 def _skewed_slope(a: Tensor, b: Tensor, beta: float) -> Tensor:
-    """P q / M, 0 where both are 0."""
+    """Return p q / M, and 0 where both are 0."""
     p, q = a.exp(), b.exp()
     mixture = beta * q + (1 - beta) * p
     return p * q / torch.where(mixture > 0, mixture, 1)
 
 
 def _geometric_mean(a: Tensor, b: Tensor, beta: float) -> Tensor:
-    """p^beta q^(1 - beta)."""
+    """Return p^beta q^(1 - beta)."""
     return (beta * a + (1 - beta) * b).exp()
 
 
@@ -98,51 +103,34 @@ ALPHA = Divergence(
 )
 
 
-@dataclass(frozen=True)
-class Family:
-    """Divergences that one name stands for, as beta goes from 0 to 1; the ends may be rows of their own."""
-
-    between: Divergence
-    at_0: Divergence | None = None  # None: beta 0 is not allowed
-    at_1: Divergence | None = None
-
-    @property
-    def allowed(self) -> str:
-        lowest = "from 0" if self.at_0 else "above 0"
-        return f"values {lowest} to 1" if self.at_1 else f"values {lowest} and below 1"
-
-
-FAMILIES = {
-    # beta KL(T||M) + (1 - beta) KL(S||M), which tends to 0 at both ends; the KL divergences stand there instead.
-    # Agarwal et al., "On-Policy Distillation of Language Models", arXiv:2306.13649, eq. 1.
-    "jsd": Family(GENERALIZED_JSD, at_0=FORWARD_KL, at_1=REVERSE_KL),
-    # sum |p - q| / 2, whatever beta is. Wen et al. (f-distill), arXiv:2307.15190.
-    "total_variation": Family(TOTAL_VARIATION, at_0=TOTAL_VARIATION, at_1=TOTAL_VARIATION),
-    # KL(T||M) and KL(S||M). Ko et al. (DistiLLM), arXiv:2402.03898, section 3.1: their skew is beta for the first and
-    # 1 - beta for the second, 0.1 by default.
-    "skewed_forward_kl": Family(SKEWED_FORWARD_KL, at_0=FORWARD_KL),
-    "skewed_reverse_kl": Family(SKEWED_REVERSE_KL, at_1=REVERSE_KL),
-    # (1 - sum p^beta q^(1 - beta)) / (beta (1 - beta)), which tends to the KL divergences. Amari, "alpha-divergence is
-    # unique, belonging to both f-divergence and Bregman divergence classes", IEEE Trans. Inf. Theory 55 (2009), with
-    # alpha = 1 - beta; beta = 1/2 is four times the squared Hellinger distance.
-    "alpha": Family(ALPHA, at_0=FORWARD_KL, at_1=REVERSE_KL),
+DIVERGENCES = {
+    divergence.name: divergence
+    for divergence in (
+        GENERALIZED_JSD,
+        FORWARD_KL,
+        REVERSE_KL,
+        TOTAL_VARIATION,
+        SKEWED_FORWARD_KL,
+        SKEWED_REVERSE_KL,
+        ALPHA,
+    )
 }
 
 
-def divergence_at(beta: float, family: str = "jsd") -> Divergence:
-    """The row for `beta`; the ends are taken by exact equality.
+def divergence_at(beta: float, name: str = "jsd") -> Divergence:
+    """Return the divergence of the family `name` at `beta`; the ends of beta are taken by exact equality.
 
-    ValueError for an unknown family, and for a beta that it does not allow.
+    Raises:
+        ValueError: the family is unknown, or does not allow this beta.
     """
-    if family not in FAMILIES:
-        raise ValueError(f"divergence is {family!r}; allowed are {', '.join(FAMILIES)}")
+    if name not in FAMILIES:
+        raise ValueError(f"divergence = {name!r}: must be one of {', '.join(FAMILIES)}")
     if not 0.0 <= beta <= 1.0:
-        raise ValueError(f"beta is {beta}; allowed are values from 0 to 1")
-    members = FAMILIES[family]
-    found = {0.0: members.at_0, 1.0: members.at_1}.get(beta, members.between)
+        raise ValueError(f"beta = {beta}: must be from 0 to 1")
+    found = FAMILIES[name].at(beta)
     if found is None:
-        raise ValueError(f"beta is {beta}; allowed with {family} are {members.allowed}")
-    return found
+        raise ValueError(f"beta = {beta}: must be {FAMILIES[name].allowed} with divergence = {name}")
+    return DIVERGENCES[found]
 
 
 def divergence(
@@ -153,26 +141,30 @@ def divergence(
     divergence: str = "jsd",
     temperature: float = 1.0,
     vocab_size: int | None = None,
-    mask: Tensor | None = None,
 ) -> Tensor:
-    """D per token, [...], in the inputs' type, from logits [..., V]; the teacher gets no gradient.
+    """Return the divergence of each token, [...], in the inputs' dtype; the teacher gets no gradient.
 
-    Columns from `vocab_size` on do not count, and rows where `mask` [...] is False are 0.
+    Args:
+        student_logits: [..., V].
+        teacher_logits: [..., V].
+        beta: the teacher's weight in the mixture.
+        divergence: a name of ``config.divergences.FAMILIES``.
+        temperature: divides both models' logits.
+        vocab_size: columns from here on do not count; None if all count.
     """
     a = (student_logits[..., :vocab_size] / temperature).log_softmax(-1)
     b = (teacher_logits[..., :vocab_size].detach() / temperature).log_softmax(-1)
-    per_token = divergence_at(beta, divergence).value(a, b, beta).sum(-1)
-    return per_token if mask is None else torch.where(mask, per_token, 0)
+    return divergence_at(beta, divergence).value(a, b, beta).sum(-1)
 
 
 def entropy(logits: Tensor, *, temperature: float = 1.0, vocab_size: int | None = None) -> Tensor:
-    """Entropy in nats, [...], of the tempered distributions of logits [..., V]."""
+    """Return the entropy in nats, [...], of the distributions of logits [..., V] at `temperature`."""
     a = (logits[..., :vocab_size] / temperature).log_softmax(-1)
     return -_weighted(a.exp(), a).sum(-1)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, *, vocab_size: int | None = None) -> Tensor:
-    """-ln p(label) at temperature 1, [...]; 0 where the label is -100."""
+    """Return -ln p(label) at temperature 1, [...], of logits [..., V]; 0 where the label is -100."""
     a = logits[..., :vocab_size].log_softmax(-1)
     chosen = a.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     return torch.where(labels == -100, 0, -chosen)

@@ -18,7 +18,7 @@ from megatron_gkd.data.microbatch import Microbatch, collate, pad_to, shard_cont
 from megatron_gkd.data.teacher_view import teacher_view
 from megatron_gkd.models.label_rows import label_rows
 from megatron_gkd.models.megatron_model import hidden_states
-from megatron_gkd.models.pipeline import forward_only
+from megatron_gkd.models.pipeline import Pipeline
 from megatron_gkd.models.sharded_rows import ShardedRows
 from megatron_gkd.runtime.mesh import Mesh
 
@@ -42,7 +42,7 @@ def states_at_labels(
             states = _moved(states, reading, microbatch, mesh)
         return ShardedRows.from_replicated(states, mesh.tp)
 
-    return forward_only(chunks, readings, hidden_states, rows, mesh)
+    return Pipeline(chunks, mesh).forward_only(readings, hidden_states, rows)
 
 
 def _readings(microbatches: Sequence[Microbatch], mesh: Mesh, *, equal_lengths: bool) -> list[Microbatch]:

@@ -46,7 +46,7 @@ class RolloutOptions:
         truncated: completions without an end are trained on ("keep"), kept without labels ("mask"), or left out.
         steps_ahead: 1 lets a `BackgroundEngine` sample a step while the one before it trains.
         num_steps: of the whole run; later steps are not started. None: there is no end.
-        tensors: what of the student the engine is given.
+        tensors: yields the student's tensors that the engine loads.
     """
 
     sampling: Sampling

@@ -19,14 +19,15 @@ from torch import Tensor
 from benchmarks.cases import Case
 from benchmarks.measure import OURS
 from benchmarks.peers import Unavailable, definitions, installed
-from megatron_gkd.ops import vocab_parallel_divergence
+from megatron_gkd.ops import DivergenceSpec, vocab_parallel_divergence
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Builder = Callable[[Case, torch.device], Loss]
 
 
 def ours(case: Case, device: torch.device) -> Loss:
-    return lambda student, teacher: vocab_parallel_divergence(student, teacher, beta=case.beta).mean()
+    spec = DivergenceSpec(case.beta)
+    return lambda student, teacher: vocab_parallel_divergence(student, teacher, spec).mean()
 
 
 def usual_formula(student: Tensor, teacher: Tensor, beta: float) -> Tensor:

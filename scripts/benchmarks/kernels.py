@@ -23,30 +23,30 @@ from benchmarks.measure import Work, compete
 from benchmarks.report import headline, kernel_section
 from benchmarks.timing import PLANS, Plan, Stopwatch
 from megatron_gkd.ops import passes
-from megatron_gkd.ops.measure import measure
+from megatron_gkd.ops.forward import compute_forward
+from megatron_gkd.ops.params import DivergenceRows, Logits
 from megatron_gkd.ops.spec import DivergenceSpec
-from megatron_gkd.ops.vocabulary import VocabShard
 
 K1, K1_MOMENTS, K2, K3 = "K1", "K1 with moments", "K2", "K3"
 READS_AND_WRITES = {K1: 2, K1_MOMENTS: 2, K2: 2, K3: 3}  # of one model's logits
 
 
 def run_case(case: Case, plan: Plan, stopwatch: Stopwatch) -> dict:
-    """The passes that the divergence at `case.beta` consists of: seconds of each, and the bytes that it moves."""
+    """Time each pass of the divergence at `case.beta`, and return seconds and the bytes that it moves."""
     student, teacher = (x.detach() for x in case.inputs(stopwatch.device))
-    spec = DivergenceSpec.of(case.beta, 1.0, VocabShard.of(case.columns))
-    measured = measure(student, teacher, spec)
-    normalizers = measured.normalizers.packed()
-    weight, out = torch.ones_like(measured.slope_sum), torch.empty_like(student)
+    logits, spec = Logits(student, teacher), DivergenceSpec(case.beta).on_shard(case.columns)
+    forward = compute_forward(logits, spec)
+    normalizers, out = forward.normalizers.packed(), torch.empty_like(student)
+    rows = DivergenceRows(normalizers, forward.slope_sum, torch.ones_like(forward.slope_sum))
 
     def statistics(moments: bool) -> Callable[[], object]:
-        return lambda: passes.statistics(student, teacher, None, spec, moments=moments)
+        return lambda: passes.statistics(logits, spec, moments=moments)
 
     steps: dict[str, Callable[[], object]] = {K1: statistics(False)} if spec.needs_sums else {}
     steps[K1_MOMENTS] = statistics(True)
     if spec.needs_sums:
-        steps[K2] = lambda: passes.sums(student, teacher, None, normalizers, spec)
-    steps[K3] = lambda: passes.gradient(out, student, teacher, normalizers, measured.slope_sum, weight, spec)
+        steps[K2] = lambda: passes.sums(logits, normalizers, spec)
+    steps[K3] = lambda: passes.gradient(out, logits, rows, None, spec)
     found = compete({name: lambda step=step: Work(step) for name, step in steps.items()}, plan, stopwatch)
     moved = {name: READS_AND_WRITES[name] * case.logits_bytes for name in steps}
     return {"case": str(case), **asdict(case), "moved_bytes": moved, **found}

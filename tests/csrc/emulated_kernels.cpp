@@ -4,7 +4,7 @@
 
 #include <string>
 
-#include "../../csrc/cuda/cuda.h"
+#include "../../csrc/cuda/passes.h"
 #include "../../csrc/cuda/reduce.cuh"
 
 namespace gkd::generic {

@@ -6,6 +6,7 @@ Mirrors csrc/params.h. Both sets of kernels get the same parameters, so that wha
 from __future__ import annotations
 
 import ctypes
+import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -18,18 +19,18 @@ from torch import Tensor
 
 LOG2_E = 1.4426950408889634
 TYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of FloatType
-DIVERGENCES = (  # in the order of DivergenceKind
-    "generalized_jsd",
-    "forward_kl",
-    "reverse_kl",
-    "total_variation",
-    "skewed_forward_kl",
-    "skewed_reverse_kl",
-    "alpha",
-)
-SUMMED = tuple(kind for kind in DIVERGENCES if kind not in ("forward_kl", "reverse_kl"))  # the others come with pass 1
-
 ROOT = Path(__file__).parents[2]
+
+
+def listed_divergences() -> tuple[str, ...]:
+    """The names in GKD_DIVERGENCES, which are in the order of DivergenceKind."""
+    (entries,) = re.findall(r"#define GKD_DIVERGENCES\(X\)((?:.*\\\n)*.*\n)", (ROOT / "csrc/divergences.h").read_text())
+    return tuple(re.findall(r"X\((\w+),", entries))
+
+
+DIVERGENCES = listed_divergences()
+SUMMED = tuple(kind for kind in DIVERGENCES if kind not in ("forward_kl", "reverse_kl"))  # the others need only pass 1
+
 SOURCES = (
     "csrc/cuda/statistics.cu",
     "csrc/cuda/sums.cu",
@@ -52,9 +53,9 @@ class Logits(Structure):
     ]
 
     @classmethod
-    def of(cls, student: Tensor, teacher: Tensor) -> Logits:
-        strides = student.stride(0), teacher.stride(0)
-        return cls(student.data_ptr(), teacher.data_ptr(), *strides, *student.shape, TYPES.index(student.dtype))
+    def from_tensors(cls, student: Tensor, teacher: Tensor | None) -> Logits:
+        strides = student.stride(0), 0 if teacher is None else teacher.stride(0)
+        return cls(student.data_ptr(), _pointer(teacher), *strides, *student.shape, TYPES.index(student.dtype))
 
 
 class StatisticsParams(Structure):
@@ -102,7 +103,7 @@ class GradientParams(Structure):
 
 
 class KernelError(RuntimeError):
-    """A kernel did what CUDA does not allow."""
+    """A kernel did something that CUDA does not allow."""
 
 
 def build(folder: Path, extra_flags: tuple[str, ...] = ()) -> ctypes.CDLL | None:
@@ -144,7 +145,7 @@ def check(error: bytes | None) -> None:
 
 @dataclass(frozen=True)
 class Kernels:
-    """The three passes on one `device`: "cuda", which is emulated, or "cpu". Logits are [N, V]; see csrc/params.h."""
+    """The passes on one `device`: "cuda", which is emulated, or "cpu". Logits are [N, V]; see csrc/params.h."""
 
     library: ctypes.CDLL
     device: str
@@ -163,12 +164,21 @@ class Kernels:
         moments: bool = True,
         untempered: bool = False,
     ) -> Tensor:
-        """[N, 4 (10 with moments) (+ 1 untempered)]"""
+        """Return the statistics [N, 4 (10 with moments) (+ 1 untempered)]."""
         columns = (10 if moments else 4) + untempered
         out = torch.full((len(student), columns), -12345.0)
         scales = LOG2_E / temperature, LOG2_E if untempered else 0.0
-        params = StatisticsParams(Logits.of(student, teacher), _pointer(mask), *scales, moments, first, out.data_ptr())
+        params = StatisticsParams(
+            Logits.from_tensors(student, teacher), _pointer(mask), *scales, moments, first, out.data_ptr()
+        )
         self._call("statistics", params)
+        return out
+
+    def student_statistics(self, student: Tensor, *, temperature: float = 1.0) -> Tensor:
+        """[N, 4], of the student alone."""
+        out = torch.full((len(student), 4), -12345.0)
+        logits = Logits.from_tensors(student, None)
+        self._call("statistics", StatisticsParams(logits, None, LOG2_E / temperature, LOG2_E, True, 0, out.data_ptr()))
         return out
 
     def sums(
@@ -182,10 +192,10 @@ class Kernels:
         mask: Tensor | None = None,
         temperature: float = 1.0,
     ) -> Tensor:
-        """[N, 2]"""
+        """Return the sums [N, 2]."""
         out = torch.full((len(student), 2), -12345.0)
         params = SumsParams(
-            Logits.of(student, teacher),
+            Logits.from_tensors(student, teacher),
             _pointer(mask),
             LOG2_E / temperature,
             normalizers.data_ptr(),
@@ -210,11 +220,14 @@ class Kernels:
         temperature: float = 1.0,
         cross_entropy: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> None:
-        """Into `out` [N, width]. `cross_entropy`: weights [N], untempered normalizers [2, N], labels int64 [N]."""
+        """Write the gradient into `out` [N, width].
+
+        `cross_entropy`: weights [N], untempered normalizers [2, N], labels int64 [N].
+        """
         label_weight, untempered, label = cross_entropy or (None, None, None)
         shift, bias = (None, None) if untempered is None else untempered
         params = GradientParams(
-            Logits.of(student, teacher),
+            Logits.from_tensors(student, teacher),
             out.data_ptr(),
             out.stride(0),
             out.shape[1],
@@ -229,12 +242,23 @@ class Kernels:
         )
         self._call("gradient", params)
 
+    def cross_entropy_gradient(
+        self, out: Tensor, student: Tensor, untempered: Tensor, label_weight: Tensor, label: Tensor
+    ) -> None:
+        """Into `out` [N, width], without a teacher."""
+        params = GradientParams(logits=Logits.from_tensors(student, None), out=out.data_ptr(), out_stride=out.stride(0))
+        params.width, params.scale, params.inverse_temperature = out.shape[1], 1, 1
+        params.kind = DIVERGENCES.index("forward_kl")
+        params.label_weight, params.label = label_weight.data_ptr(), label.data_ptr()
+        params.label_shift, params.label_bias = (x.data_ptr() for x in untempered)
+        self._call("gradient", params)
+
 
 def _pointer(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
 def normalizers_of(statistics: Tensor) -> Tensor:
-    """[N, 4], of what the first pass wrote about a whole vocabulary."""
+    """Return the normalizers [N, 4] of the statistics of a whole vocabulary."""
     maxima, sums = statistics[:, 0:4:2], statistics[:, 1:4:2]
     return torch.stack([torch.where(maxima == -torch.inf, 0, maxima), sums.log2()], -1).flatten(1).contiguous()

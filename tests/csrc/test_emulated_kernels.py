@@ -7,6 +7,8 @@ import torch
 from csrc.emulated_kernels import DIVERGENCES, SUMMED, TYPES, check, normalizers_of
 from csrc.rows_of_logits import LAYOUTS, elements_around, hard_logits, random_logits
 
+from megatron_gkd.ops import reference
+
 WIDTHS = (1, 7, 8, 9, 63, 257, 2049, 5000)
 MASK = torch.tensor([True, False, True])
 TYPE_IDS = [str(dtype).removeprefix("torch.") for dtype in TYPES]
@@ -85,6 +87,26 @@ def test_sums(cuda, cpu, kind, dtype):
         actual, expected = cuda.sums(*logits, normalizers, **options), cpu.sums(*logits, normalizers, **options)
         assert_same(actual, expected, rtol=1e-5, atol=1e-6)
         assert actual[1].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=TYPE_IDS)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("layout", ["aligned", "bases apart"])
+def test_the_student_alone(cuda, cpu, layout, width, dtype):
+    """Bitwise equal to the student's numbers beside a teacher, in statistics and gradient."""
+    student, teacher = (LAYOUTS[layout][0].place(x, dtype) for x in random_logits(3, width))
+    label_weight, label = torch.tensor([1.0, 0.0, 0.5]), torch.tensor([0, width - 1, -1])
+    for kernels in (cuda, cpu):
+        statistics = kernels.statistics(student, teacher, temperature=0.7, untempered=True)
+        alone = kernels.student_statistics(student, temperature=0.7)
+        assert torch.equal(alone, statistics[:, [0, 1, 4, 10]])
+        untempered = torch.stack([alone[:, 0], alone[:, 3].log2()]).contiguous()
+        outs = [torch.full((3, width + 5), 9.0, dtype=dtype) for _ in range(2)]
+        kernels.cross_entropy_gradient(outs[0], student, untempered, label_weight, label)
+        rows = normalizers_of(statistics), torch.zeros(3), torch.zeros(3)
+        cross_entropy = (label_weight, untempered, label)
+        kernels.gradient(outs[1], student, teacher, *rows, kind="generalized_jsd", cross_entropy=cross_entropy)
+        assert torch.equal(*outs) and not outs[0][1].any() and not outs[0][:, width:].any()
 
 
 GRADIENT_CASES = [(kind, "alike", 2049) for kind in DIVERGENCES]
@@ -194,18 +216,8 @@ def test_nothing_separates_equal_models(cuda, dtype):
 
 
 def value(kind, a, b, beta):
-    """Each divergence of fp64 log-probabilities [N, V], in nats, [N], straight from its definition."""
-    p, q = a.exp(), b.exp()
-    log_m = (beta * q + (1 - beta) * p).log()
-    return {
-        "generalized_jsd": beta * q * (b - log_m) + (1 - beta) * p * (a - log_m),
-        "forward_kl": q * (b - a),
-        "reverse_kl": p * (a - b),
-        "total_variation": (p - q).abs() / 2,
-        "skewed_forward_kl": q * (b - log_m),
-        "skewed_reverse_kl": p * (a - log_m),
-        "alpha": (beta * p + (1 - beta) * q - p**beta * q ** (1 - beta)) / (beta * (1 - beta)),
-    }[kind].sum(-1)
+    """Each divergence of fp64 log-probabilities [N, V], in nats, [N]."""
+    return reference.DIVERGENCES[kind].value(a, b, beta).sum(-1)
 
 
 @pytest.mark.parametrize("beta", [1e-6, 1e-5, 1 - 1e-5, 1 - 1e-6])

@@ -87,7 +87,7 @@ def test_ranks_that_fail_at_the_same_time_print_once(variables, tmp_path):
     assert (tmp_path / "err").read_text() == "a mistake\n"
 
 
-def test_a_rank_that_dies_between_claim_and_message_does_not_silence_the_others(variables, tmp_path, capsys):
+def test_a_rank_that_dies_between_claim_and_message_does_not_suppress_those_of_the_others(variables, tmp_path, capsys):
     variables.setattr(claims, "PRINTED_WITHIN_S", 0.1)
     torchrun(variables, 0)
     claim = claims._file("a mistake", os.environ)

@@ -35,7 +35,7 @@ def failure_folders():
     return set(glob.glob(os.path.join(tempfile.gettempdir(), "megatron-gkd-*")))
 
 
-def test_success_is_0_and_says_nothing(tmp_path):
+def test_success_is_0_and_prints_nothing(tmp_path):
     body = """
     print("hello of", rank, os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"], os.environ["GROUP_WORLD_SIZE"])
     """
@@ -115,8 +115,8 @@ def test_a_signal_reaches_each_rank_once_and_75_is_kept(tmp_path, signum):
         os.kill(launcher.pid, signum)
     assert finish(launcher) == 75
     assert [notes(tmp_path, "signal", rank) for rank in (0, 1)] == [[signum.name], [signum.name]]
-    said = "SIGINT: stopping after this step; a second Ctrl-C ends at once\n" if signum == signal.SIGINT else ""
-    assert (tmp_path / "launcher.err").read_text() == said
+    notice = "SIGINT: stopping after this step; a second Ctrl-C ends at once\n" if signum == signal.SIGINT else ""
+    assert (tmp_path / "launcher.err").read_text() == notice
 
 
 @pytest.mark.parametrize("signum", [signal.SIGUSR1, signal.SIGINT])

@@ -1,25 +1,30 @@
-"""What all loss tests share: seeded logits, the unsharded fp64 oracle, and errors measured against it."""
+"""Seeded logits, the unsharded fp64 oracle, errors measured against it, and the ops called with plain numbers."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from megatron_gkd.ops import reference
+from megatron_gkd.ops import (
+    DivergenceSpec,
+    reference,
+    topk_divergence,
+    vocab_parallel_divergence,
+    vocab_parallel_divergence_with_statistics,
+)
 
 BETAS = [0.0, 1e-4, 0.1, 0.5, 0.9, 1 - 1e-4, 1.0]
 TEMPERATURES = [0.5, 1.0, 2.0]
 
 
 def _points() -> list[tuple[str, float]]:
-    """(family, beta): every divergence there is, at every beta that makes a difference to it."""
+    """(family, beta): every divergence, at every beta that makes a difference to it."""
     points = []
     for name, family in reference.FAMILIES.items():
-        if family.at_0 is family.between is family.at_1:
+        if family.at_0 == family.between == family.at_1:
             points.append((name, 0.5))
-            continue
-        allowed = {0.0: family.at_0, 1.0: family.at_1}
-        points += [(name, beta) for beta in BETAS if allowed.get(beta, family.between)]
+        else:
+            points += [(name, beta) for beta in BETAS if family.at(beta)]
     return points
 
 
@@ -40,10 +45,29 @@ def random_logits(*shape: int, seed: int, scale: float = 3.0, dtype: torch.dtype
     return (numbers * scale).to(torch.get_default_device(), dtype)
 
 
-def oracle(student: Tensor, teacher: Tensor, upstream: Tensor, dtype=torch.float64, **options) -> tuple[Tensor, Tensor]:
+def divergence_of(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None, **spec) -> Tensor:
+    """``vocab_parallel_divergence`` with the fields of its specification as keywords."""
+    return vocab_parallel_divergence(student, teacher, DivergenceSpec(**spec), mask=mask)
+
+
+def statistics_of(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None, **spec):
+    """The statistics of ``vocab_parallel_divergence_with_statistics``."""
+    return vocab_parallel_divergence_with_statistics(student, teacher, DivergenceSpec(**spec), mask=mask)[1]
+
+
+def topk_divergence_of(student: Tensor, topk, *, tail_mode="renormalize", mask: Tensor | None = None, **spec) -> Tensor:
+    """``topk_divergence`` with the fields of its specification as keywords."""
+    return topk_divergence(student, topk, DivergenceSpec(**spec), tail_mode=tail_mode, mask=mask)
+
+
+def oracle(
+    student: Tensor, teacher: Tensor, upstream: Tensor, dtype=torch.float64, mask: Tensor | None = None, **options
+) -> tuple[Tensor, Tensor]:
     """(D [...], gradient [..., V] of sum(upstream * D)) by autograd through the reference, computed in `dtype`."""
     student = student.detach().to(dtype).requires_grad_()
     per_token = reference.divergence(student, teacher.to(dtype), **options)
+    if mask is not None:
+        per_token = torch.where(mask, per_token, 0)
     per_token.backward(upstream.to(dtype))
     return per_token.detach(), student.grad
 

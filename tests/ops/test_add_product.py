@@ -1,4 +1,4 @@
-"""Products are added in the wider type by what torch offers on the device, also where it refuses the fastest way."""
+"""Products are added in the wider dtype, by the fastest method that torch has on the device."""
 
 import pytest
 import torch
@@ -11,9 +11,9 @@ from megatron_gkd.ops.head_gradient import HeadGradient
 
 @pytest.fixture(autouse=True)
 def probe_again():
-    module._way.cache_clear()
+    module._method.cache_clear()
     yield
-    module._way.cache_clear()
+    module._method.cache_clear()
 
 
 def operands(dtype):
@@ -58,7 +58,7 @@ def test_the_sum_is_that_of_the_wider_type(dtype, block_bytes, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_gradient_of_a_head_is_not_rounded_between_chunks(dtype):
     logits_gradient, hidden = random_logits(50, 33, seed=0, dtype=dtype), random_logits(50, 21, seed=1, dtype=dtype)
-    gradient = HeadGradient.of(torch.empty(33, 21, dtype=dtype), is_final=False)
+    gradient = HeadGradient.from_weight(torch.empty(33, 21, dtype=dtype), is_final=False)
     for chunk in (slice(20), slice(20, 50)):
         gradient.add(logits_gradient[chunk], hidden[chunk])
     assert relative_error(gradient.buffer, logits_gradient.double().t() @ hidden.double()) < 1e-6
@@ -74,7 +74,7 @@ def test_operands_of_the_targets_own_type(dtype):
 
 @pytest.mark.cpu
 @pytest.mark.parametrize(
-    ("addmm", "mm", "way"),
+    ("addmm", "mm", "method"),
     [
         (as_torch_2_13, as_torch_2_13, module._by_addmm),
         (refuse_fp32, as_torch_2_13, module._by_mm),
@@ -82,19 +82,19 @@ def test_operands_of_the_targets_own_type(dtype):
         (know_no_out_dtype, know_no_out_dtype, module._by_casting),
     ],
 )
-def test_the_first_way_that_torch_takes_serves(addmm, mm, way, monkeypatch):
+def test_the_first_exact_method_is_used(addmm, mm, method, monkeypatch):
     calls = []
-    for name, stand_in in (("addmm", addmm), ("mm", mm)):
-        if stand_in is as_torch_2_13:
-            stand_in = stand_in(getattr(torch, name), calls)
-        monkeypatch.setattr(torch, name, stand_in)
+    for name, replacement in (("addmm", addmm), ("mm", mm)):
+        if replacement is as_torch_2_13:
+            replacement = replacement(getattr(torch, name), calls)
+        monkeypatch.setattr(torch, name, replacement)
     a, b = operands(torch.bfloat16)
     for _ in range(2):
         target = torch.full((33, 21), 0.5)
         add_product(target, a, b)
         assert relative_error(target, a.double() @ b.double() + 0.5) < 1e-6
-    assert module._way(a.device, a.dtype, target.dtype) is way
-    assert len(calls) == {module._by_addmm: 3, module._by_mm: 3, module._by_casting: 0}[way]  # one is the probe
+    assert module._method(a.device, a.dtype, target.dtype) is method
+    assert len(calls) == {module._by_addmm: 3, module._by_mm: 3, module._by_casting: 0}[method]  # one is the probe
 
 
 @pytest.mark.cpu

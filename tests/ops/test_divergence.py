@@ -10,21 +10,23 @@ from ops.oracle import (
     NEAR_THE_ENDS,
     POINTS,
     TEMPERATURES,
+    divergence_of,
     oracle,
     pad_columns,
     random_logits,
     relative_error,
     rounding,
+    statistics_of,
     tolerance,
 )
 
-from megatron_gkd.ops import passes, reference, vocab_parallel_divergence
+from megatron_gkd.ops import passes, reference
 from megatron_gkd.ops.spec import TEMPERATURES as TEMPERATURES_ALLOWED
 
 
 def value_and_gradient(student, teacher, upstream, **options):
     student = student.clone().requires_grad_()
-    per_token = vocab_parallel_divergence(student, teacher, **options)
+    per_token = divergence_of(student, teacher, **options)
     per_token.backward(upstream.to(per_token.dtype))
     return per_token.detach(), student.grad
 
@@ -104,9 +106,7 @@ def test_the_statistics_that_fall_out_beside_the_loss(divergence, beta, dtype, m
     s, t = (random_logits(6, 33, seed=seed, dtype=dtype) for seed in (0, 1))
     t[::2] += 2 * s[::2]  # so that some of the most likely tokens agree
     mask = torch.arange(6) != 4 if masked else None
-    _, statistics = vocab_parallel_divergence(
-        s, t, divergence=divergence, beta=beta, temperature=0.8, mask=mask, return_statistics=True
-    )
+    statistics = statistics_of(s, t, divergence=divergence, beta=beta, temperature=0.8, mask=mask)
     s, t = s.double(), t.double()
     expected = {
         "student_entropy": reference.entropy(s, temperature=0.8),
@@ -125,7 +125,7 @@ def test_the_statistics_that_fall_out_beside_the_loss(divergence, beta, dtype, m
 def test_ties_for_the_most_likely_token_go_to_the_lower_id(dtype):
     student = torch.tensor([[0.0, 2.0, 2.0, 1.0]] * 2, dtype=dtype)
     teacher = torch.tensor([[0.0, 1.0, 0.0, 1.0], [0.0, 0.0, 1.0, 1.0]], dtype=dtype)
-    _, statistics = vocab_parallel_divergence(student, teacher, beta=0.5, return_statistics=True)
+    statistics = statistics_of(student, teacher, beta=0.5)
     assert statistics.top1_agreement.tolist() == [1.0, 0.0]
 
 
@@ -135,9 +135,7 @@ def test_gradcheck(divergence, beta):
     t = random_logits(3, 6, seed=1, dtype=torch.float64)
     mask = torch.tensor([True, False, True])
     assert torch.autograd.gradcheck(
-        lambda s: vocab_parallel_divergence(
-            s, t, divergence=divergence, beta=beta, temperature=0.7, vocab_size=5, mask=mask
-        ),
+        lambda s: divergence_of(s, t, divergence=divergence, beta=beta, temperature=0.7, vocab_size=5, mask=mask),
         (s,),
     )
 
@@ -198,17 +196,17 @@ def test_minus_infinity_excludes_an_entry(divergence, beta):
 
 def test_kl_divergences_are_infinite_where_the_supports_rule_it():
     s, t = torch.tensor([[0.0, -torch.inf]]), torch.tensor([[0.0, 0.0]])
-    assert vocab_parallel_divergence(s, t, beta=0.0).item() == math.inf
-    assert vocab_parallel_divergence(s, t, beta=1.0).item() == pytest.approx(math.log(2))
-    assert vocab_parallel_divergence(t, s, beta=1.0).item() == math.inf
-    assert vocab_parallel_divergence(t, s, beta=0.0).item() == pytest.approx(math.log(2))
+    assert divergence_of(s, t, beta=0.0).item() == math.inf
+    assert divergence_of(s, t, beta=1.0).item() == pytest.approx(math.log(2))
+    assert divergence_of(t, s, beta=1.0).item() == math.inf
+    assert divergence_of(t, s, beta=0.0).item() == pytest.approx(math.log(2))
 
 
 @pytest.mark.parametrize("beta", BETAS)
 def test_nan_is_not_hidden(beta):
     s, t = (random_logits(2, 5, seed=seed) for seed in (0, 1))
     s[0, 3] = torch.nan
-    value = vocab_parallel_divergence(s, t, beta=beta)
+    value = divergence_of(s, t, beta=beta)
     assert value[0].isnan() and value[1].isfinite()
 
 
@@ -219,7 +217,7 @@ def test_backward_keeps_the_inputs_and_16_bytes_a_token(beta, dtype):
     mask = torch.ones(6, dtype=torch.bool)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-        vocab_parallel_divergence(s, t, beta=beta, mask=mask)
+        divergence_of(s, t, beta=beta, mask=mask)
     inputs = {s.data_ptr(), t.data_ptr(), mask.data_ptr()}
     own = [x for x in saved if x.data_ptr() not in inputs]
     assert len(saved) - len(own) == 3
@@ -228,7 +226,7 @@ def test_backward_keeps_the_inputs_and_16_bytes_a_token(beta, dtype):
 
 def test_the_teacher_gets_no_gradient_and_a_graph_serves_twice():
     s, t = random_logits(3, 5, seed=0).requires_grad_(), random_logits(3, 5, seed=1).requires_grad_()
-    total = vocab_parallel_divergence(s, t, beta=0.5).sum()
+    total = divergence_of(s, t, beta=0.5).sum()
     (first,) = torch.autograd.grad(total, s, retain_graph=True)
     total.backward()
     assert torch.equal(first, s.grad)
@@ -238,37 +236,43 @@ def test_the_teacher_gets_no_gradient_and_a_graph_serves_twice():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"beta": 1.5}, "beta is 1.5; allowed are values from 0 to 1"),
-        ({"beta": float("nan")}, "beta is nan"),
-        ({"divergence": "hellinger"}, "divergence is 'hellinger'; allowed are jsd, total_variation, skewed_forward_kl"),
+        ({"beta": 1.5}, "beta = 1.5: must be from 0 to 1"),
+        ({"beta": float("nan")}, "beta = nan"),
+        (
+            {"divergence": "hellinger"},
+            "divergence = 'hellinger': must be one of jsd, total_variation, skewed_forward_kl",
+        ),
         (
             {"divergence": "skewed_forward_kl", "beta": 1.0},
-            "beta is 1.0; allowed with skewed_forward_kl are values from 0 and below 1",
+            "beta = 1.0: must be below 1 with divergence = skewed_forward_kl",
         ),
         (
             {"divergence": "skewed_reverse_kl", "beta": 0.0},
-            "beta is 0.0; allowed with skewed_reverse_kl are values above 0 to 1",
+            "beta = 0.0: must be above 0 with divergence = skewed_reverse_kl",
         ),
-        ({"temperature": 0.0}, "temperature is 0.0; allowed are values from 0.01 to 1000"),
-        ({"temperature": 1e-40}, "temperature is 1e-40; allowed are values from 0.01 to 1000"),
-        ({"temperature": 1e38}, "temperature is 1e.38; allowed are values from 0.01 to 1000"),
-        ({"temperature": torch.inf}, "temperature is inf; allowed are values from 0.01 to 1000"),
-        ({"temperature": torch.nan}, "temperature is nan; allowed are values from 0.01 to 1000"),
-        ({"vocab_size": 6}, "vocab_size is 6; allowed are 1 to 5"),
-        ({"vocab_size": 0}, "vocab_size is 0"),
-        ({"teacher_logits": torch.zeros(3, 4)}, r"teacher_logits torch.float32 \[3, 4\]; both must have one type"),
-        ({"teacher_logits": torch.zeros(3, 5).bfloat16()}, "teacher_logits torch.bfloat16"),
-        ({"mask": torch.ones(5, dtype=torch.bool)}, r"mask is torch.bool \[5\]; it must be torch.bool \[3\]"),
-        ({"mask": torch.ones(3)}, "mask is torch.float32"),
+        ({"temperature": 0.0}, "temperature = 0.0: must be from 0.01 to 1000"),
+        ({"temperature": 1e-40}, "temperature = 1e-40: must be from 0.01 to 1000"),
+        ({"temperature": 1e38}, "temperature = 1e.38: must be from 0.01 to 1000"),
+        ({"temperature": torch.inf}, "temperature = inf: must be from 0.01 to 1000"),
+        ({"temperature": torch.nan}, "temperature = nan: must be from 0.01 to 1000"),
+        ({"vocab_size": 6}, "vocab_size = 6: must be from 1 to 5"),
+        ({"vocab_size": 0}, "vocab_size = 0"),
+        (
+            {"teacher_logits": torch.zeros(3, 4)},
+            r"teacher_logits = torch.float32 \[3, 4\]: must be torch.float32 \[3, 5\]",
+        ),
+        ({"teacher_logits": torch.zeros(3, 5).bfloat16()}, "teacher_logits = torch.bfloat16"),
+        ({"mask": torch.ones(5, dtype=torch.bool)}, r"mask = torch.bool \[5\]: must be torch.bool \[3\]"),
+        ({"mask": torch.ones(3)}, "mask = torch.float32"),
     ],
 )
 def test_errors_name_the_value_and_what_is_allowed(change, message):
-    arguments = {"student_logits": torch.zeros(3, 5), "teacher_logits": torch.zeros(3, 5), "beta": 0.5} | change
+    arguments = {"teacher_logits": torch.zeros(3, 5), "beta": 0.5} | change
     with pytest.raises(ValueError, match=message):
-        vocab_parallel_divergence(**arguments)
+        divergence_of(torch.zeros(3, 5), arguments.pop("teacher_logits"), **arguments)
 
 
 def test_integer_logits_are_refused():
     logits = torch.zeros(3, 5, dtype=torch.int64)
-    with pytest.raises(ValueError, match="allowed are floats"):
-        vocab_parallel_divergence(logits, logits, beta=0.5)
+    with pytest.raises(ValueError, match="must be floats"):
+        divergence_of(logits, logits, beta=0.5)

@@ -5,16 +5,19 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.distributed as dist
-from ops.oracle import BETAS, MIDDLES, oracle, random_logits, relative_error
+from ops.oracle import BETAS, MIDDLES, divergence_of, oracle, random_logits, relative_error, topk_divergence_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_gkd.ops import (
+    DivergenceSpec,
+    FusedLinearOptions,
+    LinearHead,
     PerToken,
+    TokenTargets,
     TopK,
+    TopKSpec,
     fused_linear_divergence,
     reference,
-    topk_divergence,
-    vocab_parallel_divergence,
     vocab_parallel_topk,
 )
 
@@ -36,7 +39,7 @@ class Case:
     cross_entropy: str = "loss"  # "loss", "statistic" or "none"
 
     def tensors(self):
-        """Keyword arguments of the unsharded call."""
+        """Keyword arguments of an unsharded ``call_op``."""
         size = self.vocab_size or self.width
         labels = torch.arange(self.tokens) * 7 % size
         labels[::4] = -100
@@ -66,6 +69,33 @@ class Case:
             "temperature": TEMPERATURE,
             "vocab_size": self.vocab_size,
         }
+
+
+def call_op(
+    *,
+    student_hidden,
+    student_weight,
+    teacher_hidden=None,
+    teacher_weight=None,
+    token_weights,
+    labels=None,
+    sft_weights=None,
+    topk=None,
+    k=None,
+    tail_mode="renormalize",
+    chunk_tokens=1024,
+    upstream=None,
+    **spec,
+):
+    """``fused_linear_divergence`` with the fields of its arguments as keywords."""
+    return fused_linear_divergence(
+        LinearHead(student_hidden, student_weight),
+        topk if teacher_hidden is None else LinearHead(teacher_hidden, teacher_weight),
+        TokenTargets(token_weights, labels, sft_weights),
+        DivergenceSpec(**spec),
+        TopKSpec(k, tail_mode),
+        FusedLinearOptions(chunk_tokens, upstream),
+    )
 
 
 def materialised(case):
@@ -108,9 +138,7 @@ def run_fused(rank, world_size, cases):
             x[name] = None if x[name] is None else x[name].chunk(world_size)[rank].clone()
         x["student_hidden"].requires_grad_()
         x["student_weight"].requires_grad_()
-        total, per_token = fused_linear_divergence(
-            **x, **case.options, group=dist.group.WORLD, chunk_tokens=case.chunk_tokens
-        )
+        total, per_token = call_op(**x, **case.options, group=dist.group.WORLD, chunk_tokens=case.chunk_tokens)
         (UPSTREAM * total).backward()
         results.append((total, tuple(per_token), x["student_hidden"].grad, x["student_weight"].grad))
     return results
@@ -158,7 +186,7 @@ def test_equals_the_materialised_reference(gloo_world, tp):
 
 
 def call(case, **changes):
-    return fused_linear_divergence(**(case.tensors() | case.options | {"chunk_tokens": case.chunk_tokens} | changes))
+    return call_op(**(case.tensors() | case.options | {"chunk_tokens": case.chunk_tokens} | changes))
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -169,7 +197,7 @@ def test_equals_the_materialised_op_in_fp32(beta):
     total, per_token = call(case, student_hidden=hidden, student_weight=weight)
     fused = torch.autograd.grad(total, (hidden, weight))
     logits = hidden @ weight.t(), x["teacher_hidden"] @ x["teacher_weight"].t()
-    divergence = vocab_parallel_divergence(*logits, **case.options)
+    divergence = divergence_of(*logits, **case.options)
     whole = torch.autograd.grad((divergence * x["token_weights"]).sum(), (hidden, weight))
     torch.testing.assert_close(per_token.divergence, divergence.detach(), rtol=1e-5, atol=1e-9)
     for actual, expected in zip(fused, whole, strict=True):
@@ -217,7 +245,7 @@ def run_topk(rank, world_size, cases):
         x = base.tensors()
         student, teacher = (x[f"{who}_weight"].chunk(world_size)[rank].clone() for who in ("student", "teacher"))
         common = {"group": dist.group.WORLD, "vocab_size": case.vocab_size, "temperature": TEMPERATURE}
-        topk = case.k
+        topk = None
         if case.known:
             topk = vocab_parallel_topk(x["teacher_hidden"] @ teacher.t(), case.k, **common)
             teacher = x["teacher_hidden"] = None
@@ -225,10 +253,11 @@ def run_topk(rank, world_size, cases):
             "student_weight": student.requires_grad_(),
             "teacher_weight": teacher,
             "topk": topk,
+            "k": case.k,
             "tail_mode": case.tail_mode,
         }
         x["student_hidden"].requires_grad_()
-        total, per_token = fused_linear_divergence(
+        total, per_token = call_op(
             **x, **common, beta=case.beta, divergence=case.divergence, chunk_tokens=base.chunk_tokens
         )
         (UPSTREAM * total).backward()
@@ -260,7 +289,7 @@ def test_top_k_equals_the_materialised_op(gloo_world, tp):
         common = {"temperature": TEMPERATURE, "vocab_size": case.vocab_size}
         topk = vocab_parallel_topk(teacher, case.k, **common)
         options = {"beta": case.beta, "divergence": case.divergence, "tail_mode": case.tail_mode}
-        divergence = topk_divergence(student, topk, **options, **common)
+        divergence = topk_divergence_of(student, topk, **options, **common)
         total = (x["token_weights"] * divergence).sum()
         if case.sft:
             cross_entropy = reference.cross_entropy(student, x["labels"], vocab_size=case.vocab_size)
@@ -370,38 +399,34 @@ def test_no_gradient_is_made_where_none_is_needed():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"teacher_weight": None}, "teacher_hidden and teacher_weight must both be given"),
-        ({"labels": None}, "sft_weights need labels"),
-        ({"chunk_tokens": 0}, "chunk_tokens is 0"),
+        ({"labels": None}, "sft_weights: given without labels"),
+        ({"chunk_tokens": 0}, "chunk_tokens = 0: must be >= 1"),
         (
             {"teacher_weight": torch.zeros(31, TEACHER_SIZE).double()},
-            r"teacher_weight is \[31, 12\]; it must be \[32, 12\]",
+            r"teacher.weight = torch.float64 \[31, 12\]: must be torch.float64 \[32, 12\]",
         ),
         (
             {"teacher_hidden": torch.zeros(22, TEACHER_SIZE).double()},
-            r"teacher_hidden is \[22, 12\]; it must be \[23, 12\]",
+            r"teacher.hidden = torch.float64 \[22, 12\]: must be torch.float64 \[23, 12\]",
         ),
         (
             {"teacher_hidden": torch.zeros(23, TEACHER_SIZE)},
-            "teacher_hidden is torch.float32, student_hidden torch.float64",
+            r"teacher.hidden = torch.float32 \[23, 12\]: must be torch.float64 \[23, 12\]",
         ),
-        ({"token_weights": torch.zeros(4)}, r"token_weights is \[4\]; it must be \[23\]"),
-        ({"vocab_size": 33}, "vocab_size is 33; allowed are 1 to 32"),
-        ({"topk": 33}, "k is 33; allowed are 1 to 32"),
-        ({"topk": 3, "tail_mode": "drop"}, "tail_mode is 'drop'; allowed are renormalize, bucket"),
-        (
-            {"topk": TopK(torch.zeros(23, 1, dtype=torch.int64), torch.zeros(23, 1))},
-            "a TopK takes the place of teacher_hidden and teacher_weight",
-        ),
+        ({"token_weights": torch.zeros(4)}, r"token_weights = \[4\]: must be \[23\]"),
+        ({"vocab_size": 33}, "vocab_size = 33: must be from 1 to 32"),
+        ({"k": 33}, "k = 33: must be from 1 to 32"),
+        ({"k": 0}, "k = 0: must be >= 1"),
+        ({"k": 3, "tail_mode": "drop"}, "tail_mode = 'drop': must be one of renormalize, bucket"),
         (
             {
                 "topk": TopK(torch.zeros(22, 1, dtype=torch.int64), torch.zeros(22, 1)),
                 "teacher_hidden": None,
                 "teacher_weight": None,
             },
-            "topk is for 22 tokens; student_hidden has 23",
+            r"teacher = TopK \[22, 1\]: must be of 23 tokens",
         ),
-        ({"beta": -0.1}, "beta is -0.1"),
+        ({"beta": -0.1}, "beta = -0.1"),
     ],
 )
 def test_errors_name_the_value_and_what_is_allowed(changes, message):
@@ -413,8 +438,9 @@ def test_oracle_and_reference_agree_on_the_logit_gradient():
     s, t = (random_logits(3, 7, seed=seed, dtype=torch.float64) for seed in (0, 1))
     value, gradient = oracle(s, t, torch.ones(3), beta=0.5)
     hidden = s.clone().requires_grad_()
+    head = torch.eye(7).double()
     total, per_token = fused_linear_divergence(
-        hidden, torch.eye(7).double(), t, torch.eye(7).double(), beta=0.5, temperature=1.0, token_weights=torch.ones(3)
+        LinearHead(hidden, head), LinearHead(t, head), TokenTargets(torch.ones(3)), DivergenceSpec(beta=0.5)
     )
     total.backward()
     torch.testing.assert_close(per_token.divergence, value)

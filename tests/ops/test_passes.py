@@ -7,13 +7,13 @@ import sys
 
 import pytest
 import torch
-from ops.oracle import MIDDLES, POINTS, random_logits, relative_error
+from ops.oracle import MIDDLES, POINTS, divergence_of, random_logits, relative_error
 
-from megatron_gkd.ops import passes, torch_passes, vocab_parallel_divergence
+from megatron_gkd.ops import passes, torch_passes
 from megatron_gkd.ops.divergence import _backward, _forward
-from megatron_gkd.ops.measure import measure
+from megatron_gkd.ops.forward import compute_forward, compute_forward_with_statistics, compute_student_forward
+from megatron_gkd.ops.params import DivergenceRows, LabelRows, Logits
 from megatron_gkd.ops.spec import DivergenceSpec
-from megatron_gkd.ops.vocabulary import VocabShard
 
 ROWS = 37
 WIDTHS = [1, 5, 16, 21, 64, 2049]
@@ -23,25 +23,66 @@ needs_kernels = pytest.mark.skipif(passes.implementation() == "torch", reason="p
 def everything(divergence, beta, width, dtype=torch.float32, *, in_place=False, offset=0, module=passes):
     """What the three passes return for some rows, each with a label, as a list of tensors."""
     storage = [random_logits(ROWS, width + offset, seed=seed, dtype=dtype) for seed in (0, 1)]
-    s, t = (x[:, offset:] for x in storage)  # unaligned rows, and strides that are no multiple of anything
+    logits = Logits(*(x[:, offset:] for x in storage))  # unaligned rows, and strides that are no multiple of anything
     labels = torch.arange(ROWS) % width
     labels[::3] = -1
-    spec = DivergenceSpec.of(beta, 0.9, VocabShard.of(width), divergence)
-    statistics = module.statistics(s, t, None, spec, moments=True, untempered=True)
-    found = measure(s, t, spec, labels=labels.clamp(min=0), moments=True)
+    spec = DivergenceSpec(beta, 0.9, divergence).on_shard(width)
+    statistics = module.statistics(logits, spec, moments=True, untempered=True)
+    found = compute_forward_with_statistics(logits, spec, labels.clamp(min=0))
     weight = random_logits(ROWS, seed=2)
     weight[::5] = 0
     label_weight = torch.where(labels < 0, 0, random_logits(ROWS, seed=3))
-    out = s if in_place else torch.full((ROWS, width + 3), torch.nan, dtype=dtype)
+    out = logits.student if in_place else torch.full((ROWS, width + 3), torch.nan, dtype=dtype)
     normalizers = found.normalizers.packed()
-    sums = module.sums(s, t, None, normalizers, spec) if spec.needs_sums else statistics[:, :2]
-    rows = (normalizers, found.slope_sum, weight, found.untempered, label_weight, labels)
-    if module is passes:
-        names = ("untempered_2N", "label_weight_N", "label_N")
-        module.gradient(out, s, t, *rows[:3], spec, **dict(zip(names, rows[3:], strict=True)))
-    else:
-        module.gradient(out, s, t, *rows, spec)
+    sums = module.sums(logits, normalizers, spec) if spec.needs_sums else statistics[:, :2]
+    rows = DivergenceRows(normalizers, found.slope_sum, weight)
+    module.gradient(out, logits, rows, LabelRows(found.cross_entropy.normalizers, label_weight, labels), spec)
     return [statistics, sums, out]
+
+
+def student_alone(width, dtype, *, offset=0, in_place=False, module=passes):
+    """What the two passes without a teacher return, as a list of tensors."""
+    student = random_logits(ROWS, width + offset, seed=0, dtype=dtype)[:, offset:]
+    labels = torch.arange(ROWS) % width
+    spec = DivergenceSpec(0.5, 0.9).on_shard(width)
+    statistics = module.student_statistics(student, spec)
+    found = compute_student_forward(student, spec, labels)
+    weight = random_logits(ROWS, seed=3)
+    weight[::5] = 0
+    out = student if in_place else torch.full((ROWS, width + 3), torch.nan, dtype=dtype)
+    module.cross_entropy_gradient(out, student, LabelRows(found.cross_entropy.normalizers, weight, labels))
+    return [statistics, out]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_student_alone_equals_the_student_beside_a_teacher(width, dtype):
+    logits = Logits(*(random_logits(ROWS, width, seed=seed, dtype=dtype) for seed in (0, 1)))
+    spec = DivergenceSpec(0.5, 0.9).on_shard(width)
+    labels = torch.arange(ROWS) % width
+    both = passes.statistics(logits, spec, moments=True, untempered=True)
+    assert torch.equal(passes.student_statistics(logits.student, spec), both[:, [0, 1, 4, 10]])
+    found = compute_forward_with_statistics(logits, spec, labels)
+    alone = compute_student_forward(logits.student, spec, labels)
+    assert torch.equal(alone.entropy, found.statistics.student_entropy)
+    assert all(torch.equal(x, y) for x, y in zip(alone.cross_entropy, found.cross_entropy, strict=True))
+    rows = DivergenceRows(found.normalizers.packed(), found.slope_sum, torch.zeros(ROWS))
+    label_rows = LabelRows(alone.cross_entropy.normalizers, random_logits(ROWS, seed=3), labels)
+    outs = torch.empty(2, ROWS, width, dtype=dtype)
+    passes.cross_entropy_gradient(outs[0], logits.student, label_rows)
+    passes.gradient(outs[1], logits, rows, label_rows, spec)
+    assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_student_alone_in_place_and_in_plain_torch(width, dtype):
+    statistics, out = student_alone(width, dtype, offset=1)
+    assert torch.equal(student_alone(width, dtype, offset=1, in_place=True)[1], out[:, :width])
+    assert (out[:, width:] == 0).all() and (out[::5] == 0).all()
+    expected = student_alone(width, dtype, offset=1, module=torch_passes)
+    torch.testing.assert_close(statistics, expected[0], rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(out, expected[1], rtol=1e-5 if dtype == torch.float32 else 2.0**-7, atol=1e-6)
 
 
 @needs_kernels
@@ -72,9 +113,10 @@ def test_alignment_changes_nothing(beta, offset):
     for moved, expected in zip(everything("jsd", beta, 77, offset=offset), everything("jsd", beta, 77), strict=True):
         assert moved.shape == expected.shape and moved.isfinite().all()
     s, t = (random_logits(ROWS, 77, seed=seed) for seed in (0, 1))
-    spec = DivergenceSpec.of(beta, 0.9, VocabShard.of(77))
+    spec = DivergenceSpec(beta, 0.9).on_shard(77)
     padded = [torch.cat([torch.zeros(ROWS, offset), x], 1)[:, offset:] for x in (s, t)]
-    assert torch.equal(measure(*padded, spec).divergence, measure(s, t, spec).divergence)
+    moved, expected = (compute_forward(Logits(*pair), spec).divergence for pair in (padded, (s, t)))
+    assert torch.equal(moved, expected)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
@@ -134,8 +176,8 @@ CHOICES = "from megatron_gkd.ops import implementation; print(implementation())"
     [
         ("torch", False, "torch"),
         ("auto", True, "torch"),
-        ("compiled", True, "MEGATRON_GKD_IMPL is compiled, but there are no compiled kernels"),
-        ("fast", False, "MEGATRON_GKD_IMPL is 'fast'; allowed are auto, torch, compiled"),
+        ("compiled", True, "MEGATRON_GKD_IMPL = compiled: there are no compiled kernels"),
+        ("fast", False, "MEGATRON_GKD_IMPL = 'fast': must be one of auto, torch, compiled"),
     ],
 )
 def test_the_choice_of_implementation(choice, blocked, expected):
@@ -151,21 +193,24 @@ def test_the_choice_of_implementation(choice, blocked, expected):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"teacher": torch.zeros(3, 4)}, r"teacher is Float \[3, 4\] on cpu; it must be Float \[3, 5\] on cpu"),
-        ({"teacher": torch.zeros(3, 5).half()}, "teacher is Half"),
-        ({"student": torch.zeros(5, 3).t(), "teacher": torch.zeros(3, 5)}, "student's rows must be contiguous"),
-        ({"mask": torch.ones(3)}, r"mask is Float \[3\] on cpu; it must be a contiguous Bool \[3\]"),
-        ({"normalizers": torch.zeros(3, 3)}, r"normalizers is Float \[3, 3\]"),
-        ({"divergence": "hellinger"}, "no divergence is called hellinger"),
-        ({"divergence": "forward_kl"}, "forward_kl has no sums of its own"),
-        ({"temperature": 0.0}, "temperature is 0; allowed are positive values whose inverse is a normal float"),
-        ({"temperature": 1e-40}, "temperature is 1e-40; allowed are positive values"),
-        ({"temperature": 1e39}, "temperature is 1e.39; allowed are positive values"),
-        ({"temperature": float("inf")}, "temperature is inf; allowed are positive values"),
-        ({"temperature": float("nan")}, "temperature is nan; allowed are positive values"),
+        ({"teacher": torch.zeros(3, 4)}, r"teacher = Float \[3, 4\] on cpu: must be Float \[3, 5\] on cpu"),
+        ({"teacher": torch.zeros(3, 5).half()}, "teacher = Half"),
+        (
+            {"student": torch.zeros(5, 3).t(), "teacher": torch.zeros(3, 5)},
+            r"student = strides \[1, 3\]: rows must be contiguous",
+        ),
+        ({"mask": torch.ones(3)}, r"mask = Float \[3\] on cpu: must be a contiguous Bool \[3\]"),
+        ({"normalizers": torch.zeros(3, 3)}, r"normalizers = Float \[3, 3\]"),
+        ({"divergence": "hellinger"}, "divergence = hellinger: unknown"),
+        ({"divergence": "forward_kl"}, "divergence = forward_kl: has no sums of its own"),
+        ({"temperature": 0.0}, "temperature = 0: must be positive, with an inverse that is a normal float"),
+        ({"temperature": 1e-40}, "temperature = 1e-40: must be positive"),
+        ({"temperature": 1e39}, "temperature = 1e.39: must be positive"),
+        ({"temperature": float("inf")}, "temperature = inf: must be positive"),
+        ({"temperature": float("nan")}, "temperature = nan: must be positive"),
     ],
 )
-def test_the_binding_says_what_is_wrong(change, message):
+def test_the_binding_rejects_wrong_arguments(change, message):
     from megatron_gkd import _C
 
     arguments = {
@@ -183,11 +228,11 @@ def test_the_binding_says_what_is_wrong(change, message):
 
 @pytest.mark.cpu
 @needs_kernels
-def test_the_binding_refuses_other_types():
+def test_the_binding_rejects_other_types():
     from megatron_gkd import _C
 
     logits = torch.zeros(3, 5, dtype=torch.float64)
-    with pytest.raises(TypeError, match="logits are Double; allowed are float32, bfloat16 and float16"):
+    with pytest.raises(TypeError, match="logits = Double: must be float32, bfloat16 or float16"):
         _C.statistics(logits, logits, None, 1.0, 0, False, False)
 
 
@@ -214,7 +259,7 @@ def test_torch_compile_makes_one_graph_of_it(beta):
     s, t = random_logits(3, 7, seed=0), random_logits(3, 7, seed=1)
 
     def loss(s):
-        return (vocab_parallel_divergence(2 * s, t, beta=beta) ** 2).sum()
+        return (divergence_of(2 * s, t, beta=beta) ** 2).sum()
 
     eager, compiled = s.clone().requires_grad_(), s.clone().requires_grad_()
     expected = loss(eager)

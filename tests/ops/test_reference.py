@@ -94,12 +94,12 @@ def test_the_other_divergences_worked_by_hand():
 def test_other_families_tend_to_the_kl_divergences_at_their_ends(name):
     s, t = (random_logits(3, 7, seed=seed, dtype=torch.float64) for seed in (0, 1))
     family = reference.FAMILIES[name]
-    for end, near, row in ((0.0, 1e-7, family.at_0), (1.0, 1 - 1e-7, family.at_1)):
-        if row is not None:
+    for end, near, member in ((0.0, 1e-7, family.at_0), (1.0, 1 - 1e-7, family.at_1)):
+        if member is not None:
             at_end = reference.divergence(s, t, beta=end, divergence=name)
             close = reference.divergence(s, t, beta=near, divergence=name)
             torch.testing.assert_close(close, at_end, rtol=1e-3, atol=0)
-            assert row in (reference.FORWARD_KL, reference.REVERSE_KL)
+            assert member in ("forward_kl", "reverse_kl")
 
 
 def test_entropy_and_cross_entropy_equal_torchs_own():

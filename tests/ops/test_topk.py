@@ -214,15 +214,15 @@ def test_one_collective_of_8_bytes_a_candidate(gloo_world, dtype, temperature, b
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"k": 0}, r"k is 0; allowed are 1 to 8"),
-        ({"k": 9}, r"k is 9; allowed are 1 to 8"),
-        ({"k": 8, "vocab_size": 7}, r"k is 8; allowed are 1 to 7"),
-        ({"k": 1, "vocab_size": 9}, r"vocab_size is 9; allowed are 1 to 8"),
-        ({"k": 1, "temperature": 0.0}, r"temperature is 0.0; allowed are values from 0.01 to 1000"),
-        ({"k": 1, "temperature": 1e-40}, r"temperature is 1e-40; allowed are values from 0.01 to 1000"),
-        ({"k": 1, "temperature": float("inf")}, r"temperature is inf; allowed are values from 0.01 to 1000"),
-        ({"k": 1, "logits": torch.zeros(2, 8, dtype=torch.int64)}, r"logits are torch.int64 \[2, 8\]; allowed are"),
-        ({"k": 1, "logits": torch.tensor(1.0)}, r"logits are torch.float32 \[\]; allowed are"),
+        ({"k": 0}, r"k = 0: must be from 1 to 8"),
+        ({"k": 9}, r"k = 9: must be from 1 to 8"),
+        ({"k": 8, "vocab_size": 7}, r"k = 8: must be from 1 to 7"),
+        ({"k": 1, "vocab_size": 9}, r"vocab_size = 9: must be from 1 to 8"),
+        ({"k": 1, "temperature": 0.0}, r"temperature = 0.0: must be from 0.01 to 1000"),
+        ({"k": 1, "temperature": 1e-40}, r"temperature = 1e-40: must be from 0.01 to 1000"),
+        ({"k": 1, "temperature": float("inf")}, r"temperature = inf: must be from 0.01 to 1000"),
+        ({"k": 1, "logits": torch.zeros(2, 8, dtype=torch.int64)}, r"logits = torch.int64 \[2, 8\]: must be floats"),
+        ({"k": 1, "logits": torch.tensor(1.0)}, r"logits = torch.float32 \[\]: must be floats"),
     ],
 )
 def test_what_is_refused(arguments, message):
@@ -234,12 +234,12 @@ def test_what_is_refused(arguments, message):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"ids": torch.zeros(2, 3)}, r"ids are torch.float32; they must be torch.int64"),
-        ({"ids": torch.zeros(2, 0, dtype=torch.int64)}, r"ids are \[2, 0\]; they must be \[..., k\] with k from 1"),
-        ({"values": torch.zeros(2, 4)}, r"values are torch.float32 \[2, 4\]; they must be .* \[2, 3\]"),
-        ({"values": torch.zeros(2, 3).bfloat16()}, r"values are torch.bfloat16 \[2, 3\]; they must be torch.float32"),
-        ({"tail": torch.zeros(2)}, r"tail and temperature must both be given"),
-        ({"tail": torch.zeros(3), "temperature": 1.0}, r"tail is torch.float32 \[3\]; it must be torch.float32 \[2\]"),
+        ({"ids": torch.zeros(2, 3)}, r"ids = torch.float32 \[2, 3\]: must be torch.int64"),
+        ({"ids": torch.zeros(2, 0, dtype=torch.int64)}, r"ids = torch.int64 \[2, 0\]: must be \[..., k\] with k >= 1"),
+        ({"values": torch.zeros(2, 4)}, r"values = torch.float32 \[2, 4\]: must be .* \[2, 3\]"),
+        ({"values": torch.zeros(2, 3).bfloat16()}, r"values = torch.bfloat16 \[2, 3\]: must be torch.float32"),
+        ({"tail": torch.zeros(2)}, r"tail, temperature: only one of them is given"),
+        ({"tail": torch.zeros(3), "temperature": 1.0}, r"tail = torch.float32 \[3\]: must be torch.float32 \[2\]"),
     ],
 )
 def test_a_topk_that_does_not_agree_with_itself(fields, message):
@@ -248,5 +248,5 @@ def test_a_topk_that_does_not_agree_with_itself(fields, message):
 
 
 def test_logits_are_not_taken_for_log_probs():
-    with pytest.raises(ValueError, match=r"log_probs are of probabilities that add up to 2; allowed is 1"):
+    with pytest.raises(ValueError, match=r"log_probs: their probabilities add up to 2 in a row; must be at most 1"):
         TopK.from_log_probs(torch.tensor([[0, 1], [0, 1]]), torch.tensor([[-1.0, -1.0], [0.0, 0.0]]))

@@ -9,14 +9,14 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ops.oracle import BETAS, TEMPERATURES, pad_columns, random_logits, relative_error, shard
+from ops.oracle import BETAS, TEMPERATURES, pad_columns, random_logits, relative_error, shard, topk_divergence_of
 from ops.oracle import oracle as full_oracle
 
 from megatron_gkd.ops import reference
 from megatron_gkd.ops import topk as topk_module
+from megatron_gkd.ops.spec import DivergenceSpec, TopKShardSpec
 from megatron_gkd.ops.topk import TopK, vocab_parallel_topk
-from megatron_gkd.ops.topk_divergence import topk_divergence
-from megatron_gkd.ops.topk_statistics import TopKSpec, measure_topk, write_topk_gradient
+from megatron_gkd.ops.topk_statistics import compute_topk_forward, write_topk_gradient
 
 TOKENS = 7
 TAILS = ["renormalize", "bucket"]
@@ -114,7 +114,7 @@ def run_cases(rank, world_size, cases):
             s[1], t[4] = torch.nan, torch.nan
         group = dist.group.WORLD
         mine, topk = shard(s, rank, world_size).requires_grad_(), case.topk(shard(t, rank, world_size), group)
-        value = topk_divergence(mine, topk, group=group, vocab_size=case.vocab_size, mask=case.mask, **case.options)
+        value = topk_divergence_of(mine, topk, group=group, vocab_size=case.vocab_size, mask=case.mask, **case.options)
         value.backward(upstream)
         results.append((value, mine.grad, vars(topk)))
     return results
@@ -186,9 +186,13 @@ def test_every_divergence_of_the_table(gloo_world, tp):
     assert_exact(gloo_world(tp), cases)
 
 
+def shard_spec(width, *, tail_mode="renormalize", **spec):
+    return TopKShardSpec(DivergenceSpec(**spec).on_shard(width), tail_mode)
+
+
 def value_and_gradient(student, topk, upstream=None, **options):
     student = student.clone().requires_grad_()
-    value = topk_divergence(student, topk, **options)
+    value = topk_divergence_of(student, topk, **options)
     value.backward(torch.ones_like(value) if upstream is None else upstream)
     return value.detach(), student.grad
 
@@ -218,7 +222,7 @@ def test_gradcheck(beta, tail):
     topk = vocab_parallel_topk(t, 3, vocab_size=6, temperature=0.7)
     mask = torch.tensor([True, False, True])
     assert torch.autograd.gradcheck(
-        lambda s: topk_divergence(s, topk, beta=beta, temperature=0.7, vocab_size=6, mask=mask, tail_mode=tail),
+        lambda s: topk_divergence_of(s, topk, beta=beta, temperature=0.7, vocab_size=6, mask=mask, tail_mode=tail),
         (s.requires_grad_(),),
     )
 
@@ -245,7 +249,8 @@ def test_renormalized_log_probs_serve_any_temperature():
     local = vocab_parallel_topk(t, 5, temperature=None)
     server = TopK.from_log_probs(local.ids, t.log_softmax(-1).gather(1, local.ids))
     torch.testing.assert_close(
-        topk_divergence(s, server, beta=0.5, temperature=2.0), topk_divergence(s, local, beta=0.5, temperature=2.0)
+        topk_divergence_of(s, server, beta=0.5, temperature=2.0),
+        topk_divergence_of(s, local, beta=0.5, temperature=2.0),
     )
 
 
@@ -287,11 +292,11 @@ def test_statistics_fall_out(tail):
     least = t[2].argmin()
     s[2, topk.ids[2, 0]], s[2, least] = 10.0, 30.0  # they agree within the top-k only
     mask = torch.arange(6) < 5
-    _, sums = measure_topk(s, topk, TopKSpec.of(9, beta=0.3, temperature=0.9, tail_mode=tail), mask=mask)
-    assert all(x[5] == 0 for x in sums)
-    s, t, topk, sums = s[:5], t[:5], topk[:5], type(sums)(*(x[:5] for x in sums))
-    torch.testing.assert_close(sums.forward_kl, topk_divergence(s, topk, beta=0.0, temperature=0.9, tail_mode=tail))
-    torch.testing.assert_close(sums.reverse_kl, topk_divergence(s, topk, beta=1.0, temperature=0.9, tail_mode=tail))
+    sums = compute_topk_forward(s, topk, shard_spec(9, beta=0.3, temperature=0.9, tail_mode=tail), mask=mask)
+    assert all(x[5] == 0 for x in sums[1:])
+    s, t, topk, sums = s[:5], t[:5], topk[:5], type(sums)(sums.normalizers, *(x[:5] for x in sums[1:]))
+    torch.testing.assert_close(sums.forward_kl, topk_divergence_of(s, topk, beta=0.0, temperature=0.9, tail_mode=tail))
+    torch.testing.assert_close(sums.reverse_kl, topk_divergence_of(s, topk, beta=1.0, temperature=0.9, tail_mode=tail))
     for logits, entropy in ((s, sums.student_entropy), (t, sums.teacher_entropy)):
         chosen = (logits / 0.9).gather(1, topk.ids)
         rest = (logits / 0.9).scatter(1, topk.ids, -torch.inf).logsumexp(-1, keepdim=True)
@@ -303,7 +308,7 @@ def test_statistics_fall_out(tail):
 def test_agreement_with_ties_and_without_a_top_k():
     s = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0]])
     topk = TopK(torch.tensor([[0, 1], [-1, -1]]), torch.tensor([[2.0, 2.0], [2.0, 2.0]]))
-    _, sums = measure_topk(s, topk, TopKSpec.of(3, beta=0.5))
+    sums = compute_topk_forward(s, topk, shard_spec(3, beta=0.5))
     assert sums.top1_agreement.tolist() == [1.0, 0.0]
 
 
@@ -318,10 +323,10 @@ def test_in_place_equals_out_of_place_and_blocks_of_rows_change_nothing(beta, ta
     def gradient(in_place):
         student = s.clone()
         out = student if in_place else torch.full_like(student, torch.nan)
-        spec = TopKSpec.of(21, beta=beta, tail_mode=tail)
-        normalizers, sums = measure_topk(student, topk, spec)
-        write_topk_gradient(out, student, topk, normalizers, sums.slope, weights, spec)
-        return *sums, out
+        spec = shard_spec(21, beta=beta, tail_mode=tail)
+        found = compute_topk_forward(student, topk, spec)
+        write_topk_gradient(out, student, topk, found.gradient_rows(weights), spec)
+        return *found[1:], out
 
     whole = gradient(in_place=False)
     assert (whole[-1][5] == 0).all()
@@ -358,7 +363,7 @@ def test_the_bucket_only_takes_from_the_full_divergence_and_less_with_a_larger_k
     options = {"beta": beta, "temperature": temperature}
     full, _ = full_oracle(student, teacher, torch.ones(len(student)), **options)
     coarse, fine = (
-        topk_divergence(
+        topk_divergence_of(
             student, vocab_parallel_topk(teacher, n, temperature=temperature), tail_mode="bucket", **options
         )
         for n in (max(k - 1, 1), k)
@@ -415,7 +420,7 @@ def collectives_of_one_call(rank, world_size, tail):
     try:
         for name, original in originals.items():
             setattr(dist, name, counting(name, original))
-        topk_divergence(student, topk, beta=0.5, group=dist.group.WORLD, tail_mode=tail).sum().backward()
+        topk_divergence_of(student, topk, beta=0.5, group=dist.group.WORLD, tail_mode=tail).sum().backward()
     finally:
         for name, original in originals.items():
             setattr(dist, name, original)
@@ -437,7 +442,7 @@ def test_backward_keeps_a_few_numbers_a_token_beside_the_inputs(tail, numbers):
     inputs = {x.data_ptr() for x in (student, topk.ids, topk.values, topk.tail, mask)}
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        value = topk_divergence(student, topk, beta=0.5, mask=mask, tail_mode=tail)
+        value = topk_divergence_of(student, topk, beta=0.5, mask=mask, tail_mode=tail)
     value.sum().backward()
     extra = [x for x in kept if x.data_ptr() not in inputs]
     assert [x.shape for x in extra] == [(tokens,)] * numbers
@@ -449,25 +454,25 @@ def test_backward_keeps_a_few_numbers_a_token_beside_the_inputs(tail, numbers):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"beta": 1.5}, "beta is 1.5; allowed are values from 0 to 1"),
-        ({"temperature": 0.0}, "temperature is 0.0; allowed are values from 0.01 to 1000"),
-        ({"temperature": 1e-40}, "temperature is 1e-40; allowed are values from 0.01 to 1000"),
-        ({"temperature": 1e38}, "temperature is 1e.38; allowed are values from 0.01 to 1000"),
-        ({"temperature": torch.inf}, "temperature is inf; allowed are values from 0.01 to 1000"),
-        ({"temperature": torch.nan}, "temperature is nan; allowed are values from 0.01 to 1000"),
-        ({"tail_mode": "drop"}, "tail_mode is 'drop'; allowed are renormalize, bucket"),
-        ({"divergence": "distance"}, "divergence is 'distance'; allowed are jsd, "),
-        ({"vocab_size": 9}, "vocab_size is 9; allowed are 1 to 8"),
-        ({"mask": torch.ones(3, dtype=torch.bool)}, r"mask is torch.bool \[3\]; it must be torch.bool \[2\]"),
-        ({"student_logits": torch.zeros(3, 8)}, r"topk is for tokens \[2\]; student_logits are for \[3\]"),
-        ({"student_logits": torch.zeros(2, 8).long()}, r"student_logits are torch.int64 \[2, 8\]; allowed are floats"),
+        ({"beta": 1.5}, "beta = 1.5: must be from 0 to 1"),
+        ({"temperature": 0.0}, "temperature = 0.0: must be from 0.01 to 1000"),
+        ({"temperature": 1e-40}, "temperature = 1e-40: must be from 0.01 to 1000"),
+        ({"temperature": 1e38}, "temperature = 1e.38: must be from 0.01 to 1000"),
+        ({"temperature": torch.inf}, "temperature = inf: must be from 0.01 to 1000"),
+        ({"temperature": torch.nan}, "temperature = nan: must be from 0.01 to 1000"),
+        ({"tail_mode": "drop"}, "tail_mode = 'drop': must be one of renormalize, bucket"),
+        ({"divergence": "distance"}, "divergence = 'distance': must be one of jsd, "),
+        ({"vocab_size": 9}, "vocab_size = 9: must be from 1 to 8"),
+        ({"mask": torch.ones(3, dtype=torch.bool)}, r"mask = torch.bool \[3\]: must be torch.bool \[2\]"),
+        ({"student_logits": torch.zeros(3, 8)}, r"topk = tokens \[2\]: must be \[3\], as student_logits"),
+        ({"student_logits": torch.zeros(2, 8).long()}, r"student_logits = torch.int64 \[2, 8\]: must be floats"),
         (
             {"tail_mode": "bucket", "temperature": 2.0},
-            r"tail_mode is 'bucket' at temperature 2.0, but this TopK's tail is for temperature 1.0; .* tell it at 1 only",
+            r"tail_mode = 'bucket': the temperature is 2.0, .* is of temperature 1.0; .* at temperature 1 only",
         ),
         (
             {"tail_mode": "bucket", "topk": vocab_parallel_topk(torch.zeros(2, 8), 3, temperature=None)},
-            "tail_mode is 'bucket', but this TopK has no tail",
+            "tail_mode = 'bucket': this TopK has no tail",
         ),
     ],
 )
@@ -475,4 +480,4 @@ def test_what_is_refused(changes, message):
     topk = TopK.from_log_probs(torch.tensor([[1, 2], [3, 4]]), torch.full((2, 2), -1.0))
     arguments = {"student_logits": torch.zeros(2, 8), "topk": topk, "beta": 0.5, **changes}
     with pytest.raises(ValueError, match=message):
-        topk_divergence(arguments.pop("student_logits"), arguments.pop("topk"), **arguments)
+        topk_divergence_of(arguments.pop("student_logits"), arguments.pop("topk"), **arguments)

@@ -12,18 +12,22 @@ from ops.oracle import (
     MIDDLES,
     POINTS,
     TEMPERATURES,
+    divergence_of,
     oracle,
     pad_columns,
     random_logits,
     relative_error,
     rounding,
     shard,
+    statistics_of,
     tolerance,
 )
 
-from megatron_gkd.ops import passes, vocab_parallel_divergence
-from megatron_gkd.ops.normalizers import combine
-from megatron_gkd.ops.spec import DivergenceSpec
+from megatron_gkd.ops import passes
+from megatron_gkd.ops.normalizers import Combined
+from megatron_gkd.ops.params import DivergenceRows, Logits
+from megatron_gkd.ops.reference import divergence_at
+from megatron_gkd.ops.spec import ShardSpec
 from megatron_gkd.ops.vocabulary import VocabShard
 
 TOKENS = 7
@@ -95,7 +99,7 @@ def run_cases(rank, world_size, operation, cases):
     return results
 
 
-def errors(world, cases, operation=vocab_parallel_divergence):
+def errors(world, cases, operation=divergence_of):
     """Each case with the errors of (loss, gradient) over the whole vocabulary, and the fp32 reference's own.
 
     Asserts what holds exactly: the same loss on all ranks, zeros where masked and in the padding.
@@ -166,7 +170,7 @@ def test_the_check_fails_for_autograd_through_all_reduce(gloo_world):
 
 
 def test_zero_tokens(gloo_world):
-    for loss, gradient in gloo_world(2).run(run_cases, vocab_parallel_divergence, [Case(0.5, tokens=0)])[0]:
+    for loss, gradient in gloo_world(2).run(run_cases, divergence_of, [Case(0.5, tokens=0)])[0]:
         assert loss.shape == (0,) and gradient.shape == (0, 202)
 
 
@@ -188,7 +192,7 @@ def collectives_of_one_call(rank, world_size, options):
         for name, original in originals.items():
             setattr(dist, name, counting(name, original))
         s, t = (random_logits(TOKENS, 50, seed=seed).requires_grad_() for seed in (0, 1))
-        vocab_parallel_divergence(s, t, group=dist.group.WORLD, **options).sum().backward()
+        divergence_of(s, t, group=dist.group.WORLD, **options).sum().backward()
     finally:
         for name, original in originals.items():
             setattr(dist, name, original)
@@ -214,10 +218,10 @@ def statistics_of_ranks(rank, world_size):
     s, t = (random_logits(TOKENS, 48, seed=seed) for seed in (0, 1))
     s[0], t[0] = 0, 0  # all tie
     s[1, [13, 30]] = t[1, 30] = 50  # the student's two maxima are on different ranks
-    options = {"beta": 0.5, "temperature": 0.7, "return_statistics": True}
-    whole = vocab_parallel_divergence(s, t, **options)[1]
+    options = {"beta": 0.5, "temperature": 0.7}
+    whole = statistics_of(s, t, **options)
     parts = (shard(x, rank, world_size) for x in (s, t))
-    return whole, vocab_parallel_divergence(*parts, group=dist.group.WORLD, **options)[1]
+    return whole, statistics_of(*parts, group=dist.group.WORLD, **options)
 
 
 @pytest.mark.parametrize("tp", [2, 4])
@@ -234,26 +238,25 @@ def sharded_in_one_process(student, teacher, upstream, spec_of, shards):
     """(loss, gradient) by the passes, one rank after another: for devices of which there is only one."""
     specs = [spec_of(rank) for rank in range(shards)]
     parts = [
-        tuple(shard(x, rank, shards)[:, : spec.shard.valid] for x in (student, teacher))
+        Logits(*(shard(x, rank, shards)[:, : spec.shard.valid] for x in (student, teacher)))
         for rank, spec in enumerate(specs)
     ]
     moments = not specs[0].needs_sums
-    statistics = [
-        passes.statistics(s, t, None, spec, moments=moments) for spec, (s, t) in zip(specs, parts, strict=True)
-    ]
-    combined = combine(torch.stack(statistics), specs[0], moments=moments)
-    normalizers = combined.normalizers.packed()
+    statistics = [passes.statistics(part, spec, moments=moments) for spec, part in zip(specs, parts, strict=True)]
+    combined = Combined(torch.stack(statistics), specs[0])
+    normalizers = combined.normalizers().packed()
     if moments:
-        kl = combined.statistics.reverse_kl if specs[0].beta else combined.statistics.forward_kl
+        found = combined.token_statistics()
+        kl = found.reverse_kl if specs[0].beta else found.forward_kl
         value, slope_sum = kl, kl if specs[0].beta else torch.zeros_like(kl)
     else:
-        sums = [passes.sums(s, t, None, normalizers, spec) for spec, (s, t) in zip(specs, parts, strict=True)]
+        sums = [passes.sums(part, normalizers, spec) for spec, part in zip(specs, parts, strict=True)]
         value, slope_sum = (x.contiguous() for x in torch.stack(sums).sum(0).unbind(-1))
     width = student.shape[1] // shards
     gradients = []
-    for spec, (s, t) in zip(specs, parts, strict=True):
-        gradients.append(torch.full((len(s), width), torch.nan, dtype=s.dtype))
-        passes.gradient(gradients[-1], s, t, normalizers, slope_sum, upstream, spec)
+    for spec, part in zip(specs, parts, strict=True):
+        gradients.append(torch.full((len(student), width), torch.nan, dtype=student.dtype))
+        passes.gradient(gradients[-1], part, DivergenceRows(normalizers, slope_sum, upstream), None, spec)
     return value, torch.cat(gradients, -1)
 
 
@@ -268,7 +271,8 @@ def test_shards_taken_one_after_another(shards, divergence, beta, dtype, width, 
     def spec_of(rank):
         each = width // shards
         valid = min(max(vocab_size - rank * each, 0), each)
-        return DivergenceSpec.of(beta, 1.0, VocabShard(None, each, rank * each, valid, vocab_size), divergence)
+        vocab_shard = VocabShard(None, each, rank * each, valid, vocab_size)
+        return ShardSpec(divergence_at(beta, divergence), beta, 1.0, vocab_shard)
 
     found = sharded_in_one_process(student, teacher, upstream.float(), spec_of, shards)
     exact = oracle(student, teacher, upstream, **case.options)

@@ -44,9 +44,9 @@ def judge_all(rank, world_size, beta, tail):
     for name, signal in signals.items():
         a, w = hidden.clone().requires_grad_(), head.clone().requires_grad_()
         rows = [0, 2, 3, 5, 6] if name == "beside the silent" else slice(None)
-        judged = objective.judge(a[rows], w, labels[rows], from_dataset[rows], signal)
-        judged.total.backward()
-        found[name] = (judged.total, judged.token.divergence, judged.counted, a.grad, w.grad)
+        losses = objective.compute(a[rows], w, labels[rows], from_dataset[rows], signal)
+        losses.total.backward()
+        found[name] = (losses.total, losses.token.divergence, losses.valid_mask, a.grad, w.grad)
     destroy_mesh()
     return found | {"silent rows": silent}
 
@@ -56,7 +56,7 @@ def _rows(topk: TopK, rows: torch.Tensor) -> TopK:
 
 
 @pytest.mark.parametrize(("beta", "tail"), [(0.0, "renormalize"), (0.5, "bucket"), (1.0, "renormalize")])
-def test_signals_of_the_same_teacher_are_judged_alike(beta, tail, gloo_world):
+def test_signals_of_the_same_teacher_give_equal_losses(beta, tail, gloo_world):
     found = gloo_world(1).run(judge_all, beta, tail)[0]
     for name in ("top-k of all", "parts"):
         for a, b in zip(found[name], found["hidden"], strict=True):
@@ -67,9 +67,9 @@ def test_signals_of_the_same_teacher_are_judged_alike(beta, tail, gloo_world):
 @pytest.mark.parametrize("tail", ["renormalize", "bucket"])
 def test_labels_of_which_a_teacher_says_nothing_do_not_count(tail, gloo_world):
     found = gloo_world(1).run(judge_all, 0.5, tail)[0]
-    total, divergence, counted, hidden_gradient, head_gradient = found["silent"]
+    total, divergence, valid_mask, hidden_gradient, head_gradient = found["silent"]
     expected = found["beside the silent"]
-    assert counted.tolist() == [1, 0, 1, 1, 0, 1, 1]
+    assert valid_mask.tolist() == [1, 0, 1, 1, 0, 1, 1]
     assert (divergence[found["silent rows"]] == 0).all() and (hidden_gradient[found["silent rows"]] == 0).all()
     torch.testing.assert_close(total, expected[0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(hidden_gradient, expected[3], rtol=1e-5, atol=1e-6)

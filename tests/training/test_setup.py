@@ -38,14 +38,12 @@ def environment(**values):
 
 def rows_of(rank, data, split="train", prompts=False, **sections):
     """The rows that `open_rows` gives to this rank, and the counts."""
-    import torch.distributed as dist
 
     from megatron_gkd.training.setup import open_rows
 
     recipe = recipe_of(sections | {"data": data})
-    mesh = SimpleNamespace(is_main=dist.get_rank() == 0)
     models = SimpleNamespace(tokenizer=tiny_tokenizer(), vocab_size=68)
-    dataset, report = open_rows(recipe, mesh, models, split, prompts=prompts)
+    dataset, report = open_rows(recipe, models, split, prompts=prompts)
     return [dataset[row].input_ids.tolist() for row in range(len(dataset))], report.summary()
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from megatron_gkd.config.checks.registry import check
+from megatron_gkd.config.divergences import FAMILIES
 from megatron_gkd.config.schema import Recipe
 
 
@@ -17,10 +18,10 @@ def samples_have_a_teacher(recipe: Recipe, _: int) -> Iterator[str]:
 @check("divergence", "beta")
 def mixture_differs_from_both(recipe: Recipe, _: int) -> Iterator[str]:
     """Find a mixture M = beta T + (1 - beta) S that is the model itself whose divergence from M is the loss."""
-    refused = {"skewed_forward_kl": 1.0, "skewed_reverse_kl": 0.0}.get(recipe.distill.divergence)
-    if recipe.distill.beta == refused:
-        allowed = "below 1" if refused else "above 0"
-        yield f"distill.beta = {recipe.distill.beta}: must be {allowed} with divergence = {recipe.distill.divergence}"
+    name, beta = recipe.distill.divergence, recipe.distill.beta
+    family = FAMILIES[name]
+    if family.at(beta) is None:
+        yield f"distill.beta = {beta}: must be {family.allowed} with divergence = {name}"
 
 
 @check("gkd_topk_tail", "gkd_logits_topk")

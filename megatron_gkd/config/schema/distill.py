@@ -4,9 +4,8 @@ from typing import Literal
 
 from pydantic import Field
 
+from megatron_gkd.config.divergences import DivergenceName
 from megatron_gkd.config.schema.base import Section
-
-DivergenceName = Literal["jsd", "total_variation", "skewed_forward_kl", "skewed_reverse_kl", "alpha"]
 
 
 class DistillSection(Section):

@@ -64,7 +64,7 @@ def _entries(signal: TeacherSignal, manifest: Manifest, mesh: Mesh, chunk_tokens
 
 def _of_hidden(signal: Hidden, states: Tensor, manifest: Manifest, mesh: Mesh) -> _Entries:
     logits = states @ signal.head_weight.T
-    shard = VocabShard.of(logits.shape[1], mesh.tp, manifest.vocab_size)
+    shard = VocabShard.from_group(logits.shape[1], mesh.tp, manifest.vocab_size)
     logits = logits[:, : shard.valid]
     topk = choose_topk(logits, manifest.k, shard, manifest.temperature)
     log_sum = _log_sum_exp(logits, shard)[:, None]  # over the largest logit, which is 0 in `topk`

@@ -94,9 +94,7 @@ def test_a_failure_that_passes_is_asked_again(requests_to):
 
 def test_a_failure_that_stays_is_an_error_that_names_the_limit(requests_to):
     server = Scripted(*[ServerDown("http://host:1: refused")] * 10_000)
-    message = (
-        r"http://host:1: refused; all attempts failed for 0.05 s \(teacher.teacher_server_max_downtime_s\).* start it again"
-    )
+    message = r"http://host:1: refused; all attempts failed for 0.05 s \(teacher.teacher_server_max_downtime_s\).* start it again"
     with pytest.raises(ServiceError, match=message):
         requests_to(server, patience=0.05).collect(questions(*range(50)))
 

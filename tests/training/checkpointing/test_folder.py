@@ -56,7 +56,7 @@ def test_later_steps_are_set_aside(folder):
 def test_the_newest_are_kept(folder):
     for step in (9, 10, 11):
         write(folder, step)
-    folder.forget_old(2)
+    folder.remove_old(2)
     assert sorted(path.name for path in folder.path.iterdir()) == ["step-000010", "step-000011"]
 
 
@@ -89,7 +89,7 @@ def test_a_manifest_that_is_none(content, folder):
     (path / MANIFEST).write_text(content)
     assert find_damage(path).startswith(f"{path / MANIFEST}: can't be read")
     (path / MANIFEST).unlink()
-    assert "no whole checkpoint" in find_damage(path) and folder.newest() is None
+    assert "so the checkpoint is incomplete" in find_damage(path) and folder.newest() is None
 
 
 @pytest.mark.parametrize(

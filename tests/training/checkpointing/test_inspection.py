@@ -12,7 +12,7 @@ import pytest
 from megatron_gkd import cli
 from megatron_gkd.errors import UserError
 from megatron_gkd.training.checkpointing.folder import CheckpointFolder, digest
-from megatron_gkd.training.checkpointing.inspection import RunFolder, layout_in_words
+from megatron_gkd.training.checkpointing.inspection import InspectedRun, layout_in_words
 from megatron_gkd.training.checkpointing.marks import Marks
 
 LAYOUT = {"processes": 4, "tensor": 2, "pipeline": 2, "context": 1, "expert": 1, "expert_tensor": 1}
@@ -72,13 +72,13 @@ def test_a_folder_without_checkpoints(tmp_path, capsys):
 
 @pytest.mark.parametrize(("wanted", "step"), [(None, 7), ("last", 7), ("best", 4), ("2", 2), ("000006", 6)])
 def test_a_step_by_its_name(wanted, step, output_dir):
-    assert RunFolder.find(str(output_dir)).choose(wanted) == step
-    assert RunFolder.find(str(output_dir / "checkpoints")).choose(wanted) == step
+    assert InspectedRun.find(str(output_dir)).choose(wanted) == step
+    assert InspectedRun.find(str(output_dir / "checkpoints")).choose(wanted) == step
 
 
 @pytest.mark.parametrize("place", ["step-000004", "best"])
 def test_a_checkpoint_by_its_path(place, output_dir):
-    run = RunFolder.find(str(output_dir / "checkpoints" / place))
+    run = InspectedRun.find(str(output_dir / "checkpoints" / place))
     assert run.choose(None) == 4 and run.output_dir == output_dir
 
 
@@ -100,7 +100,7 @@ def test_no_step_is_the_best_without_a_validation(tmp_path):
     folder = CheckpointFolder(tmp_path / "checkpoints")
     write(folder, 3)
     with pytest.raises(UserError, match="no checkpoint is the best: none was saved in a step with a validation"):
-        RunFolder.find(str(tmp_path)).choose("best")
+        InspectedRun.find(str(tmp_path)).choose("best")
 
 
 def test_every_damaged_file_is_named(output_dir, capsys):
@@ -198,11 +198,11 @@ def test_the_best_is_kept_and_the_newest(tmp_path):
     folder = CheckpointFolder(tmp_path)
     for step, score in SCORES.items():
         write(folder, step, score)
-    folder.forget_old(1, keep=Marks(folder).best())
+    folder.remove_old(1, keep=Marks(folder).best())
     assert folder.steps() == [4, 8]
-    folder.forget_old(2, keep=8)
+    folder.remove_old(2, keep=8)
     assert folder.steps() == [4, 8]
-    folder.forget_old(1, keep=None)
+    folder.remove_old(1, keep=None)
     assert folder.steps() == [8]
 
 

@@ -18,7 +18,7 @@ def saved_run(validation, step=4):
     saved = SimpleNamespace(description=dict, to_write=dict)
     checkpoints = RunCheckpoints(saver, saved, interval=2, identity={})
     checkpoints.validation = validation
-    assert checkpoints.save(step)
+    assert checkpoints.save(step, dict)
     return runs[0]
 
 
@@ -34,7 +34,7 @@ def test_only_the_step_s_own_finite_validation_counts(validation, expected):
 def test_it_is_the_divergence_or_the_loss_without_a_teacher(teacher, expected):
     totals = dict.fromkeys(SUMS, 0.0) | {"tokens": 4.0, "loss": 10.0, "divergence": 2.0}
     trainer = SimpleNamespace(
-        validation=[[]],
+        data=SimpleNamespace(validation=[[]]),
         teacher=teacher,
         score=lambda microbatches: [],
         student=SimpleNamespace(evaluate=lambda microbatches, signals: totals),

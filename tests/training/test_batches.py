@@ -8,7 +8,7 @@ from rows import RandomRows
 
 from megatron_gkd.data.microbatch import collate
 from megatron_gkd.teachers.several import SeveralTeachers
-from megatron_gkd.training.ahead import announce_ahead
+from megatron_gkd.training.batches import announce_ahead
 
 ROWS = [RandomRows(count=6)[index] for index in range(6)]
 
