@@ -99,3 +99,30 @@ def test_migration_tables_name_recipe_keys():
 def test_commands_exist(page):
     named = re.findall(r"(?:megatron-gkd|-m megatron_gkd) ([a-z]+)", page.read_text(encoding="utf-8"))
     assert [name for name in named if name not in COMMANDS] == []
+
+
+def package_source() -> str:
+    return "\n".join(path.read_text(encoding="utf-8") for path in (REPOSITORY / "megatron_gkd").rglob("*.py"))
+
+
+def test_messages_that_troubleshooting_quotes_exist():
+    source = re.sub(r'"\s*f?"', "", package_source())  # texts that go on in the next line
+    quoted = [
+        code
+        for row in table_rows(REPOSITORY / "docs/troubleshooting.md")
+        for code in re.findall(r"`([^`]+ [^`]+)`", row[0])
+    ]
+    assert quoted
+    missing = [
+        part for code in quoted for part in re.split(r" \.\.\. |^[a-z_.]+ = ", code) if part and part not in source
+    ]
+    assert missing == []
+
+
+@pytest.mark.parametrize(("name", "heading"), [("getting_started.md", "loss"), ("on_policy.md", "source")])
+def test_metrics_are_those_of_the_code(name, heading):
+    source = package_source()
+    rows = table_rows(REPOSITORY / "docs" / name)
+    start = next(index for index, row in enumerate(rows) if row[0].startswith(f"`{heading}`"))
+    metrics = [metric for row in rows[start:] if row[0].startswith("`") for metric in re.findall(r"`([^`]+)`", row[0])]
+    assert [metric for metric in metrics if f'"{metric}"' not in source] == []
