@@ -6,7 +6,7 @@ import pytest
 from quickstart import __main__ as quickstart
 
 
-@pytest.mark.parametrize("option", ["--seeds=3", "--on-policy", "--self", "--lora", "--record"])
+@pytest.mark.parametrize("option", ["--seeds=3", "--on-policy", "--self", "--lora"])
 def test_options_of_the_experiment_need_it(option, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["quickstart", option])
     with pytest.raises(SystemExit):
