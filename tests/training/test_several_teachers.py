@@ -72,7 +72,7 @@ def test_one_process_equals_transformers(one_process):
 class Tagged:
     """What is looked at of a dataset."""
 
-    rows = ["a", "b", "a"]
+    rows = ("a", "b", "a")
     tags = frozenset(rows)
 
     def first_row_with_tag(self, tag):

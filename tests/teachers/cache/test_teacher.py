@@ -119,7 +119,7 @@ class TestFiles:
             (MANIFEST.text().replace('"k"', '"kk"'), "is not that of a teacher cache"),
         ],
     )
-    def test_a_manifest_that_is_none(self, tmp_path, text, problem):
+    def test_an_invalid_manifest(self, tmp_path, text, problem):
         if text is not None:
             (tmp_path / FILE).write_text(text)
         with pytest.raises(UserError, match=problem):
