@@ -13,7 +13,7 @@ import os
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Command, Extension, setup
 
 CPU_SOURCES = ["bindings.cpp", "cpu/dispatch.cpp"] + [f"cpu/kernels_{isa}.cpp" for isa in ("default", "avx2", "avx512")]
 CUDA_SOURCES = ["cuda/statistics.cu", "cuda/sums.cu", "cuda/gradient.cu"]
@@ -23,6 +23,7 @@ CUDA_FLAGS = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "--expt-extended-
 
 
 def wants_cuda() -> bool:
+    """Return whether to build the GPU kernels; see MEGATRON_GKD_CUDA."""
     from torch.utils.cpp_extension import CUDA_HOME
     from torch.version import cuda
 
@@ -37,7 +38,8 @@ def wants_cuda() -> bool:
     return setting != "0" and possible
 
 
-def extension():
+def extension() -> Extension:
+    """Return the extension for what this machine can build."""
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
     with_cuda = wants_cuda()
@@ -53,7 +55,8 @@ def extension():
     )
 
 
-def build_command():
+def build_command() -> type[Command]:
+    """Return a build_ext that leaves the kernels out where they cannot be built."""
     from torch.utils.cpp_extension import BuildExtension
 
     class Build(BuildExtension):

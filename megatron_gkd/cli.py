@@ -6,14 +6,15 @@
 import difflib
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from megatron_gkd import __version__
 from megatron_gkd.commands import COMMANDS
 from megatron_gkd.commands.checkpoint import ACTIONS
-from megatron_gkd.commands.parts import print_text
-from megatron_gkd.errors import CommandRefused, RunStopped, ServiceFailed, UserError
+from megatron_gkd.commands.parts import Work, print_text
+from megatron_gkd.errors import CommandRefused, GkdError
 from megatron_gkd.launch import environment
 from megatron_gkd.launch.failures import end_with_launcher, report_failure
 
@@ -33,7 +34,7 @@ usage: megatron-gkd train recipe.yaml [--nproc N] [--leaf value ...]
 train     distill a teacher into a student
 check     read the recipe for N processes (default 1), say all that is wrong with it, print it and its layout
 score     write what the teacher says of each row of the data sets (its gkd_logits_topk most likely tokens) into a
-          folder, from which `teacher: {cache: FOLDER}` trains under any layout, without a teacher
+          folder, from which `teacher: {teacher_cache: FOLDER}` trains under any layout, without a teacher
 generate  write N answers of a model to each prompt of the data set, as rows of token ids to train on with lmbda 0
 checkpoint
           list the checkpoints of the run in the folder RUN (its output_dir), verify the files of one or all, or export
@@ -82,14 +83,12 @@ def _has_process_group() -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return the exit code: 0, 2 where the user has to change something, 75 of an interrupted run."""
+    """Run a command and return the exit code: 0, or that of the GkdError that ends it (see `errors`)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         return _dispatch(arguments)
-    except UserError as error:
-        # Every rank raises these together; another error may be of one rank alone.
-        is_shared = isinstance(error, CommandRefused | RunStopped | ServiceFailed)
-        report_failure(str(error), None, error.exit_code, is_shared=is_shared)
+    except GkdError as error:
+        report_failure(str(error), None, error.exit_code, is_shared=error.is_shared)
         return error.exit_code
 
 
@@ -119,9 +118,25 @@ def _dispatch(arguments: list[str]) -> int:
         options, arguments = _launch_options(subject, arguments)
     if options is not None:
         return _launch(options, name, subject, arguments)
-    work = COMMANDS[name](subject, arguments, environment.world_size())
+    work = _prepare(name, subject, arguments)
     work()
     return 0
+
+
+def _prepare(name: str, subject: str, arguments: list[str]) -> Work:
+    """Check a command line and return its work; print the deprecated keys that it names, once in a run."""
+    from megatron_gkd.config.renamed import DeprecatedKey
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", DeprecatedKey)
+        work = COMMANDS[name](subject, arguments, environment.world_size())
+    for one in caught:
+        if not issubclass(one.category, DeprecatedKey):
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+    if environment.rank() == 0:
+        for text in dict.fromkeys(str(one.message) for one in caught if issubclass(one.category, DeprecatedKey)):
+            print(text, file=sys.stderr)
+    return work
 
 
 def _launch_options(path: str, arguments: list[str]) -> "tuple[LaunchOptions | None, list[str]]":
@@ -136,18 +151,23 @@ def _launch_options(path: str, arguments: list[str]) -> "tuple[LaunchOptions | N
 
 def _launch(options: "LaunchOptions", name: str, path: str, arguments: list[str]) -> int:
     """Start the ranks, if the recipe suits as many of them; return the exit code."""
-    if options.nproc != "gpu":
-        COMMANDS[name](path, arguments, options.nproc * options.min_nodes)  # before torch is imported
-    from megatron_gkd.launch.launcher import launch, processes
+    from megatron_gkd.config.renamed import DeprecatedKey
 
-    if options.nproc == "gpu":
-        COMMANDS[name](path, arguments, processes(options) * options.min_nodes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecatedKey)  # the main rank prints them
+        if options.nproc != "gpu":
+            COMMANDS[name](path, arguments, options.nproc * options.min_nodes)  # before torch is imported
+        from megatron_gkd.launch.launcher import launch, processes
+
+        if options.nproc == "gpu":
+            COMMANDS[name](path, arguments, processes(options) * options.min_nodes)
     return launch(options, [sys.executable, "-m", "megatron_gkd", name, path, *arguments])
 
 
 def _help(name: str) -> str:
     from megatron_gkd.config import commands
     from megatron_gkd.config.help import recipe_keys
+    from megatron_gkd.config.options import help_of
     from megatron_gkd.launch.options import LAUNCH
 
     options = {
@@ -156,7 +176,7 @@ def _help(name: str) -> str:
         "generate": commands.GENERATE,
         "checkpoint": commands.EXPORT,
     }.get(name)
-    own = f"options of {name}:\n{commands.help_of(options)}\n\n" if options else ""
+    own = f"options of {name}:\n{help_of(options)}\n\n" if options else ""
     if name != "check":
-        own += f"options to start several processes:\n{commands.help_of(LAUNCH)}\n\n"
+        own += f"options to start several processes:\n{help_of(LAUNCH)}\n\n"
     return f"{USAGE}\n{own}{OVERRIDES}\n{recipe_keys()}"

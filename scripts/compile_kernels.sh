@@ -21,6 +21,7 @@ compile() { # source architecture
 export -f compile
 export reports
 
+# shellcheck disable=SC2016 # bash -c expands $0 and $1
 for source in csrc/cuda/*.cu; do
   for architecture in 80 90 100; do echo "$source $architecture"; done
 done | xargs -P 2 -L 1 bash -c 'compile "$0" "$1"'

@@ -17,7 +17,7 @@ if [ $# -ne 1 ]; then
 fi
 mkdir -p "$1" || exit 2
 out="$(cd "$1" && pwd)"
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit 2
 python="${PYTHON:-python3}"
 
 if ! "$python" -c 'import torch' 2>/dev/null; then

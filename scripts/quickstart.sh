@@ -8,6 +8,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup_env.sh
+# shellcheck disable=SC2119 # no extras
 setup_env
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" PYTHONPATH="$PWD/scripts${PYTHONPATH:+:$PYTHONPATH}"
 exec python -m quickstart "$@"

@@ -1,35 +1,84 @@
 #!/usr/bin/env bash
-# Sets up .venv with the test extras, then runs ruff and the tests: bash scripts/test.sh [pytest arguments]
+# Sets up .venv with the test extras, then runs the checks and the tests: bash scripts/test.sh [--quick | pytest arguments]
 #
-# Without arguments it runs everything: the whole suite, the loss once more in plain torch, and the compilation of the GPU kernels.
+# Without arguments it runs everything: the static checks, the documentation, the whole suite, the loss once more in plain torch, and the
+# compilation of the GPU kernels. --quick runs the static checks and a core of the tests. Other arguments are pytest's, after the checks.
 # Tests marked vllm run in .venv-vllm, which is made when any of them is chosen.
+#
+#   MEGATRON_GKD_TEST_WORKERS   processes of pytest-xdist, without arguments or with --quick (one for each core, at most 4)
 set -euo pipefail
 cd "$(dirname "$0")/.."
+# shellcheck source=scripts/setup_env.sh
 source scripts/setup_env.sh
-setup_env dev
+setup_env dev docs
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-ruff check .
+cores="$(getconf _NPROCESSORS_ONLN)"
+# worksteal: each worker has its share of the tests in their order, for the sake of what fixtures have built, and helps out at the end.
+parallel=(-n "${MEGATRON_GKD_TEST_WORKERS:-$((cores < 4 ? cores : 4))}" --dist worksteal)
+no_tests=5 # pytest's exit status where none is chosen
+
+quick_tests=(
+    tests/test_golden.py tests/ops tests/config tests/data
+    "tests/training/test_layouts.py::test_dense[TP2+SPxPP2xCP2-0.5]"
+    "tests/training/test_layouts.py::test_mixture_of_experts[TP2+SPxEP2-0.5]"
+    "tests/training/test_on_policy.py::test_every_layout_equals_one_process[dense-TP2+SP-0.5-row]"
+    "tests/training/checkpointing/test_resume.py::test_the_same_layout_goes_on_bit_by_bit[TP2-fp32]"
+)
+
+begin() { printf '== %s (after %d s)\n' "$1" "$SECONDS"; }
+
+run_everything() {
+    local vllm_log status=0
+    # Mostly downloads, while the first tests run.
+    vllm_log="$(mktemp)"
+    bash scripts/setup_vllm.sh >"$vllm_log" 2>&1 &
+    vllm_setup=$!
+    trap 'kill $vllm_setup 2>/dev/null || true' EXIT
+
+    begin "Static checks"
+    bash scripts/lint.sh
+    begin "Documentation"
+    mkdocs build --strict --quiet
+    begin "Tests"
+    python -m pytest -q -m "not vllm and not serial" "${parallel[@]}"
+    begin "Tests that need the machine for themselves"
+    python -m pytest -q -m "not vllm and serial"
+    begin "Tests with the real vLLM"
+    wait "$vllm_setup" || status=$?
+    cat "$vllm_log"
+    [ $status -eq 0 ] || return $status
+    .venv-vllm/bin/python -m pytest -q -m vllm
+    begin "The loss in plain torch"
+    MEGATRON_GKD_IMPL=torch python -m pytest -q "${parallel[@]}" tests/ops tests/training/test_one_process.py
+    begin "The GPU kernels, for three architectures"
+    bash scripts/compile_kernels.sh
+    begin "Done"
+}
 
 # Tests marked vllm are run apart, unless the arguments choose tests by marks themselves.
-no_tests=5 # pytest's exit status where none is chosen
-status=0
-if [[ " $* " == *" -m "* ]]; then
-    python -m pytest -q "$@"
-else
+run_chosen() {
+    local status=0
+    if [[ " $* " == *" -m "* ]]; then
+        python -m pytest -q "$@"
+        return
+    fi
     python -m pytest -q -m "not vllm" "$@" || status=$?
-    [ $status -eq 0 ] || [ $status -eq $no_tests ] || exit $status
+    [ $status -eq 0 ] || [ $status -eq $no_tests ] || return $status
     if python -m pytest -q -m vllm --collect-only "$@" >/dev/null; then
-        echo "== With the real vLLM"
+        begin "Tests with the real vLLM"
         bash scripts/setup_vllm.sh
         .venv-vllm/bin/python -m pytest -q -m vllm "$@"
     else
-        [ $status -eq 0 ] || exit $status
+        return $status
     fi
-fi
+}
 
 if [ $# -eq 0 ]; then
-    echo "== The loss in plain torch"
-    MEGATRON_GKD_IMPL=torch python -m pytest -q tests/ops tests/training/test_one_process.py
-    echo "== The GPU kernels, for three architectures"
-    bash scripts/compile_kernels.sh
+    run_everything
+elif [ "$*" = --quick ]; then
+    bash scripts/lint.sh
+    python -m pytest -q -m "not vllm" "${parallel[@]}" "${quick_tests[@]}"
+else
+    bash scripts/lint.sh
+    run_chosen "$@"
 fi

@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup_env.sh
-setup_env dev
+setup_env dev docs
 overlay=.venv/megatron-core-0.19.2
 if [ ! -d "$overlay/megatron" ]; then
     pip install --quiet --no-deps --ignore-requires-python --target "$overlay" "megatron-core==0.19.2"

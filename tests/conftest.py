@@ -3,11 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import vllm_server
 from checkpoints import tiny_checkpoint
+from command_line import write_workspace
 from world import World
+
+_num_gpu_tests = pytest.StashKey[int]()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect the tests marked gpu where there is no GPU."""
+    if torch.cuda.is_available():
+        return
+    gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
+    items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    config.hook.pytest_deselected(items=gpu_tests)
+    config.stash[_num_gpu_tests] = len(gpu_tests)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # a worker of pytest-xdist, whose terminal nobody reads
+        session.config.workeroutput["num_gpu_tests"] = session.config.stash.get(_num_gpu_tests, 0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    node.config.stash[_num_gpu_tests] = getattr(node, "workeroutput", {}).get("num_gpu_tests", 0)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if num_gpu_tests := config.stash.get(_num_gpu_tests, 0):
+        terminalreporter.write_line(f"{num_gpu_tests} GPU tests are left out: no CUDA device")
 
 
 @pytest.fixture(scope="session")
@@ -21,6 +53,13 @@ def gloo_world() -> Iterator[Callable[[int], World]]:
     yield of_size
     for world in worlds.values():
         world.close()
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Path:
+    """Return a folder with a small recipe and its data; see ``command_line``."""
+    write_workspace(tmp_path)
+    return tmp_path
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,8 @@ import httpx
 import torch
 from safetensors.torch import load_file
 
-from megatron_gkd.rollout.background import each
 from megatron_gkd.rollout.vllm import gloo
+from megatron_gkd.runtime.background import parallel_map
 
 COMPLETION_LENGTH = 6
 
@@ -80,7 +80,7 @@ class FakeVllm:
             store = gloo.join_store(*meeting, init_info["timeout"])
             return gloo.gloo_group(store, init_info["rank_offset"] + worker, size, meeting[0], init_info["timeout"])
 
-        self._groups = each(join, range(self.world_size))
+        self._groups = parallel_map(join, range(self.world_size))
 
     def start_weight_update(self):
         if self._is_updating:

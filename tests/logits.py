@@ -17,11 +17,11 @@ def sequences() -> list[torch.Tensor]:
 @torch.no_grad()
 def logits_of_megatron(model) -> torch.Tensor | None:
     """[tokens, V] of the packed sequences, in order, on the last stage's ranks; None elsewhere."""
-    from megatron_gkd.data.context_parallel import context_parallel_indices
     from megatron_gkd.data.microbatch import collate, shard_context_parallel
     from megatron_gkd.data.sample import Sample
     from megatron_gkd.models.megatron_model import hidden_states, in_eval_mode
     from megatron_gkd.models.pipeline import forward_only
+    from megatron_gkd.runtime.context_parallel import context_parallel_indices
 
     mesh = model.mesh
     samples = [Sample(s.numpy(), s.numpy(), "dataset", i) for i, s in enumerate(sequences())]

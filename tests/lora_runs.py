@@ -53,7 +53,7 @@ def train_steps(rank, world_size, student, teacher, changes, break_model=None, l
     from megatron_gkd.runtime.mesh import destroy_mesh
 
     with contextlib.nullcontext() if left_out is None else mock.patch(left_out):
-        mesh, student, teacher, batches = build_with_random_b(student, teacher, changes)
+        _, student, teacher, batches = build_with_random_b(student, teacher, changes)
     if break_model is not None:
         break_model(student)
     records = []

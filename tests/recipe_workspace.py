@@ -53,8 +53,9 @@ class Workspace:
         (self.folder / name).mkdir(exist_ok=True)
         (self.folder / name / "config.json").write_text(json.dumps(config))
 
-    def load(self, *overrides: str, world_size: int = 2, require_paths: bool = True) -> Recipe:
-        return load(self.recipe, list(overrides), world_size=world_size, require_paths=require_paths)
+    def load(self, *overrides: str, world_size: int = 2, **options: Any) -> Recipe:
+        """Load the recipe; `options` are those of `megatron_gkd.config.load`."""
+        return load(self.recipe, list(overrides), world_size=world_size, **options)
 
     def problems(self, *overrides: str, world_size: int = 2, require_paths: bool = True) -> list[str]:
         """The problems of the recipe; none if it is right."""

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import json
-import sys
 
 from checkpoints import tiny_checkpoint
-from test_train import run, train, workspace  # noqa: F401  (a fixture)
+from command_line import run, train
 
 OPTIONS = "--tensor_model_parallel_size 1 --eval_interval 2 --export_interval 2 --save_interval 2 --save_total_limit 1"
 
 
 def checkpoint(folder, *arguments):
-    return run(folder, [sys.executable, "-m", "megatron_gkd", "checkpoint", *arguments])
+    return run(folder, "checkpoint", *arguments)
 
 
 def files_of(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_run_and_its_checkpoints(workspace):  # noqa: F811
+def test_a_run_and_its_checkpoints(workspace):
     # A student that begins as its teacher and learns from the labels moves away from it: the first is the best.
     teacher = ("--teacher_model", str(tiny_checkpoint("qwen3_tied", seed=2)), "--sft_alpha", "1")
     options = (*OPTIONS.split(), *teacher, "--lr_decay_style", "constant")

@@ -68,6 +68,14 @@ def test_only_rank_0_tells_of_a_wrong_recipe(workspace, trainer, capsys, monkeyp
     assert capsys.readouterr().err == ""
 
 
+def test_the_main_rank_alone_prints_deprecated_keys(workspace, trainer, capsys, monkeypatch):
+    workspace.recipe.write_text(workspace.recipe.read_text().replace("seed: 1234", "attn: auto"))
+    assert cli.main(["train", "recipe.yaml", "--attn", "sdpa"]) == 0
+    assert capsys.readouterr().err == "train.attn: deprecated; use train.attention_backend\n"
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main(["train", "recipe.yaml"]) == 0 and capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("command", ["train", "score", "generate"])
 @pytest.mark.parametrize(("name", "text"), [("WORLD_SIZE", "two"), ("RANK", ""), ("LOCAL_RANK", "x"), ("RANK", "2")])
 def test_what_a_launcher_says_is_checked(workspace, trainer, capsys, monkeypatch, command, name, text):
@@ -88,10 +96,11 @@ def test_processes_are_started_only_for_a_recipe_that_suits_them(workspace, caps
     assert cli.main(["train", "recipe.yaml", "--nproc", "3"]) == 2
     assert "must divide the number of processes (3)" in capsys.readouterr().err and launched == []
     nodes = ["--nnodes", "2", "--rdzv", "node0:29400"]
-    assert cli.main(["train", "recipe.yaml", "--nproc", "1", *nodes, "--beta", "1"]) == 75
+    assert cli.main(["train", "recipe.yaml", "--nproc", "1", *nodes, "--attn", "sdpa"]) == 75
+    assert capsys.readouterr().err == "", "the ranks print what is deprecated"
     ((options, command),) = launched
     assert (options.nproc, options.max_nodes, options.rdzv) == (1, 2, ("node0", 29400))
-    assert command == [sys.executable, "-m", "megatron_gkd", "train", "recipe.yaml", "--beta", "1"]
+    assert command == [sys.executable, "-m", "megatron_gkd", "train", "recipe.yaml", "--attn", "sdpa"]
     assert cli.main(["generate", "recipe.yaml", "--nproc", "gpu", "--n", "4", *OWN["generate"]]) == 75
     assert launched[1][1][4:] == ["recipe.yaml", "--n", "4", *OWN["generate"]]
     assert cli.main(["score", "recipe.yaml", "--nproc", "2"]) == 2
@@ -182,8 +191,8 @@ def test_train_help_names_every_key_in_under_a_second_of_work():
     assert done.returncode == 0 and done.stderr == ""
     for leaf, section in keys.SECTION_OF.items():
         _, _, below = done.stdout.partition(f"\n{section}:\n")
-        field = keys.field_of(leaf)
-        assert f"  --{leaf}  {keys.allowed(field)}  [" in below
+        field = keys.find_field(leaf)
+        assert f"  --{leaf}  {keys.describe_allowed(field)}  [" in below
         assert field.description in below
     assert "--beta  a number in [0, 1]  [default: 0.5]" in done.stdout
     for option in ("nproc", "nnodes", "node-rank", "rdzv", "rdzv-id", "max-restarts", "shutdown-timeout"):

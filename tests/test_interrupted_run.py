@@ -7,7 +7,7 @@ import os
 import socket
 
 import psutil
-from test_train import train, workspace  # noqa: F401  (a fixture)
+from command_line import train
 
 SIGNALED = """
 import os
@@ -43,10 +43,10 @@ cli.run()
 """
 
 
-def test_a_signal_saves_the_run_and_the_same_command_continues_it(workspace):  # noqa: F811
+def test_a_signal_saves_the_run_and_the_same_command_continues_it(workspace):
     run = workspace / "runs/x"
     (workspace / "signaled.py").write_text(SIGNALED)
-    finished = train(workspace, "--export_interval", "null", program=("signaled.py",))
+    finished = train(workspace, "--export_interval", "null", program="signaled.py")
     assert finished.returncode != 0
     exit_record = json.loads((run / "exit.json").read_text())
     step = exit_record["step"]
@@ -67,9 +67,9 @@ def test_a_signal_saves_the_run_and_the_same_command_continues_it(workspace):  #
     assert [record["step"] for record in records if "split" not in record] == [1, 2, 3, 4]
 
 
-def test_a_signal_before_the_first_step_ends_the_run_at_once(workspace):  # noqa: F811
+def test_a_signal_before_the_first_step_ends_the_run_at_once(workspace):
     (workspace / "early.py").write_text(BEFORE_STEP_1)
-    finished = train(workspace, "--tensor_model_parallel_size", "1", processes=1, program=("early.py",))
+    finished = train(workspace, "--tensor_model_parallel_size", "1", processes=1, program="early.py")
     assert finished.returncode != 0
     assert finished.stderr.count("SIGTERM before the first step: nothing has changed") == 1
     exit_record = json.loads((workspace / "runs/x/exit.json").read_text())
@@ -77,7 +77,7 @@ def test_a_signal_before_the_first_step_ends_the_run_at_once(workspace):  # noqa
     assert not (workspace / "runs/x/run.lock").exists()
 
 
-def test_a_second_run_in_the_same_folder_is_refused(workspace):  # noqa: F811
+def test_a_second_run_in_the_same_folder_is_refused(workspace):
     run, me = workspace / "runs/x", psutil.Process()
     run.mkdir(parents=True)
     (run / "exit.json").write_text("of the first run")

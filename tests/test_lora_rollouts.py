@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import vllm_server
 from checkpoints import tiny_checkpoint
-from test_train import train, workspace  # noqa: F401  (a fixture)
+from command_line import train
 
 pytestmark = pytest.mark.vllm
 NO_VLLM = "no vLLM in this environment: bash scripts/test.sh runs this in .venv-vllm"
@@ -37,7 +37,7 @@ cli.run()
 """The command line, whose rollouts are the base's."""
 
 
-def mismatches(folder: Path, *options: str, program=("-m", "megatron_gkd")) -> list[float]:
+def mismatches(folder: Path, *options: str, program=None) -> list[float]:
     """`mismatch_kl` of each step."""
     options = ("--model", str(STUDENT()), *OPTIONS, *options, "--output_dir", "runs/lora", "--resume", "never")
     finished = train(folder, *options, program=program)
@@ -53,24 +53,24 @@ def mismatches(folder: Path, *options: str, program=("-m", "megatron_gkd")) -> l
 def assert_follows_adapters(folder: Path, *options: str) -> None:
     assert max(map(abs, mismatches(folder, *options))) < 1e-5
     (folder / "of_base.py").write_text(OF_BASE)
-    first, *others = mismatches(folder, *options, program=("of_base.py",))
+    first, *others = mismatches(folder, *options, program="of_base.py")
     assert abs(first) < 1e-5 and max(map(abs, others)) > 1e-2, "the base would be noticed"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason=NO_VLLM)
-def test_vllm_in_the_ranks_samples_from_merged_weights(workspace):  # noqa: F811
+def test_vllm_in_the_ranks_samples_from_merged_weights(workspace):
     assert_follows_adapters(workspace, "--engine", "vllm", "--dtype", "fp32")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason=NO_VLLM)
 @pytest.mark.parametrize("dtype", ["null", "fp32"])
-def test_merging_in_bf16(dtype, workspace):  # noqa: F811
+def test_merging_in_bf16(dtype, workspace):
     found = mismatches(workspace, "--engine", "vllm", "--dtype", "bf16", "--merge_dtype", dtype)
     assert max(map(abs, found)) < 5e-3
 
 
 @pytest.mark.parametrize("weight_sync", ["folder", vllm_server.TRANSFER_BACKEND])
-def test_servers_sample_from_merged_weights(weight_sync, student_server, workspace):  # noqa: F811
+def test_servers_sample_from_merged_weights(weight_sync, student_server, workspace):
     server = ("--engine", "vllm_server", "--vllm_server_urls", student_server.url)
     assert_follows_adapters(workspace, *server, "--weight_sync", weight_sync, "--dtype", "fp32")
 
@@ -85,6 +85,6 @@ def lora_server(tmp_path_factory):
     server.kill()
 
 
-def test_servers_take_adapters_at_run_time(lora_server, workspace):  # noqa: F811
+def test_servers_take_adapters_at_run_time(lora_server, workspace):
     server = ("--engine", "vllm_server", "--vllm_server_urls", lora_server.url)
     assert_follows_adapters(workspace, *server, "--weight_sync", "lora", "--dtype", "fp32")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from command_line import train
 from faults.outcome import differences
-from test_train import train, workspace  # noqa: F401  (a fixture)
 
 KILLED = """
 import os
@@ -31,12 +31,12 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_killed_run_of_adapters_goes_on_bit_by_bit(kind, workspace):  # noqa: F811
+def test_a_killed_run_of_adapters_goes_on_bit_by_bit(kind, workspace):
     options = (*OPTIONS.split(), *KINDS[kind], "--export_interval", "null")
     finished = train(workspace, *options, "--output_dir", "runs/whole")
     assert finished.returncode == 0, finished.stderr
     (workspace / "killed.py").write_text(KILLED)
-    assert train(workspace, *options, program=("killed.py",)).returncode != 0
+    assert train(workspace, *options, program="killed.py").returncode != 0
     assert not (workspace / "runs/x/adapters").exists()
     finished = train(workspace, *options)
     assert finished.returncode == 0, finished.stderr

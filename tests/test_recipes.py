@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 from checkpoints import tiny_checkpoint
+from command_line import run, train
 from teachers.fake_server import FakeServer
-from test_train import run, train
 from world import REPOSITORY
 
 from megatron_gkd.config import load
@@ -73,8 +72,7 @@ def test_the_example_of_ms_swift_passes_check(tmp_path):
     """Its values of the keys that both have."""
     (tmp_path / "prompts.jsonl").write_text('{"messages": [{"role": "user", "content": "w1"}]}\n')
     path = REPOSITORY / "scripts/recipes/lora_on_policy_vllm.yaml"
-    command = [sys.executable, "-m", "megatron_gkd", "check", str(path), "--nproc", "8"]
-    checked = run(tmp_path, command)
+    checked = run(tmp_path, "check", str(path), "--nproc", "8")
     assert checked.returncode == 0, checked.stderr
     recipe, example = loaded(path), SWIFT_EXAMPLE
     found = {leaf: value for section in recipe for leaf, value in dict(section[1] or {}).items()}
@@ -119,9 +117,19 @@ def prepared(path: Path, folder: Path, *arguments: str) -> list[str]:
     """Give the commands that the recipe's header has before `train`. Returns the arguments that name what they made."""
     if path.stem == "cached":
         teacher = ["--teacher_model", str(tiny_checkpoint("qwen3", seed=1)), "--tensor_model_parallel_size", "2"]
-        command, made = ["score", *teacher, "--output", "made"], ["--cache", "made"]
+        command, made = ["score", *teacher, "--output", "made"], ["--teacher_cache", "made"]
     elif path.stem == "presampled":
-        command = ["generate", "--from", "teacher", "-n", "2", "--truncated", "keep", "--output", "made.jsonl"]
+        command = [
+            "generate",
+            "--from",
+            "teacher",
+            "-n",
+            "2",
+            "--truncated_completions",
+            "keep",
+            "--output",
+            "made.jsonl",
+        ]
         made = ["--dataset", "made.jsonl"]
     else:
         return []

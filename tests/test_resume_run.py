@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from test_train import train, workspace  # noqa: F401  (a fixture)
+from command_line import train
 
 
-def test_another_recipe_is_refused_by_key(workspace):  # noqa: F811
+def test_another_recipe_is_refused_by_key(workspace):
     options = ("--tensor_model_parallel_size", "1", "--train_iters", "2", "--save_interval", "1")
     assert train(workspace, *options, processes=1).returncode == 0
     finished = train(workspace, *options, "--lr", "2e-3", processes=1)

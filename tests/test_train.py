@@ -4,76 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import random
 import re
 import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from checkpoints import tiny_checkpoint
+from command_line import run_process, torchrun, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_gkd import __version__
 
-RECIPE = """
-student:  {{model: {student}}}
-teacher:  {{teacher_model: {teacher}, offload_teacher_model: true}}
-distill:  {{beta: 0.5, lmbda: 0.0, temperature: 0.9, sft_alpha: 0.0}}
-parallel: {{tensor_model_parallel_size: 2, pipeline_model_parallel_size: 1, context_parallel_size: 1,
-           expert_model_parallel_size: 1, sequence_parallel: true}}
-data:     {{dataset: [train.jsonl], val_dataset: [val.jsonl], max_length: 256, packing: false}}
-train:    {{micro_batch_size: 1, global_batch_size: 8, train_iters: 4, lr: 1.0e-3, seed: 1234}}
-output:   {{output_dir: runs/x, export_interval: 2, log_interval: 1}}
-"""
-
-
-@pytest.fixture
-def workspace(tmp_path) -> Path:
-    draw = random.Random(0)
-
-    def words():
-        return " ".join(f"w{draw.randrange(60)}" for _ in range(draw.randrange(3, 12)))
-
-    for name, count in {"train": 40, "val": 11}.items():
-        turns = [
-            [{"role": "user", "content": words()}, {"role": "assistant", "content": words()}] for _ in range(count)
-        ]
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"messages": turn}) + "\n" for turn in turns))
-    teacher = tiny_checkpoint("qwen3", seed=1, num_hidden_layers=6, hidden_size=48)
-    recipe = RECIPE.format(student=tiny_checkpoint("qwen3_tied", seed=2), teacher=teacher)
-    (tmp_path / "recipe.yaml").write_text(recipe)
-    return tmp_path
-
-
-def train(
-    folder: Path,
-    *overrides: str,
-    processes: int = 2,
-    program: tuple[str, ...] = ("-m", "megatron_gkd"),
-    command: str = "train",
-) -> subprocess.CompletedProcess:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return run(folder, [*torchrun, *program, command, "recipe.yaml", *overrides])
-
-
-def run(folder: Path, command: list[str]) -> subprocess.CompletedProcess:
-    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    environment = {name: value for name, value in os.environ.items() if name not in launcher} | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(Path(__file__).parents[1]),
-        "HF_DATASETS_CACHE": str(folder / "cache"),
-    }
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-
 
 def test_a_recipe_becomes_a_checkpoint_metrics_and_curves(workspace):
-    finished = train(workspace, "--dtype", "fp32", "--eval_interval=2", "--distill.sft_alpha", "0.1")
+    finished = torchrun(workspace, "--dtype", "fp32", "--eval_interval=2", "--distill.sft_alpha", "0.1")
     assert finished.returncode == 0, finished.stderr
     run = workspace / "runs/x"
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -129,7 +74,7 @@ def test_the_student_answers_where_lambda_has_it_so(workspace, granularity):
     lmbda = "1" if granularity == "step" else "0.5"
     options = ("--lmbda", lmbda, "--lmbda_granularity", granularity, "--max_completion_length", "12", "--beta", "1")
     logged = ("--log_completions", "--log_completions_interval", "2", "--mismatch_kl_threshold", "1e-12")
-    finished = train(workspace, *options, *logged, "--dtype", "fp32", "--truncated", "mask")
+    finished = train(workspace, *options, *logged, "--dtype", "fp32", "--truncated_completions", "mask")
     assert finished.returncode == 0, finished.stderr
     records = [json.loads(line) for line in (workspace / "runs/x/metrics.jsonl").read_text().splitlines()]
     steps = [record for record in records if "split" not in record]
@@ -175,8 +120,8 @@ cli.run()
 def test_rollouts_that_fail_for_good_end_the_run_with_what_was_learnt(workspace):
     (workspace / "failing.py").write_text(FAILING)
     options = ("--lmbda", "1", "--max_completion_length", "12", "--export_interval", "null", "--dtype", "fp32")
-    finished = train(workspace, *options, program=("failing.py",))
-    assert finished.returncode != 0
+    finished = train(workspace, *options, program="failing.py")
+    assert finished.returncode == 69
     assert finished.stderr.count("stopped after step 2 of 4: http://server:8000: refused for 300 s") == 1
     assert "The student of step 2 is in runs/x/hf-step-000002; the same command continues" in finished.stderr
     assert "in _train" not in finished.stderr, "a traceback of ours"
@@ -217,7 +162,7 @@ cli.run()
 
 def test_a_rank_that_fails_alone_leaves_without_waiting_for_the_others(workspace):
     (workspace / "broken.py").write_text(BROKEN.format(ranks="1"))
-    finished = train(workspace, "--dtype", "fp32", "--export_interval", "null", program=("broken.py",))
+    finished = torchrun(workspace, "--dtype", "fp32", "--export_interval", "null", program=("broken.py",))
     assert finished.returncode != 0
     assert "KeyError: 'a fault of the program'" in finished.stderr
     assert "stopped after step 2 of 4. Not every rank failed within 3 s" in finished.stderr
@@ -232,7 +177,7 @@ def test_one_process_without_a_launcher_needs_no_port_and_saves_before_it_fails(
             pass
         (workspace / "broken.py").write_text(BROKEN.format(ranks="0"))
         options = ("--tensor_model_parallel_size", "1", "--dtype", "fp32", "--export_interval", "null")
-        finished = run(workspace, [sys.executable, "broken.py", "train", "recipe.yaml", *options])
+        finished = run_process(workspace, "broken.py", "train", "recipe.yaml", *options)
     assert finished.returncode == 1, finished.stderr
     assert "KeyError: 'a fault of the program'" in finished.stderr and "stopped after step 2 of 4" in finished.stderr
     assert AutoModelForCausalLM.from_pretrained(workspace / "runs/x/hf-step-000002").num_parameters() > 0

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-
 import torch
 from checkpoints import tiny_checkpoint
+from command_line import run, train
 from safetensors.torch import load_file
-from test_train import run, train, workspace  # noqa: F401  (a fixture)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 LORA = "--tuner_type lora --lora_rank 4 --lora_alpha 16 --lora_dropout 0.1 --lr 0.01 --adam_eps 1e-3".split()
@@ -17,7 +15,7 @@ def adapters_of(folder):
     return load_file(folder / "adapter_model.safetensors")
 
 
-def test_exports_open_in_transformers_and_peft_and_start_other_runs(workspace):  # noqa: F811
+def test_exports_open_in_transformers_and_peft_and_start_other_runs(workspace):
     from peft import PeftModel
 
     options = (*LORA, "--dtype", "fp32", "--merge_lora", "true", "--save_interval", "2", "--train_iters", "4")
@@ -49,31 +47,19 @@ def test_exports_open_in_transformers_and_peft_and_start_other_runs(workspace): 
     assert all(torch.allclose(first[name], second[name], atol=1e-7) for name in first)
 
     for flags, name in ((["--merge"], "hf"), ([], "adapters")):
-        command = [
-            sys.executable,
-            "-m",
-            "megatron_gkd",
-            "checkpoint",
-            "export",
-            "runs/x",
-            "4",
-            "--output",
-            name,
-            *flags,
-        ]
-        exported = run(workspace, command)
+        exported = run(workspace, "checkpoint", "export", "runs/x", "4", "--output", name, *flags)
         assert exported.returncode == 0, exported.stderr
         for path in (folder / name).iterdir():
             assert (workspace / name / path.name).read_bytes() == path.read_bytes(), path
 
 
 def refusal(folder, *options):
-    refused = run(folder, [sys.executable, "-m", "megatron_gkd", "train", "recipe.yaml", *options])
+    refused = run(folder, "train", "recipe.yaml", *options)
     assert refused.returncode != 0 and "Traceback" not in refused.stderr
     return refused.stderr
 
 
-def test_adapters_that_can_not_be_started_from_are_refused_in_one_line(workspace):  # noqa: F811
+def test_adapters_that_can_not_be_started_from_are_refused_in_one_line(workspace):
     options = (*LORA, "--train_iters", "1", "--tensor_model_parallel_size", "1", "--export_interval", "null")
     assert train(workspace, *options, processes=1).returncode == 0
     other = ("--output_dir", "runs/y", "--adapters")
@@ -87,5 +73,5 @@ def test_adapters_that_can_not_be_started_from_are_refused_in_one_line(workspace
     assert (
         refusal(workspace, *options, *other, "runs/x/adapters", *base).count(f"{key}: its adapters are of other") == 1
     )
-    refused = run(workspace, [sys.executable, "-m", "megatron_gkd", "checkpoint", "export", "runs/x", "--merge=1"])
+    refused = run(workspace, "checkpoint", "export", "runs/x", "--merge=1")
     assert refused.returncode == 2 and "--merge = 1: takes no value" in refused.stderr

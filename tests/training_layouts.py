@@ -33,11 +33,12 @@ def build(student, teacher, changes: dict[str, dict], rows: RandomRows | None = 
 
     `teacher` may be several, by their places in the recipe; None where there is no model beside the student.
     """
+    from megatron_gkd.data.batch_config import BatchConfig
     from megatron_gkd.data.loader import StepLoader
     from megatron_gkd.data.order import SampleOrder
     from megatron_gkd.models.checkpoint import Checkpoint
     from megatron_gkd.runtime.mesh import Layout, initialize_mesh
-    from megatron_gkd.training.build import batching, build_student
+    from megatron_gkd.training.build import build_student
     from megatron_gkd.training.build_teacher import build_teacher, shared_vocab_size_of_all
 
     recipe = recipe_of(changes)
@@ -50,7 +51,8 @@ def build(student, teacher, changes: dict[str, dict], rows: RandomRows | None = 
     rows = rows or RandomRows(count=24)
     order = SampleOrder(rows.sizes, [1.0], seed=recipe.train.seed, shuffle=True)
     teacher = build_teacher(recipe, mesh, student, teachers)
-    return mesh, student, teacher, StepLoader(rows, order, **batching(recipe, mesh, pad_token_id=0), num_steps=3)
+    config = BatchConfig.from_recipe(recipe, mesh, pad_token_id=0)
+    return mesh, student, teacher, StepLoader(rows, order, config, range(1, 4))
 
 
 def train_steps(rank, world_size, student, teacher, changes, break_gradient=False, rows=None):
@@ -58,7 +60,7 @@ def train_steps(rank, world_size, student, teacher, changes, break_gradient=Fals
     from megatron_gkd.runtime.mesh import destroy_mesh
     from megatron_gkd.teachers.base import FollowsStudent
 
-    mesh, student, teacher, batches = build(student, teacher, changes, rows)
+    _, student, teacher, batches = build(student, teacher, changes, rows)
     if break_gradient:
         _drop_sequence_parallel_reduction(student)
     records = []

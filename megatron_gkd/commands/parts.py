@@ -13,7 +13,7 @@ from megatron_gkd.launch import environment
 if TYPE_CHECKING:
     from megatron_gkd.config import Recipe
     from megatron_gkd.config.checks import CommandChecks
-    from megatron_gkd.config.commands import Option
+    from megatron_gkd.config.options import Option
 
 Work = Callable[[], None]
 Command = Callable[[str, list[str], int], Work]
@@ -36,7 +36,7 @@ def load_recipe(
 def take(arguments: list[str], options: "Mapping[str, Option]") -> tuple[dict[str, Any], list[str]]:
     """Return the values of a command's own options, and the other arguments. CommandRefused for a wrong value."""
     from megatron_gkd.config import RecipeError
-    from megatron_gkd.config.commands import take_options
+    from megatron_gkd.config.options import take_options
 
     try:
         return take_options(arguments, options)

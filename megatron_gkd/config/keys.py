@@ -1,4 +1,4 @@
-"""The recipe's keys as data: where each leaf belongs, what it takes, and the nearest one to a wrong name."""
+"""The recipe's keys as data: the section of each leaf, its type and bounds, and the nearest one to a wrong name."""
 
 import difflib
 import types
@@ -8,27 +8,20 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
 from megatron_gkd.config.durations import FORMS
-from megatron_gkd.config.schema import (
-    Datasets,
-    Duration,
-    ModuleName,
-    PathText,
-    Recipe,
-    Section,
-    ServerUrl,
-    StopText,
-    TokenId,
-)
+from megatron_gkd.config.schema import Recipe, Section
+from megatron_gkd.config.schema.base import Duration, ModuleName, PathText, ServerUrl, StopText, TokenId
+from megatron_gkd.config.schema.data import Datasets
 
 
-def _section_of(annotation: Any) -> type[Section]:
+def _section_class(annotation: Any) -> type[Section]:
     """Return the class of a section, which may be null as a whole."""
     return next(member for member in (*get_args(annotation), annotation) if member is not type(None))
 
 
-SECTIONS: dict[str, dict[str, FieldInfo]] = {
-    name: dict(_section_of(field.annotation).model_fields) for name, field in Recipe.model_fields.items()
+SECTION_CLASSES: dict[str, type[Section]] = {
+    name: _section_class(field.annotation) for name, field in Recipe.model_fields.items()
 }
+SECTIONS: dict[str, dict[str, FieldInfo]] = {name: dict(one.model_fields) for name, one in SECTION_CLASSES.items()}
 NULLABLE_SECTIONS = frozenset(name for name, field in Recipe.model_fields.items() if get_args(field.annotation))
 SECTION_OF: dict[str, str] = {leaf: section for section, leaves in SECTIONS.items() for leaf in leaves}
 _ENTRIES = {  # of lists, in words
@@ -41,19 +34,22 @@ _ENTRIES = {  # of lists, in words
 }
 
 
-def field_of(leaf: str) -> FieldInfo:
-    """The definition of a leaf; KeyError for an unknown one."""
+def find_field(leaf: str) -> FieldInfo:
+    """Return the definition of a leaf.
+
+    Raises:
+        KeyError: there is no such leaf.
+    """
     return SECTIONS[SECTION_OF[leaf]][leaf]
 
 
-def nearest(name: str) -> str | None:
-    """The leaf whose name comes nearest to `name`, if any does."""
-    matches = difflib.get_close_matches(name.replace("-", "_"), SECTION_OF, n=1, cutoff=0.6)
-    return matches[0] if matches else None
+def describe_unknown(section: str | None, name: str) -> tuple[str, str | None]:
+    """Return the problem of an unknown key, and the leaf that was probably meant.
 
-
-def unknown(section: str | None, name: str) -> tuple[str, str | None]:
-    """What to say of an unknown key, and the leaf that was probably meant. `section` is None at the recipe's root."""
+    Args:
+        section: the section that the key is in; None at the recipe's root.
+        name: the key.
+    """
     shown = f"{section}.{name}" if section else name
     if name in SECTION_OF:
         return f"{shown}: unknown key; {name} belongs in the section {SECTION_OF[name]}", name
@@ -61,15 +57,16 @@ def unknown(section: str | None, name: str) -> tuple[str, str | None]:
         sections = difflib.get_close_matches(name, SECTIONS, n=1)
         if sections:
             return f"{shown}: unknown section; did you mean {sections[0]}?", None
-    meant = nearest(name)
-    if meant is None:
-        known = f"keys of {section}" if section in SECTIONS else "sections"
-        return f"{shown}: unknown key; the {known} are {', '.join(SECTIONS.get(section, SECTIONS))}", None
-    return f"{shown}: unknown key; did you mean {SECTION_OF[meant]}.{meant}?", meant
+    matches = difflib.get_close_matches(name.replace("-", "_"), SECTION_OF, n=1, cutoff=0.6)
+    if matches:
+        return f"{shown}: unknown key; did you mean {SECTION_OF[matches[0]]}.{matches[0]}?", matches[0]
+    if section is not None and section in SECTIONS:
+        return f"{shown}: unknown key; the keys of {section} are {', '.join(SECTIONS[section])}", None
+    return f"{shown}: unknown key; the sections are {', '.join(SECTIONS)}", None
 
 
 def _alternatives(annotation: Any) -> tuple[Any, ...]:
-    """The members of a union, or the annotation alone; Annotated's extras are dropped."""
+    """Return the members of a union, or the annotation alone, without the extras of Annotated."""
     if get_origin(annotation) is Annotated:
         return _alternatives(get_args(annotation)[0])
     if get_origin(annotation) in (Union, types.UnionType):
@@ -78,18 +75,18 @@ def _alternatives(annotation: Any) -> tuple[Any, ...]:
 
 
 def is_nullable(field: FieldInfo) -> bool:
-    """Whether null is a value of the field."""
+    """Return whether null is a value of the field."""
     return type(None) in _alternatives(field.annotation)
 
 
-def kind_of(field: FieldInfo) -> Any:
-    """The field's type without null: str, int, float, bool, dict, tuple or Literal."""
-    kind = next(member for member in _alternatives(field.annotation) if member is not type(None))
-    return get_origin(kind) or kind
+def type_of(field: FieldInfo) -> Any:
+    """Return the field's type without null: str, int, float, bool, dict, tuple or Literal."""
+    found = next(member for member in _alternatives(field.annotation) if member is not type(None))
+    return get_origin(found) or found
 
 
-def _bounds(field: FieldInfo) -> str:
-    """' in [0, 1]', ' >= 1' or nothing."""
+def _describe_bounds(field: FieldInfo) -> str:
+    """Return ' in [0, 1]', ' >= 1' or nothing."""
     low = next((m for m in field.metadata if isinstance(m, Ge | Gt)), None)
     high = next((m for m in field.metadata if isinstance(m, Le | Lt)), None)
     if low and high:
@@ -101,9 +98,9 @@ def _bounds(field: FieldInfo) -> str:
     return ""
 
 
-def allowed(field: FieldInfo) -> str:
-    """What the field takes, in words: 'a number in [0, 1]', 'one of last, all', 'an integer >= 1, or null'."""
-    kind = kind_of(field)
+def describe_allowed(field: FieldInfo) -> str:
+    """Return what the field takes, in words: 'a number in [0, 1]', 'one of last, all', 'an integer >= 1, or null'."""
+    kind = type_of(field)
     if kind is Literal:
         choices = next(member for member in _alternatives(field.annotation) if get_origin(member) is Literal)
         text = "one of " + ", ".join(get_args(choices))
@@ -113,5 +110,5 @@ def allowed(field: FieldInfo) -> str:
         text = f"a list of {_ENTRIES.get(get_args(field.annotation)[0], 'mappings')}"
     else:
         names = {bool: "true or false", int: "an integer", float: "a number", str: "a text", dict: "a mapping"}
-        text = names[kind] + _bounds(field)
+        text = names[kind] + _describe_bounds(field)
     return text + (", or null" if is_nullable(field) else "")

@@ -1,4 +1,4 @@
-"""A YAML file and the command line's overrides -> a checked `Recipe`, or every problem at once."""
+"""Load a recipe: a YAML file and the command line's overrides -> a checked `Recipe`, or every problem at once."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,12 +6,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_gkd.config import checks, keys, yaml_text
+from megatron_gkd.config import keys, yaml_text
+from megatron_gkd.config.checks import TRAIN, CommandChecks, find_problems
 from megatron_gkd.config.errors import RecipeError
 from megatron_gkd.config.overrides import apply_overrides
+from megatron_gkd.config.renamed import rename_keys
 from megatron_gkd.config.schema import Recipe
 
-_STAND_IN = "stand-in"  # for a required leaf that is missing, so that the other checks can still be made
+_PLACEHOLDER = "placeholder"  # for a required leaf that is missing, so that the other checks can still be made
 
 
 def load(
@@ -20,26 +22,29 @@ def load(
     *,
     world_size: int,
     require_paths: bool = True,
-    command: checks.CommandChecks = checks.TRAIN,
+    command: CommandChecks = TRAIN,
 ) -> Recipe:
-    """Read, override, validate and cross-check a recipe.
+    """Read, override, validate and check a recipe. Warns with a DeprecatedKey of each key under a former name.
 
-    path: the YAML file.
-    overrides: as they stand on a command line: `--beta 1.0`, `--distill.beta=1.0`, `--packing`, `--dataset a b`.
-    world_size: the number of processes that the layout must fit.
-    require_paths: whether models, data and plugins must exist, and output_dir be writable.
-    command: what is asked of the recipe for this command.
-    Raises RecipeError with all problems, one line each.
+    Args:
+        path: the YAML file.
+        overrides: as on a command line: `--beta 1.0`, `--distill.beta=1.0`, `--packing`, `--dataset a b`.
+        world_size: the number of processes that the layout must fit.
+        require_paths: whether models, data and plugins must exist, and output_dir be writable.
+        command: which checks are made.
+
+    Raises:
+        RecipeError: with all problems, one line each.
     """
     tree = _read(Path(path))
     _move_tuner_type(tree)
-    problems, doubtful = apply_overrides(tree, overrides)
-    problems += _drop_unknown(tree, doubtful)
+    problems, doubtful = rename_keys(tree)
+    for found, concerned in (apply_overrides(tree, overrides), _drop_unknown(tree)):
+        problems += found
+        doubtful |= concerned
     problems += _drop_invalid(tree, doubtful)
     recipe = Recipe.model_validate(tree)
-    problems += checks.run(
-        recipe, world_size=world_size, require_paths=require_paths, doubtful=doubtful, command=command
-    )
+    problems += find_problems(recipe, world_size, command=command, doubtful=doubtful, require_paths=require_paths)
     if problems:
         raise RecipeError(problems)
     return recipe
@@ -70,14 +75,19 @@ def _move_tuner_type(tree: dict[str, Any]) -> None:
                 del tree["lora"]
 
 
-def _drop_unknown(tree: dict[str, Any], doubtful: set[str]) -> list[str]:
-    """Take unknown sections and keys out of `tree`, add missing sections; the leaves meant become doubtful."""
-    problems: list[str] = []
+def _drop_unknown(tree: dict[str, Any]) -> tuple[list[str], set[str]]:
+    """Remove unknown sections and keys from `tree`, and add missing sections.
 
-    def report(section: str | None, name: str) -> None:
-        text, meant = keys.unknown(section, str(name))
+    Returns:
+        The problems, and the leaves that were probably meant.
+    """
+    problems: list[str] = []
+    concerned: set[str] = set()
+
+    def report(section: str | None, name: Any) -> None:
+        text, meant = keys.describe_unknown(section, str(name))
         problems.append(text)
-        doubtful.update({meant} if meant else ())
+        concerned.update({meant} if meant else ())
 
     for name in [name for name in tree if name not in keys.SECTIONS]:
         report(None, name)
@@ -87,48 +97,46 @@ def _drop_unknown(tree: dict[str, Any], doubtful: set[str]) -> list[str]:
         if content is None and section in keys.NULLABLE_SECTIONS:
             continue
         if content is not None and not isinstance(content, dict):
-            problems.append(f"{section} = {_shown(content)}: must be a mapping with the keys {', '.join(leaves)}")
-            doubtful.update(leaves)
+            problems.append(f"{section} = {_show(content)}: must be a mapping with the keys {', '.join(leaves)}")
+            concerned.update(leaves)
         tree[section] = content if isinstance(content, dict) else {}
         for name in [name for name in tree[section] if name not in leaves]:
             report(section, name)
             del tree[section][name]
-    return problems
+    return problems, concerned
 
 
 def _drop_invalid(tree: dict[str, Any], doubtful: set[str]) -> list[str]:
-    """Replace what the schema refuses by defaults, and add it to `doubtful`, whose leaves may be missing."""
+    """Replace what the schema refuses by defaults, and add it to `doubtful`, whose leaves may be missing.
+
+    Returns:
+        The problems, at most one of a leaf: a list may have several bad entries.
+    """
     try:
         Recipe.model_validate(tree)
     except ValidationError as invalid:
-        errors = invalid.errors()
+        is_missing = {  # by leaf
+            str(error["loc"][1]): error["type"] == "missing" and len(error["loc"]) == 2
+            for error in reversed(invalid.errors())
+        }
     else:
         return []
     problems: list[str] = []
-    leaves: set[str] = set()
-    for error in errors:
-        section, leaf, *rest = error["loc"]
-        first = leaf not in leaves  # a list may have several bad entries, a union several complaints: one line a leaf
-        leaves.add(leaf)
-        field = keys.field_of(leaf)
-        if error["type"] == "missing" and not rest:
-            tree[section][leaf] = _STAND_IN
-            if leaf not in doubtful:
-                problems.append(f"{section}.{leaf}: missing; must be {keys.allowed(field)} ({field.description})")
-        elif first:
-            problems.append(f"{section}.{leaf} = {_shown(tree[section][leaf])}: must be {keys.allowed(field)}")
-    for leaf in leaves:
-        section = tree[keys.SECTION_OF[leaf]]
-        if section[leaf] is not _STAND_IN:
-            section.pop(leaf)
-            if keys.field_of(leaf).is_required():
-                section[leaf] = _STAND_IN
-    doubtful |= leaves
+    for leaf in sorted(is_missing, key=list(keys.SECTION_OF).index):
+        name, field = f"{keys.SECTION_OF[leaf]}.{leaf}", keys.find_field(leaf)
+        section, allowed = tree[keys.SECTION_OF[leaf]], keys.describe_allowed(field)
+        if not is_missing[leaf]:
+            problems.append(f"{name} = {_show(section.pop(leaf))}: must be {allowed}")
+        elif leaf not in doubtful:
+            problems.append(f"{name}: missing; must be {allowed} ({field.description})")
+        if field.is_required():
+            section[leaf] = _PLACEHOLDER
+    doubtful.update(is_missing)
     return problems
 
 
-def _shown(value: Any) -> str:
-    """A value on one line, as YAML would write it inside a list."""
+def _show(value: Any) -> str:
+    """Return a value on one line, as YAML would write it inside a list."""
     if isinstance(value, bool) or value is None:
         return yaml_text.dump(value).split("\n")[0]
     text = value if isinstance(value, str) and value else repr(value)

@@ -1,14 +1,15 @@
-"""The command line's `--leaf value` pairs, laid over the recipe's YAML."""
+"""The command line's `--leaf value` pairs, which override the recipe's YAML."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from megatron_gkd.config import keys, yaml_text
+from megatron_gkd.config.renamed import NEW_NAMES, rename_keys
 
 
 def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """(flag, its values); an `=` ends the flag, and what follows up to the next flag are further values."""
-    flag, values = "", []
+    """Yield each flag with its values: one after an `=`, and all arguments up to the next flag."""
+    flag, values = "", list[str]()
     for argument in arguments:
         if argument.startswith("--"):
             if flag or values:
@@ -22,44 +23,60 @@ def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
 
 
 def _parse(leaf: str, texts: Sequence[str]) -> Any:
-    """The value that the texts after a flag stand for. Raises ValueError with what is wrong."""
-    field = keys.field_of(leaf)
-    kind = keys.kind_of(field)
+    """Return the value of the texts after a flag.
+
+    Raises:
+        ValueError: with what is wrong with them.
+    """
+    field = keys.find_field(leaf)
+    kind = keys.type_of(field)
     if not texts:
         if kind is bool:
             return True
-        raise ValueError(f"needs a value: {keys.allowed(field)}")
+        raise ValueError(f"needs a value: {keys.describe_allowed(field)}")
     if len(texts) > 1 and kind is not tuple:
         raise ValueError(f"takes one value, not {len(texts)} ({' '.join(texts)})")
-    if kind is str:  # as it stands: a folder may be called 2024_01
+    if kind is str:  # not as YAML: a folder may be called 2024_01
         return None if keys.is_nullable(field) and texts[0] in ("null", "~", "") else texts[0]
     values = [yaml_text.parse(text) for text in texts]
     return values if kind is tuple and len(values) > 1 else values[0]
 
 
 def apply_overrides(tree: dict[str, Any], arguments: Sequence[str]) -> tuple[list[str], set[str]]:
-    """Write the overrides into `tree` (section -> leaf -> value). Returns the problems, and the leaves they concern."""
+    """Write the overrides into `tree` (section -> leaf -> value).
+
+    Returns:
+        The problems, and the leaves that they concern.
+    """
+    changes, problems, concerned = _read_overrides(arguments)
+    doubly_named, doubtful = rename_keys(changes)
+    for section, values in changes.items():
+        if tree.get(section) is None:  # left out, or left empty
+            tree[section] = {}
+        if isinstance(tree[section], dict):  # another type is a problem of the file, and reported there
+            tree[section] |= values
+    return problems + doubly_named, concerned | doubtful
+
+
+def _read_overrides(arguments: Sequence[str]) -> tuple[dict[str, dict[str, Any]], list[str], set[str]]:
+    """Return the values by section and leaf, the problems, and the leaves that these concern."""
+    changes: dict[str, dict[str, Any]] = {}
     problems: list[str] = []
     concerned: set[str] = set()
     for flag, texts in _pairs(arguments):
         if not flag or flag == "--":
             problems.append(f"{' '.join(texts) or '--'}: unexpected argument; overrides are --leaf value")
             continue
-        *section, leaf = flag.removeprefix("--").replace("-", "_").rsplit(".", 1)
+        *section, name = flag.removeprefix("--").replace("-", "_").rsplit(".", 1)
+        leaf = NEW_NAMES.get(name, name)
         if leaf not in keys.SECTION_OF or section not in ([], [keys.SECTION_OF[leaf]]):
-            text, meant = keys.unknown(section[0] if section else None, leaf)
+            text, meant = keys.describe_unknown(section[0] if section else None, name)
             problems.append(f"--{text}")
             concerned |= {meant} if meant else set()
             continue
         try:
-            value = _parse(leaf, texts)
+            changes.setdefault(keys.SECTION_OF[leaf], {})[name] = _parse(leaf, texts)
         except ValueError as error:
-            problems.append(f"--{leaf}: {error}")
+            problems.append(f"--{name}: {error}")
             concerned.add(leaf)
-            continue
-        section_name = keys.SECTION_OF[leaf]
-        if tree.get(section_name) is None:  # left out, or left empty
-            tree[section_name] = {}
-        if isinstance(tree[section_name], dict):  # another type is a problem of the file, and reported there
-            tree[section_name][leaf] = value
-    return problems, concerned
+    return changes, problems, concerned

@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_gkd.data.sources import source_files
 from megatron_gkd.errors import UserError
+from megatron_gkd.runtime.disk import publish
 
 VERSION = 3  # raise it when the same rows and options give other tokens
 
@@ -101,7 +102,7 @@ class CacheFolder:
         out.chmod(0o755)  # mkdtemp gives 0700; a shared cache is for every user of the machine
         try:
             write(parts, out)
-            os.replace(out, self.folder)
+            publish(out, self.folder)
         except Exception:
             shutil.rmtree(out, ignore_errors=True)
             if not self.folder.exists():  # another process may have built it, where the file system has no locks

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from megatron_gkd.data.cutting import Cutting
+from megatron_gkd.data.batch_config import BatchConfig
 from megatron_gkd.data.microbatch import Microbatch
-from megatron_gkd.data.order import FILLER, SequentialOrder
-from megatron_gkd.data.sample import FROM_DATASET, IGNORE, Sample
+from megatron_gkd.data.microbatch_planner import MicrobatchPlanner
+from megatron_gkd.data.order import PADDING_ROW, SequentialOrder
+from megatron_gkd.data.sample import FROM_DATASET, IGNORED_LABEL, PAD_TOKEN_ID, Sample
 from megatron_gkd.errors import UserError
 
 
@@ -37,38 +38,31 @@ class StepLoader:
     Args:
         dataset: where samples come from.
         order: which rows a step has.
-        global_batch_size: rows of a step over all ranks, packed or not.
+        config: how a step's rows become this rank's microbatches.
+        steps: the steps to yield, counted from 1.
         num_workers: processes that prepare steps ahead; 0 prepares them in this one.
-        start_step: first step, counted from 0.
-        num_steps: number of steps to yield.
-        skip: steps, counted from 0, for which None is yielded: their microbatches are made elsewhere.
-        cutting: the arguments of ``Cutting``.
+        skip: steps for which None is yielded: their microbatches are made elsewhere.
     """
 
     def __init__(
         self,
         dataset: SampleDataset,
         order: StepOrder,
+        config: BatchConfig,
+        steps: range,
         *,
-        global_batch_size: int,
         num_workers: int = 0,
-        start_step: int = 0,
-        num_steps: int,
         skip: Callable[[int], bool] | None = None,
-        **cutting: Any,
     ) -> None:
-        self._dataset, self._order = dataset, order
-        self._global_batch_size = global_batch_size
-        self._cutting = Cutting(**cutting)
-        self._num_workers = num_workers
-        self._start_step, self._num_steps = start_step, num_steps
-        self._skip = skip
+        self._dataset, self._order, self._config, self._steps = dataset, order, config, steps
+        self._planner = MicrobatchPlanner(config)
+        self._num_workers, self._skip = num_workers, skip
 
     def __len__(self) -> int:
-        return self._num_steps
+        return len(self._steps)
 
     def __iter__(self) -> Iterator[list[Microbatch] | None]:
-        steps = _Steps(self, self._start_step, self._num_steps)
+        steps = _Steps(self, self._steps)
         # Its own generator: drawing the workers' seeds would otherwise move the global one, which dropout draws from.
         generator = torch.Generator()
         loader = DataLoader(
@@ -80,23 +74,19 @@ class StepLoader:
             yield None if item is None else [Microbatch.from_arrays(arrays) for arrays in item]
 
     def step(self, step: int) -> list[Microbatch] | None:
-        """The microbatches of this rank at a step, counted from 0."""
+        """Build this rank's microbatches of a step, counted from 1; None for a step that is skipped."""
         if self._skip is not None and self._skip(step):
             return None
-        rows = self._order.rows_of_step(step, self._global_batch_size)
-        require_responses(self._dataset, [row for row in rows if row != FILLER], step)
-        return self._cutting.microbatches([self._length(row) for row in rows], lambda i: self._sample(rows[i]))
-
-    def num_tokens(self, step: int) -> int:
-        """Labels that are not -100 in the whole global batch of a step, over all ranks: what its loss is divided by."""
-        rows = self._order.rows_of_step(step, self._global_batch_size)
-        return sum(int(self._dataset.num_labels[row]) for row in rows if row != FILLER)
+        rows = self._order.rows_of_step(step, self._config.global_batch_size)
+        require_responses(self._dataset, [row for row in rows if row != PADDING_ROW], step)
+        lengths = [self._length(row) for row in rows]
+        return self._planner.make_microbatches(lengths, lambda position: self._sample(rows[position]))
 
     def _length(self, row: int) -> int:
-        return 1 if row == FILLER else int(self._dataset.lengths[row])
+        return 1 if row == PADDING_ROW else int(self._dataset.lengths[row])
 
     def _sample(self, row: int) -> Sample:
-        return filler(self._cutting.pad_token_id) if row == FILLER else self._dataset[row]
+        return padding_sample(self._config.pad_token_id) if row == PADDING_ROW else self._dataset[row]
 
 
 def require_responses(dataset: SampleDataset, rows: Sequence[int], step: int) -> None:
@@ -104,28 +94,32 @@ def require_responses(dataset: SampleDataset, rows: Sequence[int], step: int) ->
     for row in rows:
         if dataset.num_labels[row] == 0:
             raise UserError(
-                f"step {step + 1}: row {row} of the dataset has no response, and in this step the student does not "
+                f"step {step}: row {row} of the dataset has no response, and in this step the student does not "
                 "answer it; give it one, or set lmbda to 1"
             )
 
 
-def filler(pad_token_id: int) -> Sample:
-    """A row of one token and no label."""
-    return Sample(np.array([pad_token_id]), np.array([IGNORE]), FROM_DATASET, FILLER)
+def padding_sample(pad_token_id: int = PAD_TOKEN_ID) -> Sample:
+    """Build a row of one token and no label."""
+    return Sample(np.array([pad_token_id]), np.array([IGNORED_LABEL]), FROM_DATASET, PADDING_ROW)
 
 
-def validation_batches(
-    dataset: SampleDataset, *, global_batch_size: int, num_steps: int | None = None, **layout: Any
-) -> StepLoader:
-    """A loader over a validation split: every row once, in order.
+def validation_batches(dataset: SampleDataset, config: BatchConfig, num_steps: int | None = None) -> StepLoader:
+    """Build a loader over a validation split: every row once, in order.
 
-    The last global batch is filled up with rows of one token and no label, so that every rank has equal work and no row
-    counts twice. `num_steps` stops earlier; the other arguments are those of `StepLoader`.
+    The last global batch is padded with rows of one token and no label, so that every rank has equal work and no row
+    counts twice.
+
+    Args:
+        dataset: the validation split.
+        config: how a step's rows become this rank's microbatches.
+        num_steps: most steps; None for all rows.
     """
     order = SequentialOrder(len(dataset))
-    steps = order.num_steps(global_batch_size)
-    steps = steps if num_steps is None else min(steps, num_steps)
-    return StepLoader(dataset, order, global_batch_size=global_batch_size, num_steps=steps, **layout)
+    steps = order.num_steps(config.global_batch_size)
+    if num_steps is not None:
+        steps = min(steps, num_steps)
+    return StepLoader(dataset, order, config, range(1, steps + 1))
 
 
 class _Steps(Dataset):
@@ -135,15 +129,15 @@ class _Steps(Dataset):
     memory open, and a step has hundreds of them.
     """
 
-    def __init__(self, loader: StepLoader, start: int, count: int) -> None:
-        self._loader, self._start, self._count = loader, start, count
+    def __init__(self, loader: StepLoader, steps: range) -> None:
+        self._loader, self._steps = loader, steps
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._steps)
 
     def __getitem__(self, index: int) -> _Item:
         try:
-            microbatches = self._loader.step(self._start + index)
+            microbatches = self._loader.step(self._steps[index])
         except UserError as error:  # DataLoader would add a worker's traceback to the message
             return error
         return None if microbatches is None else [microbatch.to_arrays() for microbatch in microbatches]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_gkd.data.context_parallel import context_parallel_indices
-from megatron_gkd.data.sample import FROM_STUDENT, IGNORE, Sample
+from megatron_gkd.data.sample import FROM_STUDENT, IGNORED_LABEL, PAD_TOKEN_ID, Sample
+from megatron_gkd.runtime.context_parallel import context_parallel_indices
 
 
 @dataclass(frozen=True)
@@ -43,21 +43,21 @@ class Microbatch:
     samples: tuple[Sample, ...]
 
     @property
-    def num_tokens(self) -> int:
-        """Labels on this context-parallel rank that are not -100."""
-        return int((self.labels != IGNORE).sum())
+    def label_positions(self) -> Tensor:
+        """Positions of this context-parallel rank that are trained on: int64 [N], rising, on the device of `labels`."""
+        return (self.labels.squeeze(0) != IGNORED_LABEL).nonzero().squeeze(1)
 
     @property
     def num_labels(self) -> int:
-        """Labels of the whole microbatch that are not -100, over all context-parallel ranks."""
-        return sum(int((sample.labels != IGNORE).sum()) for sample in self.samples)
+        """Number of positions of the whole microbatch that are trained on, over all context-parallel ranks."""
+        return sum(sample.num_labels for sample in self.samples)
 
     @property
     def total_length(self) -> int:
         """Padded tokens of the whole microbatch, over all context-parallel ranks."""
         return int(self.cu_seqlens[-1])
 
-    def to(self, device: torch.device | str) -> Microbatch:
+    def to(self, device: torch.device | str) -> Self:
         return replace(self, **{name: value.to(device) for name, value in vars(self).items() if torch.is_tensor(value)})
 
     def to_arrays(self) -> dict[str, Any]:
@@ -75,8 +75,8 @@ class Microbatch:
         )
 
 
-def collate(samples: Sequence[Sample], *, pad_multiple: int, pad_token_id: int) -> Microbatch:
-    """Concatenates samples, each padded at its end to a multiple of `pad_multiple`, into a whole microbatch.
+def collate(samples: Sequence[Sample], *, pad_multiple: int, pad_token_id: int = PAD_TOKEN_ID) -> Microbatch:
+    """Concatenate samples, each padded at its end to a multiple of `pad_multiple`, into a whole microbatch.
 
     Padding has the id `pad_token_id` and the label -100; positions go on through it.
 
@@ -89,7 +89,7 @@ def collate(samples: Sequence[Sample], *, pad_multiple: int, pad_token_id: int) 
     padded = [padded_length(length, pad_multiple) for length in lengths]
     starts = np.concatenate(([0], np.cumsum(padded)))
     input_ids = np.full(starts[-1], pad_token_id, dtype=np.int64)
-    labels = np.full(starts[-1], IGNORE, dtype=np.int64)
+    labels = np.full(starts[-1], IGNORED_LABEL, dtype=np.int64)
     padding_mask = np.ones(starts[-1], dtype=bool)
     for sample, start, length in zip(samples, starts, lengths, strict=False):
         input_ids[start : start + length] = sample.input_ids
@@ -110,14 +110,14 @@ def collate(samples: Sequence[Sample], *, pad_multiple: int, pad_token_id: int) 
     )
 
 
-def lengthen(microbatch: Microbatch, total_length: int, pad_token_id: int) -> Microbatch:
+def pad_to(microbatch: Microbatch, total_length: int, pad_token_id: int = PAD_TOKEN_ID) -> Microbatch:
     """Append one sequence of nothing but padding, so that a whole microbatch has `total_length` tokens."""
     missing = total_length - microbatch.total_length
     if missing == 0:
         return microbatch
-    fillings = {
+    columns = {
         "input_ids": torch.full((1, missing), pad_token_id),
-        "labels": torch.full((1, missing), IGNORE),
+        "labels": torch.full((1, missing), IGNORED_LABEL),
         "position_ids": torch.arange(missing).unsqueeze(0),
         "padding_mask": torch.ones(1, missing, dtype=torch.bool),
         "from_dataset": torch.ones(1, missing, dtype=torch.bool),
@@ -125,7 +125,7 @@ def lengthen(microbatch: Microbatch, total_length: int, pad_token_id: int) -> Mi
     end = torch.tensor([total_length], dtype=torch.int32)
     return replace(
         microbatch,
-        **{name: torch.cat([getattr(microbatch, name), filling], dim=1) for name, filling in fillings.items()},
+        **{name: torch.cat([getattr(microbatch, name), column], dim=1) for name, column in columns.items()},
         cu_seqlens=torch.cat([microbatch.cu_seqlens, end]),
         max_seqlen=max(microbatch.max_seqlen, missing),
     )

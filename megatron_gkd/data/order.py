@@ -38,13 +38,13 @@ class SampleOrder:
             raise ValueError(f"no rows: sizes {list(sizes)}, weights {list(weights)}")
 
     def __getitem__(self, position: int) -> int:
-        """The row at a position of the endless sequence, counted from 0."""
+        """Return the row at a position of the endless sequence, counted from 0."""
         epoch, offset = divmod(position, self.epoch_length)
         return int(self._epoch(epoch)[offset])
 
     def rows_of_step(self, step: int, global_batch_size: int) -> list[int]:
-        """Rows of global batch `step`, counted from 0. A batch may reach over the end of an epoch."""
-        start = step * global_batch_size
+        """Return the rows of step `step`, counted from 1. A global batch may reach over the end of an epoch."""
+        start = (step - 1) * global_batch_size
         return [self[position] for position in range(start, start + global_batch_size)]
 
     def _passes(self, dataset: int) -> tuple[int, int]:
@@ -71,18 +71,20 @@ class SampleOrder:
         return random.permutation(rows) if self._shuffle else rows
 
 
-FILLER = -1  # stands for a row without labels, which fills up the last global batch
+PADDING_ROW = -1  # stands for a row without labels, which fills up the last global batch
 
 
 class SequentialOrder:
-    """Every row once, in order; the last global batch is filled up with `FILLER`."""
+    """Every row once, in order; the last global batch is filled up with `PADDING_ROW`."""
 
     def __init__(self, size: int) -> None:
         self._size = size
 
     def num_steps(self, global_batch_size: int) -> int:
+        """Return the number of steps that hold all rows."""
         return math.ceil(self._size / global_batch_size)
 
     def rows_of_step(self, step: int, global_batch_size: int) -> list[int]:
-        start = step * global_batch_size
-        return [row if row < self._size else FILLER for row in range(start, start + global_batch_size)]
+        """Return the rows of step `step`, counted from 1."""
+        start = (step - 1) * global_batch_size
+        return [row if row < self._size else PADDING_ROW for row in range(start, start + global_batch_size)]

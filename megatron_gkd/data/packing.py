@@ -1,47 +1,44 @@
-"""Divides the rows of a global batch over data-parallel ranks and microbatches."""
+"""Division of the rows of a global batch over data-parallel ranks and microbatches."""
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
 
+from megatron_gkd.data.batch_config import BatchConfig
+from megatron_gkd.data.microbatch import padded_length
+
 Bin = list[int]  # positions of rows that share a microbatch
 
 
-def plan_microbatches(
-    lengths: Sequence[int],
-    *,
-    micro_batch_size: int,
-    packing: bool,
-    max_length: int,
-    dp_size: int,
-    multiple_of: int = 1,
-) -> list[list[Bin]]:
-    """Plans the microbatches of one step. Pure and deterministic: every rank computes the same plan.
+def plan_microbatches(lengths: Sequence[int], config: BatchConfig) -> list[list[Bin]]:
+    """Plan the microbatches of one step. Pure and deterministic: every rank computes the same plan.
+
+    Packed microbatches are filled by first-fit decreasing.
 
     Args:
-        lengths: tokens of each row of the global batch, with its padding.
-        micro_batch_size: rows of a microbatch where `packing` is false.
-        packing: put as many whole rows into a microbatch as `max_length` holds, by first-fit decreasing.
-        max_length: tokens of a packed microbatch; a single row may exceed it.
-        dp_size: number of data-parallel ranks.
-        multiple_of: the number of microbatches of a rank is a multiple of this (interleaved pipelines need it).
+        lengths: tokens of each row of the global batch, without padding.
+        config: batch sizes, padding and number of data-parallel ranks.
 
     Returns:
         `plan[dp_rank][microbatch]`, a list of positions in `lengths`. Every rank has the same number of microbatches,
         the largest first, and about as many tokens as the others.
 
     Raises:
-        ValueError: the number of rows is not a multiple of `dp_size * multiple_of` (times `micro_batch_size` unpacked).
+        ValueError: the number of rows is not a multiple of `dp_size * microbatch_multiple` (times `micro_batch_size`
+            unpacked).
     """
-    divisor = dp_size * multiple_of * (1 if packing else micro_batch_size)
+    rank_divisor = config.dp_size * config.microbatch_multiple
+    divisor = rank_divisor * (1 if config.packing else config.micro_batch_size)
     if not lengths or len(lengths) % divisor:
         raise ValueError(f"{len(lengths)} rows cannot be divided: not a positive multiple of {divisor}")
-    if packing:
-        bins = _split(_first_fit_decreasing(lengths, max_length), lengths, dp_size * multiple_of)
+    padded = [padded_length(length, config.pad_multiple) for length in lengths]
+    if config.packing:
+        bins = _split(_first_fit_decreasing(padded, config.max_length), padded, rank_divisor)
     else:
-        bins = [list(range(i, i + micro_batch_size)) for i in range(0, len(lengths), micro_batch_size)]
-    return _deal(bins, lengths, dp_size)
+        size = config.micro_batch_size
+        bins = [list(range(start, start + size)) for start in range(0, len(padded), size)]
+    return _assign(bins, padded, config.dp_size)
 
 
 def _tokens(bin_: Bin, lengths: Sequence[int]) -> int:
@@ -68,7 +65,7 @@ def _first_fit_decreasing(lengths: Sequence[int], max_length: int) -> list[Bin]:
 
 
 def _split(bins: list[Bin], lengths: Sequence[int], divisor: int) -> list[Bin]:
-    """Halves the largest bins until their number is a multiple of `divisor`, which must divide the number of rows."""
+    """Halve the largest bins until their number is a multiple of `divisor`, which must divide the number of rows."""
     single = [bin_ for bin_ in bins if len(bin_) == 1]
     heap = [(-_tokens(bin_, lengths), bin_) for bin_ in bins if len(bin_) > 1]
     heapq.heapify(heap)
@@ -92,13 +89,13 @@ def _halves(bin_: Bin, lengths: Sequence[int]) -> tuple[Bin, Bin]:
     return halves
 
 
-def _deal(bins: list[Bin], lengths: Sequence[int], dp_size: int) -> list[list[Bin]]:
-    """Gives the bins, largest first, each to the rank with the fewest tokens among those that may take one more."""
-    each = len(bins) // dp_size
+def _assign(bins: list[Bin], lengths: Sequence[int], dp_size: int) -> list[list[Bin]]:
+    """Assign the bins, largest first, each to the rank with the fewest tokens among those that may take one more."""
+    bins_per_rank = len(bins) // dp_size
     plan: list[list[Bin]] = [[] for _ in range(dp_size)]
     tokens = [0] * dp_size
     for bin_ in sorted(bins, key=lambda bin_: (-_tokens(bin_, lengths), min(bin_))):
-        rank = min((r for r in range(dp_size) if len(plan[r]) < each), key=lambda r: tokens[r])
+        rank = min((r for r in range(dp_size) if len(plan[r]) < bins_per_rank), key=lambda r: tokens[r])
         plan[rank].append(sorted(bin_))
         tokens[rank] += _tokens(bin_, lengths)
     return plan

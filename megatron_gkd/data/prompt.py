@@ -7,18 +7,18 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from megatron_gkd.data.sample import FROM_STUDENT, IGNORE, Sample, shift_labels
+from megatron_gkd.data.sample import FROM_STUDENT, IGNORED_LABEL, Sample, shift_labels
 from megatron_gkd.errors import UserError
 
 
-def prompt_of(sample: Sample) -> np.ndarray:
+def extract_prompt(sample: Sample) -> np.ndarray:
     """int64 [P]: the tokens before the last stretch that is trained on; all of them where none is."""
     return sample.input_ids[: prompt_length(sample.labels)]
 
 
 def prompt_length(labels: np.ndarray) -> int:
-    """P of `prompt_of`, from shifted labels [L]; L where none is trained on."""
-    trained = np.flatnonzero(labels != IGNORE) + 1  # positions of the tokens themselves
+    """P of `extract_prompt`, from shifted labels [L]; L where none is trained on."""
+    trained = np.flatnonzero(labels != IGNORED_LABEL) + 1  # positions of the tokens themselves
     if len(trained) == 0:
         return len(labels)
     gaps = np.flatnonzero(np.diff(trained) > 1)
@@ -44,9 +44,9 @@ class PromptLimits:
         return cls(*(length - max(1, min(max_completion_length, length // 4)) for length in lengths))
 
 
-def room_for_answer(sample: Sample, max_length: int, teacher_max_length: int) -> int:
+def max_response_length(sample: Sample, max_length: int, teacher_max_length: int) -> int:
     """Tokens of an answer that the student's and the teacher's sequences leave room for. UserError if there is none."""
-    limits = [("prompt", prompt_of(sample), "data.max_length", max_length)]
+    limits = [("prompt", extract_prompt(sample), "data.max_length", max_length)]
     if sample.teacher_prompt is not None:
         limits += [("teacher_prompt", sample.teacher_prompt, "data.teacher_max_length", teacher_max_length)]
     for name, tokens, key, limit in limits:
@@ -58,9 +58,9 @@ def room_for_answer(sample: Sample, max_length: int, teacher_max_length: int) ->
     return min(limit - len(tokens) for _, tokens, _, limit in limits)
 
 
-def answered(row: Sample, answer: Sequence[int], *, trained: bool = True) -> Sample:
+def replace_response(row: Sample, answer: Sequence[int], *, trained: bool = True) -> Sample:
     """The row's prompt with the student's answer; without labels where it is not `trained` on."""
-    prompt = prompt_of(row)
+    prompt = extract_prompt(row)
     input_ids = np.concatenate([prompt, np.asarray(answer, dtype=np.int64)])
     is_answer = np.arange(len(input_ids)) >= len(prompt)
     labels = shift_labels(input_ids, is_answer & trained)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-IGNORE = -100  # the label of a position that is not trained on
+IGNORED_LABEL = -100  # the label of a position that is not trained on
+PAD_TOKEN_ID = 0  # the id of padding where the tokenizer has none; what padding holds has no effect on any result
 FROM_DATASET = "dataset"
 FROM_STUDENT = "student"
 
@@ -23,7 +24,7 @@ class Sample:
         row_id: index of the row in its dataset.
         teacher_prompt: int64 [P], what the teacher reads in place of the prompt (all before the last response); None
             where it reads the same.
-        tag: which teacher judges the row, where there are several.
+        tag: which teacher scores the row, where there are several.
     """
 
     input_ids: np.ndarray
@@ -33,9 +34,19 @@ class Sample:
     teacher_prompt: np.ndarray | None = None
     tag: str | None = None
 
+    @property
+    def label_positions(self) -> np.ndarray:
+        """Positions that are trained on: int64 [N], rising."""
+        return np.flatnonzero(self.labels != IGNORED_LABEL)
+
+    @property
+    def num_labels(self) -> int:
+        """Number of positions that are trained on."""
+        return len(self.label_positions)
+
 
 def shift_labels(input_ids: np.ndarray, trained: np.ndarray) -> np.ndarray:
-    """Labels [L] that make position t predict token t + 1 wherever that token is `trained` (bool [L])."""
-    labels = np.full_like(input_ids, IGNORE)
-    labels[:-1] = np.where(trained[1:], input_ids[1:], IGNORE)
+    """Return labels [L] that make position t predict token t + 1 wherever that token is `trained` (bool [L])."""
+    labels = np.full_like(input_ids, IGNORED_LABEL)
+    labels[:-1] = np.where(trained[1:], input_ids[1:], IGNORED_LABEL)
     return labels

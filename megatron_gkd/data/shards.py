@@ -24,7 +24,7 @@ from datasets.arrow_writer import ArrowWriter
 
 from megatron_gkd.data.tokenizing import BLANK, FEATURES, VERDICT, RowTokenizer
 from megatron_gkd.errors import UserError
-from megatron_gkd.runtime.disk import flush
+from megatron_gkd.runtime.disk import publish
 
 SHARD_ROWS = 2048  # of a source of up to MOST_SHARDS shards; longer shards of a larger one
 MOST_SHARDS = 256  # all of them are open together at the end of a build
@@ -99,10 +99,9 @@ class ShardWriter:
                 if used:
                     file.write_batch({name: [columns[name][row] for row in used] for name in _SAMPLE})
             file.finalize()
-        flush(unfinished)
-        os.replace(unfinished, self.path(shard))
+        publish(unfinished, self.path(shard))
         unfinished.write_text(json.dumps(asdict(tally.summary())), encoding="utf-8")
-        os.replace(unfinished, self._summary_path(shard))
+        publish(unfinished, self._summary_path(shard))
         return shard
 
     def _summary_path(self, shard: int) -> Path:

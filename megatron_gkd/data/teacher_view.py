@@ -8,7 +8,7 @@ import numpy as np
 
 from megatron_gkd.data.prompt import prompt_length
 from megatron_gkd.data.rows import BadRow
-from megatron_gkd.data.sample import IGNORE, Sample
+from megatron_gkd.data.sample import IGNORED_LABEL, Sample
 from megatron_gkd.data.truncation import TruncationStrategy
 
 TokensAndLabels = tuple[np.ndarray, np.ndarray]  # ids and shifted labels, both int64 [L]
@@ -20,11 +20,11 @@ def teacher_view(sample: Sample) -> Sample:
     The response comes after `teacher_prompt`. Labels before it, of earlier turns, keep their positions: both prompts
     begin with those turns (``prompt_for_teacher``).
     """
-    if sample.teacher_prompt is None or (sample.labels == IGNORE).all():
+    if sample.teacher_prompt is None or (sample.labels == IGNORED_LABEL).all():
         return sample
     start = prompt_length(sample.labels)
-    before = np.full(len(sample.teacher_prompt) - 1, IGNORE, dtype=np.int64)
-    earlier = np.flatnonzero(sample.labels[: start - 1] != IGNORE)
+    before = np.full(len(sample.teacher_prompt) - 1, IGNORED_LABEL, dtype=np.int64)
+    earlier = np.flatnonzero(sample.labels[: start - 1] != IGNORED_LABEL)
     before[earlier] = sample.labels[earlier]
     return replace(
         sample,
@@ -44,10 +44,12 @@ def prompt_for_teacher(student: TokensAndLabels, teacher: TokensAndLabels) -> np
     start, teacher_start = prompt_length(labels), prompt_length(teacher_labels)
     if not np.array_equal(ids[start:], teacher_ids[teacher_start:]):
         raise BadRow("teacher_prompt", "the response is made of other tokens behind it")
-    earlier = np.flatnonzero(labels[: start - 1] != IGNORE)
+    earlier = np.flatnonzero(labels[: start - 1] != IGNORED_LABEL)
     shared = int(earlier[-1]) + 2 if len(earlier) else 0  # up to the last token that is trained on
     same_tokens = np.array_equal(ids[:shared], teacher_ids[:teacher_start][:shared])
-    if not same_tokens or not np.array_equal(earlier, np.flatnonzero(teacher_labels[: teacher_start - 1] != IGNORE)):
+    if not same_tokens or not np.array_equal(
+        earlier, np.flatnonzero(teacher_labels[: teacher_start - 1] != IGNORED_LABEL)
+    ):
         raise BadRow("teacher_prompt", "with loss_on: all no other turn may follow it than the last one")
     return teacher_ids[:teacher_start]
 
@@ -64,6 +66,6 @@ def cut_like(
     if strategy == "right" and len(cut_labels) <= start < len(labels):
         return None
     cut_start = prompt_length(cut_labels)
-    if strategy == "left" and (cut_labels[: cut_start - 1] != IGNORE).any():
+    if strategy == "left" and (cut_labels[: cut_start - 1] != IGNORED_LABEL).any():
         return teacher_prompt[start - cut_start :]
     return teacher_prompt

@@ -23,7 +23,7 @@ from megatron_gkd.data.report import (
     TOO_LONG_FOR_TEACHER,
 )
 from megatron_gkd.data.rows import BadRow, TokenIds, parse_row, tag_of
-from megatron_gkd.data.sample import IGNORE
+from megatron_gkd.data.sample import IGNORED_LABEL
 from megatron_gkd.data.sources import TEXT, decode_json, drop_nulls
 from megatron_gkd.data.teacher_view import cut_like, prompt_for_teacher
 from megatron_gkd.data.template import RowRenderer
@@ -100,7 +100,7 @@ class RowTokenizer:
         cut = truncate(input_ids, labels, self.max_length, self.truncation_strategy)
         if cut is None:
             return _record(dropped=TOO_LONG)
-        if (cut[1] == IGNORE).all() and (labels != IGNORE).any():
+        if (cut[1] == IGNORED_LABEL).all() and (labels != IGNORED_LABEL).any():
             return _record(dropped=NOTHING_TO_LEARN)
         if teacher_prompt is not None:
             teacher_prompt = cut_like(teacher_prompt, labels, cut[1], self.truncation_strategy)
@@ -148,7 +148,7 @@ def _record(
         "input_ids": input_ids,
         "labels": labels,
         "length": len(input_ids),
-        "num_labels": int((labels != IGNORE).sum()),
+        "num_labels": int((labels != IGNORED_LABEL).sum()),
         "teacher_prompt": _EMPTY if teacher_prompt is None else teacher_prompt,
         "teacher_length": 0 if teacher_prompt is None else len(teacher_prompt) + response,
         "tag": tag,

@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from megatron_gkd.data.sample import IGNORE
+from megatron_gkd.data.sample import IGNORED_LABEL
 
 TruncationStrategy = Literal["delete", "left", "right"]
 
@@ -27,16 +27,16 @@ def truncate(
     if strategy == "delete":
         return None
     start = min(excess, _start_of_last_response(labels)) if strategy == "left" else 0
-    if strategy == "left" and (labels == IGNORE).all():
+    if strategy == "left" and (labels == IGNORED_LABEL).all():
         start = excess
     kept = slice(start, start + max_length)
     input_ids, labels = input_ids[kept], labels[kept].copy()
-    labels[-1] = IGNORE  # the token that it would predict is gone, or was never there
+    labels[-1] = IGNORED_LABEL  # the token that it would predict is gone, or was never there
     return input_ids, labels
 
 
 def _start_of_last_response(labels: np.ndarray) -> int:
     """Position of the token that predicts the first token of the last run of trained tokens; 0 where there is none."""
-    trained = labels != IGNORE
+    trained = labels != IGNORED_LABEL
     starts = np.flatnonzero(trained & ~np.concatenate(([False], trained[:-1])))
     return int(starts[-1]) if len(starts) else 0

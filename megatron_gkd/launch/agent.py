@@ -29,7 +29,7 @@ from torch.distributed.elastic.agent.server.api import (
 )
 from torch.distributed.elastic.rendezvous import RendezvousError
 
-from megatron_gkd.errors import UserError
+from megatron_gkd.errors import ServiceError, UserError
 from megatron_gkd.launch import failures, report
 from megatron_gkd.launch.deadlines import ENDS_AFTER_A_KILL_S, ENDS_BY_ITSELF_S, Deadlines
 from megatron_gkd.launch.options import LaunchOptions
@@ -185,7 +185,7 @@ class RankAgent(SimpleElasticAgent):
             return RunResult(
                 WorkerState.SUCCEEDED, return_values={worker.global_rank: None for worker in worker_group.workers}
             )
-        if code in (INTERRUPTED, UserError.exit_code) or self._received:
+        if code in (INTERRUPTED, UserError.exit_code, ServiceError.exit_code) or self._received:
             self._remaining_restarts = 0  # it would end in the same way
         if self._remaining_restarts > 0:
             number = worker_group.spec.max_restarts - self._remaining_restarts + 1

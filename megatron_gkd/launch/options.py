@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_gkd.config.commands import Option, positive, take_options
 from megatron_gkd.config.errors import RecipeError
+from megatron_gkd.config.options import Option, positive, take_options
 
 GPU = "gpu"
 

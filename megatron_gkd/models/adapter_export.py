@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import shutil
 from pathlib import Path
 
 from megatron_gkd.checkpoint_format.adapter_files import BASE, CONFIG, adapter_config
 from megatron_gkd.checkpoint_format.fingerprint import weights_fingerprint
-from megatron_gkd.models.export import on_main, write_tokenizer
+from megatron_gkd.models.export import write_tokenizer
 from megatron_gkd.models.megatron_model import MegatronModel
+from megatron_gkd.runtime.agreement import run_on_main
+from megatron_gkd.runtime.disk import publish
+from megatron_gkd.runtime.quiet import hidden_stderr
 
 
 def export_adapters(model: MegatronModel, directory: str | Path) -> Path:
@@ -25,7 +26,7 @@ def export_adapters(model: MegatronModel, directory: str | Path) -> Path:
     """
     directory = Path(directory)
     unfinished = directory.with_name(directory.name + ".unfinished")
-    is_main, adapters = model.mesh.is_main, model.adapters
+    adapters = model.adapters
     if adapters is None:
         raise ValueError("a model without adapters has none to export")
 
@@ -33,7 +34,7 @@ def export_adapters(model: MegatronModel, directory: str | Path) -> Path:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
 
-    def publish() -> None:
+    def finish() -> None:
         name = model.checkpoint.hub_id or str(model.checkpoint.path)
         config = adapter_config(adapters.layers, adapters.base_layers, name, adapters.options.rules.rank)
         (unfinished / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -41,10 +42,10 @@ def export_adapters(model: MegatronModel, directory: str | Path) -> Path:
         (unfinished / BASE).write_text(json.dumps(fingerprint, indent=2) + "\n", encoding="utf-8")
         write_tokenizer(model.checkpoint, unfinished)
         shutil.rmtree(directory, ignore_errors=True)
-        unfinished.rename(directory)
+        publish(unfinished, directory)
 
-    on_main(prepare, f"{directory}: can't be written to", is_main=is_main)
-    with model.exporting() as bridge, contextlib.redirect_stderr(io.StringIO()):  # its progress bar
+    run_on_main(prepare, os_error=f"{directory}: can't be written to")
+    with model.exporting() as bridge, hidden_stderr():
         bridge.save_weights(model.chunks, str(unfinished), peft_format=True)
-    on_main(publish, f"{directory}: can't be written to", is_main=is_main)
+    run_on_main(finish, os_error=f"{directory}: can't be written to")
     return directory

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -16,7 +14,9 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from megatron_gkd.errors import UserError
 from megatron_gkd.models.checkpoint import Checkpoint
 from megatron_gkd.models.megatron_model import MegatronModel
-from megatron_gkd.runtime.agreement import raise_together
+from megatron_gkd.runtime.agreement import run_on_main
+from megatron_gkd.runtime.disk import publish
+from megatron_gkd.runtime.quiet import hidden_stderr
 
 
 def export_checkpoint(model: MegatronModel, directory: str | Path) -> Path:
@@ -30,32 +30,30 @@ def export_checkpoint(model: MegatronModel, directory: str | Path) -> Path:
     """
     directory = Path(directory)
     unfinished = directory.with_name(directory.name + ".unfinished")
-    is_main = model.mesh.is_main
 
     def prepare() -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
 
-    def publish() -> None:
+    def finish() -> None:
         write_companions(model.checkpoint, model.config.params_dtype, unfinished)
         shutil.rmtree(directory, ignore_errors=True)
-        unfinished.rename(directory)
+        publish(unfinished, directory)
 
-    on_main(prepare, f"{directory}: can't be written to", is_main=is_main)
-    with model.exporting() as bridge, contextlib.redirect_stderr(io.StringIO()):  # its progress bar
+    run_on_main(prepare, os_error=f"{directory}: can't be written to")
+    with model.exporting() as bridge, hidden_stderr():
         bridge.save_weights(model.chunks, str(unfinished))
-    on_main(publish, f"{directory}: can't be written to", is_main=is_main)
+    run_on_main(finish, os_error=f"{directory}: can't be written to")
     return directory
 
 
-def try_companions(checkpoint: Checkpoint, dtype: torch.dtype, folder: Path, *, is_main: bool) -> None:
+def try_companions(checkpoint: Checkpoint, dtype: torch.dtype, folder: Path) -> None:
     """Write all files of an export but the weights, once, and delete them. All ranks of the world must call it.
 
     Args:
         checkpoint: what the student begins as.
         dtype: of the student's weights.
         folder: where exports will be made.
-        is_main: true in the one rank that writes.
 
     Raises:
         UserError: in all ranks; one of the files can't be written.
@@ -66,20 +64,7 @@ def try_companions(checkpoint: Checkpoint, dtype: torch.dtype, folder: Path, *, 
         with tempfile.TemporaryDirectory(prefix="hf-trial.", dir=folder) as trial:
             write_companions(checkpoint, dtype, Path(trial))
 
-    on_main(write, f"output.output_dir = {folder}: no export can be written there", is_main=is_main)
-
-
-def on_main(work: Callable[[], None], what: str, *, is_main: bool) -> None:
-    """Run `work` on the main rank while the others wait; all raise the UserError if it fails. `what` begins it."""
-    problem = None
-    if is_main:
-        try:
-            work()
-        except OSError as error:
-            problem = f"{what} ({error})"
-        except UserError as error:
-            problem = str(error)
-    raise_together(problem)
+    run_on_main(write, os_error=f"output.output_dir = {folder}: no export can be written there")
 
 
 def write_companions(checkpoint: Checkpoint, dtype: torch.dtype, directory: Path) -> None:

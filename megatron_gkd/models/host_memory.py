@@ -26,7 +26,7 @@ class HostMemory:
         largest_piece: size of the largest single allocation in bytes, a power of two from 16.
     """
 
-    def __init__(self, num_bytes: int, largest_piece: int = LARGEST_PIECE):
+    def __init__(self, num_bytes: int, largest_piece: int = LARGEST_PIECE) -> None:
         if largest_piece < 16 or largest_piece.bit_count() != 1:
             raise ValueError(f"largest_piece is {largest_piece}; it must be a power of two from 16")
         self.num_bytes = num_bytes
@@ -71,7 +71,7 @@ class HostTensors:
 
     def __init__(
         self, like: Mapping[str, Tensor], dtype: torch.dtype | None = None, largest_piece: int = LARGEST_PIECE
-    ):
+    ) -> None:
         self._entries: dict[str, tuple[int, torch.Size, torch.dtype]] = {}  # offset in bytes, shape, dtype
         offset = 0
         for name, tensor in like.items():

@@ -8,13 +8,11 @@ from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
 )
 
-from megatron_gkd.data.microbatch import Microbatch
-from megatron_gkd.data.sample import IGNORE
 from megatron_gkd.runtime.mesh import Mesh
 
 
 def label_rows(hidden: torch.Tensor, positions: torch.Tensor, mesh: Mesh) -> torch.Tensor:
-    """[1, T(/TP), H] -> [N, H]: the states at `positions` (see `has_label`), on every tensor-parallel rank.
+    """[1, T(/TP), H] -> [N, H]: the states at `positions` (``Microbatch.label_positions``), on every tensor-parallel rank.
 
     The gradient that comes back is partial on each rank (each holds a shard of the vocabulary) and is reduced here,
     once: scattered over the sequence under sequence parallelism, else summed.
@@ -25,8 +23,3 @@ def label_rows(hidden: torch.Tensor, positions: torch.Tensor, mesh: Mesh) -> tor
     else:
         rows = copy_to_tensor_model_parallel_region(rows, group=mesh.tp)
     return rows[positions]
-
-
-def has_label(microbatch: Microbatch) -> torch.Tensor:
-    """int64 [N]: positions of this context-parallel rank that are trained on, in order."""
-    return (microbatch.labels.squeeze(0) != IGNORE).nonzero().squeeze(1)

@@ -67,7 +67,7 @@ class MegatronModel:
         config: ModelConfig,
         mesh: Mesh,
         adapters: Adapters | None = None,
-    ):
+    ) -> None:
         self.checkpoint, self.chunks, self.config, self.mesh = checkpoint, chunks, config, mesh
         self.adapters = adapters
         self._export = None if adapters is None else MergingExport(config.bridge)

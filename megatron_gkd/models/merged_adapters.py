@@ -22,7 +22,7 @@ class MergedAdapters:
         AdapterProblem: they do not fit the base, or are of a kind that can't be merged.
     """
 
-    def __init__(self, folder: Path, shapes: Mapping[str, Shape]):
+    def __init__(self, folder: Path, shapes: Mapping[str, Shape]) -> None:
         self.folder = folder
         self._modules = AdapterFiles.open(folder).modules(shapes)
 

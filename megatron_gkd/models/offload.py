@@ -30,7 +30,7 @@ class OffloadedWeights:
             a slab that a single larger parameter fills.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], largest_piece: int = LARGEST_PIECE):
+    def __init__(self, parameters: Iterable[nn.Parameter], largest_piece: int = LARGEST_PIECE) -> None:
         self._slabs = _slabs(parameters, largest_piece)
         self._host = HostMemory(self.num_bytes, largest_piece)
         self._stream = torch.cuda.Stream()
@@ -82,7 +82,7 @@ class _Slab:
     Each entry of `members` holds the parameters that are the same elements.
     """
 
-    def __init__(self, dtype: torch.dtype, offset: int):
+    def __init__(self, dtype: torch.dtype, offset: int) -> None:
         self.dtype, self.offset, self.num_bytes = dtype, offset, 0
         self.members: list[tuple[int, list[nn.Parameter]]] = []  # (start in bytes, parameters)
         self.flat = torch.empty(0, dtype=dtype)

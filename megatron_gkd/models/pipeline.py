@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -13,13 +13,15 @@ from torch import nn
 from megatron_gkd.data.microbatch import Microbatch
 from megatron_gkd.runtime.mesh import Mesh
 
-Forward = Callable[[nn.Module, Microbatch], torch.Tensor]
+M = TypeVar("M", bound=Microbatch)
+
+Forward = Callable[[nn.Module, M], torch.Tensor]
 
 
 def forward_backward(
     chunks: list[nn.Module],
-    microbatches: Sequence[Microbatch],
-    forward: Forward,
+    microbatches: Sequence[M],
+    forward: Forward[M],
     loss: Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor, Any]],
     mesh: Mesh,
     *,
@@ -43,9 +45,9 @@ def forward_backward(
 
 def forward_only(
     chunks: list[nn.Module],
-    microbatches: Sequence[Microbatch],
-    forward: Forward,
-    collect: Callable[[torch.Tensor, Microbatch], Any],
+    microbatches: Sequence[M],
+    forward: Forward[M],
+    collect: Callable[[torch.Tensor, M], Any],
     mesh: Mesh,
 ) -> list[Any]:
     """Forward passes alone: `collect(output, microbatch)` of each on the last pipeline stage, None elsewhere."""

@@ -43,7 +43,7 @@ def require_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrained
 
 
 @torch.no_grad()
-def lay_out_head(shard: torch.Tensor, rows: int, group: dist.ProcessGroup) -> torch.Tensor:
+def reshard_head(shard: torch.Tensor, rows: int, group: dist.ProcessGroup) -> torch.Tensor:
     """Cut a head anew: from the shard [R, H] of R ids a rank to one of `rows` ids a rank; missing ids are zero rows.
 
     Returns `shard` itself where both cuts agree. A collective over `group`, made once when a model is loaded.

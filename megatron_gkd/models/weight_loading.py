@@ -6,8 +6,6 @@ values of its initialization. Either gives a model that is silently another one,
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -22,6 +20,7 @@ from megatron_gkd.models.checkpoint import Checkpoint
 from megatron_gkd.models.merged_adapters import MergedAdapters
 from megatron_gkd.runtime import portability
 from megatron_gkd.runtime.agreement import raise_together
+from megatron_gkd.runtime.quiet import hidden_stderr
 
 _COMPARED_ROWS = 8192
 _MOST_NAMES = 3
@@ -75,9 +74,7 @@ def read_weights(
     problem = _load(bridge, chunks, checkpoint, read, report) or _describe_unfilled(parameters)
     raise_together(None if problem is None else f"{checkpoint.path}: {problem}")
     unused = _unused_everywhere(sorted(checkpoint.tensors), read)
-    problem = None
-    if dist.get_rank() == 0:
-        problem = _describe_unused(unused, checkpoint)
+    problem = _describe_unused(unused, checkpoint) if dist.get_rank() == 0 else None
     raise_together(None if problem is None else f"{checkpoint.path}: {problem}")
 
 
@@ -93,7 +90,7 @@ class _RecordedTensor:
         read: set[str],
         report: Callable[[int], None],
         adapters: MergedAdapters | None,
-    ):
+    ) -> None:
         self._name, self._tensor, self._read, self._report = name, tensor, read, report
         self._adapters = adapters
 
@@ -113,7 +110,7 @@ def _load(
         return name, _RecordedTensor(name, tensor, read, report, checkpoint.adapters)
 
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
+        with hidden_stderr():
             bridge.load_weights(list(chunks), str(checkpoint.path), converter=record)
     except KeyError as error:
         return f"no safetensors file has the tensor {error.args[0]}, which the model needs"

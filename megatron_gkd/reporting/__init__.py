@@ -1,4 +1,4 @@
-"""What a run shows while it goes, and what it leaves to be read afterwards. Used by one rank."""
+"""Reports of a run: what its console shows, and the records that it leaves. Only the main rank writes them."""
 
 from megatron_gkd.reporting.curves import plot_curves, read_metrics
 from megatron_gkd.reporting.metrics_log import MetricsLog

@@ -1,4 +1,4 @@
-"""completions.jsonl, and tables of a few completions."""
+"""The file completions.jsonl, and tables of a few completions."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -15,34 +15,41 @@ _LONGEST = 400  # characters of a prompt's end and of a completion's start in a 
 
 
 class CompletionsLog:
-    """Appends records to `output_dir/completions.jsonl`; a former run's file is kept, as that of `MetricsLog`."""
+    """Append records to `output_dir/completions.jsonl`; an earlier run's file is kept, as in `MetricsLog`.
 
-    def __init__(self, output_dir: str | Path, last_step: int | None = None):
+    Args:
+        output_dir: folder of the file.
+        last_step: the newest step of a run that is resumed; None for a new run.
+    """
+
+    def __init__(self, output_dir: str | Path, last_step: int | None = None) -> None:
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "completions.jsonl"
         self._file = open_records(self.path, last_step)
 
     def write(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Append one line for each completion."""
         self._file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         self._file.flush()
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
 
 def console_table(records: Sequence[Mapping[str, Any]]) -> Table:
-    """For a terminal. `records` are of one step, at least one."""
+    """Return a table for a terminal, of one or more completions of one step."""
     table = Table(title=f"step {records[0]['step']}: completions", show_lines=True)
     for name in _COLUMNS:
         table.add_column(name.replace("completion_length", "tokens").replace("_", " "), overflow="fold")
     for record in records:
-        table.add_row(*(Text(cell) for cell in _cells(record)))  # Text: brackets in it are no markup
+        table.add_row(*(Text(cell) for cell in _cells(record)))  # as Text, in which brackets are no markup
     return table
 
 
 def markdown_table(records: Sequence[Mapping[str, Any]]) -> str:
-    """For TensorBoard."""
+    """Return a table for TensorBoard, of one or more completions."""
     lines = [f"| {' | '.join(_COLUMNS)} |", "|---" * len(_COLUMNS) + "|"]
     lines += [f"| {' | '.join(map(_as_markdown, _cells(record)))} |" for record in records]
     return "\n".join(lines)

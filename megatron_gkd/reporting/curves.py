@@ -1,4 +1,4 @@
-"""One picture of a run, from its metrics.jsonl."""
+"""A run's curves as one picture, from its metrics.jsonl."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ _COLUMNS = 3
 
 
 def read_metrics(path: str | Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The records of a metrics.jsonl, of training steps and of validations."""
+    """Return the records of training steps and those of validations from a metrics.jsonl."""
     with Path(path).open(encoding="utf-8") as lines:
         records = [json.loads(line) for line in lines]
     validation = [record for record in records if record.get("split") == "validation"]
@@ -26,14 +26,17 @@ def read_metrics(path: str | Path) -> tuple[list[dict[str, Any]], list[dict[str,
 
 
 def plot_curves(metrics_path: str | Path, png_path: str | Path) -> Path:
-    """Draw loss, divergence, agreement, gradient norm, learning rate and rate over the steps, as far as recorded.
+    """Draw loss, divergence, agreement, gradient norm, learning rate and tokens per second over the steps.
 
-    Training is a line, validation a line with dots. Raises UserError if nothing is recorded.
+    Training is a line, validation a line with dots; what is not recorded is left out.
+
+    Raises:
+        UserError: nothing is recorded.
     """
     splits = dict(zip(("training", "validation"), read_metrics(metrics_path), strict=True))
     panels = [key for key in _PANELS if any(_points(records, key)[0] for records in splits.values())]
     if not panels:
-        raise UserError(f"{metrics_path}: no numbers to draw")
+        raise UserError(f"{metrics_path}: has no numbers to draw")
 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -50,7 +53,10 @@ def plot_curves(metrics_path: str | Path, png_path: str | Path) -> Path:
 
 
 def _draw(axes: Any, key: str, splits: dict[str, list[dict[str, Any]]]) -> None:
-    styles = {"training": {"color": "#4878a8", "linewidth": 1.2}, "validation": {"color": "#d1701f", "marker": "o"}}
+    styles: dict[str, dict[str, Any]] = {
+        "training": {"color": "#4878a8", "linewidth": 1.2},
+        "validation": {"color": "#d1701f", "marker": "o"},
+    }
     drawn = []
     for split, records in splits.items():
         steps, values = _points(records, key)
@@ -69,6 +75,6 @@ def _draw(axes: Any, key: str, splits: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def _points(records: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    """The steps at which `key` is recorded, and its values."""
+    """Return the steps at which `key` is recorded, and its values."""
     kept = [(record["step"], record[key]) for record in records if record.get(key) is not None]
     return [step for step, _ in kept], [value for _, value in kept]

@@ -1,4 +1,4 @@
-"""metrics.jsonl and TensorBoard: the same numbers twice, once for programs and once for a browser."""
+"""The metrics of a run: metrics.jsonl, and the same numbers as TensorBoard events."""
 
 import json
 import math
@@ -7,16 +7,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from megatron_gkd.runtime.disk import flush, free_place
+from megatron_gkd.runtime.disk import find_free_path, replace_text
 
 
 class MetricsLog:
-    """Appends records to `output_dir/metrics.jsonl` and to the TensorBoard events in `output_dir/tensorboard`.
+    """Append records to `output_dir/metrics.jsonl` and to the TensorBoard events in `output_dir/tensorboard`.
 
-    A former run's file and events in the same folder are kept: they become `metrics.jsonl.1`, `tensorboard.1`, the next
-    run's `.2`, and so on; the highest number is the latest of them.
+    An earlier run's file and events in the same folder are kept: they become `metrics.jsonl.1` and `tensorboard.1`,
+    those of the next run `.2`, and so on; the highest number is the latest of them.
 
-    `last_step`: of a run that is resumed; its records are continued, without those of later steps.
+    Args:
+        output_dir: folder of both.
+        tensorboard: whether to write events.
+        last_step: the newest step of a run that is resumed, whose records are continued, without those of later steps;
+            None for a new run.
     """
 
     def __init__(self, output_dir: str | Path, tensorboard: bool = True, last_step: int | None = None) -> None:
@@ -30,7 +34,7 @@ class MetricsLog:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            # Also for a new run: TensorBoard takes the first start that it finds for no restart, and removes nothing.
+            # Also for a new run: TensorBoard removes nothing at the first start that it finds.
             self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=(last_step or 0) + 1)
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -51,13 +55,13 @@ class MetricsLog:
         self._writer.flush()
 
     def write_text(self, tag: str, markdown: str, step: int) -> None:
-        """To TensorBoard only."""
+        """Write a text to TensorBoard alone."""
         if self._writer is not None:
             self._writer.add_text(tag, markdown, step)
             self._writer.flush()
 
     def close(self) -> None:
-        """Close both; further records are an error."""
+        """Close the file and the events."""
         self._file.close()
         if self._writer is not None:
             self._writer.close()
@@ -72,25 +76,23 @@ class MetricsLog:
 
 
 def _plain(value: Any) -> Any:
-    """A Python value for JSON; one-element tensors and NumPy scalars give their item."""
+    """Return a value as JSON has it: the item of a one-element tensor or NumPy scalar, null for NaN and infinities."""
     if hasattr(value, "item"):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def open_records(path: Path, last_step: int | None) -> TextIO:
-    """Open a file of JSON lines to append to. Without `last_step` a former file is rotated away.
+    """Open a file of JSON lines to append to.
 
-    With it the records of steps up to `last_step` stay; later ones, and a line that was not written whole, go.
+    Without `last_step` an earlier file is moved out of the way. With it the records of steps up to `last_step` stay;
+    later ones, and a line that was not written whole, are removed.
     """
     if last_step is None:
         rotate(path)
         return path.open("x", encoding="utf-8")
-    kept = [line for line in _lines(path) if _step_of(line) is not None and _step_of(line) <= last_step]
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text("".join(kept), encoding="utf-8")
-    flush(unfinished)
-    unfinished.replace(path)
+    kept = [line for line in _lines(path) if (step := _step_of(line)) is not None and step <= last_step]
+    replace_text(path, "".join(kept))
     return path.open("a", encoding="utf-8")
 
 
@@ -108,4 +110,4 @@ def _step_of(line: str) -> int | None:
 def rotate(path: Path) -> None:
     """Move `path` out of the way, to the first number that is free."""
     if path.exists():
-        path.rename(free_place(path))
+        path.rename(find_free_path(path))

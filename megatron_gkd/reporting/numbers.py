@@ -1,4 +1,4 @@
-"""Counts, rates and times as text."""
+"""Counts, rates and durations as text."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def format_seconds(seconds: float) -> str:
     """Return a duration: `4.2 s`, `3 min 5 s`, `1 h 12 min`."""
     if seconds < 99.95:
         return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
+    minutes, remainder = divmod(round(seconds), 60)
     if minutes < 60:
-        return f"{minutes} min {rest} s"
+        return f"{minutes} min {remainder} s"
     return f"{minutes // 60} h {minutes % 60} min"
 
 
 def format_rate(rate: float, unit: str) -> str:
-    """Return how many of `unit` are done in a second, with a decimal where there are few: `2400 rows/s`."""
+    """Return how many of `unit` are done in a second, with one decimal below 10: `2400 rows/s`."""
     return f"{rate:.{1 if rate < 10 else 0}f} {unit}/s"

@@ -1,4 +1,4 @@
-"""The phases of a run's start, for one who waits: a line where one takes long, with its progress and its time.
+"""The phases of a run's start: a line for each that takes long, with its progress and its duration.
 
 On a terminal (stderr, else stdout) a phase that counts something is a bar, which its last line replaces. Elsewhere
 there are lines on stdout alone, at most one in `LINE_EVERY_S`.
@@ -20,7 +20,7 @@ from rich.progress import Progress as Bar
 
 from megatron_gkd.reporting.numbers import format_rate, format_seconds
 
-ANNOUNCE_AFTER_S = 1.0  # a phase that is over sooner leaves no line
+ANNOUNCE_AFTER_S = 1.0  # a phase that ends sooner prints no line
 LINE_EVERY_S = 10.0
 _DRAW_EVERY_S = 0.1
 
@@ -31,24 +31,24 @@ if hasattr(os, "register_at_fork"):
 
 
 class Phase:
-    """Shows nothing: a phase on a rank that is not the main one."""
+    """Show nothing: a phase on a rank that is not the main one."""
 
     def update(self, done: int, total: int | None = None) -> None:
-        """Show that `done` units are done. What the first call of a phase names was done before it."""
+        """Show that `done` of `total` units are done. Those of the first call do not count in the rate."""
 
     def start(self) -> None:
-        """Begin to show the phase."""
+        """Start to show the phase."""
 
-    def stop(self, *, is_whole: bool) -> None:
-        """End it; `is_whole`: nothing failed in it."""
+    def stop(self, *, is_complete: bool) -> None:
+        """Stop to show the phase. `is_complete`: it raised nothing."""
 
 
 @contextlib.contextmanager
 def phase(title: str, *, is_main: bool, unit: str | None = None) -> Iterator[Phase]:
-    """Show what runs inside as a phase.
+    """Show what runs inside the context as a phase.
 
     Args:
-        title: what is done, and with what: `Loading the student Qwen/Qwen3-1.7B`.
+        title: the action and its object: `Loading the student Qwen/Qwen3-1.7B`.
         is_main: whether this is the rank that prints.
         unit: what `Phase.update` counts, in the plural; None where it is not called.
     """
@@ -57,9 +57,9 @@ def phase(title: str, *, is_main: bool, unit: str | None = None) -> Iterator[Pha
     try:
         yield shown
     except BaseException:
-        shown.stop(is_whole=False)
+        shown.stop(is_complete=False)
         raise
-    shown.stop(is_whole=True)
+    shown.stop(is_complete=True)
 
 
 def _visible(title: str, unit: str | None) -> Phase:
@@ -70,13 +70,14 @@ def _visible(title: str, unit: str | None) -> Phase:
 
 
 class _VisiblePhase(Phase):
-    """Counts and times a phase, and puts both in words."""
+    """Count the units of a phase, time it, and describe both."""
 
     def __init__(self, title: str, unit: str, stream: TextIO) -> None:
         self._title, self._unit, self._stream = title, unit, stream
         self._begin = time.monotonic()
         self._first: tuple[float, int] | None = None  # time and count of the first update
-        self._done, self._total = 0, None
+        self._done = 0
+        self._total: int | None = None
 
     def update(self, done: int, total: int | None = None) -> None:
         self._done, self._total = done, total
@@ -98,7 +99,7 @@ class _VisiblePhase(Phase):
         return f"{self._done}{total} {self._unit}{self._rate()}"
 
     def _rate(self) -> str:
-        """Return the rate in brackets; nothing where there is none yet."""
+        """Return the rate in brackets, or an empty text where there is none yet."""
         begin, done = self._first or (self._begin, 0)
         seconds = time.monotonic() - begin
         if self._done == done or seconds <= 0:
@@ -107,7 +108,7 @@ class _VisiblePhase(Phase):
 
 
 class _LinePhase(_VisiblePhase):
-    """Lines: that it began, once it has taken a while; its progress now and then; that it is done."""
+    """Print a line when the phase has taken a while, its progress at intervals, and its end."""
 
     def __init__(self, title: str, unit: str, stream: TextIO) -> None:
         super().__init__(title, unit, stream)
@@ -125,11 +126,11 @@ class _LinePhase(_VisiblePhase):
             self._last_line = time.monotonic()
             self._print(f"{self._title}: {self._progress()}")
 
-    def stop(self, *, is_whole: bool) -> None:
+    def stop(self, *, is_complete: bool) -> None:
         with _printing:
             self._is_over = True
         self._timer.cancel()
-        if is_whole and time.monotonic() - self._begin >= ANNOUNCE_AFTER_S:
+        if is_complete and time.monotonic() - self._begin >= ANNOUNCE_AFTER_S:
             self._print_end()
 
     def _announce(self) -> None:
@@ -139,7 +140,7 @@ class _LinePhase(_VisiblePhase):
 
 
 class _BarPhase(_VisiblePhase):
-    """A bar on a terminal, drawn by this thread alone: none of the processes forked meanwhile inherits a lock of it."""
+    """Draw a bar on a terminal, from this thread alone: no process that is forked meanwhile inherits a lock of it."""
 
     def __init__(self, title: str, unit: str, stream: TextIO) -> None:
         super().__init__(title, unit, stream)
@@ -168,7 +169,7 @@ class _BarPhase(_VisiblePhase):
             self._drawn = now
             self._bar.update(self._task, completed=done, total=total, progress=self._progress(), refresh=True)
 
-    def stop(self, *, is_whole: bool) -> None:
+    def stop(self, *, is_complete: bool) -> None:
         self._bar.stop()
-        if is_whole and time.monotonic() - self._begin >= ANNOUNCE_AFTER_S:
+        if is_complete and time.monotonic() - self._begin >= ANNOUNCE_AFTER_S:
             self._print_end()

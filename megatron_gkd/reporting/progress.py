@@ -1,4 +1,6 @@
-"""A run as its user watches it: a progress bar on a terminal, plain lines elsewhere."""
+"""The progress of a run: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
 
 import sys
 import time
@@ -28,19 +30,24 @@ _LINE = 120  # characters of a table where there is no terminal
 
 
 class Progress:
-    """Progress over `total_steps` optimizer steps, or over what `unit` names; a context manager.
-
-    Where `enabled` is false it shows nothing.
+    """Show the progress over a number of optimizer steps, or of what `unit` names. A context manager.
 
     On a terminal (stderr, else stdout) it is a bar with the latest loss, rate and time left. Elsewhere it is a line on
     stdout each `log_interval` steps, and for the last one.
+
+    Args:
+        total: number of steps.
+        enabled: false on ranks that show nothing.
+        description: what is in progress.
+        log_interval: steps between two lines.
+        unit: what is counted, in the singular.
     """
 
     def __init__(
-        self, total_steps: int, enabled: bool, description: str = "training", log_interval: int = 1, unit: str = "step"
+        self, total: int, enabled: bool, description: str = "training", log_interval: int = 1, unit: str = "step"
     ) -> None:
         self._unit = unit
-        self._total, self._log_interval, self._description = total_steps, log_interval, description
+        self._total, self._log_interval, self._description = total, log_interval, description
         self._enabled = enabled
         self._begin: tuple[float, int] | None = None
         self._bar: Bar | None = None
@@ -57,9 +64,9 @@ class Progress:
                 console=Console(file=terminal),
                 expand=True,
             )
-            self._task = self._bar.add_task(description, total=total_steps, latest="")
+            self._task = self._bar.add_task(description, total=total, latest="")
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> Progress:
         self._begin = (time.monotonic(), 0)
         if self._bar is not None:
             self._bar.start()
@@ -74,7 +81,7 @@ class Progress:
             self._bar.stop()
 
     def update(self, step: int, record: Mapping[str, Any]) -> None:
-        """Step number `step`, counted from 1, is done; `record` is its line of metrics."""
+        """Show that `step` is done. `record` is its line of metrics."""
         if self._bar is not None:
             self._bar.update(self._task, completed=step, latest=describe({k: record.get(k) for k in _ON_THE_BAR}))
         elif self._enabled and (step % self._log_interval == 0 or step == self._total):
@@ -83,21 +90,21 @@ class Progress:
             self._begin = (time.monotonic(), step)
 
     def message(self, text: str) -> None:
-        """A line of its own, above the bar where there is one."""
+        """Print a line, above the bar where there is one."""
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False)
         elif self._enabled:
             print(text, flush=True)
 
     def show(self, table: Table) -> None:
-        """As `message`, of a table."""
+        """Print a table, above the bar where there is one."""
         if self._bar is not None:
             self._bar.console.print(table)
         elif self._enabled:
             Console(file=sys.stdout, width=_LINE).print(table)
 
     def show_lines(self, lines: Sequence[Line]) -> None:
-        """Show names and texts in two columns."""
+        """Print names and texts in two columns."""
         if self._bar is None:
             self.message(format_lines(lines))
             return
@@ -109,7 +116,7 @@ class Progress:
         self._bar.console.print(table)
 
     def _eta(self, step: int) -> str:
-        """Time left as mm:ss or h:mm:ss, at the mean pace so far."""
+        """Return the time left as mm:ss or h:mm:ss, at the mean rate so far."""
         begin, done = self._begin or (time.monotonic(), 0)
         if step <= done:
             return "--:--"
@@ -119,5 +126,5 @@ class Progress:
 
 
 def describe(record: Mapping[str, Any]) -> str:
-    """The numbers of a record that are worth a line, as in 'loss 1.2340 grad_norm 0.9 lr 1.0e-04 1234 tok/s'."""
+    """Return the main numbers of a record on one line: `loss 1.2340 grad_norm 0.9 lr 1.0e-04 1234 tok/s`."""
     return " ".join(form.format(record[name]) for name, form in _FORMATS.items() if record.get(name) is not None)

@@ -1,4 +1,4 @@
-"""What a run starts with, in a few aligned lines."""
+"""The report at the start of a run, in a few aligned lines."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from megatron_gkd.reporting.numbers import format_count
 
-Line = tuple[str, str]  # a name and what it is; the name is empty where the line belongs to the one above
+Line = tuple[str, str]  # a name and its text; the name is empty where the line continues the one above
 
 _NO_TEACHER: Line = ("teacher", "none: cross-entropy on the rows")
 
@@ -17,12 +17,12 @@ class ModelLine:
     """A model of the run.
 
     Attributes:
-        role: `student`, `teacher`, or the place of one of several teachers.
-        name: as the recipe names it.
-        architecture: its model_type; None for one that is not loaded here.
-        parameters: all of them, as in its checkpoint; None for one that is not loaded here.
-        trainable: those that are trained; None for a teacher.
-        place: where it is, for a teacher: `in device memory`.
+        role: `student`, `teacher`, or the recipe's key of one of several teachers.
+        name: the model's name in the recipe.
+        architecture: its model_type; None for a model that is not loaded here.
+        parameters: number of all parameters in its checkpoint; None for a model that is not loaded here.
+        trainable: number of trained parameters; None for a teacher.
+        location: where a teacher is: `in device memory`.
     """
 
     role: str
@@ -30,17 +30,18 @@ class ModelLine:
     architecture: str | None = None
     parameters: int | None = None
     trainable: int | None = None
-    place: str = ""
+    location: str = ""
 
     def text(self) -> str:
+        """Return the line without the role."""
         known = [self.architecture] if self.architecture else []
         if self.parameters is not None:
             known.append(f"{format_count(self.parameters)} parameters")
         if self.trainable is not None:
             count = "all" if self.trainable == self.parameters else format_count(self.trainable)
             known.append(f"{count} trainable")
-        if self.place:
-            known.append(self.place)
+        if self.location:
+            known.append(self.location)
         return ": ".join(part for part in (self.name, ", ".join(known)) if part)
 
 
@@ -50,8 +51,8 @@ class RowsLine:
 
     Attributes:
         split: `training` or `validation`.
-        summary: how many rows are used, and why others are not.
-        tokens: of the used rows, prompts included.
+        summary: number of rows used, and of those left out for each reason.
+        tokens: number of tokens in the used rows, prompts included.
     """
 
     split: str
@@ -59,32 +60,33 @@ class RowsLine:
     tokens: int
 
     def text(self) -> str:
+        """Return the line."""
         return f"{self.split}: {format_count(self.tokens)} tokens; {self.summary}"
 
 
 @dataclass(frozen=True)
 class StartReport:
-    """What is known of a run before its first step.
+    """The facts about a run before its first step.
 
     Attributes:
-        versions: of this package and of those that decide what it computes, by name.
+        versions: versions of this package and of those that decide what it computes, by package.
         device: name of the main rank's device.
         processes: ranks of the world.
-        nodes: machines that they run on; None where the launcher does not say.
-        layout: how processes and rows are divided, by name (`config.layout`).
-        precision: of weights, gradients and optimizer.
-        kernels: what computes the divergence.
-        attention: what computes the attention.
+        nodes: number of machines; None where the launcher does not provide it.
+        layout: how processes and rows are divided (`config.layout`), by name.
+        precision: types of weights, gradients and optimizer state.
+        kernels: implementation of the divergence.
+        attention: implementation of the attention.
         student: the model that is trained.
         teachers: in the recipe's order; empty for plain cross-entropy.
-        rollouts: how the student samples; None where it does not.
-        rows: of the splits that are read.
+        rollouts: how the student samples; None where it does not sample.
+        rows: the splits that are read.
         train_iters: steps of the whole run.
         epochs: passes over the training rows in as many steps.
-        first_step: the next step, from 1.
-        origin: what the weights come from where that is not the student's model: `resumed from PATH`.
-        checkpoints: how often and where to; None where there are none.
-        output_dir: where all else is written.
+        first_step: the next step.
+        origin: origin of the weights where that is not the student's model: `resumed from PATH`.
+        checkpoints: their interval and folder; None where there are none.
+        output_dir: folder of all other files.
     """
 
     versions: Mapping[str, str]
@@ -130,9 +132,9 @@ class StartReport:
         return _plural(self.processes, "process") + nodes
 
     def _steps(self) -> str:
-        begin = f"starting at step {self.first_step}" if self.first_step <= self.train_iters else "all of them done"
+        first = f"starting at step {self.first_step}" if self.first_step <= self.train_iters else "all of them done"
         origin = f", {self.origin}" if self.origin else ""
-        return f"{self.train_iters} ({self.epochs:.3g} epochs), {begin}{origin}"
+        return f"{self.train_iters} ({self.epochs:.3g} epochs), {first}{origin}"
 
 
 def format_lines(lines: Sequence[Line]) -> str:

@@ -9,14 +9,16 @@ from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from megatron_gkd.errors import ServiceFailed
+from megatron_gkd.errors import ServiceError
 
 # vLLM raises lower temperatures to 0.01. Above the highest, logits of ordinary size differ by rounding errors only.
 TEMPERATURES = (1e-2, 1e3)
 
 
-class RolloutFailed(ServiceFailed):
+class RolloutFailed(ServiceError):
     """No samples are to be had. All ranks raise it together, and the student is as it was before."""
+
+    is_shared = True
 
 
 @dataclass(frozen=True)
@@ -87,11 +89,11 @@ class Completion:
     finish_reason: Literal["stop", "length"]
     version: int
 
-    def within(self, room: int) -> Completion:
-        """The same, cut to `room` tokens."""
-        if len(self.token_ids) <= room:
+    def truncate(self, max_length: int) -> Completion:
+        """Return the completion with at most `max_length` tokens."""
+        if len(self.token_ids) <= max_length:
             return self
-        return Completion(self.token_ids[:room], self.log_probs[:room], "length", self.version)
+        return Completion(self.token_ids[:max_length], self.log_probs[:max_length], "length", self.version)
 
 
 class RolloutEngine(Protocol):

@@ -1,1 +1,1 @@
-"""Where the program meets the machine: devices, Transformer Engine's stand-ins, process groups, seeds."""
+"""Adapt to the machine: devices, Transformer Engine or its PyTorch fallback, process groups, files and signals."""

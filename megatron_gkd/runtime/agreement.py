@@ -1,15 +1,19 @@
-"""Agreement between ranks: whatever goes wrong in one of them is raised in all."""
+"""Agree between ranks: a failure of one rank is raised in all of them."""
 
 from __future__ import annotations
 
 import datetime
 import secrets
+from collections.abc import Callable
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
-from megatron_gkd.errors import UserError
+from megatron_gkd.errors import GkdError, UserError
 from megatron_gkd.runtime import portability
+
+T = TypeVar("T")
 
 
 def holds_everywhere(condition: bool) -> bool:
@@ -28,11 +32,53 @@ def first_problem(problem: str | None) -> str | None:
     return next(found for found in problems if found is not None)
 
 
-def raise_together(problem: str | None, kind: type[UserError] = UserError) -> None:
-    """Raise the first rank's `problem` in every rank; return if no rank has one. All ranks must call it."""
+def raise_together(
+    problem: str | None, kind: type[GkdError] = UserError, *, cause: BaseException | None = None
+) -> None:
+    """Raise the first rank's `problem` in every rank; return if no rank has one. All ranks must call it.
+
+    Args:
+        problem: of this rank.
+        kind: the exception to raise.
+        cause: this rank's own exception behind its problem.
+    """
     problem = first_problem(problem)
     if problem is not None:
-        raise kind(problem)
+        raise kind(problem) from cause
+
+
+def run_on_all(work: Callable[[], T], kind: type[GkdError] = UserError, *, os_error: str = "") -> T:
+    """Run `work` on every rank and return each rank its own result. All ranks must call it.
+
+    Args:
+        work: raises GkdError or OSError if it fails. It may only use collectives before it can fail.
+        kind: the exception to raise in all ranks.
+        os_error: begins the message for an OSError.
+
+    Raises:
+        kind: in all ranks, with the first failing rank's message; on that rank its own exception is the cause.
+    """
+    result: T | None = None
+    problem: str | None = None
+    cause: Exception | None = None
+    try:
+        result = work()
+    except OSError as error:
+        problem, cause = f"{os_error} ({error})" if os_error else str(error), error
+    except GkdError as error:
+        problem, cause = str(error), error
+    raise_together(problem, kind, cause=cause)
+    return cast(T, result)
+
+
+def run_on_main(work: Callable[[], T], kind: type[GkdError] = UserError, *, os_error: str = "") -> T:
+    """Run `work` on rank 0 and return its result, which must be picklable, on every rank; see `run_on_all`.
+
+    The ranks wait in a collective, which has a time limit. For work that may take longer see `runtime.nodes`.
+    """
+    result = [run_on_all(lambda: work() if dist.get_rank() == 0 else None, kind, os_error=os_error)]
+    dist.broadcast_object_list(result, src=0)
+    return cast(T, result[0])
 
 
 class FailureMeeting:
@@ -46,7 +92,7 @@ class FailureMeeting:
         seconds: how long `join` waits for the other ranks.
     """
 
-    def __init__(self, name: str, seconds: float = 30.0):
+    def __init__(self, name: str, seconds: float = 30.0) -> None:
         self.name, self.seconds = name, seconds
 
     @classmethod

@@ -1,15 +1,24 @@
-"""The process groups of a layout: the one place that touches Megatron's global `parallel_state`."""
+"""The process groups of a layout.
+
+Only this module and the PyTorch fallback for Transformer Engine, which Megatron-Core calls, use Megatron's global
+`parallel_state` (`tests/runtime/test_boundaries.py`).
+"""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from megatron_gkd.config.schema import ParallelSection
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -25,8 +34,8 @@ class Layout:
     sequence_parallel: bool = False
 
     @classmethod
-    def from_section(cls, parallel) -> Layout:
-        """The layout of a recipe's `parallel` section."""
+    def from_section(cls, parallel: ParallelSection) -> Layout:
+        """Return the layout of a recipe's `parallel` section."""
         return cls(
             tensor=parallel.tensor_model_parallel_size,
             pipeline=parallel.pipeline_model_parallel_size,
@@ -39,8 +48,10 @@ class Layout:
 
     @property
     def pad_multiple(self) -> int:
-        """What the length of every sequence must divide by: two zigzag chunks a context-parallel rank, and
-        under sequence parallelism an equal share of each for every tensor-parallel rank.
+        """The number that must divide the length of every sequence.
+
+        Each context-parallel rank gets two zigzag chunks, and each tensor-parallel rank an equal share of them under
+        sequence parallelism.
         """
         zigzag = 2 * self.context if self.context > 1 else 1
         return zigzag * (self.tensor if self.sequence_parallel else 1)
@@ -61,12 +72,27 @@ class Mesh:
 
     @property
     def is_main(self) -> bool:
-        """The one rank that writes files and talks to the terminal."""
+        """Whether this is rank 0 of the world, which writes the files and to the terminal."""
         return dist.get_rank() == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank has the last pipeline stage, where the logits and the loss are."""
+        return self.pp.rank() == self.pp.size() - 1
+
+    @property
+    def last_stage_rank(self) -> int:
+        """The global rank of the last pipeline stage of this rank's pipeline."""
+        return dist.get_global_rank(self.pp, self.pp.size() - 1)
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this rank leads its model replica: the last stage's first tensor- and context-parallel rank."""
+        return self.is_last_stage and self.tp.rank() == self.cp.rank() == 0
 
     @contextlib.contextmanager
     def virtual_stages(self, count: int | None) -> Iterator[None]:
-        """Megatron's global number of virtual stages is `count` inside. The student may have them, the teacher not."""
+        """Set Megatron's global number of virtual stages to `count` inside; the student and a teacher may differ."""
         outside = parallel_state.get_virtual_pipeline_model_parallel_world_size()
         parallel_state.set_virtual_pipeline_model_parallel_world_size(count)
         try:
@@ -75,15 +101,36 @@ class Mesh:
             parallel_state.set_virtual_pipeline_model_parallel_world_size(outside)
 
     def sum_from_last_stage(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum what the last pipeline stages hold over data- and context-parallel ranks, and tell every rank."""
+        """Sum the last pipeline stages' `values` over data- and context-parallel ranks, in place and on every rank."""
         dist.all_reduce(values, group=self.dp_cp)
         if self.pp.size() > 1:
-            dist.broadcast(values, src=dist.get_global_rank(self.pp, self.pp.size() - 1), group=self.pp)
+            dist.broadcast(values, src=self.last_stage_rank, group=self.pp)
         return values
+
+    def broadcast_from_last_stage(self, value: T) -> T:
+        """Return the last pipeline stage's `value`, any picklable object, on every rank of the pipeline."""
+        return _broadcast(value, self.pp.size() - 1, self.pp)
+
+    def broadcast_from_leader(self, value: T | None) -> T:
+        """Return the leader's `value`, any picklable object, on every rank of its model replica."""
+        # The source of each broadcast has received the value in those before it.
+        if self.is_last_stage and self.tp.rank() == 0:
+            value = _broadcast(value, 0, self.cp)
+        if self.tp.rank() == 0:
+            value = _broadcast(value, self.pp.size() - 1, self.pp)
+        return cast(T, _broadcast(value, 0, self.tp))
+
+
+def _broadcast(value: T, source: int, group: dist.ProcessGroup) -> T:
+    if group.size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=dist.get_global_rank(group, source), group=group)
+    return values[0]
 
 
 def initialize_mesh(layout: Layout, seed: int) -> Mesh:
-    """Create the groups of `layout` in an initialised world, and seed every rank's random states."""
+    """Create the groups of `layout` in an initialized world, and seed every rank's random states."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,

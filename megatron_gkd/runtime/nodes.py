@@ -1,4 +1,4 @@
-"""Run work on one rank of the run, or on one rank of each node, while the other ranks wait for it without a time limit.
+"""Run work on one rank of the run, or on one rank of each node, while the other ranks wait without a time limit.
 
 The ranks wait on the process group's store. A collective would end the run after the group's time-out, which is
 shorter than a large download or the tokenization of a large file.
@@ -18,28 +18,28 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from megatron_gkd.errors import RunStopped, UserError
+from megatron_gkd.errors import GkdError, RunStopped
 
-BEAT_EVERY_S = 5.0  # a working rank shows this often that it is alive
-DEAD_AFTER_S = 120.0  # a rank without a sign of life for so long ends the run
-ARRIVE_WITHIN_S = 1800.0  # ranks that do not come to a call at all end the run after this time
-READ_WITHIN_S = 10.0  # rank 0, which may hold the store, stays so long for the others to read a failure
+BEAT_EVERY_S = 5.0  # interval of a working rank's heartbeats
+DEAD_AFTER_S = 120.0  # a rank without a heartbeat for so long ends the run
+ARRIVE_WITHIN_S = 1800.0  # a rank that has not made a call after this time ends the run
+READ_WITHIN_S = 10.0  # rank 0, which may hold the store, waits so long until the others have read a failure
 
 T = TypeVar("T")
 _objects = itertools.count()  # equal on every rank, since all ranks make `Nodes` in the same order
 
 
 class Nodes:
-    """The ranks of a run, and which of them stand for their nodes.
+    """The ranks of a run, one of which is the leader of each node.
 
     All ranks must make the same calls in the same order. What fails in one rank is raised in all, as RunStopped; only
-    an exception that is no UserError stays as it is in that rank.
+    an exception that is no GkdError stays as it is in that rank.
 
     Args:
         store: shared by the ranks, and used for nothing else.
         rank: of this process in the world.
         world_size: number of ranks.
-        is_leader: this rank does its node's work. Rank 0 always does.
+        is_leader: whether this rank is its node's leader. Rank 0 always is.
     """
 
     def __init__(self, store: dist.Store, rank: int, world_size: int, *, is_leader: bool) -> None:
@@ -50,14 +50,14 @@ class Nodes:
 
     @classmethod
     def from_world(cls) -> Nodes:
-        """Build the nodes of the default process group; rank 0 of each (LOCAL_RANK) is its leader."""
+        """Return the nodes of the default process group; rank 0 of each (LOCAL_RANK) is its leader."""
         store = dist.PrefixStore(f"nodes/{next(_objects)}", _get_default_store())
         is_leader = int(os.environ.get("LOCAL_RANK", "0")) == 0
         return cls(store, dist.get_rank(), dist.get_world_size(), is_leader=is_leader)
 
     @classmethod
     def alone(cls) -> Nodes:
-        """Build the one node of a process without a process group."""
+        """Return the one node of a process without a process group."""
         return cls(dist.HashStore(), 0, 1, is_leader=True)
 
     def on_main(self, work: Callable[[], T]) -> T:
@@ -79,25 +79,26 @@ class Nodes:
             with _Heartbeat(call, name, is_main=self.is_main, is_needed=is_worker or self.is_main):
                 result = self._work(call, name, work) if is_worker else None
                 if broadcasts and self.is_main:
-                    call.set("result", pickle.dumps(result))
+                    call.set("result", pickle.dumps(result))  # type: ignore[arg-type]  # torch takes bytes, its stub not
                 call.add("done", 1)
                 self._wait(call)
                 return pickle.loads(call.get("result")) if broadcasts else result
         except dist.DistError as error:
-            raise UserError(
-                f"the connection to rank 0 is lost, which has probably ended; see its message ({error})"
+            raise RunStopped(
+                f"the connection to rank 0 is lost, which has probably ended; see its message ({error})",
+                is_shared=False,
             ) from error
 
     def _work(self, call: dist.Store, name: str, work: Callable[[], Any]) -> Any:
         try:
             return work()
         except BaseException as error:
-            text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            text = str(error) if isinstance(error, GkdError) else f"{type(error).__name__}: {error}"
             call.set("failure", text if self.is_main else f"{name}: {text}")
-            if isinstance(error, Exception):  # one who presses Ctrl-C should not wait
+            if isinstance(error, Exception):  # not for Ctrl-C, which should end at once
                 self._let_others_read(call)
-            if isinstance(error, UserError):
-                raise RunStopped(text if self.is_main else f"{name}: {text}") from error
+            if isinstance(error, GkdError):
+                raise RunStopped(text if self.is_main else f"{name}: {text}", exit_code=error.exit_code) from error
             raise
 
     def _wait(self, call: dist.Store) -> None:
@@ -114,7 +115,7 @@ class Nodes:
             if problem is not None:
                 call.set("failure", problem)
                 if not self.is_main:
-                    raise UserError(problem)  # not RunStopped: rank 0, which prints that, may be gone
+                    raise RunStopped(problem, is_shared=False)  # rank 0, which prints shared ones, may be gone
                 continue
             time.sleep(pause)
             pause = min(1.0, 1.5 * pause)
@@ -128,7 +129,7 @@ class Nodes:
 
 
 class _Heartbeat:
-    """Counts up in the store, from a thread, while this rank works in a call. Rank 0 has the number 0."""
+    """A thread that increments a counter in the store while this rank works in a call. Rank 0 has the number 0."""
 
     def __init__(self, call: dist.Store, name: str, *, is_main: bool, is_needed: bool) -> None:
         self._call, self._stopped = call, threading.Event()
@@ -161,7 +162,7 @@ class _Heartbeat:
 
 
 class _Watch:
-    """Finds ranks that have died: rank 0 watches all that work, the others watch rank 0."""
+    """Finds ranks that have died: rank 0 watches all working ranks, the others watch rank 0."""
 
     def __init__(self, call: dist.Store, world_size: int, *, is_main: bool) -> None:
         self._call, self._world_size, self._is_main = call, world_size, is_main
@@ -184,5 +185,5 @@ class _Watch:
                 self._seen[number] = (beats, now)
             elif now - since > DEAD_AFTER_S:
                 name = self._call.get(f"name/{number}").decode()
-                return f"{name} has shown no sign of life for {DEAD_AFTER_S:.0f} s; it has probably died"
+                return f"{name} has sent no heartbeat for {DEAD_AFTER_S:.0f} s; it has probably died"
         return None

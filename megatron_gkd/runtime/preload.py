@@ -1,34 +1,31 @@
-"""Imports Megatron-Core and mcore-bridge in the order that portability needs. Import this module before either."""
+"""Import Megatron-Core and mcore-bridge in the order that portability needs; import this module before either.
 
-import logging
+`megatron_gkd.models` imports it, so that modules which import from there need not.
+"""
+
+# ruff: noqa: E402  (the order of the imports is the purpose of this module)
+
 import os
-import warnings
+
+from megatron_gkd.runtime.quiet import hide_import_warnings, hide_log_warnings
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron's advice for overlapping communication
-for message in (
-    "(Transformer Engine and )?Apex (is|are) not installed",
-    "Transformer Engine and Apex are not installed",
-    "full scope is deprecated",
-    "The .grad attribute of a Tensor that is not a leaf",
-    "`torch.distributed.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated",
-    "When using async grad allreduce",
-    "MimoModelConfig is experimental",
-):
-    warnings.filterwarnings("ignore", message=message)
+hide_import_warnings()
 
-from megatron_gkd.runtime.portability import make_portable  # noqa: E402
+from megatron_gkd.runtime.portability import make_portable
+from megatron_gkd.runtime.triton_kernels import replace_missing_triton_kernels
 
+replace_missing_triton_kernels()
 make_portable()
 
-from megatron_gkd.runtime.corrections import apply_corrections  # noqa: E402
-from megatron_gkd.runtime.transformer_engine import install  # noqa: E402
+from megatron_gkd.runtime.megatron_workarounds import apply_megatron_workarounds
+from megatron_gkd.runtime.transformer_engine import install_fallback
 
-install()
-apply_corrections()
+install_fallback()
+apply_megatron_workarounds()
 
-import mcore_bridge  # noqa: E402, F401
-import transformers  # noqa: E402, F401
+import mcore_bridge  # noqa: F401
+import transformers  # noqa: F401
 
-for name in ("megatron.core", "mcore_bridge"):
-    logging.getLogger(name).setLevel(logging.ERROR)
+hide_log_warnings()

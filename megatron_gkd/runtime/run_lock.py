@@ -1,4 +1,4 @@
-"""A lock file that keeps a second run out of a folder, on this host or another.
+"""Lock a folder against a second run, on this host or another, with a file in it.
 
 On the same host a lock is stale if its process is gone. A process of another host cannot be looked up: its lock is
 stale if the file's time does not change while it is watched, as its owner renews it every few seconds.
@@ -28,14 +28,14 @@ _SAME_START_S = 1.0  # two readings of a process's start differ by less
 
 
 class RunLock:
-    """The lock of the folder of `path`. One process of a run holds it.
+    """The lock of the folder that contains `path`, held by one process of a run.
 
     Args:
         path: the lock file.
         key: the recipe key that names the folder, for messages.
     """
 
-    def __init__(self, path: Path, key: str = "output.output_dir"):
+    def __init__(self, path: Path, key: str = "output.output_dir") -> None:
         self.path, self.key = path, key
         self._token = secrets.token_hex(8)
         self._is_released = threading.Event()
@@ -55,7 +55,7 @@ class RunLock:
         threading.Thread(target=self._renew, name="run lock", daemon=True).start()
 
     def release(self) -> None:
-        """Give the lock up. Idempotent."""
+        """Release the lock. Idempotent."""
         self._is_released.set()
         if self._read().get("token") == self._token:
             self.path.unlink(missing_ok=True)
@@ -105,7 +105,7 @@ class RunLock:
             return None
 
     def _read(self) -> dict[str, Any]:
-        """Return the owner; nothing where the file is gone or was not written whole."""
+        """Return the owner; an empty dictionary if the file is gone or incomplete."""
         try:
             owner = json.loads(self.path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -120,9 +120,9 @@ class RunLock:
 
 @contextlib.contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    """Keep other runs that start out meanwhile: two that find the same stale lock would delete each other's new one.
+    """Lock the folder against other runs that start: two that find one stale lock would delete each other's new lock.
 
-    Network file systems may not lock folders. There nothing is locked.
+    On network file systems that cannot lock folders it does nothing.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -13,40 +13,48 @@ from typing import Annotated, Any, ClassVar, TypeVar
 import httpx
 import msgspec
 
-from megatron_gkd.errors import UserError
+from megatron_gkd.errors import ServiceError, UserError
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
 _SHOWN = 500  # characters of a server's error message
-_MAY_PASS = (408, 429)  # beside 5xx: too slow, too many requests
+_RETRIABLE = (408, 429)  # beside 5xx: timeout, too many requests
 
 T = TypeVar("T")
 
 
 class ServerDown(Exception):
-    """An exchange with a server failed in a way that may pass: no connection, no answer in time, or a status of 5xx."""
+    """A request failed and may succeed later: no connection, no response in time, or a status of 5xx, 408 or 429."""
 
 
 class RouteMissing(UserError):
-    """The server answers, and has no such route (404)."""
+    """The server has no such route (404)."""
 
 
-class Patience:
-    """The pauses between the attempts at one task; they grow, and end `seconds` after its first failure."""
+class Backoff:
+    """Growing pauses between the attempts at one task, until `seconds` after its first failure.
+
+    Attributes:
+        key: the recipe's key that has these seconds.
+    """
 
     key: ClassVar[str]
-    """The recipe's key that has these seconds."""
 
-    def __init__(self, seconds: float):
-        self.seconds, self._deadline, self._pause = seconds, None, _FIRST_PAUSE
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self._pause = seconds, _FIRST_PAUSE
+        self._deadline: float | None = None
 
     def wait(self, error: ServerDown) -> None:
-        """Until the next attempt. UserError if there is to be none."""
+        """Wait until the next attempt.
+
+        Raises:
+            ServiceError: the time is up; its cause is `error`.
+        """
         now = time.monotonic()
         if self._deadline is None:
             self._deadline = now + self.seconds
         if now + self._pause > self._deadline:
-            raise UserError(
-                f"{error}; that was so for {self.seconds:g} s ({self.key}). Look into the server's log, "
+            raise ServiceError(
+                f"{error}; all attempts failed for {self.seconds:g} s ({self.key}). Look into the server's log, "
                 "start it again, and then the run"
             ) from error
         time.sleep(self._pause * random.uniform(0.5, 1))  # not all at the same time
@@ -54,19 +62,31 @@ class Patience:
 
 
 def open_client(timeout: float, connections: int) -> httpx.Client:
-    """For all servers and threads of a rank. `timeout`: seconds that one answer may take; `connections`: kept open."""
+    """Return an HTTP client for all servers and threads of a rank.
+
+    Args:
+        timeout: seconds that one response may take.
+        connections: number of idle connections that are kept open.
+    """
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=connections)
-    # Servers are named by address: no proxy of the environment is asked.
+    # Servers are named by address: the environment's proxies are not used.
     return httpx.Client(timeout=httpx.Timeout(timeout, connect=10.0), limits=limits, trust_env=False)
 
 
 def exchange(http: httpx.Client, method: str, url: str, *, hint: str = "", **options: Any) -> bytes:
-    """Send one request and return the content of the response. `hint` is what to do if the server lacks the path.
+    """Send one request and return the content of the response.
+
+    Args:
+        http: from `open_client`.
+        method: of HTTP.
+        url: of the request.
+        hint: what to do if the server lacks the path.
+        **options: of `httpx.Client.request`.
 
     Raises:
-        ServerDown: it failed in a way that may pass.
+        ServerDown: it failed and may succeed later.
         RouteMissing: the server lacks the path.
-        UserError: the server refuses it, or what listens there does not speak HTTP as it should.
+        UserError: the server refuses it, or the response is not valid HTTP.
     """
     try:
         response = http.request(method, url, **options)
@@ -77,7 +97,7 @@ def exchange(http: httpx.Client, method: str, url: str, *, hint: str = "", **opt
     if response.is_success:
         return response.content
     text = f"{url}: {response.status_code}: {' '.join(response.text[:_SHOWN].split())}"
-    if response.status_code >= 500 or response.status_code in _MAY_PASS:
+    if response.status_code >= 500 or response.status_code in _RETRIABLE:
         raise ServerDown(text)
     if response.status_code == 404:
         raise RouteMissing(f"{text}; {hint}" if hint else text)
@@ -127,11 +147,11 @@ class _Paused(msgspec.Struct):
 class Server:
     """One vLLM server. `http` may be shared between servers and threads.
 
-    All methods raise ServerDown for a failure that may pass, and UserError, in one line that begins with the address,
-    for a response that the server will always give or that is not a vLLM server's.
+    All methods raise ServerDown for a failure that may succeed later, and UserError, in one line that begins with the
+    address, for a response that the server will always give or that is not a vLLM server's.
     """
 
-    def __init__(self, url: str, http: httpx.Client):
+    def __init__(self, url: str, http: httpx.Client) -> None:
         self.url = url.rstrip("/")
         self._http = http
 
@@ -143,7 +163,7 @@ class Server:
         return decode(exchange(self._http, method, url, hint=hint, **options), kind, url)
 
     def command(self, path: str, *, hint: str = "", **options: Any) -> None:
-        """POST to a route that acts and returns nothing of interest: a JSON object, or no content."""
+        """POST to a route whose response, a JSON object or no content, is not needed."""
         content = exchange(self._http, "POST", self.url + path, hint=hint, **options)
         if content:
             decode(content, dict, self.url + path)
@@ -152,7 +172,9 @@ class Server:
         """Return the first model that the server lists."""
         first = self._cards()[0]
         if first.max_model_len is None:
-            raise UserError(f"{self.url}/v1/models: gives {first.id} no max_model_len; is it a vLLM server?")
+            raise UserError(
+                f"{self.url}/v1/models: {first.id} has no max_model_len; check that a vLLM server listens there"
+            )
         return ServedModel(first.max_model_len, first.id)
 
     def served_adapters(self) -> list[str]:
@@ -160,7 +182,7 @@ class Server:
         return [card.id for card in self._cards() if card.parent is not None]
 
     def _cards(self) -> list[_Card]:
-        return self.request("GET", "/v1/models", _Models, hint="is it a vLLM server?").data
+        return self.request("GET", "/v1/models", _Models, hint="check that a vLLM server listens there").data
 
     def require_running(self) -> None:
         """Raise UserError if generation is paused: requests would wait without an end.
@@ -172,4 +194,4 @@ class Server:
         except RouteMissing:
             return
         if paused:
-            raise UserError(f"{self.url}: generation is paused; resume it (POST /resume) or start the server again")
+            raise UserError(f"{self.url}: generation is paused; resume it (POST /resume) or restart the server")

@@ -1,4 +1,4 @@
-"""Signals that ask a run to end: SIGTERM, SIGUSR1, SIGINT, and SIGHUP of a terminal that closes.
+"""Receive the signals that end a run: SIGTERM, SIGUSR1, SIGINT, and SIGHUP of a terminal that closes.
 
 A Python signal handler runs in the main thread between two bytecodes, which a rank that waits in a collective or reads
 a large file does not reach. Here a thread reads the signals' numbers from the pipe that the interpreter's own handler
@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
+from typing import Any
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1)
 SAME_KEYSTROKE_S = 0.5  # a launcher and the terminal may both deliver one Ctrl-C
@@ -22,7 +23,7 @@ _CLOSE = 0  # no signal has this number
 
 
 class StopSignals:
-    """Receive signals that ask this process to end. A context manager; only the main thread may enter it.
+    """Receive the signals that end this process. A context manager; only the main thread may enter it.
 
     Until `defer` is called, the first signal ends the process at once. From then on it is noted in `received`, for the
     training loop to act on at the end of its step; a second SIGINT still ends the process at once.
@@ -34,11 +35,11 @@ class StopSignals:
         received: the name of the first signal; None before.
     """
 
-    def __init__(self, leave: Callable[[str, bool], None]):
+    def __init__(self, leave: Callable[[str, bool], None]) -> None:
         self._leave = leave
         self._is_deferred = False
         self._first_interrupt: float | None = None
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Any] = {}  # handlers, as `signal.signal` returns them
         self._lock = threading.Lock()
         self.received: str | None = None
 
@@ -68,7 +69,7 @@ class StopSignals:
         os.close(self._writer)
 
     def defer(self) -> None:
-        """Note signals from now on, instead of ending the process."""
+        """Note further signals in `received`, instead of ending the process."""
         with self._lock:
             self._is_deferred = True
 
@@ -101,7 +102,7 @@ def _ignore(number: int, frame: object) -> None:
 
 
 def leave_process(code: int) -> None:
-    """End this process without waiting for other ranks, which may never come to take a process group down."""
+    """End this process at once: destroying its process groups would wait for other ranks."""
     for child in multiprocessing.active_children():
         child.terminate()
     sys.stdout.flush()

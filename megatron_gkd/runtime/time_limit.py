@@ -1,4 +1,4 @@
-"""A time limit that leaves room for one more step and for saving."""
+"""Limit the runtime of a run, with time left for one more step and for saving."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ UNKNOWN_SAVE_SHARE = 0.05  # of the limit, kept for saving until a save was meas
 
 @dataclass
 class TimeLimit:
-    """When a run has to save itself to end within its limit.
+    """The time by which a run has to save to end within its limit.
 
     Attributes:
         seconds: the limit; recipe key `train.max_runtime`.
@@ -27,7 +27,7 @@ class TimeLimit:
     started: float = field(default_factory=lambda: process_start())
     longest_save: Callable[[], float | None] = lambda: None
     longest_step: float = 0.0
-    _step_began: float | None = None
+    _step_began: float = field(default_factory=time.time)
 
     def begin(self) -> None:
         """Note that the first step begins."""

@@ -11,13 +11,15 @@ from torch import Tensor
 
 from megatron_gkd.data.microbatch import Microbatch
 from megatron_gkd.data.sample import Sample
-from megatron_gkd.errors import ServiceFailed
+from megatron_gkd.errors import ServiceError
 from megatron_gkd.models.sharded_rows import ShardedRows
 from megatron_gkd.ops.topk import TopK
 
 
-class TeacherFailed(ServiceFailed):
+class TeacherFailed(ServiceError):
     """No signals are to be had. All ranks raise it together, and the student is as it was before."""
+
+    is_shared = True
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from megatron_gkd.data.microbatch import Microbatch
 from megatron_gkd.models.megatron_model import MegatronModel
 from megatron_gkd.models.offload import OffloadedWeights
-from megatron_gkd.models.vocabulary import lay_out_head
+from megatron_gkd.models.vocabulary import reshard_head
 from megatron_gkd.teachers.base import Hidden
 from megatron_gkd.teachers.reading import states_at_labels
 
@@ -26,7 +26,7 @@ class LocalTeacher:
         for chunk in model.chunks:
             chunk.eval().requires_grad_(False)
         head = model.head_weight
-        self.head_weight = None if head is None else lay_out_head(head.data, head_rows, model.mesh.tp)
+        self.head_weight = None if head is None else reshard_head(head.data, head_rows, model.mesh.tp)
         self._weights: OffloadedWeights | None = None
         if offload:
             stays = head if head is not None and head.shape[0] == head_rows else None

@@ -13,16 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_gkd.data.label_numbers import label_numbers, num_labels
-from megatron_gkd.data.microbatch import Microbatch, collate, lengthen, shard_context_parallel
+from megatron_gkd.data.label_indices import local_label_indices
+from megatron_gkd.data.microbatch import Microbatch, collate, pad_to, shard_context_parallel
 from megatron_gkd.data.teacher_view import teacher_view
-from megatron_gkd.models.label_rows import has_label, label_rows
+from megatron_gkd.models.label_rows import label_rows
 from megatron_gkd.models.megatron_model import hidden_states
 from megatron_gkd.models.pipeline import forward_only
 from megatron_gkd.models.sharded_rows import ShardedRows
 from megatron_gkd.runtime.mesh import Mesh
-
-_PAD_TOKEN_ID = 0  # padding is never looked at
 
 
 @torch.no_grad()
@@ -39,7 +37,7 @@ def states_at_labels(
     read_by_student = {id(reading): one for reading, one in zip(readings, microbatches, strict=True)}
 
     def rows(output: Tensor, reading: Microbatch) -> ShardedRows:
-        states, microbatch = label_rows(output, has_label(reading), mesh), read_by_student[id(reading)]
+        states, microbatch = label_rows(output, reading.label_positions, mesh), read_by_student[id(reading)]
         if reading is not microbatch:
             states = _moved(states, reading, microbatch, mesh)
         return ShardedRows.from_replicated(states, mesh.tp)
@@ -55,15 +53,14 @@ def _readings(microbatches: Sequence[Microbatch], mesh: Mesh, *, equal_lengths: 
     differs = [any(teacher_view(sample) is not sample for sample in one.samples) for one in microbatches]
     if equal_lengths and (any(differs) or len({one.total_length for one in microbatches}) > 1):
         differs = [True] * len(microbatches)
-    padding = {"pad_multiple": mesh.layout.pad_multiple, "pad_token_id": _PAD_TOKEN_ID}
     wholes = {
-        index: collate([teacher_view(sample) for sample in one.samples], **padding)
+        index: collate([teacher_view(sample) for sample in one.samples], pad_multiple=mesh.layout.pad_multiple)
         for index, one in enumerate(microbatches)
         if differs[index]
     }
     if equal_lengths and wholes:
         longest = max(whole.total_length for whole in wholes.values())
-        wholes = {index: lengthen(whole, longest, _PAD_TOKEN_ID) for index, whole in wholes.items()}
+        wholes = {index: pad_to(whole, longest) for index, whole in wholes.items()}
     readings = list(microbatches)
     for index, whole in wholes.items():
         part = shard_context_parallel(whole, mesh.cp.rank(), mesh.cp.size())
@@ -76,12 +73,12 @@ def _moved(states: Tensor, reading: Microbatch, microbatch: Microbatch, mesh: Me
     rank, size = mesh.cp.rank(), mesh.cp.size()
     if size == 1:
         return states  # the same labels in the same order
-    numbers = [label_numbers(reading, other, size).to(states.device) for other in range(size)]
+    numbers = [local_label_indices(reading, other, size).to(states.device) for other in range(size)]
     padded = states.new_zeros(max(map(len, numbers)), states.shape[1])  # gloo gathers equal shapes only
     padded[: len(states)] = states
     gathered = [torch.empty_like(padded) for _ in range(size)]
     dist.all_gather(gathered, padded, group=mesh.cp)
-    whole = states.new_empty(num_labels(reading), states.shape[1])
+    whole = states.new_empty(reading.num_labels, states.shape[1])
     for theirs, part in zip(numbers, gathered, strict=True):
         whole[theirs] = part[: len(theirs)]
-    return whole[label_numbers(microbatch, rank, size).to(states.device)]
+    return whole[local_label_indices(microbatch, rank, size).to(states.device)]

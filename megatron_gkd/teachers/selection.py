@@ -8,13 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_gkd.data.label_numbers import label_numbers
-from megatron_gkd.data.loader import filler
+from megatron_gkd.data.label_indices import local_label_indices
+from megatron_gkd.data.loader import padding_sample
 from megatron_gkd.data.microbatch import Microbatch, collate, shard_context_parallel
-from megatron_gkd.data.sample import IGNORE, Sample
+from megatron_gkd.data.sample import Sample
 from megatron_gkd.runtime.mesh import Mesh
-
-_PAD_TOKEN_ID = 0  # padding is never looked at
 
 
 def select_rows(microbatch: Microbatch, wanted: Callable[[Sample], bool], mesh: Mesh) -> tuple[Microbatch, Tensor]:
@@ -28,12 +26,10 @@ def select_rows(microbatch: Microbatch, wanted: Callable[[Sample], bool], mesh: 
     """
     chosen = [wanted(sample) for sample in microbatch.samples]
     samples = [sample for sample, is_wanted in zip(microbatch.samples, chosen, strict=True) if is_wanted]
-    whole = collate(
-        samples or [filler(_PAD_TOKEN_ID)], pad_multiple=mesh.layout.pad_multiple, pad_token_id=_PAD_TOKEN_ID
-    )
+    whole = collate(samples or [padding_sample()], pad_multiple=mesh.layout.pad_multiple)
     device = microbatch.input_ids.device
     part = shard_context_parallel(whole, mesh.cp.rank(), mesh.cp.size()).to(device)
-    counts = [int((sample.labels != IGNORE).sum()) for sample in microbatch.samples]
+    counts = [sample.num_labels for sample in microbatch.samples]
     of_wanted = torch.from_numpy(np.repeat(np.array(chosen, dtype=bool), counts))
-    numbers = label_numbers(microbatch, mesh.cp.rank(), mesh.cp.size())
+    numbers = local_label_indices(microbatch, mesh.cp.rank(), mesh.cp.size())
     return part, of_wanted[numbers].nonzero().squeeze(1).to(device)

@@ -50,6 +50,7 @@ def require_teacher_prompts(dataset: TokenizedDataset, place: str) -> None:
     """
     if not dataset.teacher_lengths.any():
         raise UserError(
-            f"{place}.kind = self: no row of data.dataset has a teacher_prompt, without which teacher and student are "
-            "the same and the divergence is 0; add that key, or name student.model in teacher_model, or set ema"
+            f"{place}.teacher_kind = self: no row of data.dataset has a teacher_prompt, without which teacher and "
+            "student are the same and the divergence is 0; add that key, or name student.model in teacher_model, or "
+            "set teacher_ema"
         )

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megatron_gkd.data.microbatch import Microbatch
 from megatron_gkd.errors import UserError
-from megatron_gkd.runtime.agreement import raise_together
+from megatron_gkd.runtime.agreement import run_on_main
 from megatron_gkd.runtime.mesh import Mesh
 
 
@@ -25,7 +25,7 @@ class BadSteps:
         in_a_row: bad steps since the last update; the caller sets it back.
     """
 
-    def __init__(self, folder: Path, most_in_a_row: int):
+    def __init__(self, folder: Path, most_in_a_row: int) -> None:
         self.folder, self.most_in_a_row = folder, most_in_a_row
         self.in_a_row = 0
 
@@ -37,16 +37,15 @@ class BadSteps:
         """
         self.in_a_row += 1
         rows = _rows_of_global_batch(microbatches, mesh)
-        path, problem = self.folder / f"step_{step:06d}.json", None
-        if mesh.is_main:
-            # JSON has no number for these: "nan", "inf".
-            measured = {"loss": str(loss), "grad_norm": None if grad_norm is None else str(grad_norm)}
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps({"step": step, **measured, "rows": rows}) + "\n", encoding="utf-8")
-            except OSError as error:
-                problem = f"{path}: can't be written ({error})"
-        raise_together(problem)
+        path = self.folder / f"step_{step:06d}.json"
+        # JSON has no number for these: "nan", "inf".
+        measured = {"loss": str(loss), "grad_norm": None if grad_norm is None else str(grad_norm)}
+
+        def write() -> None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({"step": step, **measured, "rows": rows}) + "\n", encoding="utf-8")
+
+        run_on_main(write, os_error=f"{path}: can't be written")
         if self.in_a_row >= self.most_in_a_row:
             what = "loss" if grad_norm is None else "gradient's norm"
             raise UserError(

@@ -1,4 +1,4 @@
-"""The parts of a run that a recipe and a mesh determine: how batches are cut, the student, and what samples from it."""
+"""The parts of a run that a recipe and a mesh determine: the student, and what samples from it."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_gkd.checkpoint_format.adapter_files import adapter_config, factor_shapes
-from megatron_gkd.config.lora_checks import layer_rules
+from megatron_gkd.config.lora_rules import layer_rules
 from megatron_gkd.config.schema import LoraSection, Recipe, RolloutSection
-from megatron_gkd.data.cutting import Cutting
+from megatron_gkd.data.batch_config import BatchConfig
+from megatron_gkd.data.lambda_schedule import LambdaSchedule
 from megatron_gkd.data.loader import SampleDataset, StepOrder
-from megatron_gkd.data.policy import OnPolicy
 from megatron_gkd.data.prompt import PromptLimits
 from megatron_gkd.models.checkpoint import Checkpoint
 from megatron_gkd.models.lora.options import LoraOptions
@@ -31,29 +30,11 @@ from megatron_gkd.rollout.vllm.server import ServedAdapters, ServerOptions, Vllm
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.training.load_model import load_model
 from megatron_gkd.training.loss import Objective
-from megatron_gkd.training.on_policy import Rollouts
+from megatron_gkd.training.on_policy import OnSample, RolloutOptions, Rollouts
+from megatron_gkd.training.step_prompts import StepPrompts
 from megatron_gkd.training.student import Student
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-def batching(recipe: Recipe, mesh: Mesh, pad_token_id: int) -> dict[str, Any]:
-    """How global batches are cut for this rank: the arguments that training and validation loaders share."""
-    return {
-        "global_batch_size": recipe.train.global_batch_size,
-        "micro_batch_size": recipe.train.micro_batch_size,
-        "packing": recipe.data.packing,
-        "max_length": recipe.data.max_length,
-        "dp_rank": mesh.dp.rank(),
-        "dp_size": mesh.dp.size(),
-        "cp_rank": mesh.cp.rank(),
-        "cp_size": mesh.cp.size(),
-        "pad_multiple": mesh.layout.pad_multiple,
-        # The interleaved schedule wants a multiple of the pipeline's length, and one shape for all.
-        "microbatch_multiple": mesh.layout.pipeline if mesh.layout.virtual_pipeline else 1,
-        "equal_lengths": mesh.layout.virtual_pipeline is not None,
-        "pad_token_id": pad_token_id,
-    }
 
 
 def build_student(recipe: Recipe, mesh: Mesh, checkpoint: Checkpoint, vocab_size: int, train_iters: int) -> Student:
@@ -65,7 +46,7 @@ def build_student(recipe: Recipe, mesh: Mesh, checkpoint: Checkpoint, vocab_size
         mesh,
         BuildOptions(
             dtype=DTYPES[section.dtype],
-            attn=section.attn,
+            attn=section.attention_backend,
             virtual_pipeline=parallel.virtual_pipeline_model_parallel_size,
             recompute_granularity=parallel.recompute_granularity,
             recompute_method=parallel.recompute_method,
@@ -106,33 +87,27 @@ def build_rollouts(
     mesh: Mesh,
     student: Student,
     checkpoint: Checkpoint,
-    policy: OnPolicy,
+    lambda_schedule: LambdaSchedule,
     dataset: SampleDataset,
     order: StepOrder,
-    cut: dict[str, Any],
+    config: BatchConfig,
     train_iters: int,
+    on_sample: OnSample | None = None,
 ) -> Rollouts:
-    """What samples the steps that `policy` gives to the student. `cut` is what ``batching`` returns."""
+    """What samples the steps that `lambda_schedule` gives to the student."""
     section = recipe.rollout
-    cutting = Cutting(**{name: value for name, value in cut.items() if name != "global_batch_size"})
     sampling = sampling_of(section, student.objective.vocab_size)
     if section.engine != "megatron":
         logit_bias(sampling, checkpoint.vocab_size)  # what vLLM can't exclude ends the run before the engine starts
-    return Rollouts(
-        build_engine(recipe, mesh, student.model, checkpoint),
-        policy,
-        dataset,
-        order,
-        cutting,
+    options = RolloutOptions(
         sampling,
-        global_batch_size=recipe.train.global_batch_size,
-        truncated=section.truncated,
-        dp=mesh.dp,
+        truncated=section.truncated_completions,
         steps_ahead=section.steps_ahead,
         num_steps=train_iters,
-        teacher_max_length=recipe.data.teacher_max_length,
         tensors=rollout_tensors(recipe),
     )
+    prompts = StepPrompts(dataset, order, lambda_schedule, config, recipe.data.teacher_max_length)
+    return Rollouts(build_engine(recipe, mesh, student.model, checkpoint), prompts, options, mesh.dp, on_sample)
 
 
 def rollout_tensors(recipe: Recipe) -> Callable[[MegatronModel], Iterable[tuple[str, Tensor]]]:
@@ -165,7 +140,7 @@ def sampling_of(section: RolloutSection, vocab_size: int | None = None) -> Sampl
         top_k=section.top_k,
         top_p=section.top_p,
         stop_token_ids=section.stop_token_ids,
-        stop=section.stop,
+        stop=section.stop_words,
         vocab_size=vocab_size,
     )
 
@@ -219,7 +194,7 @@ def server_options(recipe: Recipe, urls: Sequence[str]) -> ServerOptions:
         weight_sync_dir=Path(section.weight_sync_dir or Path(recipe.output.output_dir) / "rollout_weights"),
         max_length=recipe.data.max_length,
         needs_fp32=recipe.lora is not None and recipe.lora.merge_dtype == "fp32",
-        concurrency=section.server_concurrency,
-        timeout=section.server_timeout_s,
-        patience=section.server_patience_s,
+        concurrency=section.vllm_server_concurrency,
+        timeout=section.vllm_server_timeout_s,
+        patience=section.vllm_server_max_downtime_s,
     )

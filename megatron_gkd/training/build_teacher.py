@@ -55,10 +55,10 @@ def read_manifests(section: TeacherSection, tokenizer: PreTrainedTokenizerBase) 
     """
     manifests = []
     for place, teacher in section.all.items():
-        if teacher.cache is not None:
-            manifests.append(Manifest.read(teacher.cache))
+        if teacher.teacher_cache is not None:
+            manifests.append(Manifest.read(teacher.teacher_cache))
             if manifests[-1].tokenizer != hash_tokenizer(tokenizer):
-                key = f"{place}.cache = {teacher.cache}"
+                key = f"{place}.teacher_cache = {teacher.teacher_cache}"
                 raise UserError(f"{key}: its rows are of another tokenizer than the student's")
     return manifests
 
@@ -78,7 +78,7 @@ def averages_of(teacher: TeacherSource | None) -> tuple[AverageWeights, ...]:
 def check_rows(section: TeacherSection, dataset: TokenizedDataset) -> None:
     """UserError where the training rows lack what a teacher needs."""
     for place, teacher in section.all.items():
-        if teacher.source == "self" and teacher.teacher_model is None and teacher.ema is None:
+        if teacher.source == "self" and teacher.teacher_model is None and teacher.teacher_ema is None:
             require_teacher_prompts(dataset, place)
     check_tags(section, dataset)
 
@@ -99,7 +99,7 @@ def require_cached_rows(section: TeacherSection, dataset: TokenizedDataset, name
     for teacher in section.all.values():
         if teacher.source == "cache":
             tags = teacher.tags if isinstance(teacher, TaggedTeacher) else None
-            require_rows(open_cache(teacher.cache), dataset, name, tags)
+            require_rows(open_cache(teacher.teacher_cache), dataset, name, tags)
 
 
 def begins_as_student(section: TeacherSection, student: Checkpoint, teachers: Mapping[str, Checkpoint]) -> bool:
@@ -132,9 +132,9 @@ def _one(
     recipe: Recipe, mesh: Mesh, student: Student | Checkpoint, teacher: OneTeacher, checkpoint: Checkpoint | None
 ) -> TeacherSource | None:
     live = _live(recipe, mesh, student, teacher, checkpoint)
-    if teacher.cache is None or isinstance(student, Checkpoint):
+    if teacher.teacher_cache is None or isinstance(student, Checkpoint):
         return live
-    return CachedTeacher(open_cache(teacher.cache), mesh, k=recipe.distill.gkd_logits_topk, rest=live)
+    return CachedTeacher(open_cache(teacher.teacher_cache), mesh, k=recipe.distill.gkd_logits_topk, rest=live)
 
 
 def _live(
@@ -158,7 +158,7 @@ def _local(
     if isinstance(student, Student) and student.model.adapters is not None:
         if checkpoint.has_weights_of(student.model.checkpoint):  # without a second copy
             return SelfTeacher(student.model, BaseWeights(student.model), student.gather_parameters)
-    options = BuildOptions(dtype=DTYPES[recipe.train.dtype], attn=recipe.train.attn)
+    options = BuildOptions(dtype=DTYPES[recipe.train.dtype], attn=recipe.train.attention_backend)
     model = load_model(f"the teacher {teacher.teacher_model}", checkpoint, mesh, options)
     head_rows = -(-_checkpoint_of(student).vocab_size // mesh.tp.size())
     return LocalTeacher(model, head_rows=head_rows, offload=teacher.offload_teacher_model)
@@ -167,8 +167,8 @@ def _local(
 def _self(student: Student, teacher: OneTeacher) -> SelfTeacher:
     """Before the student's first step: the weights that it begins with are the checkpoint's."""
     model, complete = student.model, student.gather_parameters
-    if teacher.ema is not None:
-        weights = AverageWeights(model, teacher.ema, complete)
+    if teacher.teacher_ema is not None:
+        weights = AverageWeights(model, teacher.teacher_ema, complete)
     elif teacher.teacher_model is None:
         weights = CurrentWeights(model)
     else:
@@ -178,7 +178,7 @@ def _self(student: Student, teacher: OneTeacher) -> SelfTeacher:
 
 def _initial(recipe: Recipe, mesh: Mesh, student: Checkpoint) -> SelfTeacher:
     """The student as it begins, of which nothing is trained."""
-    options = BuildOptions(dtype=DTYPES[recipe.train.dtype], attn=recipe.train.attn)
+    options = BuildOptions(dtype=DTYPES[recipe.train.dtype], attn=recipe.train.attention_backend)
     model = load_model(f"the student {recipe.student.model}", student, mesh, options)
     return SelfTeacher(model, CurrentWeights(model), lambda: None)
 
@@ -194,7 +194,7 @@ def _server(recipe: Recipe, mesh: Mesh, student: Student | Checkpoint, teacher: 
         max_length=recipe.data.longest_for_teacher,
         concurrency=teacher.teacher_server_concurrency,
         timeout=teacher.teacher_server_timeout_s,
-        patience=teacher.teacher_server_patience_s,
+        patience=teacher.teacher_server_max_downtime_s,
         # A cache outlives the run: nothing is written that was not checked.
         check_interval=teacher.teacher_server_check_interval if isinstance(student, Student) else 1,
     )

@@ -1,4 +1,4 @@
-"""A JSONL file of answers that grows by chunks, and goes on where a run that was killed has left it."""
+"""A JSONL file of responses that grows by chunks; an interrupted run continues it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from megatron_gkd.errors import UserError
+from megatron_gkd.runtime.disk import replace_text
 
 
 @dataclass(frozen=True)
 class GeneratedFile:
-    """Rows with their number in the data set under "row", in rising order; a chunk has `chunk_rows` numbers.
+    """Rows with their number in the dataset under "row", in rising order.
 
-    settings: all that the content depends on; beside the file they tell whether a run may go on with it.
+    Attributes:
+        path: of the file.
+        chunk_rows: numbers of rows that a chunk has.
+        settings: all that the content depends on; kept beside the file, to check whether a run may continue it.
     """
 
     path: Path
@@ -24,10 +28,10 @@ class GeneratedFile:
     settings: dict[str, Any]
 
     def resume(self) -> int:
-        """Cut off what the newest chunk has, which may be incomplete. Returns the first chunk to be made.
+        """Remove the newest chunk, which may be incomplete, and return the first chunk to write.
 
         Raises:
-            UserError: there is a file of other settings, or of another origin.
+            UserError: the file has other settings, or another origin.
         """
         self._check_settings()
         chunk, start, position = 0, 0, 0
@@ -36,16 +40,16 @@ class GeneratedFile:
                 for line in file:
                     if not line.endswith(b"\n"):
                         break
-                    found = self._chunk_of(line)
-                    if found != chunk:
-                        chunk, start = found, position
+                    line_chunk = self._chunk_of(line)
+                    if line_chunk != chunk:
+                        chunk, start = line_chunk, position
                     position += len(line)
             with open(self.path, "r+b") as file:
                 file.truncate(start)
         return chunk
 
     def append(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Add a chunk. It is on disk afterwards."""
+        """Append a chunk, and flush it to the disk."""
         with open(self.path, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             file.flush()
@@ -59,17 +63,15 @@ class GeneratedFile:
         settings = {**self.settings, "chunk_rows": self.chunk_rows}
         if not self._settings_file.exists():
             if self.path.exists():
-                raise UserError(f"{self.path}: exists, and not by generate; name another file")
+                raise UserError(f"{self.path}: exists, and was not written by generate; name another file")
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = self._settings_file.with_name(f".{self._settings_file.name}.{os.getpid()}")
-            unfinished.write_text(json.dumps(settings, indent=2), encoding="utf-8")
-            os.replace(unfinished, self._settings_file)
+            replace_text(self._settings_file, json.dumps(settings, indent=2))
             return
-        found = json.loads(self._settings_file.read_text(encoding="utf-8"))
-        for name in sorted(found.keys() | settings.keys()):
-            if found.get(name) != settings.get(name):
+        saved = json.loads(self._settings_file.read_text(encoding="utf-8"))
+        for name in sorted(saved.keys() | settings.keys()):
+            if saved.get(name) != settings.get(name):
                 raise UserError(
-                    f"{self.path}: was begun with {name} = {found.get(name)}, not {settings.get(name)}; "
+                    f"{self.path}: was begun with {name} = {saved.get(name)}, not {settings.get(name)}; "
                     "name another file, or remove this one"
                 )
 
@@ -77,4 +79,6 @@ class GeneratedFile:
         try:
             return int(json.loads(line)["row"]) // self.chunk_rows
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{self.path}: holds a line that generate has not written: {line[:80]!r}") from error
+            raise UserError(
+                f"{self.path}: has a line that generate does not write: {line[:80]!r}; name another file"
+            ) from error

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_gkd.data.microbatch import Microbatch
-from megatron_gkd.models.label_rows import has_label, label_rows
+from megatron_gkd.models.label_rows import label_rows
 from megatron_gkd.ops.chunk_loss import PerToken
 from megatron_gkd.ops.fused_linear import (
     DEFAULT_CHUNK_TOKENS,
@@ -83,7 +83,7 @@ class Objective:
         self, hidden: Tensor, head_weight: Tensor, microbatch: Microbatch, signal: TeacherSignal | None
     ) -> tuple[Tensor, Tensor, Measured]:
         """Hidden [1, T(/TP), H_S] -> (sum of losses, number of tokens, what was measured)."""
-        chosen = has_label(microbatch)
+        chosen = microbatch.label_positions
         student = label_rows(hidden, chosen, self.mesh)
         labels = microbatch.labels.squeeze(0)[chosen]
         from_dataset = microbatch.from_dataset.squeeze(0)[chosen].float()

@@ -12,7 +12,7 @@ from megatron_gkd.reporting.metrics_log import MetricsLog
 from megatron_gkd.reporting.progress import Progress
 from megatron_gkd.reporting.start_report import StartReport
 from megatron_gkd.runtime import portability
-from megatron_gkd.training.on_policy import RolloutReport
+from megatron_gkd.training.rollout_report import RolloutReport
 
 
 def summarize(totals: dict[str, float], *, has_teacher: bool) -> dict[str, float | None]:
@@ -73,7 +73,7 @@ class MismatchWarning:
     `threshold`: of the size of `mismatch_kl`, in nats a token; None never warns.
     """
 
-    def __init__(self, threshold: float | None):
+    def __init__(self, threshold: float | None) -> None:
         self.threshold, self.count = threshold, 0
 
     def of_step(self, step: int, mismatch_kl: float | None) -> str | None:
@@ -101,7 +101,7 @@ class Reporter:
         *,
         is_main: bool,
         last_step: int | None = None,
-    ):
+    ) -> None:
         """`last_step`: of a run that is resumed; None for a new one."""
         self.output_dir, self.output, self.is_main = output_dir, output, is_main
         self.log = MetricsLog(output_dir, tensorboard=output.tensorboard, last_step=last_step) if is_main else None

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
-from megatron_gkd.errors import RunStopped, UserError
+from megatron_gkd.errors import GkdError, RunStopped
 from megatron_gkd.runtime.agreement import FailureMeeting
 from megatron_gkd.training.exports import ExportFolders
 
@@ -48,8 +48,7 @@ def stop(error: Exception, meeting: FailureMeeting, state: RunState, rescue: Res
     """Save the student, if every rank has failed, and raise `error` with what there is. All ranks that fail call it.
 
     Raises:
-        RunStopped: all ranks failed for the same reason, which the user can act on.
-        UserError: the same, where the other ranks' reasons differ, or some ranks did not fail.
+        RunStopped: `error` is one that the user can act on; shared where all ranks failed for the same reason.
         Exception: any other `error`, with a note.
     """
     failures = meeting.join(f"{type(error).__name__}: {error}")
@@ -58,11 +57,11 @@ def stop(error: Exception, meeting: FailureMeeting, state: RunState, rescue: Res
     else:
         saved = _save(state, rescue)
     told = f"stopped after step {state.step} of {state.train_iters}"
-    if not isinstance(error, UserError):
+    if not isinstance(error, GkdError):
         error.add_note(f"{told}. {saved}")
         raise error
-    kind = RunStopped if failures is not None and len(set(failures)) == 1 else UserError
-    raise kind(f"{told}: {error}\n{saved}") from error
+    is_shared = failures is not None and len(set(failures)) == 1
+    raise RunStopped(f"{told}: {error}\n{saved}", exit_code=error.exit_code, is_shared=is_shared) from error
 
 
 def _save(state: RunState, rescue: Rescue) -> str:

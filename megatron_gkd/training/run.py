@@ -11,15 +11,16 @@ from pathlib import Path
 import megatron_gkd.runtime.preload  # noqa: F401  isort: skip  (before anything that imports Megatron-Core)
 
 from megatron_gkd.config.schema import Recipe
+from megatron_gkd.data.batch_config import BatchConfig
+from megatron_gkd.data.lambda_schedule import LambdaSchedule
 from megatron_gkd.data.loader import StepLoader, validation_batches
 from megatron_gkd.data.order import SampleOrder
-from megatron_gkd.data.policy import OnPolicy
 from megatron_gkd.models.export import try_companions
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.runtime.signals import StopSignals
 from megatron_gkd.runtime.time_limit import TimeLimit
 from megatron_gkd.teachers.base import ScoresAhead
-from megatron_gkd.training.build import DTYPES, batching, build_rollouts, build_student
+from megatron_gkd.training.build import DTYPES, build_rollouts, build_student
 from megatron_gkd.training.build_teacher import (
     averages_of,
     begins_as_student,
@@ -37,7 +38,7 @@ from megatron_gkd.training.checkpointing.run_checkpoints import RunCheckpoints
 from megatron_gkd.training.checkpointing.saver import Saver
 from megatron_gkd.training.checkpointing.state import Saved
 from megatron_gkd.training.checkpointing.workarounds import apply_workarounds
-from megatron_gkd.training.completions import Completions
+from megatron_gkd.training.completion_recorder import CompletionRecorder
 from megatron_gkd.training.exports import Exports
 from megatron_gkd.training.interruptions import Interruptions
 from megatron_gkd.training.metrics import Reporter
@@ -61,7 +62,7 @@ def _train(recipe: Recipe, mesh: Mesh, folder: RunFolder, signals: StopSignals |
     if mesh.is_main:
         (output_dir / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     models = open_models(recipe, mesh)
-    try_companions(models.student, DTYPES[recipe.train.dtype], output_dir, is_main=mesh.is_main)
+    try_companions(models.student, DTYPES[recipe.train.dtype], output_dir)
     manifests = read_manifests(recipe.teacher, models.tokenizer)
     vocab_size = min([models.vocab_size, *(manifest.vocab_size for manifest in manifests)])
 
@@ -76,39 +77,39 @@ def _train(recipe: Recipe, mesh: Mesh, folder: RunFolder, signals: StopSignals |
     )
     identity = data_identity(dataset, models.tokenizer, train_iters)
     if recipe.lora is not None:
-        identity |= base_identity(models.student.path, is_main=mesh.is_main)
+        identity |= base_identity(models.student.path)
     if point is not None:
         point.require_same(identity)
     first_step = 0 if point is None else point.step
-    cut = batching(recipe, mesh, pad_token_id(models))
-    policy = OnPolicy(recipe.distill.lmbda, recipe.distill.lmbda_granularity, recipe.train.seed)
+    config = BatchConfig.from_recipe(recipe, mesh, pad_token_id(models))
+    lambda_schedule = LambdaSchedule(recipe.distill.lmbda, recipe.distill.lmbda_granularity, recipe.train.seed)
     batches = StepLoader(
         dataset,
         order,
-        **cut,
+        config,
+        range(first_step + 1, train_iters + 1),
         num_workers=recipe.data.dataloader_num_workers,
-        start_step=first_step,
-        num_steps=max(0, train_iters - first_step),
-        skip=partial(policy.any, count=recipe.train.global_batch_size),
+        skip=partial(lambda_schedule.any, count=recipe.train.global_batch_size),
     )
     rows, validation = {"training": (dataset, data_report)}, None
     if recipe.data.val_dataset:
         rows["validation"] = held_out, _ = open_rows(recipe, mesh, models, "validation")
         check_tags(recipe.teacher, held_out)
         require_cached_rows(recipe.teacher, held_out, "data.val_dataset")
-        validation = validation_batches(held_out, **cut, num_steps=recipe.train.eval_iters)
+        validation = validation_batches(held_out, config, recipe.train.eval_iters)
 
     student = build_student(recipe, mesh, models.student, vocab_size, train_iters)
     teacher = build_teacher(recipe, mesh, student, models.teachers)
     rollouts = None
     if recipe.distill.lmbda > 0:
-        rollouts = build_rollouts(recipe, mesh, student, models.student, policy, dataset, order, cut, train_iters)
+        on_sample = (lambda sample: teacher.begin([sample])) if isinstance(teacher, ScoresAhead) else None
+        rollouts = build_rollouts(
+            recipe, mesh, student, models.student, lambda_schedule, dataset, order, config, train_iters, on_sample
+        )
     output = recipe.output
-    if rollouts is not None and isinstance(teacher, ScoresAhead):
-        rollouts.on_sample = lambda sample: teacher.begin([sample])
     completions = None
     if rollouts is not None and output.log_completions:
-        completions = Completions(mesh, models.tokenizer, output.log_completions_interval)
+        completions = CompletionRecorder(mesh, models.tokenizer, output.log_completions_interval)
     saved = Saved(student, averages_of(teacher), output.save_optim)
     if point is not None:
         load(saved, point.path, point.step)

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-from megatron_gkd.errors import Interrupted, UserError
-from megatron_gkd.runtime.agreement import raise_together
-from megatron_gkd.runtime.disk import flush
+from megatron_gkd.errors import GkdError, Interrupted, UserError
+from megatron_gkd.runtime.agreement import run_on_main
+from megatron_gkd.runtime.disk import replace_text
 from megatron_gkd.runtime.run_lock import RunLock
 from megatron_gkd.runtime.signals import leave_process
 
@@ -34,20 +34,14 @@ class RunFolder:
         step: returns the newest step of the run.
     """
 
-    def __init__(self, path: Path, *, is_main: bool):
+    def __init__(self, path: Path, *, is_main: bool) -> None:
         self.path, self._is_main = path, is_main
         self._lock = RunLock(path / LOCK_FILE)
         self._is_mine = False
         self.step: Callable[[], int] = lambda: 0
 
     def __enter__(self) -> RunFolder:
-        problem = None
-        if self._is_main:
-            try:
-                self._take()
-            except UserError as error:
-                problem = str(error)
-        raise_together(problem)
+        run_on_main(self._take)
         return self
 
     def __exit__(
@@ -56,8 +50,8 @@ class RunFolder:
         if error is None:
             self._give_up(0, "finished")
         else:
-            code = error.exit_code if isinstance(error, UserError) else 1
-            self._give_up(code, str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
+            code = error.exit_code if isinstance(error, GkdError) else 1
+            self._give_up(code, str(error) if isinstance(error, GkdError) else f"{type(error).__name__}: {error}")
 
     def leave(self, signal_name: str, is_second: bool) -> None:
         """End this process at once, by a signal before the first step or by a second SIGINT. Callable by any thread."""
@@ -84,11 +78,8 @@ class RunFolder:
             return
         ended = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         record = {"code": code, "reason": reason, "step": self.step(), "ended": ended}
-        unfinished = self.path / f"{EXIT_FILE}.unfinished"
         try:
-            unfinished.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-            flush(unfinished)
-            unfinished.replace(self.path / EXIT_FILE)
+            replace_text(self.path / EXIT_FILE, json.dumps(record, indent=1) + "\n")
         except OSError as error:  # of a full disk, for example: the exit code still says it
             print(f"{self.path / EXIT_FILE}: can't be written ({error})", file=sys.stderr)
         self._lock.release()

@@ -13,15 +13,16 @@ import torch
 import torch.distributed as dist
 
 from megatron_gkd.config.schema import Recipe
+from megatron_gkd.data.batch_config import BatchConfig
 from megatron_gkd.data.cache import hash_tokenizer
-from megatron_gkd.data.cutting import Cutting
-from megatron_gkd.data.loader import SampleDataset, filler
+from megatron_gkd.data.loader import SampleDataset, padding_sample
 from megatron_gkd.data.microbatch import Microbatch
-from megatron_gkd.data.order import FILLER
+from megatron_gkd.data.microbatch_planner import MicrobatchPlanner
+from megatron_gkd.data.order import PADDING_ROW
 from megatron_gkd.data.sample import Sample
 from megatron_gkd.reporting.progress import Progress
 from megatron_gkd.runtime import portability
-from megatron_gkd.runtime.agreement import raise_together
+from megatron_gkd.runtime.agreement import run_on_all
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.teachers.base import TeacherSource
 from megatron_gkd.teachers.cache.entries import cached_rows
@@ -29,7 +30,6 @@ from megatron_gkd.teachers.cache.keys import dataset_keys
 from megatron_gkd.teachers.cache.manifest import Manifest
 from megatron_gkd.teachers.cache.shards import CachedRow, write_shard
 from megatron_gkd.teachers.cache.writer import open_for_writing, plan_shards, refuse_unlike_twins
-from megatron_gkd.training.build import batching
 from megatron_gkd.training.build_teacher import build_teacher
 from megatron_gkd.training.setup import Models, open_models, open_rows, pad_token_id, world_of
 
@@ -53,7 +53,7 @@ def score(recipe: Recipe, output: str, shard_rows: int) -> None:
 def write_cache(folder: Path, scorer: Scorer, shard_rows: int) -> None:
     """Write what `folder` lacks of the scorer's rows. All ranks must call it."""
     rows, manifest, mesh = scorer.rows, scorer.manifest, scorer.mesh
-    cache = open_for_writing(folder, manifest, main_process=mesh.is_main)
+    cache = open_for_writing(folder, manifest)
     keys = dataset_keys(rows)
     if scorer.recipe.teacher.teachers:
         refuse_unlike_twins(keys, [rows[row].tag for row in range(len(rows))])
@@ -84,19 +84,17 @@ def manifest_of(recipe: Recipe, models: Models) -> Manifest:
 
 
 def _write(folder: Path, manifest: Manifest, keys: np.ndarray, scored: dict[int, CachedRow]) -> None:
-    problem = None
-    if scored:
-        try:
+    def write() -> None:
+        if scored:
             write_shard(folder, manifest, keys[list(scored)], list(scored.values()))
-        except OSError as error:
-            problem = f"{folder}: can't be written to ({error})"
-    raise_together(problem)
+
+    run_on_all(write, os_error=f"{folder}: can't be written to")
 
 
 class _Rows:
     """Data sets one after the other, each row numbered over all of them."""
 
-    def __init__(self, datasets: Sequence[SampleDataset]):
+    def __init__(self, datasets: Sequence[SampleDataset]) -> None:
         self._datasets = datasets
         self._ends = np.cumsum([len(dataset) for dataset in datasets])
         self.lengths = np.concatenate([dataset.lengths for dataset in datasets])
@@ -125,13 +123,15 @@ class Scorer:
         teacher: TeacherSource,
         manifest: Manifest,
         pad_token_id: int,
-    ):
+    ) -> None:
         self.recipe, self.mesh, self.rows, self.manifest, self.teacher = recipe, mesh, rows, manifest, teacher
         self.chunk_tokens = recipe.distill.loss_chunk_tokens
         self.pad_token_id = pad_token_id
-        cut = batching(recipe, mesh, pad_token_id) | {"dp_rank": 0, "dp_size": 1}
-        self.rows_of_call = cut.pop("global_batch_size") // mesh.dp.size()  # as many as train would hold at once
-        self.cutting = Cutting(**cut | {"microbatch_multiple": 1, "equal_lengths": False})
+        config = BatchConfig.from_recipe(recipe, mesh, pad_token_id)
+        self.rows_of_call = config.global_batch_size // mesh.dp.size()  # as many as train would hold at once
+        self.planner = MicrobatchPlanner(
+            replace(config, dp_rank=0, dp_size=1, microbatch_multiple=1, equal_lengths=False)
+        )
 
     @torch.no_grad()
     def score(self, shards: Sequence[np.ndarray]) -> dict[int, CachedRow]:
@@ -148,7 +148,7 @@ class Scorer:
     def _call(self, rows: list[int]) -> dict[int, CachedRow]:
         microbatches = list(self._microbatches(rows))
         signals = self.teacher.score(microbatches)
-        if self.mesh.pp.rank() < self.mesh.pp.size() - 1:
+        if not self.mesh.is_last_stage:
             return {}
         found = {}
         for microbatch, signal in zip(microbatches, signals, strict=True):
@@ -157,18 +157,19 @@ class Scorer:
         return found
 
     def _microbatches(self, rows: list[int]) -> Iterator[Microbatch]:
-        fill = -len(rows) % self.cutting.micro_batch_size if rows else self.cutting.micro_batch_size
-        filled = [*rows, *[FILLER] * fill]
-        cut = self.cutting.microbatches(
-            [1 if row == FILLER else int(self.rows.lengths[row]) for row in filled], lambda i: self._sample(filled[i])
+        size = self.planner.config.micro_batch_size
+        fill = -len(rows) % size if rows else size
+        filled = [*rows, *[PADDING_ROW] * fill]
+        microbatches = self.planner.make_microbatches(
+            [1 if row == PADDING_ROW else int(self.rows.lengths[row]) for row in filled],
+            lambda i: self._sample(filled[i]),
         )
-        most = torch.tensor([len(cut)], device=portability.device())
+        most = torch.tensor([len(microbatches)], device=portability.device())
         dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.mesh.dp)
-        yield from (microbatch.to(portability.device()) for microbatch in cut)
-        size = self.cutting.micro_batch_size
-        for _ in range(int(most) - len(cut)):
-            (empty,) = self.cutting.microbatches([1] * size, lambda _: self._sample(FILLER))
+        yield from (microbatch.to(portability.device()) for microbatch in microbatches)
+        for _ in range(int(most) - len(microbatches)):
+            (empty,) = self.planner.make_microbatches([1] * size, lambda _: self._sample(PADDING_ROW))
             yield empty.to(portability.device())
 
     def _sample(self, row: int) -> Sample:
-        return filler(self.pad_token_id) if row == FILLER else self.rows[row]
+        return padding_sample(self.pad_token_id) if row == PADDING_ROW else self.rows[row]

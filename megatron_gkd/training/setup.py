@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_gkd.config.schema import Recipe
 from megatron_gkd.data.dataset import TokenizedDataset, build_dataset
 from megatron_gkd.data.report import DataReport
+from megatron_gkd.data.sample import PAD_TOKEN_ID
 from megatron_gkd.models.checkpoint import Checkpoint
 from megatron_gkd.reporting.phases import phase
 from megatron_gkd.runtime import portability
@@ -103,4 +104,4 @@ def open_rows(
 def pad_token_id(models: Models) -> int:
     """Return the tokenizer's padding id, or 0 where it has none that all models can read; its content has no effect."""
     found = models.tokenizer.pad_token_id
-    return 0 if found is None or found >= models.vocab_size else found
+    return PAD_TOKEN_ID if found is None or found >= models.vocab_size else found

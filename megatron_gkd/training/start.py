@@ -79,7 +79,7 @@ def describe_start(
         layout=_layout(recipe, models),
         precision=_PRECISIONS[recipe.train.dtype],
         kernels=_kernels(),
-        attention=_attention(student, recipe.train.attn),
+        attention=_attention(student, recipe.train.attention_backend),
         student=ModelLine(
             "student", recipe.student.model, models.student.config.model_type, parameters, trainable=trainable
         ),
@@ -138,8 +138,8 @@ def _teachers(recipe: Recipe, models: Models) -> list[ModelLine]:
         checkpoint = models.teachers.get(place)
         is_shared = recipe.lora is not None and _is_base(teacher, checkpoint, models.student)
         description = ["the student with its adapters off" if is_shared else _place(teacher)]
-        if teacher.cache is not None and teacher.source != "cache":
-            description.append(f"for rows that are not in the cache {teacher.cache}")
+        if teacher.teacher_cache is not None and teacher.source != "cache":
+            description.append(f"for rows that are not in the cache {teacher.teacher_cache}")
         if isinstance(teacher, TaggedTeacher):
             description.append(f"of rows with the tags {', '.join(teacher.tags)}")
         lines.append(
@@ -148,7 +148,7 @@ def _teachers(recipe: Recipe, models: Models) -> list[ModelLine]:
                 _name(teacher),
                 None if checkpoint is None else checkpoint.config.model_type,
                 None if checkpoint is None else checkpoint.num_parameters,
-                place=", ".join(description),
+                location=", ".join(description),
             )
         )
     return lines
@@ -165,7 +165,7 @@ def _name(teacher: OneTeacher) -> str:
         case "server":
             return ", ".join(teacher.teacher_model_server)
         case "cache":
-            return Manifest.read(teacher.cache).teacher
+            return Manifest.read(teacher.teacher_cache).teacher
         case "self":
             return "self"
     model = teacher.teacher_model or ""
@@ -177,9 +177,9 @@ def _place(teacher: OneTeacher) -> str:
         case "server":
             return "a vLLM server" if len(teacher.teacher_model_server) == 1 else "vLLM servers"
         case "cache":
-            return f"from the cache {teacher.cache}"
-        case "self" if teacher.ema is not None:
-            return f"moving average of the student's weights, decay {teacher.ema:g}"
+            return f"from the cache {teacher.teacher_cache}"
+        case "self" if teacher.teacher_ema is not None:
+            return f"moving average of the student's weights, decay {teacher.teacher_ema:g}"
         case "self" if teacher.teacher_model is not None:
             return "the student's weights at its start"
         case "self":

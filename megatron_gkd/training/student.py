@@ -18,7 +18,7 @@ from megatron_gkd.training.optimizer import build_optimizer, build_scheduler, st
 class Student:
     """`parallel` and `train` are the recipe's sections."""
 
-    def __init__(self, model: MegatronModel, objective: Objective, parallel, train, train_iters: int):
+    def __init__(self, model: MegatronModel, objective: Objective, parallel, train, train_iters: int) -> None:
         self.model, self.objective, self.mesh = model, objective, model.mesh
         self.overlaps_param_gather = parallel.overlap_param_gather
         ddp_config = DistributedDataParallelConfig(

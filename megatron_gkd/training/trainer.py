@@ -14,12 +14,12 @@ from megatron_gkd.errors import Interrupted, RunStopped, UserError
 from megatron_gkd.models.adapter_export import export_adapters
 from megatron_gkd.models.export import export_checkpoint
 from megatron_gkd.runtime import portability
-from megatron_gkd.runtime.agreement import FailureMeeting, raise_together
+from megatron_gkd.runtime.agreement import FailureMeeting, run_on_all
 from megatron_gkd.teachers.base import FollowsStudent, ReadOnce, TeacherSignal, TeacherSource
 from megatron_gkd.training.ahead import announce_ahead
 from megatron_gkd.training.bad_steps import BadSteps
 from megatron_gkd.training.checkpointing.run_checkpoints import RunCheckpoints
-from megatron_gkd.training.completions import Completions
+from megatron_gkd.training.completion_recorder import CompletionRecorder
 from megatron_gkd.training.exports import ExportFolders, Exports
 from megatron_gkd.training.guards import Guards
 from megatron_gkd.training.interruptions import Interruptions
@@ -45,7 +45,7 @@ class Trainer:
         reporter: Reporter,
         *,
         rollouts: Rollouts | None = None,
-        completions: Completions | None = None,
+        completions: CompletionRecorder | None = None,
         mismatch_kl_threshold: float | None = None,
         teacher_is_student: bool = False,
         train_iters: int,
@@ -54,7 +54,7 @@ class Trainer:
         max_bad_steps: int = 10,
         checkpoints: RunCheckpoints | None = None,
         interruptions: Interruptions | None = None,
-    ):
+    ) -> None:
         self.student, self.teacher = student, teacher
         self.batches, self.validation, self.reporter = batches, validation, reporter
         self.rollouts, self.completions = rollouts, completions
@@ -163,13 +163,13 @@ class Trainer:
         start = time.perf_counter()
         sampled, sync_time, probed = None, 0.0, None
         if microbatches is None:
-            if not self.rollouts.has_begun(step - 1):
+            if not self.rollouts.has_begun(step):
                 sync_time += self.rollouts.load_weights(self.student, step - 1)
-            microbatches, sampled = self.rollouts.microbatches(step - 1)
-        if self.rollouts is not None and self.rollouts.is_early(step):  # the next one: `rollouts` counts from 0
+            microbatches, sampled = self.rollouts.microbatches(step)
+        if self.rollouts is not None and self.rollouts.is_early(step + 1):
             sync_time += self.rollouts.load_weights(self.student, step - 1)
-            probed = self.rollouts.probe_mismatch(self.student, step)
-            self.rollouts.begin(step)
+            probed = self.rollouts.probe_mismatch(self.student, step + 1)
+            self.rollouts.begin(step + 1)
         rolled_out = time.perf_counter()
         microbatches = [microbatch.to(portability.device()) for microbatch in microbatches]
         signals = self.score(microbatches)
@@ -225,17 +225,16 @@ class Trainer:
 
     def write(self, record: dict, completions: list[dict] | None) -> None:
         """Write a step's record. All ranks must call it: if the main rank can't write, all raise the UserError."""
-        problem = None
-        try:
+
+        def write() -> None:
             self.reporter.step(record)
             warning = self.mismatch_warning.of_step(record["step"], record.get("mismatch_kl"))
             if warning is not None:
                 self.reporter.message(warning)
             if completions is not None:
                 self.reporter.completions(completions)
-        except OSError as error:
-            problem = f"output.output_dir = {self.exports.output_dir}: can't be written to ({error})"
-        raise_together(problem)
+
+        run_on_all(write, os_error=f"output.output_dir = {self.exports.output_dir}: can't be written to")
 
     def validate(self, step: int) -> None:
         totals: dict[str, float] = {}

@@ -15,8 +15,9 @@ BETAS = (0.0, 0.5, 1.0)
 
 @dataclass(frozen=True)
 class Case:
-    """The divergence of `tokens` rows of one rank's `vocab / tp` columns. Collectives are not part of it: the columns
-    are measured on one process.
+    """The divergence of `tokens` rows of one rank's `vocab / tp` columns.
+
+    Collectives are not part of it: the columns are measured on one process.
     """
 
     tokens: int
@@ -31,19 +32,21 @@ class Case:
 
     @property
     def logits_bytes(self) -> int:
-        """One read of one model's logits."""
+        """The bytes of one model's logits."""
         return self.tokens * self.columns * DTYPES[self.dtype].itemsize
 
     @property
     def forward_bytes(self) -> int:
-        """What streaming passes over logits that don't fit on chip have to move: statistics of both models, then for
-        0 < beta < 1 the sums, which need the statistics.
+        """The bytes that the forward pass moves at least, where logits don't fit on chip.
+
+        It reads both models' logits for the statistics, and again for the sums of 0 < beta < 1, which need the
+        statistics.
         """
         return self.logits_bytes * (4 if 0 < self.beta < 1 else 2)
 
     @property
     def total_bytes(self) -> int:
-        """Forward, and for the gradient one more read of both and one write."""
+        """The bytes that forward and backward move: the gradient reads both models' logits and writes as many."""
         return self.forward_bytes + 3 * self.logits_bytes
 
     def __str__(self) -> str:
@@ -51,8 +54,10 @@ class Case:
         return f"{self.tokens} × {self.vocab}{shard}, {self.dtype}, β {self.beta:g}"
 
     def inputs(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Logits [tokens, columns] of student and teacher, alike as those of a trained pair: standard deviation 3, of
-        the difference 1. The student's want a gradient.
+        """Draw the logits [tokens, columns] of student and teacher.
+
+        They are as alike as those of a trained pair: their standard deviation is 3, that of the difference 1. The
+        student's need a gradient.
         """
         generator = torch.Generator(device).manual_seed(0)
 

@@ -84,7 +84,7 @@ def recipe_of(processes: int) -> Recipe:
     return Recipe.model_validate(
         {
             "student": {"model": "random"},
-            "teacher": {"kind": "none"},
+            "teacher": {"teacher_kind": "none"},
             "distill": {},
             "parallel": {"tensor_model_parallel_size": processes},
             "data": {"dataset": ["none"]},

@@ -8,6 +8,7 @@ does, and its gradient skips a pass where the loss is used as it is.
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import metadata
 from types import SimpleNamespace
 
 import torch
@@ -87,7 +88,7 @@ def ms_swift(case: Case, device: torch.device) -> Loss:
     return lambda student, teacher: loss(student, teacher) / len(student)
 
 
-def swift_loss(package, beta: float, *, ranks: int, group: dist.ProcessGroup | None) -> Loss:
+def swift_loss(package: metadata.Distribution, beta: float, *, ranks: int, group: dist.ProcessGroup | None) -> Loss:
     """ms-swift's sum of the divergence over tokens, in a process that takes itself for one of `ranks` in `group`."""
     mpu = SimpleNamespace(
         get_tensor_model_parallel_world_size=lambda: ranks, get_tensor_model_parallel_group=lambda: group

@@ -17,8 +17,11 @@ CHECKED_ROWS = 8
 
 
 def run_case(case: Case, plan: Plan, stopwatch: Stopwatch) -> dict:
-    """The case's sizes and what `compete` found: times of forward and of forward and backward, memory, the gradient's
-    error against the fp64 oracle.
+    """Measure one case.
+
+    Returns:
+        Its sizes and what `compete` found: times of forward and of forward and backward, memory, the gradient's error
+        against the fp64 oracle.
     """
     device = stopwatch.device
     student, teacher = case.inputs(device)

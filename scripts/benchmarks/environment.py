@@ -48,6 +48,6 @@ def version(package: str) -> str | None:
 
 
 def file_stem(kind: str, environment: dict) -> str:
-    """`loss_nvidia-h100-80gb-hbm3_2026-01-31`"""
+    """Return a name such as `loss_nvidia-h100-80gb-hbm3_2026-01-31`."""
     device = re.sub(r"[^a-z0-9]+", "-", environment["device"].lower()).strip("-")
     return f"{kind}_{device}_{environment['date']}"

@@ -75,8 +75,9 @@ def ms_swift(package: metadata.Distribution, beta: float) -> Loss:
 
 
 def modelopt(package: metadata.Distribution, beta: float) -> Loss:
-    """NVIDIA Model Optimizer's loss for Megatron: KL(T||S) or, reversed, KL(S||T). Whoever calls it adds up the ranks'
-    losses by a reduction that leaves the gradient alone.
+    """Build NVIDIA Model Optimizer's loss for Megatron: KL(T||S) or, reversed, KL(S||T).
+
+    Its caller adds up the ranks' losses by a reduction that leaves the gradient alone.
     """
     if beta not in (0.0, 1.0):
         raise Unavailable("β 0 and 1 only")

@@ -1,5 +1,6 @@
-"""The loss beside eager torch, torch.compile, Liger Kernel, TRL and ms-swift, its passes beside a copy, the fused head
-beside its matrix products: all in one run.
+"""Measure the loss beside eager torch, torch.compile, Liger Kernel, TRL and ms-swift.
+
+Its passes are measured beside a copy, the fused head beside its matrix products; all in one run.
 
     python scripts/benchmarks/loss.py                        # a few minutes at most: what suits the device
     python scripts/benchmarks/loss.py --full                 # every combination of size, type and beta

@@ -21,7 +21,7 @@ OURS = "megatron_gkd"
 class Work:
     """Steps without autograd, timed one by one. Whoever builds it has compiled what it needs."""
 
-    def __init__(self, *steps: Callable[[], object], error: Callable[[], float] | None = None):
+    def __init__(self, *steps: Callable[[], object], error: Callable[[], float] | None = None) -> None:
         self.steps = steps
         self._error = error
 
@@ -38,7 +38,7 @@ class TrainingWork(Work):
 
     def __init__(
         self, loss: Callable[[], Tensor], inputs: tuple[Tensor, ...], error: Callable[[tuple[Tensor, ...]], float]
-    ):
+    ) -> None:
         super().__init__(self._forward, self._backward, error=lambda: error(self._gradients))
         self._loss, self._inputs = loss, inputs
         self._value, self._gradients = None, None

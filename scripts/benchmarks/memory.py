@@ -23,7 +23,7 @@ class PeakMemory:
 
     growth: int | None = None
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
 
     def __enter__(self) -> PeakMemory:

@@ -21,7 +21,7 @@ EXECUTED_IMPORTS = {"torch", *sys.stdlib_module_names}
 class Unavailable(Exception):
     """A peer that can't run here: why, and the command that would change it (or "")."""
 
-    def __init__(self, reason: str, install: str = ""):
+    def __init__(self, reason: str, install: str = "") -> None:
         super().__init__(reason)
         self.reason, self.install = reason, install
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from benchmarks.measure import OURS
 from benchmarks.report import copy_rate, headline, milliseconds, seconds
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 COLUMNS = 3
 OURS_COLOR, PEER_COLOR, FLOOR_COLOR = "#d1701f", "#4878a8", "#555555"
 
 
 def draw(run: dict, path: Path) -> None:
-    """Bars are times of forward and backward; the line is that of a copy which moves as many bytes as streaming passes
-    must.
+    """Draw the times of forward and backward as bars.
+
+    The line is the time of a copy which moves as many bytes as streaming passes must.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -31,7 +36,7 @@ def draw(run: dict, path: Path) -> None:
     figure.savefig(path)
 
 
-def _panel(axes, case: dict) -> None:
+def _panel(axes: Axes, case: dict) -> None:
     times = {name: seconds(case, name) for name in case["contestants"]}
     shown = {name: 1e3 * value for name, value in times.items() if value is not None}
     names = list(shown)[::-1]  # the first on top

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ PLANS = {"cuda": Plan(repeats=50, least=3, seconds=0.5), "cpu": Plan(repeats=7, 
 class Stopwatch:
     """Times steps that each start with cold caches: CUDA events on a GPU, the wall clock elsewhere."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device) -> None:
         self.device = device
         self._flush = torch.ones(FLUSH_BYTES[device.type], dtype=torch.int8, device=device)
 
@@ -48,18 +49,18 @@ class Stopwatch:
                 step()
                 mark.record()
             torch.cuda.synchronize()
-            return [a.elapsed_time(b) / 1e3 for a, b in zip(marks, marks[1:], strict=False)]
+            return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(marks)]
         marks = [time.perf_counter()]
         for step in steps:
             step()
             marks.append(time.perf_counter())
-        return [b - a for a, b in zip(marks, marks[1:], strict=False)]
+        return [b - a for a, b in itertools.pairwise(marks)]
 
 
 class Copy:
     """A large device-to-device copy: the yardstick for memory bandwidth."""
 
-    def __init__(self, stopwatch: Stopwatch):
+    def __init__(self, stopwatch: Stopwatch) -> None:
         self._stopwatch = stopwatch
         device = stopwatch.device
         self.moved_bytes = 2 * COPY_BYTES[device.type]  # read and written

@@ -54,7 +54,7 @@ def test_what_is_missing_is_named(site):
         installed("no-such-peer", [site])
     assert missing.value.install == "pip install --no-deps no-such-peer"
     package = installed("peer-package", [site])
-    with pytest.raises(Unavailable, match="peer-package 1.2 has no absent in peer/losses.py"):
+    with pytest.raises(Unavailable, match=r"peer-package 1\.2 has no absent in peer/losses\.py"):
         definitions(package, "peer/losses.py", "absent")
-    with pytest.raises(Unavailable, match="peer-package 1.2 has no peer/absent.py"):
+    with pytest.raises(Unavailable, match=r"peer-package 1\.2 has no peer/absent\.py"):
         definitions(package, "peer/absent.py")

@@ -6,8 +6,8 @@ import pytest
 
 from megatron_gkd.teachers.cache.manifest import FILE, Manifest
 
-ALONE = ["--offload_teacher_model", "false", "--teacher_model", "null", "--cache", "cache"]
-BESIDE = ["--cache", "cache"]
+ALONE = ["--offload_teacher_model", "false", "--teacher_model", "null", "--teacher_cache", "cache"]
+BESIDE = ["--teacher_cache", "cache"]
 
 
 @pytest.fixture
@@ -21,23 +21,32 @@ def cache(workspace):
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        ([*ALONE, "--lmbda", "0.5"], "distill.lmbda = 0.5: must be 0 with teacher.cache alone"),
+        ([*ALONE, "--lmbda", "0.5"], "distill.lmbda = 0.5: must be 0 with teacher.teacher_cache alone"),
         (
             [*ALONE, "--gkd_logits_topk", "65"],
-            "distill.gkd_logits_topk = 65: must be <= the 64 tokens of teacher.cache",
+            "distill.gkd_logits_topk = 65: must be <= the 64 tokens of teacher.teacher_cache",
         ),
-        (BESIDE, "distill.gkd_logits_topk = null: must be set, and <= 64, as rows of teacher.cache = cache have so"),
+        (
+            BESIDE,
+            "distill.gkd_logits_topk = null: must be set, and <= 64, as rows of teacher.teacher_cache = cache have so",
+        ),
         (
             [*ALONE, "--gkd_logits_topk", "8", "--gkd_topk_tail", "bucket"],
-            "distill.temperature = 0.9: must be 0.7 with gkd_topk_tail = bucket and teacher.cache = cache, whose",
+            "distill.temperature = 0.9: must be 0.7 with gkd_topk_tail = bucket and teacher.teacher_cache = cache, ",
         ),
-        ([*ALONE, "--kind", "none"], "teacher.cache = cache: not with teacher.kind = none"),
-        ([*BESIDE, "--kind", "cache"], "teacher.teacher_model = teacher: not with teacher.kind = cache"),
+        ([*ALONE, "--teacher_kind", "none"], "teacher.teacher_cache = cache: not with teacher.teacher_kind = none"),
         (
-            [*ALONE[:-1], "null", "--kind", "cache"],
-            "teacher.cache = null: must name a folder where teacher.kind = cache",
+            [*BESIDE, "--teacher_kind", "cache"],
+            "teacher.teacher_model = teacher: not with teacher.teacher_kind = cache",
         ),
-        ([*ALONE[:-1], "student"], "teacher.cache = student: must be a folder that megatron-gkd score has written"),
+        (
+            [*ALONE[:-1], "null", "--teacher_kind", "cache"],
+            "teacher.teacher_cache = null: must name a folder where teacher.teacher_kind = cache",
+        ),
+        (
+            [*ALONE[:-1], "student"],
+            "teacher.teacher_cache = student: must be a folder that megatron-gkd score has written",
+        ),
     ],
 )
 def test_refused(cache, arguments, problem):

@@ -51,8 +51,8 @@ def flags(text: str) -> list[str]:
         (2, "--lr_warmup_iters 2 --lr_warmup_fraction 0.1", "train.lr_warmup_fraction = 0.1: must be null beside "
          "lr_warmup_iters (2)"),
         (2, "--eval_interval 5 --val_dataset []", "train.eval_interval = 5: needs data.val_dataset"),
-        (2, "--lmbda 0.5 --kind none",
-         "distill.lmbda = 0.5: must be 0 with teacher.kind = none, which judges no samples"),
+        (2, "--lmbda 0.5 --teacher_kind none",
+         "distill.lmbda = 0.5: must be 0 with teacher.teacher_kind = none, which scores no samples"),
         (2, "--lmbda 1.5", "distill.lmbda = 1.5: must be a number in [0, 1]"),
         (2, "--beta 1.5", "distill.beta = 1.5: must be a number in [0, 1]"),
         (2, "--temperature 0", "distill.temperature = 0: must be a number in [0.01, 1000.0]"),
@@ -74,11 +74,11 @@ def flags(text: str) -> list[str]:
         (2, "--gkd_logits_topk 0", "distill.gkd_logits_topk = 0: must be an integer >= 1, or null"),
         (2, "--vllm_max_model_len 513", "rollout.vllm_max_model_len = 513: must be <= data.max_length (512)"),
         (2, "--sleep_level 3", "rollout.sleep_level = 3: must be an integer in [0, 2]"),
-        (2, "--teacher_model null --kind local",
-         "teacher.teacher_model = null: must name a model where teacher.kind = local"),
+        (2, "--teacher_model null --teacher_kind local",
+         "teacher.teacher_model = null: must name a model where teacher.teacher_kind = local"),
         (2, "--teacher_model null",
-         "teacher.kind = null: must be local, server, self, cache or none, or follow from teacher_model, "
-         "teacher_model_server or cache"),
+         "teacher.teacher_kind = null: must be local, server, self, cache or none, or follow from teacher_model, "
+         "teacher_model_server or teacher_cache"),
         (2, "--steps_ahead 1", "rollout.steps_ahead = 1: only with rollout.engine = vllm_server"),
         (2, "--weight_sync nccl", "rollout.weight_sync = nccl: only with rollout.engine = vllm_server"),
         (2, "--weight_sync_dir w", "rollout.weight_sync_dir = w: only with rollout.engine = vllm_server"),
@@ -108,8 +108,8 @@ def test_refused(workspace, world_size, arguments, problem):
         (2, "--gkd_logits_topk 64 --gkd_topk_tail bucket"),
         (2, "--divergence skewed_forward_kl --beta 0"),
         (2, "--divergence alpha --beta 1"),
-        (2, "--kind none --teacher_model null"),
-        (2, "--kind none --teacher_model ./missing"),
+        (2, "--teacher_kind none --teacher_model null"),
+        (2, "--teacher_kind none --teacher_model ./missing"),
     ],
 )
 def test_accepted(workspace, world_size, arguments):

@@ -2,13 +2,13 @@
 
 import pytest
 
-from megatron_gkd.config import RecipeError, checks, commands, load
+from megatron_gkd.config import RecipeError, checks, commands, load, options
 
 
 def test_options_are_taken_from_among_the_overrides():
     arguments = ["--beta", "1", "--from=teacher", "--output", "x.jsonl", "-n", "3", "--packing"]
-    options, rest = commands.take_options(arguments, commands.GENERATE)
-    assert options == {"from": "teacher", "output": "x.jsonl", "n": 3, "chunk_rows": 256}
+    found, rest = options.take_options(arguments, commands.GENERATE)
+    assert found == {"from": "teacher", "output": "x.jsonl", "n": 3, "chunk_rows": 256}
     assert rest == ["--beta", "1", "--packing"]
 
 
@@ -23,7 +23,7 @@ def test_options_are_taken_from_among_the_overrides():
 )
 def test_what_is_wrong_with_options_is_said(arguments, problems):
     with pytest.raises(RecipeError) as error:
-        commands.take_options(arguments, commands.GENERATE)
+        options.take_options(arguments, commands.GENERATE)
     found = error.value.problems
     assert len(found) == len(problems)
     assert all(line.startswith(start) for line, start in zip(found, problems, strict=True))
@@ -37,16 +37,20 @@ BEHIND_A_SERVER += ["--teacher_model_server", "http://host:8000"]
     ("command", "arguments", "problems"),
     [
         ("SCORES", ["--gkd_logits_topk", "8"], []),
-        ("SCORES", ["--gkd_logits_topk", "8", "--cache", "not/yet"], []),
+        ("SCORES", ["--gkd_logits_topk", "8", "--teacher_cache", "not/yet"], []),
         ("SCORES", [], ["distill.gkd_logits_topk = null: must be set to score: how many tokens of each"]),
         (
             "SCORES",
-            ["--gkd_logits_topk", "8", "--teacher_model", "null", "--cache", "not/yet"],
-            ["teacher.kind = cache: must be a teacher that stays as it is"],
+            ["--gkd_logits_topk", "8", "--teacher_model", "null", "--teacher_cache", "not/yet"],
+            ["teacher.teacher_kind = cache: must be a teacher whose weights do not change"],
         ),
-        ("TEACHER_GENERATES", ["--cache", "not/yet"], []),
-        ("TEACHER_GENERATES", ["--kind", "none"], ["teacher.kind = none: must be local or server to generate"]),
-        ("STUDENT_GENERATES", ["--kind", "none"], []),
+        ("TEACHER_GENERATES", ["--teacher_cache", "not/yet"], []),
+        (
+            "TEACHER_GENERATES",
+            ["--teacher_kind", "none"],
+            ["teacher.teacher_kind = none: must be local or server to generate"],
+        ),
+        ("STUDENT_GENERATES", ["--teacher_kind", "none"], []),
         ("TEACHER_GENERATES", BEHIND_A_SERVER, []),
         ("STUDENT_GENERATES", BEHIND_A_SERVER, []),
         ("TRAIN", BEHIND_A_SERVER, ["distill.gkd_logits_topk = null: must be set with teacher.teacher_model_server"]),

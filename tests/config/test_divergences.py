@@ -4,8 +4,9 @@ from typing import get_args
 
 import pytest
 
-from megatron_gkd.config.checks import _beta
-from megatron_gkd.config.schema import DistillSection, DivergenceName, Recipe, RolloutSection
+from megatron_gkd.config.checks.distill import mixture_differs_from_both
+from megatron_gkd.config.divergences import DivergenceName
+from megatron_gkd.config.schema import DistillSection, Recipe, RolloutSection
 from megatron_gkd.ops import reference, spec
 from megatron_gkd.rollout import base as rollout
 
@@ -38,6 +39,6 @@ def test_betas(divergence, beta):
     try:
         reference.divergence_at(beta, divergence)
     except ValueError:
-        assert len(list(_beta(recipe, 1))) == 1
+        assert len(list(mixture_differs_from_both.find(recipe, 1))) == 1
     else:
-        assert list(_beta(recipe, 1)) == []
+        assert list(mixture_differs_from_both.find(recipe, 1)) == []

@@ -1,7 +1,7 @@
 import pytest
 from recipe_workspace import DENSE, MIXTURE
 
-from megatron_gkd.config.model_checks import read_shape
+from megatron_gkd.checkpoint_format.model_shape import read_shape
 
 EP2 = ("--expert_model_parallel_size", "2")
 
@@ -19,8 +19,8 @@ EP2 = ("--expert_model_parallel_size", "2")
         ({"num_hidden_layers": 7}, ["--pipeline_model_parallel_size=2"], "parallel.pipeline_model_parallel_size = 2: "
          "must divide the 7 layers of KEY (NAME)"),
         ({"max_position_embeddings": 100}, [], "data.max_length = 512: must be <= the 100 positions of KEY (NAME)"),
-        ({"vocab_size": 31}, ["--gkd_logits_topk=32"], "distill.gkd_logits_topk = 32: must be <= the 31 tokens that "
-         "KEY (NAME) knows"),
+        ({"vocab_size": 31}, ["--gkd_logits_topk=32"], "distill.gkd_logits_topk = 32: must be <= the 31 tokens of "
+         "KEY (NAME)"),
         ({"architectures": ["GPT2LMHeadModel"]}, [], "KEY = NAME: its architecture (GPT2LMHeadModel) must be one of "
          "LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM"),
         ({"architectures": None}, [], "KEY = NAME: its architecture (none named) must be one of LlamaForCausalLM, "
@@ -76,7 +76,7 @@ def test_expert_parallel_needs_experts_in_one_of_the_models(workspace):
     workspace.model("teacher", MIXTURE)
     assert workspace.problems(*EP2, world_size=2) == []
     assert workspace.problems(*EP2, "--teacher_model", "org/name", world_size=2) == [], "a hub id is not known"
-    assert workspace.problems(*EP2, "--kind", "none", world_size=2) == [
+    assert workspace.problems(*EP2, "--teacher_kind", "none", world_size=2) == [
         "parallel.expert_model_parallel_size = 2: must be 1, as no model here has experts"
     ]
 

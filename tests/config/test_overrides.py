@@ -32,9 +32,9 @@ def test_lists_as_yaml_or_as_several_values(workspace, arguments):
 
 
 def test_lists_of_other_things(workspace):
-    rollout = workspace.load("--stop_token_ids", "5", "--stop", '"\\n\\n"', "</s>").rollout
-    assert rollout.stop_token_ids == (5,) and rollout.stop == ("\n\n", "</s>")
-    wrong = workspace.problems("--stop_token_ids", "[5, -1]", "--stop", "[a, '']", "--vllm_server_urls", "host:1")
+    rollout = workspace.load("--stop_token_ids", "5", "--stop_words", '"\\n\\n"', "</s>").rollout
+    assert rollout.stop_token_ids == (5,) and rollout.stop_words == ("\n\n", "</s>")
+    wrong = workspace.problems("--stop_token_ids", "[5, -1]", "--stop_words", "[a, '']", "--vllm_server_urls", "host:1")
     assert [problem.split(": ")[-1] for problem in wrong] == [
         "must be a list of token ids",
         "must be a list of texts",

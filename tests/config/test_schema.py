@@ -16,7 +16,7 @@ def test_leaf_names_are_unique_over_all_sections():
 
 def test_every_leaf_has_a_one_line_meaning():
     for leaf in keys.SECTION_OF:
-        description = keys.field_of(leaf).description
+        description = keys.find_field(leaf).description
         assert description and "\n" not in description, leaf
 
 

@@ -11,10 +11,13 @@ KEY = ["--teacher_tag_key", "subject"]
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (["--kind", "server"], "teacher.teacher_model_server = []: must name a server where teacher.kind = server"),
         (
-            ["--kind", "local", "--teacher_model_server", "http://host:8000"],
-            "teacher.teacher_model_server = ['http://host:8000']: only with teacher.kind = server",
+            ["--teacher_kind", "server"],
+            "teacher.teacher_model_server = []: must name a server where teacher.teacher_kind = server",
+        ),
+        (
+            ["--teacher_kind", "local", "--teacher_model_server", "http://host:8000"],
+            "teacher.teacher_model_server = ['http://host:8000']: only with teacher.teacher_kind = server",
         ),
         (
             ["--teacher_model", "null", "--teacher_model_server", "host:8000"],
@@ -35,29 +38,29 @@ KEY = ["--teacher_tag_key", "subject"]
         ),
         ([*SERVER, "--teacher_server_concurrency", "0"], "teacher.teacher_server_concurrency = 0: must be"),
         (
-            ["--kind", "self"],
-            "teacher.teacher_model = teacher: must be student.model (student), for the weights",
+            ["--teacher_kind", "self"],
+            "teacher.teacher_model = teacher: must be student.model (student), for its initial weights",
         ),
         (
-            ["--kind", "self", "--teacher_model", "student", "--ema", "0.9"],
-            "teacher.ema = 0.9: only without teacher.teacher_model",
+            ["--teacher_kind", "self", "--teacher_model", "student", "--teacher_ema", "0.9"],
+            "teacher.teacher_ema = 0.9: only without teacher.teacher_model",
         ),
-        (["--ema", "0.9"], "teacher.ema = 0.9: only with teacher.kind = self"),
+        (["--teacher_ema", "0.9"], "teacher.teacher_ema = 0.9: only with teacher.teacher_kind = self"),
         (
-            ["--kind", "self", "--teacher_model", "null", "--offload_teacher_model", "true"],
-            "teacher.offload_teacher_model = true: must be false where teacher.kind = self",
+            ["--teacher_kind", "self", "--teacher_model", "null", "--offload_teacher_model", "true"],
+            "teacher.offload_teacher_model = true: must be false where teacher.teacher_kind = self",
         ),
         (
             ["--teacher_max_length", "5000"],
             "data.teacher_max_length = 5000: must be <= the 4096 positions of teacher.teacher_model (teacher)",
         ),
         (
-            ["--kind", "self", "--teacher_model", "null", "--teacher_max_length", "5000"],
+            ["--teacher_kind", "self", "--teacher_model", "null", "--teacher_max_length", "5000"],
             "data.teacher_max_length = 5000: must be <= the 4096 positions of student.model (student)",
         ),
         (
-            ["--kind", "self", "--teacher_model", "null", "--teacher_adapters", "a"],
-            "teacher.teacher_adapters = a: only with teacher.kind = local",
+            ["--teacher_kind", "self", "--teacher_model", "null", "--teacher_adapters", "a"],
+            "teacher.teacher_adapters = a: only with teacher.teacher_kind = local",
         ),
         (
             ["--teacher_adapters", "a"],
@@ -77,8 +80,8 @@ KEY = ["--teacher_tag_key", "subject"]
             "teacher.teachers[1].tags = ['c', 'a']: a is a tag of teacher.teachers[0] already",
         ),
         (
-            ["--teacher_model", "null", "--teachers", "[{tags: [a], kind: none}]", *KEY],
-            "teacher.teachers[0].kind = none: must be local, server or self",
+            ["--teacher_model", "null", "--teachers", "[{tags: [a], teacher_kind: none}]", *KEY],
+            "teacher.teachers[0].teacher_kind = none: must be local, server or self",
         ),
         (
             ["--teacher_model", "null", "--teachers", "[{tags: [a], teacher_model: ./no}]", *KEY],
@@ -101,9 +104,9 @@ def test_a_server_passes_with_what_it_can_tell(workspace, tail):
     assert workspace.problems(*SERVER, "--gkd_logits_topk", "8", "--gkd_topk_tail", *tail) == []
 
 
-@pytest.mark.parametrize("keys", [["null"], ["./student"], ["null", "--ema", "0.99"]])
+@pytest.mark.parametrize("keys", [["null"], ["./student"], ["null", "--teacher_ema", "0.99"]])
 def test_the_student_itself_passes(workspace, keys):
-    arguments = ["--kind", "self", "--offload_teacher_model", "false", "--teacher_model", *keys]
+    arguments = ["--teacher_kind", "self", "--offload_teacher_model", "false", "--teacher_model", *keys]
     assert workspace.problems(*arguments, world_size=2) == []
 
 

@@ -13,7 +13,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_gkd.data.sample import IGNORE
+from megatron_gkd.data.sample import IGNORED_LABEL
 
 CHATML = """
 {%- if tools %}<|im_start|>system
@@ -100,7 +100,7 @@ def trained_text() -> Callable[..., str]:
     def text(tokenizer: PreTrainedTokenizerFast, labels: np.ndarray) -> str:
         runs: list[list[int]] = [[]]
         for label in labels.tolist():
-            if label != IGNORE:
+            if label != IGNORED_LABEL:
                 runs[-1].append(label)
             elif runs[-1]:
                 runs.append([])

@@ -12,9 +12,9 @@ from world import process_queue, start_process
 
 from megatron_gkd.data import dataset as module
 from megatron_gkd.data.dataset import build_dataset
-from megatron_gkd.data.prompt import PromptLimits, prompt_of, room_for_answer
+from megatron_gkd.data.prompt import PromptLimits, extract_prompt, max_response_length
 from megatron_gkd.data.report import DataReport
-from megatron_gkd.data.sample import IGNORE
+from megatron_gkd.data.sample import IGNORED_LABEL
 from megatron_gkd.data.teacher_view import teacher_view
 from megatron_gkd.errors import UserError
 from megatron_gkd.reporting import phases
@@ -49,7 +49,7 @@ class TestSamples:
             assert sample.input_ids.dtype == sample.labels.dtype == np.int64
             assert (sample.source, sample.row_id) == ("dataset", index)
             assert dataset.lengths[index] == len(sample.input_ids)
-            assert dataset.num_labels[index] == (sample.labels != IGNORE).sum()
+            assert dataset.num_labels[index] == sample.num_labels
 
     def test_sources_of_several_kinds_follow_one_another(self, section, write_jsonl, chat, tokenizer, tmp_path, texts):
         rows = [chat("q", str(index), tools=None if index else [{"name": "add"}]) for index in range(3)]
@@ -129,7 +129,11 @@ class TestDroppedRows:
         dataset, _ = build_dataset(section(path), "train", tokenizer, prompts=True)
         answered, conversation, text = (dataset[index] for index in range(3))
         assert dataset.num_labels.tolist()[1:] == [0, 0]
-        assert prompt_of(answered).tolist() == prompt_of(conversation).tolist() == conversation.input_ids.tolist()
+        assert (
+            extract_prompt(answered).tolist()
+            == extract_prompt(conversation).tolist()
+            == conversation.input_ids.tolist()
+        )
         assert tokenizer.decode(text.input_ids) == "p q"
         with pytest.raises(UserError, match="no assistant turn"):  # and not from the cache
             build(section(path), tokenizer)
@@ -163,7 +167,7 @@ class TestRoomForACompletion:
         options = dict(prompts=True, prompt_limits=self.LIMITS)
         dataset, report = build_dataset(data, "train", tokenizer, **options)
         for index in range(len(dataset)):
-            assert 0 < room_for_answer(dataset[index], 16, 16)
+            assert 0 < max_response_length(dataset[index], 16, 16)
         return dataset, report
 
     def row(self, prompt, response=0, teacher_prompt=0):
@@ -193,7 +197,7 @@ class TestRoomForACompletion:
             [*range(29, 41), *range(101, 105)] if strategy == "right" else [*range(34, 41), *range(101, 110)],
         ]
         assert [dataset[index].input_ids.tolist() for index in range(4)] == expected
-        assert prompt_of(dataset[3]).tolist()[-1] == 40 and dataset.num_labels[3] == len(expected[3]) - (
+        assert extract_prompt(dataset[3]).tolist()[-1] == 40 and dataset.num_labels[3] == len(expected[3]) - (
             12 if strategy == "right" else 7
         )
 
@@ -208,14 +212,14 @@ class TestRoomForACompletion:
         row = chat("x" * 30, "1.", "y" * 10, "2.", teacher_prompt="z" * 10)
         data = section(write_jsonl([row]), truncation_strategy="right", loss_on="all")
         whole, _ = build(data, tokenizer)
-        limit = len(prompt_of(whole[0])) - 5
+        limit = len(extract_prompt(whole[0])) - 5
         limits = PromptLimits(limit, limit)
         dataset, _ = build_dataset(data, "train", tokenizer, prompt_limits=limits)
-        assert prompt_of(dataset[0]).tolist() == prompt_of(whole[0]).tolist()[5:]
+        assert extract_prompt(dataset[0]).tolist() == extract_prompt(whole[0]).tolist()[5:]
         assert dataset[0].teacher_prompt.tolist() == whole[0].teacher_prompt.tolist()[5:]
         view = teacher_view(dataset[0])
-        assert view.input_ids[np.flatnonzero(view.labels != IGNORE) + 1].tolist() == [
-            label for label in dataset[0].labels.tolist() if label != IGNORE
+        assert view.input_ids[view.label_positions + 1].tolist() == [
+            label for label in dataset[0].labels.tolist() if label != IGNORED_LABEL
         ]
 
     def test_rows_that_the_student_does_not_answer_need_none(self, section, write_jsonl, tokenizer):
@@ -456,7 +460,7 @@ class TestRowsOfTokenIds:
         dataset, report = build(section(write_jsonl(rows)), tokenizer)
         assert report == DataReport(rows_read=4, rows_used=3, dropped={"masked": 1})
         assert dataset[0].input_ids.tolist() == [5, 6, 7, 8, 9]
-        assert dataset[0].labels.tolist() == [IGNORE, IGNORE, 8, 9, IGNORE]
+        assert dataset[0].labels.tolist() == [IGNORED_LABEL, IGNORED_LABEL, 8, 9, IGNORED_LABEL]
         assert dataset[0].teacher_prompt is None and dataset[2].teacher_prompt.tolist() == [4, 5, 6, 7]
 
     def test_ids_of_another_vocabulary_are_refused(self, section, write_jsonl, tokenizer):

@@ -1,20 +1,23 @@
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from megatron_gkd.data.context_parallel import context_parallel_indices
+from megatron_gkd.data.batch_config import BatchConfig
 from megatron_gkd.data.loader import StepLoader, validation_batches
 from megatron_gkd.data.order import SampleOrder
 from megatron_gkd.data.sample import Sample, shift_labels
 from megatron_gkd.errors import UserError
+from megatron_gkd.runtime.context_parallel import context_parallel_indices
 
 PAD = 0
 ROWS = 11
-LAYOUT = dict(
+CONFIG = BatchConfig(
+    global_batch_size=8,
     micro_batch_size=1,
     packing=False,
     max_length=32,
@@ -41,9 +44,9 @@ class Rows:
         return Sample(input_ids, shift_labels(input_ids, np.arange(len(input_ids)) >= 2), "dataset", row)
 
 
-def loader(**options):
+def loader(steps=range(1, 4), num_workers=0, skip=None, **layout):
     order = SampleOrder([ROWS], [1.0], 7, shuffle=True)
-    return StepLoader(Rows(), order, **({"global_batch_size": 8, "num_steps": 3} | LAYOUT | options))
+    return StepLoader(Rows(), order, replace(CONFIG, **layout), steps, num_workers=num_workers, skip=skip)
 
 
 def tokens_of_step(step, dp_size=1, cp_size=1, **options):
@@ -72,29 +75,30 @@ def tokens_of_step(step, dp_size=1, cp_size=1, **options):
     ],
 )
 def test_a_step_trains_on_the_same_tokens_in_every_layout(layout):
-    for step in range(3):
+    for step in range(1, 4):
         assert tokens_of_step(step, **layout) == tokens_of_step(step)
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_labels_of_all_ranks_add_up_to_the_number_of_tokens(packing):
+def test_labels_of_all_ranks_add_up_to_those_of_the_rows(packing):
     ranks = [loader(dp_size=2, dp_rank=rank, packing=packing) for rank in range(2)]
-    for step in range(3):
-        total = sum(microbatch.num_tokens for rank in ranks for microbatch in rank.step(step))
-        assert {rank.num_tokens(step) for rank in ranks} == {total}
+    order = SampleOrder([ROWS], [1.0], 7, shuffle=True)
+    for step in range(1, 4):
+        total = sum(microbatch.num_labels for rank in ranks for microbatch in rank.step(step))
+        assert total == sum(Rows.num_labels[row] for row in order.rows_of_step(step, 8))
 
 
 def test_packing_counts_padding_and_makes_fewer_microbatches():
-    packed = loader(packing=True).step(0)
+    packed = loader(packing=True).step(1)
     assert len(packed) < 8
     assert all(microbatch.input_ids.shape[1] <= 32 for microbatch in packed)
     assert sum(microbatch.num_rows for microbatch in packed) == 8
 
 
 def test_context_parallel_ranks_share_microbatches():
-    whole = loader().step(0)
+    whole = loader().step(1)
     for rank in range(2):
-        for share, microbatch in zip(loader(cp_rank=rank, cp_size=2).step(0), whole, strict=True):
+        for share, microbatch in zip(loader(cp_rank=rank, cp_size=2).step(1), whole, strict=True):
             indices = context_parallel_indices(microbatch.cu_seqlens, rank, 2)
             assert torch.equal(share.input_ids, microbatch.input_ids[:, indices])
 
@@ -102,10 +106,10 @@ def test_context_parallel_ranks_share_microbatches():
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_iterating_gives_the_steps_in_order_and_leaves_the_random_state_alone(num_workers):
     state = torch.get_rng_state()
-    steps = list(loader(num_workers=num_workers, start_step=1, num_steps=4))
+    steps = list(loader(steps=range(2, 6), num_workers=num_workers))
     assert torch.equal(torch.get_rng_state(), state)
     assert len(steps) == 4
-    for index, microbatches in enumerate(steps, start=1):
+    for index, microbatches in enumerate(steps, start=2):
         expected = loader().step(index)
         assert [m.input_ids.tolist() for m in microbatches] == [m.input_ids.tolist() for m in expected]
 
@@ -116,7 +120,7 @@ import test_loader
 import torch
 
 resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))
-for microbatches in test_loader.loader(num_workers=2, global_batch_size=64, num_steps=4):
+for microbatches in test_loader.loader(range(1, 5), num_workers=2, global_batch_size=64):
     assert len(microbatches) == 64
     assert all(torch.is_tensor(microbatch.to("cpu").input_ids) for microbatch in microbatches)
 """
@@ -137,18 +141,18 @@ def test_workers_need_few_file_descriptors_however_many_microbatches_a_step_has(
 @pytest.mark.parametrize("cp_size", [1, 2])
 def test_equal_lengths_are_those_of_the_longest_and_change_no_token(cp_size):
     options = {"cp_size": cp_size, "pad_multiple": 4}
-    lengths = {microbatch.total_length for microbatch in loader(**options, equal_lengths=True).step(1)}
-    assert lengths == {max(microbatch.total_length for microbatch in loader(**options).step(1))}
-    assert tokens_of_step(1, **options, equal_lengths=True) == tokens_of_step(1, **options)
+    lengths = {microbatch.total_length for microbatch in loader(**options, equal_lengths=True).step(2)}
+    assert lengths == {max(microbatch.total_length for microbatch in loader(**options).step(2))}
+    assert tokens_of_step(2, **options, equal_lengths=True) == tokens_of_step(2, **options)
 
 
 def test_length_is_the_number_of_steps():
-    assert len(loader(num_steps=5)) == 5
+    assert len(loader(range(1, 6))) == 5
 
 
 class TestValidation:
-    def batches(self, **options):
-        return validation_batches(Rows(), **({"global_batch_size": 8} | LAYOUT | options))
+    def batches(self, num_steps=None, **layout):
+        return validation_batches(Rows(), replace(CONFIG, **layout), num_steps)
 
     @pytest.mark.parametrize("packing", [False, True])
     def test_every_row_counts_once_and_every_rank_has_equal_work(self, packing):
@@ -161,7 +165,6 @@ class TestValidation:
         labels = torch.cat([microbatch.labels[microbatch.labels != -100] for microbatch in microbatches])
         counts = torch.bincount(labels, minlength=ROWS + 1)[1:]
         assert counts.tolist() == Rows.num_labels.tolist()
-        assert ranks[0].num_tokens(0) + ranks[0].num_tokens(1) == Rows.num_labels.sum()
 
     def test_fewer_steps_may_be_asked_for(self):
         assert len(self.batches(num_steps=1)) == 1
@@ -169,7 +172,7 @@ class TestValidation:
 
 
 def test_steps_that_are_made_elsewhere_are_not_cut():
-    batches = list(loader(skip=lambda step: step == 1))
+    batches = list(loader(skip=lambda step: step == 2))
     assert [batch is None for batch in batches] == [False, True, False]
 
 
@@ -177,10 +180,9 @@ def test_a_prompt_alone_in_a_step_of_the_dataset_is_an_error():
     class Prompts(Rows):
         num_labels = np.zeros(ROWS, dtype=np.int64)
 
-    options = {"global_batch_size": 8, "num_steps": 3} | LAYOUT
     order = SampleOrder([ROWS], [1.0], seed=0, shuffle=False)
     with pytest.raises(UserError, match="step 1: row 0 of the dataset has no response"):
-        StepLoader(Prompts(), order, **options).step(0)
+        StepLoader(Prompts(), order, CONFIG, range(1, 4)).step(1)
     with pytest.raises(UserError) as error:
-        next(iter(StepLoader(Prompts(), order, num_workers=1, **options)))
+        next(iter(StepLoader(Prompts(), order, CONFIG, range(1, 4), num_workers=1)))
     assert "\n" not in str(error.value), "a worker's traceback"

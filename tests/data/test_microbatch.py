@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_gkd.data.context_parallel import context_parallel_indices
-from megatron_gkd.data.microbatch import collate, lengthen, shard_context_parallel
+from megatron_gkd.data.microbatch import collate, pad_to, shard_context_parallel
 from megatron_gkd.data.sample import FROM_DATASET, FROM_STUDENT, Sample
+from megatron_gkd.runtime.context_parallel import context_parallel_indices
 
 PAD = 99
 
@@ -28,7 +28,7 @@ def test_samples_are_padded_and_concatenated(microbatch):
     assert microbatch.padding_mask.tolist() == [[False] * 5 + [True] * 3 + [False] * 3 + [True]]
     assert microbatch.from_dataset.tolist() == [[True] * 8 + [False] * 4]
     assert microbatch.cu_seqlens.tolist() == [0, 8, 12]
-    assert (microbatch.max_seqlen, microbatch.num_rows, microbatch.num_tokens) == (8, 2, 3)
+    assert (microbatch.max_seqlen, microbatch.num_rows, microbatch.num_labels) == (8, 2, 3)
 
 
 def test_types(microbatch):
@@ -41,7 +41,7 @@ def test_context_parallel_shares_make_up_the_whole(microbatch):
     shares = [shard_context_parallel(microbatch, rank, 2) for rank in range(2)]
     assert shares[0].input_ids.tolist() == [[1, 2, PAD, PAD, 6, PAD]]
     assert shares[1].labels.tolist() == [[4, 5, -100, -100, 8, -100]]
-    assert sum(share.num_tokens for share in shares) == microbatch.num_tokens
+    assert sum(len(share.label_positions) for share in shares) == microbatch.num_labels
     for rank, share in enumerate(shares):
         assert torch.equal(share.cu_seqlens, microbatch.cu_seqlens)
         assert (share.max_seqlen, share.num_rows) == (microbatch.max_seqlen, microbatch.num_rows)
@@ -68,10 +68,10 @@ def test_nothing_makes_no_microbatch():
 
 def test_lengthening_appends_a_sequence_of_padding():
     microbatch = collate([sample(5, 6, 7), sample(8)], pad_multiple=2, pad_token_id=1)
-    longer = lengthen(microbatch, 12, pad_token_id=1)
-    assert lengthen(microbatch, 6, pad_token_id=1) is microbatch
+    longer = pad_to(microbatch, 12, pad_token_id=1)
+    assert pad_to(microbatch, 6, pad_token_id=1) is microbatch
     assert longer.total_length == longer.input_ids.shape[1] == 12
     assert longer.cu_seqlens.tolist() == [0, 4, 6, 12] and longer.cu_seqlens.dtype == torch.int32
     assert longer.max_seqlen == 6 and longer.num_rows == 2
-    assert longer.num_tokens == microbatch.num_tokens
+    assert longer.num_labels == microbatch.num_labels
     assert longer.padding_mask[0, 6:].all() and longer.position_ids[0, 6:].tolist() == [0, 1, 2, 3, 4, 5]

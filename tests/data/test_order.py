@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_gkd.data.order import FILLER, SampleOrder, SequentialOrder
+from megatron_gkd.data.order import PADDING_ROW, SampleOrder, SequentialOrder
 
 
 def epoch(order, number):
@@ -55,7 +55,7 @@ def test_without_shuffling_rows_come_in_their_order():
 
 def test_steps_follow_one_another_across_epochs():
     order = SampleOrder([5], [1.0], 0, shuffle=True)
-    rows = [row for step in range(5) for row in order.rows_of_step(step, 3)]
+    rows = [row for step in range(1, 6) for row in order.rows_of_step(step, 3)]
     assert rows == epoch(order, 0) + epoch(order, 1) + epoch(order, 2)
 
 
@@ -76,5 +76,5 @@ def test_an_order_without_rows_is_refused(sizes, weights, message):
 def test_validation_fills_up_its_last_batch():
     order = SequentialOrder(5)
     assert order.num_steps(4) == 2
-    assert order.rows_of_step(0, 4) == [0, 1, 2, 3]
-    assert order.rows_of_step(1, 4) == [4, FILLER, FILLER, FILLER]
+    assert order.rows_of_step(1, 4) == [0, 1, 2, 3]
+    assert order.rows_of_step(2, 4) == [4, PADDING_ROW, PADDING_ROW, PADDING_ROW]

@@ -1,28 +1,43 @@
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_gkd.data.batch_config import BatchConfig
 from megatron_gkd.data.packing import plan_microbatches
 
 MAX_LENGTH = 64
+CONFIG = BatchConfig(
+    global_batch_size=8,
+    micro_batch_size=1,
+    packing=True,
+    max_length=10,
+    dp_rank=0,
+    dp_size=1,
+    cp_rank=0,
+    cp_size=1,
+    pad_multiple=1,
+    pad_token_id=0,
+)
 
 
 @st.composite
 def batches(draw):
-    dp_size, multiple_of = draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    dp_size, multiple = draw(st.integers(1, 4)), draw(st.integers(1, 3))
     micro_batch_size = draw(st.integers(1, 3))
-    rows = dp_size * multiple_of * micro_batch_size * draw(st.integers(1, 6))
+    rows = dp_size * multiple * micro_batch_size * draw(st.integers(1, 6))
     lengths = draw(st.lists(st.integers(1, MAX_LENGTH + 8), min_size=rows, max_size=rows))
-    return lengths, dict(dp_size=dp_size, multiple_of=multiple_of, micro_batch_size=micro_batch_size)
+    return lengths, dict(dp_size=dp_size, microbatch_multiple=multiple, micro_batch_size=micro_batch_size)
 
 
 @given(batches(), st.booleans())
 def test_every_row_once_and_every_rank_the_same_number_of_microbatches(batch, packing):
     lengths, layout = batch
-    plan = plan_microbatches(lengths, packing=packing, max_length=MAX_LENGTH, **layout)
+    plan = plan_microbatches(lengths, replace(CONFIG, packing=packing, max_length=MAX_LENGTH, **layout))
     assert len(plan) == layout["dp_size"]
     assert len({len(bins) for bins in plan}) == 1
-    assert len(plan[0]) % layout["multiple_of"] == 0
+    assert len(plan[0]) % layout["microbatch_multiple"] == 0
     assert sorted(row for bins in plan for bin_ in bins for row in bin_) == list(range(len(lengths)))
     for bin_ in (bin_ for bins in plan for bin_ in bins):
         assert bin_
@@ -33,8 +48,7 @@ def test_every_row_once_and_every_rank_the_same_number_of_microbatches(batch, pa
 
 
 def plan(lengths, **options):
-    options = dict(micro_batch_size=1, packing=True, max_length=10, dp_size=1) | options
-    return plan_microbatches(lengths, **options)
+    return plan_microbatches(lengths, replace(CONFIG, **options))
 
 
 def test_packing_fills_microbatches():
@@ -47,7 +61,7 @@ def test_a_row_that_is_too_long_goes_alone():
 
 def test_bins_are_split_until_every_rank_has_as_many():
     assert plan([2, 2, 2, 2], dp_size=2) == [[[0, 2]], [[1, 3]]]
-    assert plan([1, 1, 1, 1], dp_size=2, multiple_of=2) == [[[0], [2]], [[1], [3]]]
+    assert plan([1, 1, 1, 1], dp_size=2, microbatch_multiple=2) == [[[0], [2]], [[1], [3]]]
 
 
 def test_ranks_get_about_as_many_tokens():
@@ -63,7 +77,7 @@ def test_ranks_get_about_as_many_tokens():
     ("rows", "options", "divisor"),
     [
         (3, dict(dp_size=2), 2),
-        (6, dict(dp_size=2, multiple_of=2), 4),
+        (6, dict(dp_size=2, microbatch_multiple=2), 4),
         (6, dict(dp_size=2, packing=False, micro_batch_size=2), 4),
         (0, {}, 1),
     ],

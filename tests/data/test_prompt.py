@@ -3,7 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from megatron_gkd.data.prompt import PromptLimits, answered, prompt_of
+from megatron_gkd.data.prompt import PromptLimits, extract_prompt, replace_response
 from megatron_gkd.data.sample import FROM_DATASET, Sample, shift_labels
 
 
@@ -22,18 +22,18 @@ def sample(trained):
     ],
 )
 def test_the_prompt_ends_where_the_last_answer_begins(trained, length):
-    assert prompt_of(sample(trained)).tolist() == list(range(10, 10 + length))
+    assert extract_prompt(sample(trained)).tolist() == list(range(10, 10 + length))
 
 
 def test_an_answered_prompt():
     row = replace(sample([0, 0, 0, 1, 1]), row_id=9, teacher_prompt=np.array([5, 6]), tag="math")
-    found = answered(row, [1, 2])
+    found = replace_response(row, [1, 2])
     assert found.input_ids.tolist() == [10, 11, 12, 1, 2] and found.input_ids.dtype == np.int64
     assert found.labels.tolist() == [-100, -100, 1, 2, -100]
     assert (found.source, found.row_id, found.tag) == ("student", 9, "math")
     assert found.teacher_prompt.tolist() == [5, 6]
-    assert prompt_of(found).tolist() == [10, 11, 12]
-    assert (answered(row, [1], trained=False).labels == -100).all()
+    assert extract_prompt(found).tolist() == [10, 11, 12]
+    assert (replace_response(row, [1], trained=False).labels == -100).all()
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from megatron_gkd.data.dataset import build_dataset
-from megatron_gkd.data.prompt import answered
+from megatron_gkd.data.prompt import replace_response
 from megatron_gkd.data.rows import BadRow, parse_row
-from megatron_gkd.data.sample import FROM_DATASET, IGNORE, Sample, shift_labels
+from megatron_gkd.data.sample import FROM_DATASET, IGNORED_LABEL, Sample, shift_labels
 from megatron_gkd.data.teacher_view import teacher_view
 from megatron_gkd.errors import UserError
 
@@ -22,14 +22,14 @@ def sample(trained, teacher_prompt=None):
 
 
 def labels_of(sample):
-    return sample.labels[sample.labels != IGNORE].tolist()
+    return sample.labels[sample.labels != IGNORED_LABEL].tolist()
 
 
 class TestView:
     def test_the_response_stands_behind_the_teachers_prompt(self):
         view = teacher_view(sample([0, 0, 0, 1, 1], [5, 6, 7, 8, 9]))
         assert view.input_ids.tolist() == [5, 6, 7, 8, 9, 13, 14] and view.input_ids.dtype == np.int64
-        assert view.labels.tolist() == [IGNORE] * 4 + [13, 14, IGNORE]
+        assert view.labels.tolist() == [IGNORED_LABEL] * 4 + [13, 14, IGNORED_LABEL]
         assert (view.source, view.row_id, view.teacher_prompt) == (FROM_DATASET, 3, None)
         assert teacher_view(view) is view
 
@@ -40,18 +40,29 @@ class TestView:
     def test_labels_of_earlier_turns_keep_their_place(self):
         row = sample([0, 1, 1, 0, 0, 1, 1, 1], [10, 11, 12, 13, 70, 71, 72])
         view = teacher_view(row)
-        assert view.labels.tolist() == [11, 12, IGNORE, IGNORE, IGNORE, IGNORE, 15, 16, 17, IGNORE]
+        assert view.labels.tolist() == [
+            11,
+            12,
+            IGNORED_LABEL,
+            IGNORED_LABEL,
+            IGNORED_LABEL,
+            IGNORED_LABEL,
+            15,
+            16,
+            17,
+            IGNORED_LABEL,
+        ]
         assert view.input_ids.tolist() == [10, 11, 12, 13, 70, 71, 72, 15, 16, 17]
         assert labels_of(view) == labels_of(row)
 
     def test_an_answer_of_the_student(self):
         row = replace(sample([0, 1, 1, 0, 0, 1, 1], [10, 11, 12, 70]), tag="math")
-        view = teacher_view(answered(row, [1, 2]))
+        view = teacher_view(replace_response(row, [1, 2]))
         assert view.input_ids.tolist() == [10, 11, 12, 70, 1, 2] and labels_of(view) == [1, 2]
         assert (view.source, view.tag) == ("student", "math")
 
     def test_without_labels_there_is_nothing_to_read(self):
-        row = answered(sample([0, 0, 1], [5, 6]), [1, 2], trained=False)
+        row = replace_response(sample([0, 0, 1], [5, 6]), [1, 2], trained=False)
         assert teacher_view(row) is row
 
 
@@ -94,7 +105,7 @@ class TestRows:
         row = chat("one?", "1.", "two?", "2.", "three?", "3.", teacher_prompt="three? 3")
         found, student, teacher = read(row, template, loss_on="all")
         assert teacher == student.replace("three?", "three? 3")
-        assert len(np.flatnonzero(np.diff(np.flatnonzero(found.labels != IGNORE)) > 1)) == 2
+        assert len(np.flatnonzero(np.diff(found.label_positions) > 1)) == 2
 
     def test_a_prompt_alone(self, section, write_jsonl, tokenizer, chat):
         rows = [chat("q", teacher_prompt="q: a"), {"prompt": "q", "teacher_prompt": "a"}, chat("q")]
@@ -107,7 +118,7 @@ class TestRows:
     def test_the_students_answer_is_read_behind_it(self, read, chat, tokenizer):
         found, _, teacher = read(chat("q", "a", teacher_prompt="q: a"))
         reply = tokenizer.encode("b<|im_end|>", add_special_tokens=False)
-        view = teacher_view(answered(found, reply))
+        view = teacher_view(replace_response(found, reply))
         assert tokenizer.decode(view.input_ids) == teacher.replace("\na<", "\nb<") and labels_of(view) == reply
 
     @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from megatron_gkd.data.rows import BadRow, Completion, parse_row
-from megatron_gkd.data.sample import IGNORE
+from megatron_gkd.data.sample import IGNORED_LABEL
 from megatron_gkd.data.template import RowRenderer
 
 QUESTION = {"role": "user", "content": "q"}
@@ -16,9 +16,9 @@ def check_shifted(input_ids, labels):
     """Every label is the next token, and both are int64."""
     assert input_ids.dtype == labels.dtype == np.int64
     assert len(input_ids) == len(labels)
-    trained = labels[:-1] != IGNORE
+    trained = labels[:-1] != IGNORED_LABEL
     np.testing.assert_array_equal(labels[:-1][trained], input_ids[1:][trained])
-    assert labels[-1] == IGNORE
+    assert labels[-1] == IGNORED_LABEL
 
 
 @pytest.fixture

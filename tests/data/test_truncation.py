@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from megatron_gkd.data.sample import IGNORE, shift_labels
+from megatron_gkd.data.sample import IGNORED_LABEL, shift_labels
 from megatron_gkd.data.truncation import truncate
 
 
@@ -14,7 +14,7 @@ def row(*trained):
 def test_a_row_that_fits_is_left_alone():
     input_ids, labels = truncate(*row(8, 9), 10, "delete")
     assert input_ids.tolist() == list(range(10))
-    assert labels[7:].tolist() == [8, 9, IGNORE]
+    assert labels[7:].tolist() == [8, 9, IGNORED_LABEL]
 
 
 def test_delete():
@@ -24,31 +24,31 @@ def test_delete():
 def test_left_keeps_the_response():
     input_ids, labels = truncate(*row(8, 9), 4, "left")
     assert input_ids.tolist() == [6, 7, 8, 9]
-    assert labels.tolist() == [IGNORE, 8, 9, IGNORE]
+    assert labels.tolist() == [IGNORED_LABEL, 8, 9, IGNORED_LABEL]
 
 
 def test_left_cuts_the_end_of_a_response_that_is_too_long_itself():
     input_ids, labels = truncate(*row(5, 6, 7, 8, 9), 4, "left")
     assert input_ids.tolist() == [4, 5, 6, 7]
-    assert labels.tolist() == [5, 6, 7, IGNORE]
+    assert labels.tolist() == [5, 6, 7, IGNORED_LABEL]
 
 
 def test_left_gives_up_earlier_turns_for_the_last_one():
     _, labels = truncate(*row(2, 3, 8, 9), 3, "left")
-    assert labels.tolist() == [8, 9, IGNORE]
+    assert labels.tolist() == [8, 9, IGNORED_LABEL]
 
 
 def test_right():
     input_ids, labels = truncate(*row(5, 6, 7, 8, 9), 7, "right")
     assert input_ids.tolist() == list(range(7))
-    assert labels[4:].tolist() == [5, 6, IGNORE]
+    assert labels[4:].tolist() == [5, 6, IGNORED_LABEL]
 
 
 @pytest.mark.parametrize(("strategy", "length"), [("right", 5), ("left", 1)])
 def test_nothing_of_the_response_may_be_left(strategy, length):
     _, labels = truncate(*row(8, 9), length, strategy)
     assert len(labels) == length
-    assert (labels == IGNORE).all()
+    assert (labels == IGNORED_LABEL).all()
 
 
 def test_the_row_given_is_not_changed():

@@ -1,4 +1,4 @@
-"""The runs that are killed: seven ways to train, with small models and few rows."""
+"""The runs that are killed: eight ways to train, with small models and few rows."""
 
 from __future__ import annotations
 
@@ -110,19 +110,29 @@ CONFIGURATIONS = {
         frozenset({"rollouts", "embedded engine", "completions"}),
     ),
     "steps_ahead 1": Configuration(
-        (SAMPLING, {"rollout": {"engine": "vllm_server", "steps_ahead": 1, "server_timeout_s": 20.0}}),
+        (SAMPLING, {"rollout": {"engine": "vllm_server", "steps_ahead": 1, "vllm_server_timeout_s": 20.0}}),
         frozenset({"rollouts", "servers", "completions"}),
     ),
     "EMA self-teacher": Configuration(
-        ({"teacher": {"kind": "self", "ema": 0.9}}, VALIDATION), frozenset({"validation"}), has_teacher=False
+        ({"teacher": {"teacher_kind": "self", "teacher_ema": 0.9}}, VALIDATION),
+        frozenset({"validation"}),
+        has_teacher=False,
     ),
     "cached teacher": Configuration(
         (
-            {"teacher": {"cache": "cache"}, "distill": {"gkd_logits_topk": K, "gkd_topk_tail": "bucket"}},
+            {"teacher": {"teacher_cache": "cache"}, "distill": {"gkd_logits_topk": K, "gkd_topk_tail": "bucket"}},
             {"parallel": {"context_parallel_size": 2}},
             VALIDATION,
         ),
         frozenset({"validation"}),
         has_teacher=False,
+    ),
+    "LoRA TP2": Configuration(
+        (
+            {"lora": {"lora_rank": 4, "lora_alpha": 8, "lora_dropout": 0.1, "merge_lora": True}},
+            {"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}},
+            VALIDATION,
+        ),
+        frozenset({"validation"}),
     ),
 }

@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import forked_launch
 import yaml
-from faults import launch
 from faults.configurations import CONFIGURATIONS, teacher_model, write_rows
 from faults.injection import Injection
-from faults.launch import Ended, Launch
 from faults.outcome import differences
 from faults.points import Kill, draw
 from faults.student_server import StudentServer
+from forked_launch import Ended, Launch
 
 from megatron_gkd.training.checkpointing.folder import CheckpointFolder
 
@@ -89,11 +89,11 @@ class FaultRuns:
         write_rows(folder)
         recipe = self.configuration.recipe(steps)
         (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-        if "cache" in recipe["teacher"]:
+        if "teacher_cache" in recipe["teacher"]:
             self._score(recipe)
         with self._server() as options:
             whole = self._launch("whole", options, self._injection(None, 0, "whole", 1), 1)
-            ended = launch.run(whole)
+            ended = forked_launch.run(whole)
         _require_success(whole, ended)
         self._training = sum(json.loads(line).get("step_time_s", 0) for line in _lines(folder / "whole/metrics.jsonl"))
         self._startup = ended.seconds - self._training
@@ -117,7 +117,7 @@ class FaultRuns:
                 self._kill_all(output, options, kills, result, sessions)
         except RuntimeError as error:
             result.problems.append(str(error))
-        orphans = launch.orphans_of(sessions)
+        orphans = forked_launch.orphans_of(sessions)
         if orphans:
             result.problems.append(f"processes that outlived their launch: {orphans}")
         if not result.problems:
@@ -133,8 +133,9 @@ class FaultRuns:
             newest = steps[-1] if steps else 0
             kill = next((kill for kill in left if steps or kill.point.phase != "resume"), None)
             number = len(result.kills) + 1
-            made = self._launch(output, options, self._injection(kill, newest, output, number), number)
-            ended = launch.run(made)
+            injection = self._injection(kill, newest, output, number)
+            made = self._launch(output, options, injection, number)
+            ended = forked_launch.run(made)
             sessions.append(ended.session)
             if kill is None:
                 return _require_success(made, ended)
@@ -142,7 +143,7 @@ class FaultRuns:
             result.kills.append(KillResult(kill, not ended.succeeded, newest, seconds=ended.seconds))
             if ended.succeeded:
                 return
-            result.kills[-1].where = _where(made, ended)
+            result.kills[-1].where = _where(made, injection, ended)
             self.report(result.kills[-1])
 
     def _injection(self, kill: Kill | None, newest: int, output: str, number: int) -> Injection:
@@ -159,8 +160,8 @@ class FaultRuns:
             self.configuration.processes,
             self.folder,
             self.folder / f"{output}-logs-{number}",
-            injection,
-            self.timeout,
+            prepare=injection.install,
+            timeout=self.timeout,
         )
 
     @contextlib.contextmanager
@@ -176,14 +177,13 @@ class FaultRuns:
         """Make the teacher's cache."""
         own = {"teacher": {"teacher_model": teacher_model()}}
         (self.folder / "score.yaml").write_text(yaml.safe_dump(recipe | own))
-        arguments = ("score", "score.yaml", "--output", recipe["teacher"]["cache"], "--output_dir", "unused")
+        arguments = ("score", "score.yaml", "--output", recipe["teacher"]["teacher_cache"], "--output_dir", "unused")
         score = Launch(arguments, self.configuration.processes, self.folder, self.folder / "score-logs")
-        _require_success(score, launch.run(score))
+        _require_success(score, forked_launch.run(score))
 
 
-def _where(planned: Launch, ended: Ended) -> dict[str, Any]:
+def _where(planned: Launch, injection: Injection, ended: Ended) -> dict[str, Any]:
     """Return what the killed rank wrote. RuntimeError if the launch ended in any other way than by that kill."""
-    injection = planned.injection
     kill, marker = injection.kill, injection.marker
     was_killed = -signal.SIGKILL in (ended.code, ended.codes.get(kill.rank))
     if ended.timed_out or not was_killed or not marker.exists():
@@ -198,7 +198,7 @@ def _require_success(made: Launch, ended: Ended) -> None:
 
 def _failure(made: Launch, ended: Ended, when: str) -> str:
     what = f"took longer than {made.timeout:g} s" if ended.timed_out else f"ended with {ended.codes or ended.code}"
-    return f"{' '.join(made.arguments)}: {what}, {when}:\n{launch.printed(made)[-_TAIL:]}"
+    return f"{' '.join(made.arguments)}: {what}, {when}:\n{forked_launch.printed(made)[-_TAIL:]}"
 
 
 def _lines(path: Path) -> list[str]:

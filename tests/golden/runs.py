@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import forked_launch
 import yaml
 from checkpoints import tiny_checkpoint
-from faults import launch
 from faults.configurations import teacher_model, write_rows
-from faults.launch import Launch
+from forked_launch import Launch
 
 KEYS = ("loss", "grad_norm", "divergence")
 STEPS = 5
@@ -70,7 +70,7 @@ def numbers_of(name: str, folder: Path) -> list[dict[str, float]]:
     recipe = run.recipe()
     if run.caches_teacher:
         _start(run, folder, recipe, "score", "--output", "cache")
-        recipe["teacher"] = {"cache": "cache"}
+        recipe["teacher"] = {"teacher_cache": "cache"}
     _start(run, folder, recipe, "train")
     lines = (folder / "run/metrics.jsonl").read_text().splitlines()
     records = [record for record in map(json.loads, lines) if "loss" in record]
@@ -81,6 +81,6 @@ def _start(run: GoldenRun, folder: Path, recipe: dict[str, Any], command: str, *
     path = folder / f"{command}.yaml"
     path.write_text(yaml.safe_dump(recipe))
     start = Launch((command, str(path), *arguments), run.processes, folder, folder / f"{command}-logs")
-    ended = launch.run(start)
+    ended = forked_launch.run(start)
     if not ended.succeeded:
-        raise RuntimeError(f"{command} ended with {ended.codes}:\n{launch.printed(start)}")
+        raise RuntimeError(f"{command} ended with {ended.codes}:\n{forked_launch.printed(start)}")

@@ -34,9 +34,9 @@ def test_values_out_of_range(values, start):
 
 
 def test_one_of_two_variables():
-    with pytest.raises(UserError, match="^RANK = 0: WORLD_SIZE is not set; "):
+    with pytest.raises(UserError, match=r"^RANK = 0: WORLD_SIZE is not set; "):
         environment.world_size({"RANK": "0"})
-    with pytest.raises(UserError, match="^WORLD_SIZE = 2: RANK is not set; "):
+    with pytest.raises(UserError, match=r"^WORLD_SIZE = 2: RANK is not set; "):
         environment.world_size({"WORLD_SIZE": "2"})
 
 

@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 from launching import environment, finish, wait_for
-from test_train import workspace  # noqa: F401  (a fixture)
 
 SMALL = ("--dtype", "fp32", "--export_interval", "null")
 
@@ -19,7 +18,7 @@ def start(folder, *arguments):
         return subprocess.Popen(command, cwd=folder, env=variables, stdout=out, stderr=err, start_new_session=True)
 
 
-def test_ctrl_c_saves_a_run_and_the_same_command_continues_it(workspace):  # noqa: F811
+def test_ctrl_c_saves_a_run_and_the_same_command_continues_it(workspace):
     run, metrics = workspace / "runs/x", workspace / "runs/x/metrics.jsonl"
     launcher = start(workspace, "--train_iters", "40", "--lr_decay_style", "constant")
     wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 2, 200)
@@ -37,7 +36,7 @@ def test_ctrl_c_saves_a_run_and_the_same_command_continues_it(workspace):  # noq
     assert [record["step"] for record in records if "split" not in record] == list(range(1, last + 1))
 
 
-def test_a_bad_row_is_one_line_and_2(workspace):  # noqa: F811
+def test_a_bad_row_is_one_line_and_2(workspace):
     with open(workspace / "train.jsonl", "a") as file:
         file.write("{not json\n")
     assert finish(start(workspace), 200) == 2

@@ -10,6 +10,7 @@ import time
 import pytest
 from launching import finish, free_port, is_alive, notes, run, start, wait_for, write_rank
 
+pytestmark = pytest.mark.serial  # what other launchers leave in the temporary folder would count as these tests' own
 WAIT_FOR_A_SIGNAL = """
 received = []
 for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):

@@ -39,7 +39,7 @@ def test_a_given_place_decides(listener):
 
 
 def test_an_unknown_host_is_one_line():
-    with pytest.raises(UserError, match="^--rdzv = host.invalid:29400: the host is not known: .+$"):
+    with pytest.raises(UserError, match=r"^--rdzv = host\.invalid:29400: the host is not known: .+$"):
         meet.is_host("host.invalid", 29400, 0, named_within=0)
 
 

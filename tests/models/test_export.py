@@ -33,7 +33,7 @@ def export_untrained(rank, world_size, model, directory, changes):
     from megatron_gkd.models.export import export_checkpoint
     from megatron_gkd.runtime.mesh import destroy_mesh
 
-    _, student, _, _ = build(model, None, changes | {"teacher": {"kind": "none"}})
+    _, student, _, _ = build(model, None, changes | {"teacher": {"teacher_kind": "none"}})
     export_checkpoint(student.model, directory)
     destroy_mesh()
 
@@ -42,10 +42,10 @@ def train_and_export(rank, world_size, model, teacher, directory, changes):
     """Three steps, an export, and the validation totals of the model that was exported."""
     from training_layouts import recipe_of
 
+    from megatron_gkd.data.batch_config import BatchConfig
     from megatron_gkd.data.loader import validation_batches
     from megatron_gkd.models.export import export_checkpoint
     from megatron_gkd.runtime.mesh import destroy_mesh
-    from megatron_gkd.training.build import batching
 
     mesh, student, teacher, batches = build(model, teacher, changes)
     for microbatches in batches:
@@ -56,9 +56,8 @@ def train_and_export(rank, world_size, model, teacher, directory, changes):
     student.gather_parameters()
     export_checkpoint(student.model, directory)
     totals: dict[str, float] = {}
-    for microbatches in validation_batches(
-        RandomRows(11, seed=9), **batching(recipe_of(changes), mesh, pad_token_id=0)
-    ):
+    config = BatchConfig.from_recipe(recipe_of(changes), mesh, pad_token_id=0)
+    for microbatches in validation_batches(RandomRows(11, seed=9), config):
         with teacher.resident():
             signals = teacher.score(microbatches)
         for name, value in student.evaluate(microbatches, signals).items():
@@ -119,7 +118,7 @@ def test_what_can_not_be_exported_ends_the_run_before_its_first_step(gloo_world,
     (tmp_path / "rows.jsonl").write_text('{"prompt": "w1", "response": "w2"}\n')
     recipe = {
         "student": {"model": str(source)},
-        "teacher": {"kind": "none"},
+        "teacher": {"teacher_kind": "none"},
         "distill": {},
         "parallel": {"tensor_model_parallel_size": 2},
         "data": {"dataset": [str(tmp_path / "rows.jsonl")], "max_length": 64, "dataset_cache_dir": str(tmp_path / "c")},
@@ -171,7 +170,7 @@ def export_into_a_file(rank, world_size, model, directory):
     from megatron_gkd.models.export import export_checkpoint
     from megatron_gkd.runtime.mesh import destroy_mesh
 
-    _, student, _, _ = build(model, None, {"teacher": {"kind": "none"}})
+    _, student, _, _ = build(model, None, {"teacher": {"teacher_kind": "none"}})
     with pytest.raises(UserError) as error:
         export_checkpoint(student.model, directory)
     destroy_mesh()

@@ -7,7 +7,7 @@ from checkpoints import tiny_checkpoint, tiny_tokenizer
 
 from megatron_gkd.errors import UserError
 from megatron_gkd.models.checkpoint import Checkpoint
-from megatron_gkd.models.vocabulary import lay_out_head, require_same_tokenizer, shared_vocab_size
+from megatron_gkd.models.vocabulary import require_same_tokenizer, reshard_head, shared_vocab_size
 
 
 def test_the_shared_ids_are_those_of_the_smaller_embedding():
@@ -34,7 +34,7 @@ def test_same_ids_but_another_segmentation_is_refused():
 def lay_out(rank, world_size, old_rows, new_rows):
     whole = torch.arange(world_size * old_rows * 2, dtype=torch.float32).view(-1, 2)
     shard = whole[rank * old_rows : (rank + 1) * old_rows].clone()
-    laid_out = lay_out_head(shard, new_rows, dist.group.WORLD)
+    laid_out = reshard_head(shard, new_rows, dist.group.WORLD)
     assert (laid_out is shard) == (old_rows == new_rows)
     return laid_out
 

@@ -2,7 +2,7 @@
 
 import json
 import re
-from itertools import islice
+from itertools import islice, pairwise
 
 import pytest
 from quickstart.prepare import (
@@ -70,7 +70,7 @@ def test_slips_are_as_frequent_as_asked_and_carried_on(splits):
     wrong = [value(left) != right for solution in steps for left, right in solution]
     assert abs(sum(wrong) / len(wrong) - SLIPS) < 0.03
     for solution in steps:
-        for (_, result), (following, _) in zip(solution, solution[1:], strict=False):
+        for (_, result), (following, _) in pairwise(solution):
             assert int(re.match(r"\d+", following).group()) == result
     for problem, solution in zip(splits["student_train"], steps, strict=True):
         assert extract_answer(problem.solution) == problem.answer == solution[-1][1]

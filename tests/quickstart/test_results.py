@@ -54,8 +54,8 @@ def test_cross_entropy_is_of_the_solution_and_its_end_of_turn(checkpoints):
 def test_accuracy_counts_the_last_answer_of_each_solution(checkpoints, monkeypatch):
     student, teacher, _ = checkpoints
     problems = [Problem(f"{n}?", f"The answer is {n}.", n) for n in range(4)]
-    said = ["The answer is 0.", "The answer is 1. The answer is 7.", "2", "The answer is 1. The answer is 3."]
-    monkeypatch.setattr("quickstart.evaluate.solve", lambda model, tokenizer, problems: said)
+    texts = ["The answer is 0.", "The answer is 1. The answer is 7.", "2", "The answer is 1. The answer is 3."]
+    monkeypatch.setattr("quickstart.evaluate.solve", lambda model, tokenizer, problems, batch_size: texts)
     assert evaluate(student, teacher, problems).accuracy == 0.5
 
 

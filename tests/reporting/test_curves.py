@@ -59,7 +59,7 @@ def test_gaps_are_left_out(tmp_path, drawn):
 @pytest.mark.parametrize("content", ["", json.dumps({"step": 1, "source": "dataset"}) + "\n"])
 def test_nothing_to_draw(tmp_path, content):
     (tmp_path / "metrics.jsonl").write_text(content)
-    with pytest.raises(UserError, match="metrics.jsonl: no numbers to draw"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl: has no numbers to draw"):
         plot_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
     assert not (tmp_path / "curves.png").exists()
 

@@ -89,9 +89,13 @@ def test_what_is_over_soon_leaves_no_line(capsys, clock):
 
 
 def test_a_phase_that_fails_is_not_done(capsys, clock):
-    with pytest.raises(RuntimeError), phase("Loading x", is_main=True):
-        clock.now += 5
-        raise RuntimeError
+    def fail():
+        with phase("Loading x", is_main=True):
+            clock.now += 5
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert capsys.readouterr() == ("", "")
 
 

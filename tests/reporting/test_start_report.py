@@ -19,8 +19,8 @@ REPORT = StartReport(
     attention="sdpa (torch)",
     student=ModelLine("student", "Qwen/Qwen3-1.7B", "qwen3", 1_720_574_976, trainable=1_720_574_976),
     teachers=[
-        ModelLine("teachers[0]", "Qwen/Qwen3-8B", "qwen3", 8_190_735_360, place="in device memory, of the tag a"),
-        ModelLine("teachers[1]", "http://host:8000", place="a vLLM server, of the tag b"),
+        ModelLine("teachers[0]", "Qwen/Qwen3-8B", "qwen3", 8_190_735_360, location="in device memory, of the tag a"),
+        ModelLine("teachers[1]", "http://host:8000", location="a vLLM server, of the tag b"),
     ],
     rollouts="engine vllm, lmbda 0.5 of each step",
     rows=[

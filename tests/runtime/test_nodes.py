@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 from world import process_queue, start_process
 
-from megatron_gkd.errors import UserError
+from megatron_gkd.errors import GkdError, UserError
 from megatron_gkd.runtime import nodes as module
 from megatron_gkd.runtime.nodes import Nodes
 
@@ -26,7 +26,8 @@ def _rank(rank, world_size, path, leaders, limits, results, calls, args):
     try:
         results.put((rank, globals()[calls](nodes, rank, *args)))
     except BaseException as error:
-        results.put((rank, type(error).__name__, str(error)))
+        shared = "" if getattr(error, "is_shared", True) else ", not shared"
+        results.put((rank, f"{type(error).__name__}{shared}", str(error)))
 
 
 class Ranks:
@@ -129,10 +130,10 @@ def test_a_rank_that_dies_ends_the_wait(ranks, dying):
     answers = ranks.collect(2)
     assert set(answers) == {0, 1, 2} - {dying}
     assert {text for _, text in answers.values()} == {
-        f"rank {dying} on {HOST} has shown no sign of life for 2 s; it has probably died"
+        f"rank {dying} on {HOST} has sent no heartbeat for 2 s; it has probably died"
     }
     # Rank 0 prints what all raise together; if it is the dead one, another has to.
-    assert ("UserError" in {kind for kind, _ in answers.values()}) == (dying == 0)
+    assert ("RunStopped, not shared" in {kind for kind, _ in answers.values()}) == (dying == 0)
 
 
 def _stay_away(nodes, rank):
@@ -144,14 +145,14 @@ def test_a_rank_that_never_comes_ends_the_wait(ranks):
     answers = ranks.collect(3)
     assert answers[2] == (True,)
     assert answers[0][1] == answers[1][1] == "only 2 of 3 ranks came to this point within 0 s"
-    assert {answers[0][0], answers[1][0]} <= {"UserError", "RunStopped"}
+    assert {answers[0][0], answers[1][0]} <= {"RunStopped", "RunStopped, not shared"}
 
 
 def _leave_with_the_store(number, port, results):
     store = dist.TCPStore("127.0.0.1", port, 2, is_master=number == 0)
     try:
         Nodes(store, number, 2, is_leader=False).on_main(lambda: os._exit(7))
-    except UserError as error:
+    except GkdError as error:
         results.put(str(error))
 
 

@@ -1,4 +1,4 @@
-"""The stand-ins compute what the classes they stand in for promise."""
+"""The PyTorch fallback computes what Transformer Engine's classes promise."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def attention(dropout=0.0):
 
     config = TransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=4, attention_dropout=dropout)
     groups = SimpleNamespace(cp=SimpleNamespace(size=lambda: 1, rank=lambda: 0))
-    return TEDotProductAttention(config, 1, AttnMaskType.causal, "self", pg_collection=groups)
+    return TEDotProductAttention(config, attn_mask_type=AttnMaskType.causal, pg_collection=groups)
 
 
 def qkv(queries=6, keys=6, batch=()):
@@ -88,7 +88,7 @@ def test_norms(kind, zero_centered):
 def test_the_package_can_be_imported_by_name():
     import transformer_engine.pytorch
 
-    assert transformer_engine.is_stand_in and isinstance(transformer_engine.pytorch.Linear, type)
+    assert transformer_engine.is_pytorch_fallback and isinstance(transformer_engine.pytorch.Linear, type)
 
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -103,9 +103,13 @@ BF16, FP32 = torch.bfloat16, torch.float32
         ("sdpa", FP32, "sdpa"),
         ("flash", BF16, "flash"),
         ("fused", BF16, "fused"),
-        ("flash", FP32, "train.attn = flash: needs dtype = bf16; auto and sdpa run everywhere"),
-        ("fused", FP32, "train.attn = fused: needs dtype = bf16; auto and sdpa run everywhere"),
-        ("unfused", BF16, "train.attn = unfused: is no attention for packed rows; auto and sdpa run everywhere"),
+        ("flash", FP32, "train.attention_backend = flash: needs dtype = bf16; auto and sdpa run everywhere"),
+        ("fused", FP32, "train.attention_backend = fused: needs dtype = bf16; auto and sdpa run everywhere"),
+        (
+            "unfused",
+            BF16,
+            "train.attention_backend = unfused: is no attention for packed rows; auto and sdpa run everywhere",
+        ),
     ],
 )
 def test_what_attention_runs_on_a_gpu_with_transformer_engine(attn, dtype, chosen, monkeypatch):
@@ -125,7 +129,7 @@ def test_flash_attention_without_what_it_needs_is_refused(on_host, what, monkeyp
 
     monkeypatch.setattr(transformer_engine, "is_real", lambda: False)
     monkeypatch.setattr(transformer_engine.portability, "builds_on_host", lambda: on_host)
-    with pytest.raises(UserError, match=f"train.attn = flash: needs {what}"):
+    with pytest.raises(UserError, match=f"train.attention_backend = flash: needs {what}"):
         transformer_engine.choose_attention("flash", BF16)
     assert transformer_engine.choose_attention("auto", BF16) == "auto", "the fallback's"
 

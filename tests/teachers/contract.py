@@ -31,7 +31,7 @@ from layouts import DENSE
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megatron_gkd.data.sample import IGNORE, Sample, shift_labels
+from megatron_gkd.data.sample import Sample, shift_labels
 
 CHECKPOINT = functools.partial(tiny_checkpoint, "qwen3", seed=5, head_dim=32)  # the smallest that vLLM has on a CPU
 LAYOUTS = ["micro batch 2", "TP2+SPxCP2", "TP2xPP2"]
@@ -106,11 +106,11 @@ def in_every_rank(gloo_world, name: str, answers_of: Callable, *args) -> list[An
 
 def microbatches_of(mesh) -> list:
     """`MICROBATCHES` as the loader cuts them for this rank; the first has a sequence of padding at its end."""
-    from megatron_gkd.data.microbatch import collate, lengthen, shard_context_parallel
+    from megatron_gkd.data.microbatch import collate, pad_to, shard_context_parallel
 
     multiple = mesh.layout.pad_multiple
     whole = [collate(samples, pad_multiple=multiple, pad_token_id=0) for samples in MICROBATCHES.values()]
-    whole[0] = lengthen(whole[0], whole[0].total_length + 4 * multiple, pad_token_id=0)
+    whole[0] = pad_to(whole[0], whole[0].total_length + 4 * multiple, pad_token_id=0)
     return [shard_context_parallel(one, mesh.cp.rank(), mesh.cp.size()) for one in whole]
 
 
@@ -134,12 +134,12 @@ def answer(teacher, mesh) -> Answers:
 
 def tell(signal, microbatch, mesh) -> list[Told] | None:
     """The signal in one form, whatever it is: one entry for each part that says something."""
-    from megatron_gkd.data.label_numbers import label_numbers
+    from megatron_gkd.data.label_indices import local_label_indices
     from megatron_gkd.teachers.base import Hidden, Parts
 
     if signal is None:
         return None
-    numbers = label_numbers(microbatch, mesh.cp.rank(), mesh.cp.size())
+    numbers = local_label_indices(microbatch, mesh.cp.rank(), mesh.cp.size())
     parts = [(part.rows, part.signal) for part in signal.parts] if isinstance(signal, Parts) else [(..., signal)]
     told = []
     for rows, part in parts:
@@ -181,7 +181,7 @@ class TeacherContract:
     @classmethod
     def log_probs(cls, sample: Sample) -> Tensor:
         """fp64 [n, V]: what the teacher should say of the sample's n labels."""
-        return transformers_log_probs(CHECKPOINT(), sample.input_ids, np.flatnonzero(sample.labels != IGNORE))
+        return transformers_log_probs(CHECKPOINT(), sample.input_ids, sample.label_positions)
 
     def test_there_is_a_signal_for_every_microbatch_on_the_last_stage_and_nowhere_else(self, answers):
         for rank in answers:
@@ -193,7 +193,7 @@ class TeacherContract:
     @pytest.mark.parametrize("name", MICROBATCHES)
     def test_every_label_has_one_row_on_one_context_parallel_rank(self, answers, name):
         """And on all tensor-parallel ranks of it."""
-        count = sum(int((one.labels != IGNORE).sum()) for one in MICROBATCHES[name])
+        count = sum(one.num_labels for one in MICROBATCHES[name])
         for tensor_rank in range(answers[0].sizes[0]):
             numbers = [
                 told.numbers for rank, parts in last_stages(answers, name) if rank[0] == tensor_rank for told in parts

@@ -49,13 +49,19 @@ def check_rows_of_several_recipes(rank, world_size):
     from megatron_gkd.config.schema import TeacherSection
     from megatron_gkd.training.build_teacher import check_rows
 
-    dynamic = TeacherSection(kind="self")
+    dynamic = TeacherSection(teacher_kind="self")
     check_rows(dynamic, Rows(0, 7))
-    for other in ({"kind": "self", "teacher_model": "x"}, {"kind": "self", "ema": 0.9}, {"teacher_model": "x"}):
+    for other in (
+        {"teacher_kind": "self", "teacher_model": "x"},
+        {"teacher_kind": "self", "teacher_ema": 0.9},
+        {"teacher_model": "x"},
+    ):
         check_rows(TeacherSection(**other), Rows(0, 0))
     check_rows(dynamic, Rows(0, 0))
 
 
 def test_the_current_weights_alone_have_nothing_to_teach(gloo_world):
-    with pytest.raises(UserError, match="teacher.kind = self: no row of data.dataset has a teacher_prompt, without"):
+    with pytest.raises(
+        UserError, match="teacher.teacher_kind = self: no row of data.dataset has a teacher_prompt, without"
+    ):
         gloo_world(1).run(check_rows_of_several_recipes)

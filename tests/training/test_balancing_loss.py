@@ -33,7 +33,7 @@ def gradients_of_transformers(path, rows: RandomRows) -> dict[str, torch.Tensor]
             lambda gate, args: routed.append(F.linear(args[0].reshape(-1, args[0].shape[-1]), gate.weight))
         )
     order = SampleOrder(rows.sizes, [1.0], seed=1234, shuffle=True)
-    samples = [rows[row] for row in order.rows_of_step(0, RECIPE["train"]["global_batch_size"])]
+    samples = [rows[row] for row in order.rows_of_step(1, RECIPE["train"]["global_batch_size"])]
     labels = [torch.from_numpy(sample.labels) for sample in samples]
     total = sum(int((one != -100).sum()) for one in labels)
     loss = 0.0
@@ -48,7 +48,7 @@ def gradients_of_transformers(path, rows: RandomRows) -> dict[str, torch.Tensor]
 
 
 def changes(layout: str = "") -> dict[str, dict]:
-    section = {"teacher": {"kind": "none", "teacher_model": None}, "train": {"moe_aux_loss_coeff": COEFFICIENT}}
+    section = {"teacher": {"teacher_kind": "none", "teacher_model": None}, "train": {"moe_aux_loss_coeff": COEFFICIENT}}
     return section | (MOE[layout][1] if layout else {})
 
 

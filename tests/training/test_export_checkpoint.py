@@ -11,7 +11,7 @@ from training_layouts import build, recipe_of
 
 from megatron_gkd.errors import RunStopped
 
-PLAIN = {"teacher": {"kind": "none", "teacher_model": None}}
+PLAIN = {"teacher": {"teacher_kind": "none", "teacher_model": None}}
 
 
 def save_and_export(rank, world_size, model, changes, directory):

@@ -12,7 +12,6 @@ from types import SimpleNamespace
 from unittest import mock
 
 import httpx
-import numpy as np
 import pytest
 import torch
 from checkpoints import tiny_checkpoint, tiny_tokenizer
@@ -26,9 +25,9 @@ from world import World
 
 from megatron_gkd.config.schema import RolloutSection
 from megatron_gkd.data.rows import parse_row
-from megatron_gkd.data.sample import IGNORE
+from megatron_gkd.data.sample import IGNORED_LABEL
 from megatron_gkd.data.template import RowRenderer
-from megatron_gkd.errors import UserError
+from megatron_gkd.errors import GkdError, UserError
 from megatron_gkd.rollout.base import Sampling
 from megatron_gkd.training.generated_file import GeneratedFile
 
@@ -38,13 +37,22 @@ ROLLOUT = {"max_completion_length": 9, "rollout_temperature": 1.3}
 CHECKPOINT = functools.partial(tiny_checkpoint, "qwen3_tied", seed=2, num_hidden_layers=2)
 
 
+def generator_and_formatter(recipe, mesh, rows, engine):
+    from megatron_gkd.training.build import sampling_of
+    from megatron_gkd.training.completion_sampler import CompletionSampler
+    from megatron_gkd.training.generated_rows import ResponseGenerator, RowFormatter
+
+    sampler = CompletionSampler(engine, sampling_of(recipe.rollout), mesh.dp)
+    return ResponseGenerator(recipe, rows, sampler, N), RowFormatter(recipe, rows, tiny_tokenizer(), "model")
+
+
 def write(rank, world_size, checkpoint, changes, path, chunk_rows=7, count=COUNT):
     """What `megatron-gkd generate` does, from random rows."""
     from megatron_gkd.models.checkpoint import Checkpoint
     from megatron_gkd.models.megatron_model import BuildOptions, MegatronModel
     from megatron_gkd.rollout.megatron.engine import MegatronEngine
     from megatron_gkd.runtime.mesh import Layout, destroy_mesh, initialize_mesh
-    from megatron_gkd.training.generate import Answers, settings_of, write_answers
+    from megatron_gkd.training.generate import settings_of, write_responses
 
     recipe = recipe_of(changes)
     rollout = recipe.rollout.model_copy(update=ROLLOUT | changes.get("rollout", {}))
@@ -54,7 +62,7 @@ def write(rank, world_size, checkpoint, changes, path, chunk_rows=7, count=COUNT
     rows = RandomRows(count=count)
     file = GeneratedFile(path, chunk_rows, settings_of(recipe, "model", N, rows))
     try:
-        write_answers(file, Answers(recipe, mesh, rows, MegatronEngine(model, EOS), tiny_tokenizer(), N, "model"))
+        write_responses(file, *generator_and_formatter(recipe, mesh, rows, MegatronEngine(model, EOS)), mesh)
     finally:
         destroy_mesh()
 
@@ -76,7 +84,7 @@ def test_every_prompt_has_its_answers_in_order_by_seeds_of_their_own(whole):
     data = RandomRows(count=COUNT)
     for row in rows:
         sample = data[row["row"]]
-        assert row["prompt_token_ids"] == sample.input_ids[: np.flatnonzero(sample.labels != IGNORE)[0] + 1].tolist()
+        assert row["prompt_token_ids"] == sample.input_ids[: sample.label_positions[0] + 1].tolist()
         assert 1 <= len(row["response_token_ids"]) <= 9
         assert (row["finish_reason"] == "stop") == (row["response_token_ids"][-1] in EOS)
         assert row["prompt"] == tiny_tokenizer().decode(row["prompt_token_ids"]) and row["model"] == "model"
@@ -97,13 +105,13 @@ def test_rows_of_ids_become_samples_as_they_are(whole):
         input_ids, labels = render(parse_row(row))
         start = len(row["prompt_token_ids"])
         assert input_ids.tolist() == row["prompt_token_ids"] + row["response_token_ids"]
-        assert labels.tolist() == [IGNORE] * (start - 1) + row["response_token_ids"] + [IGNORE]
+        assert labels.tolist() == [IGNORED_LABEL] * (start - 1) + row["response_token_ids"] + [IGNORED_LABEL]
 
 
 @pytest.mark.parametrize("truncated", ["mask", "drop"])
 def test_truncated_answers_are_masked_or_left_out(truncated, gloo_world, whole, tmp_path):
     path = tmp_path / "answers.jsonl"
-    gloo_world(1).run(write, CHECKPOINT(), {"rollout": {"truncated": truncated}}, path)
+    gloo_world(1).run(write, CHECKPOINT(), {"rollout": {"truncated_completions": truncated}}, path)
     kept = read(whole)
     expected = [row | ({"masked": True} if row["finish_reason"] == "length" else {}) for row in kept]
     if truncated == "drop":
@@ -150,21 +158,21 @@ def answer_by_servers(rank, world_size, checkpoint, folder):
     """Answers of the student by servers that hold other weights, one of which is paused; and what these hold then."""
     from megatron_gkd.models.checkpoint import Checkpoint
     from megatron_gkd.runtime.mesh import Layout, destroy_mesh, initialize_mesh
-    from megatron_gkd.training.generate import build_engine_of
+    from megatron_gkd.training.generation_engine import build_generation_engine
 
     fakes = {"one": FakeVllm(), "two": FakeVllm()}
     fakes["one"].weights = {"model.norm.weight": torch.full((32,), 7.0)}
     fakes["two"].pause()
     urls = [f"http://{host}:1" for host in fakes]
     rollout = {"engine": "vllm_server", "vllm_server_urls": urls, "weight_sync_dir": str(folder)}
-    rollout |= {"server_patience_s": 0.2}
+    rollout |= {"vllm_server_max_downtime_s": 0.2}
     recipe = recipe_of({}).model_copy(update={"rollout": RolloutSection(**rollout)})
     mesh = initialize_mesh(Layout.from_section(recipe.parallel), recipe.train.seed)
     client = httpx.Client
     try:
         with mock.patch.object(httpx, "Client", lambda **_: client(transport=transport(fakes))):
             models = SimpleNamespace(student=Checkpoint.open(str(checkpoint)))
-            engine = build_engine_of("student", recipe, mesh, models)
+            engine = build_generation_engine("student", recipe, mesh, models)
         engine.generate([[5, 6]] * 8, ALL, list(range(8)))
         engine.close()
     finally:
@@ -187,28 +195,29 @@ def verify_chunks(rank, world_size, checkpoint, path, url, swapped):
     from megatron_gkd.models.megatron_model import BuildOptions, MegatronModel
     from megatron_gkd.rollout.megatron.engine import MegatronEngine
     from megatron_gkd.runtime.mesh import Layout, destroy_mesh, initialize_mesh
-    from megatron_gkd.training.generate import Answers, _verify_teacher, settings_of, write_answers
+    from megatron_gkd.training.generate import settings_of, verify_teacher, write_responses
 
     recipe = recipe_of({"teacher": {"teacher_model": None, "teacher_model_server": url}})
     recipe = recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update=ROLLOUT)})
     mesh = initialize_mesh(Layout.from_section(recipe.parallel), recipe.train.seed)
     try:
-        verify = _verify_teacher(recipe, mesh, tiny_tokenizer())
+        verify = verify_teacher(recipe, mesh, tiny_tokenizer())
         model = MegatronModel.load(Checkpoint.open(str(checkpoint)), mesh, BuildOptions())
         rows = RandomRows(count=COUNT)
-        answers = Answers(recipe, mesh, rows, MegatronEngine(model, EOS), tiny_tokenizer(), N, "model")
-        made = answers.of
+        generator, formatter = generator_and_formatter(recipe, mesh, rows, MegatronEngine(model, EOS))
+        generate = generator.generate
 
-        def answer(rows):
+        def generate_after_swap(rows):
             if 7 in rows:  # of the second chunk
                 swapped.touch()
                 while not swapped.with_suffix(".done").exists():
                     time.sleep(0.01)
-            return made(rows)
+            return generate(rows)
 
-        answers.of = answer
-        write_answers(GeneratedFile(path, 7, settings_of(recipe, "model", N, rows)), answers, verify)
-    except UserError as error:
+        generator.generate = generate_after_swap
+        file = GeneratedFile(path, 7, settings_of(recipe, "model", N, rows))
+        write_responses(file, generator, formatter, mesh, verify)
+    except GkdError as error:
         return str(error)
     finally:
         destroy_mesh()
@@ -266,6 +275,6 @@ class TestFile:
 
     def test_a_file_of_another_origin_stays_as_it_is(self, tmp_path):
         (tmp_path / "x.jsonl").write_text("mine\n")
-        with pytest.raises(UserError, match="exists, and not by generate"):
+        with pytest.raises(UserError, match="exists, and was not written by generate"):
             self.file(tmp_path).resume()
         assert (tmp_path / "x.jsonl").read_text() == "mine\n"

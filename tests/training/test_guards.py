@@ -107,9 +107,9 @@ def test_which_teachers_begin_as_the_student(tmp_path):
 
     assert begins({"teacher": same}, teacher_model="x")
     assert not begins({"teacher": other}, teacher_model="x")
-    assert begins({}, kind="self")
-    assert not begins({}, teacher_model_server="http://host:1") and not begins({}, kind="none")
-    two = [{"tags": "a", "teacher_model": "x"}, {"tags": "b", "kind": "self"}]
+    assert begins({}, teacher_kind="self")
+    assert not begins({}, teacher_model_server="http://host:1") and not begins({}, teacher_kind="none")
+    two = [{"tags": "a", "teacher_model": "x"}, {"tags": "b", "teacher_kind": "self"}]
     assert begins({"teacher.teachers[0]": same}, teachers=two)
     assert not begins({"teacher.teachers[0]": other}, teachers=two)
 

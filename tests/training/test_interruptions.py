@@ -14,7 +14,7 @@ STOPPED = "stopped after step 2 of 3"
 
 def train_until_interrupted(rank, world_size, model, directory, cause, keeps_checkpoints):
     """Interrupt the last rank in step 2 of 3. Returns the error's type, text and exit code."""
-    from megatron_gkd.errors import UserError
+    from megatron_gkd.errors import GkdError
     from megatron_gkd.runtime.mesh import destroy_mesh
     from megatron_gkd.runtime.signals import StopSignals
     from megatron_gkd.runtime.time_limit import TimeLimit
@@ -50,7 +50,7 @@ def train_until_interrupted(rank, world_size, model, directory, cause, keeps_che
         try:
             trainer.run()
             found = None
-        except UserError as error:
+        except GkdError as error:
             found = type(error).__name__, str(error), error.exit_code
     destroy_mesh()
     return found, len(records)

@@ -19,7 +19,7 @@ def bytes_held(rank, world_size, model, changes):
     from megatron_gkd.runtime.mesh import destroy_mesh
     from megatron_gkd.training.checkpointing.workarounds import adam_states
 
-    _, student, teacher, batches = build_with_random_b(model, None, changes | {"teacher": {"kind": "none"}})
+    _, student, teacher, batches = build_with_random_b(model, None, changes | {"teacher": {"teacher_kind": "none"}})
     before = {name: tensor.clone() for name, tensor in student.model.base_tensors()}
     for microbatches in batches:
         student.compute_gradients(microbatches, [None] * len(microbatches))
@@ -85,7 +85,7 @@ def test_the_base_as_teacher_needs_no_second_copy(layout, gloo_world, tmp_path):
     expected, found = (gloo_world(size).run(train_with, path, teacher, changes) for teacher in (copy, path))
     assert expected[0]["kind"] == "LocalTeacher" and found[0]["kind"] == "SelfTeacher"
     assert [one["records"] for one in found] == [one["records"] for one in expected]
-    fixed = {"teacher": {"kind": "self", "teacher_model": str(path)}}
+    fixed = {"teacher": {"teacher_kind": "self", "teacher_model": str(path)}}
     opsd = gloo_world(size).run(train_with, path, None, changes | fixed)
     assert [one["records"] for one in opsd] == [one["records"] for one in expected]
 
@@ -149,15 +149,15 @@ def answering_model(rank, world_size, model, folder, changes):
     from megatron_gkd.models.adapter_export import export_adapters
     from megatron_gkd.models.checkpoint import Checkpoint
     from megatron_gkd.runtime.mesh import destroy_mesh
-    from megatron_gkd.training.generate import build_engine_of
+    from megatron_gkd.training.generation_engine import build_generation_engine
 
-    plain = {"teacher": {"kind": "none"}, "student": {"model": str(model)}}
+    plain = {"teacher": {"teacher_kind": "none"}, "student": {"model": str(model)}}
     mesh, student, _, _ = build_with_random_b(model, None, changes | plain)
     export_adapters(student.model, folder)
     expected = {name: tensor.clone() for name, tensor in student.model.named_tensors()}
     recipe = recipe_of(changes | plain | {"lora": changes["lora"] | {"adapters": str(folder)}})
     models = SimpleNamespace(student=Checkpoint.open(str(model)), teachers={})
-    engine = build_engine_of("student", recipe, mesh, models)
+    engine = build_generation_engine("student", recipe, mesh, models)
     found = {name: tensor.clone() for name, tensor in engine.model.named_tensors()}
     destroy_mesh()
     return expected, found

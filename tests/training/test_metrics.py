@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_gkd.training.metrics import MismatchWarning, describe_rollouts
-from megatron_gkd.training.on_policy import RolloutReport
+from megatron_gkd.training.rollout_report import RolloutReport
 
 
 def test_a_mismatch_is_told_once_in_a_while():
@@ -24,7 +24,7 @@ def test_without_a_threshold_nothing_is_told():
 def report(staleness: float) -> RolloutReport:
     counts = {"student_rows": 2, "dataset_rows": 0, "tokens": 10, "truncated": 0}
     return RolloutReport(
-        **counts, seconds=1.0, generation_seconds=1.0, staleness=staleness, log_prob=-20.0, answers={}, bins=[]
+        **counts, seconds=1.0, generation_seconds=1.0, staleness=staleness, log_prob=-20.0, sampled={}, bins=[]
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,11 +12,12 @@ from layouts import DENSE, MOE, PP2, SP, TP2
 from rows import RandomRows
 from training_layouts import build, named_gradients, recipe_of
 
-from megatron_gkd.data.cutting import Cutting
-from megatron_gkd.data.policy import OnPolicy
+from megatron_gkd.data.batch_config import BatchConfig
+from megatron_gkd.data.lambda_schedule import LambdaSchedule
 from megatron_gkd.errors import UserError
 from megatron_gkd.rollout.base import Completion, RolloutFailed, Sampling
-from megatron_gkd.training.on_policy import Rollouts
+from megatron_gkd.training.on_policy import RolloutOptions, Rollouts
+from megatron_gkd.training.step_prompts import StepPrompts
 
 STEPS = 3
 
@@ -33,29 +35,24 @@ def train_on_policy(rank, world_size, student, teacher, changes, lmbda, granular
     from megatron_gkd.rollout.megatron.engine import MegatronEngine
     from megatron_gkd.runtime.mesh import destroy_mesh
     from megatron_gkd.teachers.base import FollowsStudent
-    from megatron_gkd.training.build import batching
-    from megatron_gkd.training.completions import Completions
+    from megatron_gkd.training.completion_recorder import CompletionRecorder
 
     rows = rows or RandomRows(count=24)
     mesh, student, teacher, batches = build(student, teacher, changes, rows)
-    cut = batching(recipe_of(changes), mesh, pad_token_id=0)
-    rollouts = Rollouts(
-        MegatronEngine(student.model, [3]),
-        OnPolicy(lmbda, granularity, seed=7),
+    prompts = StepPrompts(
         rows,
         SampleOrder(rows.sizes, [1.0], seed=1234, shuffle=True),
-        Cutting(**{name: value for name, value in cut.items() if name != "global_batch_size"}),
-        Sampling(max_completion_length=9, temperature=1.3),
-        global_batch_size=cut["global_batch_size"],
-        truncated="keep",
-        dp=mesh.dp,
+        LambdaSchedule(lmbda, granularity, seed=7),
+        BatchConfig.from_recipe(recipe_of(changes), mesh, pad_token_id=0),
     )
-    completions = Completions(mesh, tiny_tokenizer(), interval=1)
+    options = RolloutOptions(Sampling(max_completion_length=9, temperature=1.3))
+    rollouts = Rollouts(MegatronEngine(student.model, [3]), prompts, options, mesh.dp)
+    completions = CompletionRecorder(mesh, tiny_tokenizer(), interval=1)
     records = []
-    for step, offline in enumerate(batches):
+    for step, offline in enumerate(batches, start=1):
         microbatches, report, record = offline, None, {}
-        if rollouts.due(step):
-            rollouts.engine.load_weights(student.model.named_tensors(), version=step)
+        if prompts.is_on_policy(step):
+            rollouts.engine.load_weights(student.model.named_tensors(), version=step - 1)
             microbatches, report = rollouts.microbatches(step)
             record = {"tokens": report.tokens, "student_rows": report.student_rows, "log_prob": report.log_prob}
         with teacher.resident():
@@ -63,7 +60,7 @@ def train_on_policy(rank, world_size, student, teacher, changes, lmbda, granular
         totals = student.compute_gradients(microbatches, signals, force_all_reduce=True)
         gradient = named_gradients(student)
         if report is not None:
-            record["completions"] = completions.of_step(step + 1, report, microbatches, student.token_divergence)
+            record["completions"] = completions.of_step(step, report, microbatches, student.token_divergence)
         record |= {"totals": totals, "gradient": gradient if rank == 0 else None, "grad_norm": student.update()}
         if isinstance(teacher, FollowsStudent):
             teacher.after_update()
@@ -86,11 +83,11 @@ LAYOUTS = [
     *(("dense", name) for name in ("TP2+SP", "PP2", "CP2", "DP2", "TP2xPP2", "CP2xDP2, packed")),
     *(("mixture", name) for name in ("EP2", "TP2+SPxEP2")),
 ]
-CASES = [(*layout, *policy) for layout in LAYOUTS for policy in (ALWAYS, BY_ROW)]
+CASES = [(*layout, *lambda_schedule) for layout in LAYOUTS for lambda_schedule in (ALWAYS, BY_ROW)]
 CASES += [("dense", name, *BY_STEP) for name in ("DP2", "TP2xPP2")]
 REPLICAS = {"TP2+SPxPP2xDP2": (8, {"parallel": TP2 | SP | PP2})}
 """Tensor-parallel ranks, stages and replicas at once: none may wait for one that took the other branch."""
-LARGE = [("dense", name, *policy) for name in REPLICAS for policy in (BY_STEP, BY_ROW)]
+LARGE = [("dense", name, *lambda_schedule) for name in REPLICAS for lambda_schedule in (BY_STEP, BY_ROW)]
 
 
 @pytest.mark.parametrize(("kind", "layout", "lmbda", "granularity"), CASES + LARGE)
@@ -120,7 +117,10 @@ def test_every_layout_equals_one_process(kind, layout, lmbda, granularity, gloo_
 
 def test_there_are_steps_of_every_kind(one_process):
     """Of the dataset alone, of the student alone, and with so few rows of the student's that a replica has none."""
-    rows = {policy: [r.get("student_rows", 0) for r in one_process("dense", *policy)] for policy in (BY_STEP, BY_ROW)}
+    rows = {
+        lambda_schedule: [r.get("student_rows", 0) for r in one_process("dense", *lambda_schedule)]
+        for lambda_schedule in (BY_STEP, BY_ROW)
+    }
     assert set(rows[BY_STEP]) == {0, 4} and 1 in rows[BY_ROW] and 3 in rows[BY_ROW]
 
 
@@ -144,8 +144,8 @@ def test_the_engine_and_the_trainer_agree_about_the_samples(one_process):
         assert -record["log_prob"] == pytest.approx(record["totals"]["student_cross_entropy"], rel=1e-5)
 
 
-class Parrot:
-    """An engine that repeats the prompt's last token; odd seeds don't find an end."""
+class RepeatingEngine:
+    """An engine that repeats the prompt's last token; completions of odd seeds are truncated."""
 
     def __init__(self):
         self.calls, self.version = [], 0
@@ -164,7 +164,7 @@ class Parrot:
         ]
 
 
-class Alone:
+class SingleRank:
     """The data-parallel group of one process, for `all_gather_object` of one."""
 
     def rank(self):
@@ -174,119 +174,114 @@ class Alone:
         return 1
 
 
-CUTTING = Cutting(
-    micro_batch_size=1, packing=False, max_length=64, dp_rank=0, dp_size=1, cp_rank=0, cp_size=1, pad_multiple=1,
+CONFIG = BatchConfig(
+    global_batch_size=8, micro_batch_size=1, packing=False, max_length=64, dp_rank=0, dp_size=1, cp_rank=0, cp_size=1, pad_multiple=1,
     pad_token_id=0,
 )  # fmt: skip
 
 
-def rollouts_of(monkeypatch, rows=None, truncated="keep", lmbda=1.0, granularity="step", cutting=CUTTING):
+def build_rollouts(monkeypatch, rows=None, schedule=(1.0, "step"), config=CONFIG, dp=None, **options):
+    """Return rollouts in this process; `options` are those of `RolloutOptions`, and `teacher_max_length`."""
     from megatron_gkd.data.order import SampleOrder
 
     monkeypatch.setattr("torch.distributed.all_gather_object", lambda into, value, group: into.__setitem__(0, value))
     rows = rows or RandomRows(count=8)
-    return Rollouts(
-        Parrot(),
-        OnPolicy(lmbda, granularity, seed=3),
-        rows,
-        SampleOrder(rows.sizes, [1.0], seed=1, shuffle=False),
-        cutting,
-        Sampling(max_completion_length=4),
-        global_batch_size=8,
-        truncated=truncated,
-        dp=Alone(),
-    )
+    order = SampleOrder(rows.sizes, [1.0], seed=1, shuffle=False)
+    limit = options.pop("teacher_max_length", None)
+    prompts = StepPrompts(rows, order, LambdaSchedule(*schedule, seed=3), config, limit)
+    options = {"sampling": Sampling(max_completion_length=4)} | options
+    return Rollouts(RepeatingEngine(), prompts, RolloutOptions(**options), dp or SingleRank())
 
 
 def test_samples_carry_the_answers_and_seeds_differ(monkeypatch):
-    rollouts = rollouts_of(monkeypatch)
-    microbatches, report = rollouts.microbatches(0)
+    rollouts = build_rollouts(monkeypatch)
+    microbatches, report = rollouts.microbatches(1)
     assert (report.student_rows, report.dataset_rows, report.tokens) == (8, 0, 32)
     assert len(set(rollouts.engine.calls[0][1])) == 8
     rollouts.engine.version = 1
-    rollouts.microbatches(1)
+    rollouts.microbatches(2)
     assert set(rollouts.engine.calls[0][1]).isdisjoint(rollouts.engine.calls[1][1])
     assert not any(microbatch.from_dataset.any() for microbatch in microbatches)
-    assert sum(microbatch.num_tokens for microbatch in microbatches) == 32
+    assert sum(microbatch.num_labels for microbatch in microbatches) == 32
     assert report.record()["source"] == "student"
 
 
 @pytest.mark.parametrize(("truncated", "tokens", "empty_rows"), [("keep", 32, 0), ("mask", None, 0), ("drop", None, 1)])
 def test_truncated_completions(truncated, tokens, empty_rows, monkeypatch):
-    microbatches, report = rollouts_of(monkeypatch, truncated=truncated).microbatches(0)
+    microbatches, report = build_rollouts(monkeypatch, truncated=truncated).microbatches(1)
     assert 0 < report.truncated < 8 and len(microbatches) == 8
     expected = tokens if tokens is not None else 32 - 4 * report.truncated
-    assert sum(microbatch.num_tokens for microbatch in microbatches) == expected == -report.log_prob
+    assert sum(microbatch.num_labels for microbatch in microbatches) == expected == -report.log_prob
     one_token = [microbatch for microbatch in microbatches if microbatch.total_length == 1]
     assert len(one_token) == empty_rows * report.truncated
 
 
 def test_rows_mix_and_keep_their_place(monkeypatch):
-    rollouts = rollouts_of(monkeypatch, lmbda=0.5, granularity="row")
-    microbatches, report = rollouts.microbatches(0)
+    rollouts = build_rollouts(monkeypatch, schedule=(0.5, "row"))
+    microbatches, report = rollouts.microbatches(1)
     assert report.record()["source"] == "mixed" and report.student_rows + report.dataset_rows == 8
     assert sum(bool(microbatch.from_dataset.any()) for microbatch in microbatches) == report.dataset_rows
 
 
 def test_a_completion_is_cut_to_the_longest_sequence(monkeypatch):
-    cutting = Cutting(**{**vars(CUTTING), "max_length": 10})
+    config = replace(CONFIG, max_length=10)
     rows = RandomRows(count=8, longest=20)
-    microbatches, report = rollouts_of(monkeypatch, rows, cutting=cutting).microbatches(0)
+    microbatches, report = build_rollouts(monkeypatch, rows, config=config).microbatches(1)
     assert max(microbatch.total_length for microbatch in microbatches) <= 10
 
 
 def test_samples_of_older_weights_than_allowed_are_refused(monkeypatch):
-    rollouts = rollouts_of(monkeypatch)
+    rollouts = build_rollouts(monkeypatch)
     with pytest.raises(RolloutFailed, match="step 3: a sample is of the student after 0 updates; allowed are 2 to 2"):
-        rollouts.microbatches(2)
-    rollouts.steps_ahead, rollouts.engine.version = 1, 1
-    assert rollouts.microbatches(2)[1].record()["staleness"] == 1
+        rollouts.microbatches(3)
+    rollouts = build_rollouts(monkeypatch, steps_ahead=1)
+    rollouts.engine.version = 1
+    assert rollouts.microbatches(3)[1].record()["staleness"] == 1
 
 
 def test_an_id_that_the_teacher_can_not_read_is_never_trained_on(monkeypatch):
     """Even if a server ignores which ids it may draw."""
-    rollouts = rollouts_of(monkeypatch)
-    rollouts.sampling = Sampling(max_completion_length=4, vocab_size=20)
+    rollouts = build_rollouts(monkeypatch, sampling=Sampling(max_completion_length=4, vocab_size=20))
     with pytest.raises(RolloutFailed, match=r"drew the token id \d\d; student and teacher share 0 to 19"):
-        rollouts.microbatches(0)
-
-
-def test_only_steps_that_come_and_that_the_student_answers_are_early(monkeypatch):
-    rollouts = rollouts_of(monkeypatch, lmbda=0.5)
-    assert not any(rollouts.is_early(step) for step in range(20))
-    rollouts.steps_ahead, rollouts.num_steps = 1, 20
-    assert [rollouts.is_early(step) for step in range(20)] == [rollouts.due(step) for step in range(20)]
-    assert any(rollouts.due(step) for step in range(20, 40)) and not any(map(rollouts.is_early, range(20, 40)))
-
-
-def test_a_completion_leaves_room_for_what_the_teacher_reads(monkeypatch):
-    cutting = Cutting(**{**vars(CUTTING), "max_length": 24})
-    rows = RandomRows(count=8, longest=15)
-    rows.teacher_prompts = [np.arange(4, 4 + 17)] * 4 + [None] * 4
-    rollouts = rollouts_of(monkeypatch, rows, cutting=cutting)
-    rollouts.teacher_max_length = 20
-    samples = [sample for microbatch in rollouts.microbatches(0)[0] for sample in microbatch.samples]
-    answers = {sample.row_id: int((sample.labels != -100).sum()) for sample in samples}
-    assert answers == {row: 3 if row < 4 else 4 for row in range(8)}
-    rollouts.teacher_max_length = 17
-    with pytest.raises(UserError, match="teacher_max_length = 17: the teacher_prompt of row 0 .* 17 tokens, which"):
         rollouts.microbatches(1)
 
 
+def test_only_steps_that_come_and_that_the_student_answers_are_early(monkeypatch):
+    rollouts = build_rollouts(monkeypatch, schedule=(0.5, "step"))
+    assert not any(rollouts.is_early(step) for step in range(1, 21))
+    rollouts = build_rollouts(monkeypatch, schedule=(0.5, "step"), steps_ahead=1, num_steps=20)
+    is_on_policy = rollouts.prompts.is_on_policy
+    assert [rollouts.is_early(step) for step in range(1, 21)] == [is_on_policy(step) for step in range(1, 21)]
+    assert any(map(is_on_policy, range(21, 41))) and not any(map(rollouts.is_early, range(21, 41)))
+
+
+def test_a_completion_leaves_room_for_what_the_teacher_reads(monkeypatch):
+    config = replace(CONFIG, max_length=24)
+    rows = RandomRows(count=8, longest=15)
+    rows.teacher_prompts = [np.arange(4, 4 + 17)] * 4 + [None] * 4
+    rollouts = build_rollouts(monkeypatch, rows, config=config, teacher_max_length=20)
+    samples = [sample for microbatch in rollouts.microbatches(1)[0] for sample in microbatch.samples]
+    answers = {sample.row_id: int((sample.labels != -100).sum()) for sample in samples}
+    assert answers == {row: 3 if row < 4 else 4 for row in range(8)}
+    rollouts = build_rollouts(monkeypatch, rows, config=config, teacher_max_length=17)
+    with pytest.raises(UserError, match="teacher_max_length = 17: the teacher_prompt of row 0 .* 17 tokens, which"):
+        rollouts.microbatches(2)
+
+
 def test_a_prompt_that_leaves_no_room_is_an_error(monkeypatch):
-    cutting = Cutting(**{**vars(CUTTING), "max_length": 5})
+    config = replace(CONFIG, max_length=5)
     rows = RandomRows(count=8, longest=40)
     with pytest.raises(
         UserError, match="^data.max_length = 5: the prompt of row . of .* leaves no room for a completion"
     ):
-        rollouts_of(monkeypatch, rows, cutting=cutting).microbatches(0)
+        build_rollouts(monkeypatch, rows, config=config).microbatches(1)
 
 
 def test_a_row_without_a_response_that_the_student_does_not_answer_is_an_error(monkeypatch):
     rows = RandomRows(count=8)
     rows.num_labels = np.zeros(8, dtype=np.int64)
     with pytest.raises(UserError, match="the dataset has no response, and in this step the student does not answer it"):
-        rollouts_of(monkeypatch, rows, lmbda=0.5, granularity="row").microbatches(0)
+        build_rollouts(monkeypatch, rows, schedule=(0.5, "row")).microbatches(1)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -302,12 +297,12 @@ def test_a_row_that_only_one_replica_samples_is_refused_by_all_before_any_sample
 
     rows = RandomRows(count=8)
     rows.teacher_prompts[3] = np.arange(70)
-    rollouts = rollouts_of(monkeypatch, rows)
-    rollouts.dp = Replica()
+    rollouts = build_rollouts(monkeypatch, rows, dp=Replica())
     with pytest.raises(UserError, match="data.teacher_max_length = 64: the teacher_prompt of row 3 of the dataset"):
-        rollouts.microbatches(0)
-    rows.teacher_prompts[3], rollouts.policy = None, OnPolicy(0.5, "row", seed=3)
+        rollouts.microbatches(1)
+    rows.teacher_prompts[3] = None
+    rollouts = build_rollouts(monkeypatch, rows, schedule=(0.5, "row"), dp=Replica())
     rows.num_labels = np.zeros(8, dtype=np.int64)
     with pytest.raises(UserError, match="in this step the student does not answer it"):
-        rollouts.microbatches(0)
+        rollouts.microbatches(1)
     assert not rollouts.engine.calls

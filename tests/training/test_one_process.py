@@ -38,7 +38,7 @@ def oracle(
     teacher = None if teacher_path is None else open_model(teacher_path)
     rows = rows or RandomRows(count=24)
     order = SampleOrder(rows.sizes, [1.0], seed=1234, shuffle=True).rows_of_step(
-        0, RECIPE["train"]["global_batch_size"]
+        1, RECIPE["train"]["global_batch_size"]
     )
     total, tokens = 0.0, 0
     for sample in filter(of, (rows[row] for row in order)):
@@ -101,7 +101,7 @@ def test_the_top_k_of_the_whole_vocabulary_is_the_whole_divergence(tail, gloo_wo
 
 
 def test_without_a_teacher_it_is_cross_entropy(gloo_world):
-    changes = {"teacher": {"kind": "none"}, "parallel": {"tensor_model_parallel_size": 2}}
+    changes = {"teacher": {"teacher_kind": "none"}, "parallel": {"tensor_model_parallel_size": 2}}
     record = gloo_world(2).run(train_steps, STUDENT(), None, changes)[0][0]
     assert_equals_oracle(record, *oracle(STUDENT(), None, None, None, None))
 

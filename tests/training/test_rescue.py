@@ -95,9 +95,12 @@ def test_the_user_is_told_that_a_rank_failed_alone(tmp_path):
     def export():
         raise AssertionError("a collective that the other ranks do not join")
 
-    with pytest.raises(UserError, match="stopped after step 7 of 9: broken\nNot every rank failed within 5 s") as error:
+    with pytest.raises(
+        RunStopped, match="stopped after step 7 of 9: broken\nNot every rank failed within 5 s"
+    ) as error:
         stop(UserError("broken"), Alone(), RunState(9, step=7, updates=7), Rescue(export, export))
-    assert type(error.value) is UserError  # so that it is shown on any rank
+    assert not error.value.is_shared, "it is shown on any rank"
+    assert error.value.exit_code == UserError.exit_code
 
 
 def test_a_checkpoint_that_can_not_be_saved_leaves_the_export(tmp_path):

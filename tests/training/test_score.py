@@ -56,7 +56,7 @@ def write(rank, world_size, student, teacher, changes, folder, k=K, numbers=rang
 
 
 def cached(changes: dict, folder, **distill) -> dict:
-    teacher = {"teacher_model": None, "cache": str(folder)}
+    teacher = {"teacher_model": None, "teacher_cache": str(folder)}
     return changes | {"teacher": teacher, "distill": changes.get("distill", {}) | distill}
 
 
@@ -121,7 +121,7 @@ def test_a_teacher_beside_the_cache_judges_the_rows_that_are_missing(kind, layou
     expected = gloo_world(1).run(train_steps, student, teacher, objective)[0]
     gloo_world(1).run(write, student, teacher, {}, tmp_path, numbers=range(0, 24, 3))
     world_size, changes = (DENSE if kind == "dense" else MOE)[layout]
-    changes = changes | objective | {"teacher": {"cache": str(tmp_path)}}
+    changes = changes | objective | {"teacher": {"teacher_cache": str(tmp_path)}}
     found = gloo_world(world_size).run(train_steps, student, teacher, changes)[0]
     assert_equal_runs(found, expected)
 
@@ -137,8 +137,10 @@ def test_what_servers_tell_is_kept_as_well(gloo_world, live, tmp_path):
 
 
 def test_a_cache_of_another_tokenizer_is_refused(gloo_world, caches):
-    section = TeacherSection(cache=str(caches("micro batch 2")))
-    with pytest.raises(UserError, match="teacher.cache = .*: its rows are of another tokenizer than the student's"):
+    section = TeacherSection(teacher_cache=str(caches("micro batch 2")))
+    with pytest.raises(
+        UserError, match="teacher.teacher_cache = .*: its rows are of another tokenizer than the student's"
+    ):
         gloo_world(1).run(manifests_of, section)
 
 

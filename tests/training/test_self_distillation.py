@@ -15,9 +15,9 @@ from training.test_one_process import STUDENT, assert_equals_oracle, oracle
 from training_layouts import RECIPE, build, train_steps
 
 KINDS = {
-    "dynamic": {"kind": "self", "teacher_model": None},
-    "fixed": {"kind": "self", "teacher_model": "student"},
-    "ema": {"kind": "self", "teacher_model": None, "ema": 0.6},
+    "dynamic": {"teacher_kind": "self", "teacher_model": None},
+    "fixed": {"teacher_kind": "self", "teacher_model": "student"},
+    "ema": {"teacher_kind": "self", "teacher_model": None, "teacher_ema": 0.6},
 }
 ROWS = RandomRows(count=24, privileged=True)
 

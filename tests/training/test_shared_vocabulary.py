@@ -42,13 +42,13 @@ def opened(data, tmp_path):
 
 def open_the_rows(rank, world_size, data, tmp_path):
     """What is said about them; None if they are taken."""
-    from megatron_gkd.errors import UserError
+    from megatron_gkd.errors import GkdError
     from megatron_gkd.training.setup import open_rows
 
     with opened(data, tmp_path) as (recipe, mesh, found):
         try:
             open_rows(recipe, mesh, found, "train")
-        except UserError as error:
+        except GkdError as error:
             return str(error)
 
 
@@ -86,10 +86,11 @@ def test_padding_is_an_id_that_all_models_can_read(gloo_world, tmp_path):
 
 def sample_and_train(rank, world_size, parallel):
     """The ids that are drawn in a step, and the log-probabilities of the engine and of the trainer."""
+    from megatron_gkd.data.batch_config import BatchConfig
+    from megatron_gkd.data.lambda_schedule import LambdaSchedule
     from megatron_gkd.data.order import SampleOrder
-    from megatron_gkd.data.policy import OnPolicy
     from megatron_gkd.runtime.mesh import destroy_mesh
-    from megatron_gkd.training.build import batching, build_rollouts
+    from megatron_gkd.training.build import build_rollouts
 
     changes = {"parallel": parallel, "distill": {"lmbda": 1.0}}
     rows = RandomRows(count=8, vocab_size=IDS)
@@ -102,19 +103,19 @@ def sample_and_train(rank, world_size, parallel):
         mesh,
         student,
         student.model.checkpoint,
-        OnPolicy(1.0, "step", seed=7),
+        LambdaSchedule(1.0, "step", seed=7),
         rows,
         SampleOrder(rows.sizes, [1.0], seed=1234, shuffle=True),
-        batching(recipe, mesh, pad_token_id=0),
+        BatchConfig.from_recipe(recipe, mesh, pad_token_id=0),
         3,
     )
     rollouts.load_weights(student, 0)
-    microbatches, report = rollouts.microbatches(0)
+    microbatches, report = rollouts.microbatches(1)
     with teacher.resident():
         signals = teacher.score(microbatches)
     totals = student.compute_gradients(microbatches, signals)
     destroy_mesh()
-    drawn = {token for answer in report.answers.values() for token in answer.completion.token_ids}
+    drawn = {token for row in report.sampled.values() for token in row.completion.token_ids}
     return drawn, report.log_prob, -totals["student_cross_entropy"]
 
 

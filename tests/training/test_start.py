@@ -35,19 +35,22 @@ def world(monkeypatch):
 @pytest.mark.parametrize(
     ("teacher", "text"),
     [
-        ({"kind": "none"}, "none: cross-entropy on the rows"),
+        ({"teacher_kind": "none"}, "none: cross-entropy on the rows"),
         ({}, "teacher: llama, 37.3 K parameters, in device memory"),
         ({"offload_teacher_model": True}, "teacher: llama, 37.3 K parameters, in host memory between scorings"),
-        ({"cache": "c"}, "teacher: llama, 37.3 K parameters, in device memory, for rows that are not in the cache c"),
-        ({"kind": "self"}, "self: the student's own weights, with each row's teacher_prompt"),
-        ({"kind": "self", "teacher_model": "student"}, "self: the student's weights at its start"),
-        ({"kind": "self", "ema": 0.99}, "self: moving average of the student's weights, decay 0.99"),
+        (
+            {"teacher_cache": "c"},
+            "teacher: llama, 37.3 K parameters, in device memory, for rows that are not in the cache c",
+        ),
+        ({"teacher_kind": "self"}, "self: the student's own weights, with each row's teacher_prompt"),
+        ({"teacher_kind": "self", "teacher_model": "student"}, "self: the student's weights at its start"),
+        ({"teacher_kind": "self", "teacher_ema": 0.99}, "self: moving average of the student's weights, decay 0.99"),
         ({"teacher_model_server": ["http://a:1"]}, "http://a:1: a vLLM server"),
         ({"teacher_model_server": ["http://a:1", "http://b:1"]}, "http://a:1, http://b:1: vLLM servers"),
     ],
 )
 def test_a_teacher_and_where_it_is(teacher, text):
-    is_local = not {"kind", "teacher_model_server"} & teacher.keys()
+    is_local = not {"teacher_kind", "teacher_model_server"} & teacher.keys()
     section = {"teacher_model": "teacher" if is_local else None} | teacher
     teachers = {"teacher": tiny_checkpoint("llama")} if is_local else {}
     assert report_of({"teacher": section}, teachers)["teacher"] == text
@@ -57,7 +60,7 @@ def test_a_cache_names_the_model_that_was_scored_with(tmp_path):
     from megatron_gkd.teachers.cache.manifest import FILE, Manifest
 
     (tmp_path / FILE).write_text(Manifest(4, 1.0, "hash", "Qwen/Qwen3-8B", 99).text())
-    section = {"teacher_model": None, "cache": str(tmp_path)}
+    section = {"teacher_model": None, "teacher_cache": str(tmp_path)}
     assert report_of({"teacher": section})["teacher"] == f"Qwen/Qwen3-8B: from the cache {tmp_path}"
 
 
@@ -91,7 +94,7 @@ def test_where_a_run_begins(train, step, text):
 def test_the_rest():
     changes = {
         "distill": {"lmbda": 0.5, "lmbda_granularity": "row"},
-        "train": {"dtype": "bf16", "attn": "flash"},
+        "train": {"dtype": "bf16", "attention_backend": "flash"},
         "output": {"output_dir": "runs/x", "save_interval": 7, "save_total_limit": None},
     }
     report = report_of(changes, torch_attention=False)

@@ -16,40 +16,34 @@ from layouts import DENSE, PP2, TP2
 from rows import RandomRows
 from training_layouts import build, recipe_of
 
-from megatron_gkd.data.policy import OnPolicy
+from megatron_gkd.data.lambda_schedule import LambdaSchedule
 from megatron_gkd.data.sample import FROM_STUDENT
 
 STEPS = 4
-SEED = 29  # with lambda 0.6 the student answers in steps 0, 2 and 3
+SEED = 29  # with lambda 0.6 the student answers in steps 1, 3 and 4
 
 
-def rollouts_over_fake_servers(mesh, student, changes, folder, before, steps_ahead):
-    from megatron_gkd.data.cutting import Cutting
+def rollouts_over_fake_servers(mesh, student, changes, folder, before, on_sample=None):
+    from megatron_gkd.data.batch_config import BatchConfig
     from megatron_gkd.data.order import SampleOrder
     from megatron_gkd.rollout.base import Sampling
     from megatron_gkd.rollout.vllm.server import ServerOptions, VllmServerEngine
-    from megatron_gkd.training.build import batching
-    from megatron_gkd.training.on_policy import Rollouts
+    from megatron_gkd.training.on_policy import RolloutOptions, Rollouts
+    from megatron_gkd.training.step_prompts import StepPrompts
 
-    cut = batching(recipe_of(changes), mesh, pad_token_id=0)
     rows = RandomRows(count=24)
     fakes = {"one": FakeVllm(before), "two": FakeVllm(before)}
     with mock.patch.object(httpx, "Client", lambda **_: real_client(transport=transport(fakes))):
         options = ServerOptions(("http://one:1", "http://two:1"), folder, max_length=64)
         engine = VllmServerEngine(mesh, student.model.checkpoint, options)
-    return Rollouts(
-        engine,
-        OnPolicy(0.6, "step", SEED),
+    prompts = StepPrompts(
         rows,
         SampleOrder(rows.sizes, [1.0], seed=1234, shuffle=True),
-        Cutting(**{name: value for name, value in cut.items() if name != "global_batch_size"}),
-        Sampling(max_completion_length=9),
-        global_batch_size=cut["global_batch_size"],
-        truncated="keep",
-        dp=mesh.dp,
-        steps_ahead=steps_ahead,
-        num_steps=STEPS,
+        LambdaSchedule(0.6, "step", SEED),
+        BatchConfig.from_recipe(recipe_of(changes), mesh, pad_token_id=0),
     )
+    options = RolloutOptions(Sampling(max_completion_length=9), steps_ahead=1, num_steps=STEPS)
+    return Rollouts(engine, prompts, options, mesh.dp, on_sample)
 
 
 real_client = httpx.Client
@@ -67,13 +61,19 @@ def train_ahead(rank, world_size, student, teacher, changes, folder):
     mesh, student, teacher, batches = build(student, teacher, changes)
     gate = threading.Event()
     gate.set()
+    announced = []
     rollouts = rollouts_over_fake_servers(
-        mesh, student, changes, folder, lambda path: path != "/v1/completions" or gate.wait(60), steps_ahead=1
+        mesh,
+        student,
+        changes,
+        folder,
+        lambda path: path != "/v1/completions" or gate.wait(60),
+        lambda sample: announced.append(sample.input_ids.tolist()),
     )
     begin, compute_gradients = rollouts.begin, student.compute_gradients
 
     def begin_behind_gate(step):
-        if step > 0:
+        if step > 1:
             gate.clear()
         begin(step)
 
@@ -84,8 +84,7 @@ def train_ahead(rank, world_size, student, teacher, changes, folder):
         return compute_gradients(microbatches, signals)
 
     rollouts.begin, student.compute_gradients = begin_behind_gate, open_gate
-    records, announced, trained = [], [], []
-    rollouts.on_sample = lambda sample: announced.append(sample.input_ids.tolist())
+    records, trained = [], []
     reporter = SimpleNamespace(step=records.append, message=lambda text: None)
     trainer = Trainer(
         student,
@@ -98,12 +97,12 @@ def train_ahead(rank, world_size, student, teacher, changes, folder):
         eval_interval=None,
         exports=Exports(folder),
     )
-    for step in range(STEPS):
-        trainer.train_step(step + 1, None if rollouts.due(step) else batches.step(step))
+    for step in range(1, STEPS + 1):
+        trainer.train_step(step, None if rollouts.prompts.is_on_policy(step) else batches.step(step))
     rollouts.close()
-    is_speaker = rollouts.engine.is_speaker
+    is_leader = rollouts.engine.mesh.is_leader
     destroy_mesh()
-    return records, announced, trained if is_speaker else []
+    return records, announced, trained if is_leader else []
 
 
 def train_by_hand(rank, world_size, student, teacher, changes, folder):
@@ -111,20 +110,20 @@ def train_by_hand(rank, world_size, student, teacher, changes, folder):
     from megatron_gkd.runtime.mesh import destroy_mesh
 
     mesh, student, teacher, batches = build(student, teacher, changes)
-    rollouts = rollouts_over_fake_servers(mesh, student, changes, folder, lambda path: None, steps_ahead=1)
+    rollouts = rollouts_over_fake_servers(mesh, student, changes, folder, lambda path: None)
 
     def sample(step):
-        rollouts.engine.load_weights(student.model.named_tensors(), version=min(updates, step))
+        rollouts.engine.load_weights(student.model.named_tensors(), version=min(updates, step - 1))
         return rollouts.microbatches(step)[0]
 
     records, waiting = [], {}
-    for step in range(STEPS):
-        updates = step
-        if step == 0:
-            waiting[0] = sample(0)
-        if step + 1 < STEPS and rollouts.due(step + 1):
+    for step in range(1, STEPS + 1):
+        updates = step - 1
+        if step == 1:
+            waiting[1] = sample(1)
+        if step < STEPS and rollouts.prompts.is_on_policy(step + 1):
             waiting[step + 1] = sample(step + 1)
-        microbatches = waiting[step] if rollouts.due(step) else batches.step(step)
+        microbatches = waiting[step] if rollouts.prompts.is_on_policy(step) else batches.step(step)
         with teacher.resident():
             signals = teacher.score(microbatches)
         totals = student.compute_gradients(microbatches, signals)
@@ -155,15 +154,23 @@ def test_one_step_ahead_is_what_it_would_be_by_hand(gloo_world, tmp_path):
                 assert record[name] == pytest.approx(value, rel=1e-6), name
 
 
-def probe(rank, world_size, student, changes, offset, folder):
+def probe(rank, world_size, student, changes, offset):
     """Mismatch of ten calls, while an engine that has a constant error in its log-probabilities samples."""
+    from megatron_gkd.data.batch_config import BatchConfig
+    from megatron_gkd.data.order import SampleOrder
+    from megatron_gkd.rollout.base import Sampling
     from megatron_gkd.rollout.megatron.engine import MegatronEngine
     from megatron_gkd.runtime.mesh import destroy_mesh
+    from megatron_gkd.training.on_policy import RolloutOptions, Rollouts
+    from megatron_gkd.training.step_prompts import StepPrompts
 
-    mesh, student, _, _ = build(student, None, changes | {"teacher": {"kind": "none", "teacher_model": None}})
-    rollouts = rollouts_over_fake_servers(mesh, student, changes, folder, lambda path: None, steps_ahead=1)
-    rollouts.policy = OnPolicy(0.4, "row", SEED)
-    engine = rollouts.engine = MegatronEngine(student.model, [3])
+    mesh, student, _, _ = build(student, None, changes | {"teacher": {"teacher_kind": "none", "teacher_model": None}})
+    rows, engine = RandomRows(count=24), MegatronEngine(student.model, [3])
+    order = SampleOrder(rows.sizes, [1.0], seed=1234, shuffle=True)
+    config = BatchConfig.from_recipe(recipe_of(changes), mesh, pad_token_id=0)
+    prompts = StepPrompts(rows, order, LambdaSchedule(0.4, "row", SEED), config)
+    options = RolloutOptions(Sampling(max_completion_length=9), steps_ahead=1, num_steps=STEPS)
+    rollouts = Rollouts(engine, prompts, options, mesh.dp)
     generate, lengths = engine.generate, []
 
     def generate_with_error(prompts, sampling, seeds):
@@ -173,7 +180,7 @@ def probe(rank, world_size, student, changes, offset, folder):
 
     engine.generate = generate_with_error
     before = {name: tensor.clone() for name, tensor in student.model.named_tensors()}
-    found = [rollouts.probe_mismatch(student, step) for step in range(12)]
+    found = [rollouts.probe_mismatch(student, step) for step in range(1, 13)]
     assert all(torch.equal(tensor, before[name]) for name, tensor in student.model.named_tensors())
     destroy_mesh()
     return found, lengths
@@ -181,12 +188,10 @@ def probe(rank, world_size, student, changes, offset, folder):
 
 @pytest.mark.parametrize("layout", ["micro batch 2", "TP2xPP2", "CP2xDP2, packed"])
 @pytest.mark.parametrize("offset", [0.0, 0.5])
-def test_every_tenth_step_the_engine_is_compared_with_the_weights_that_it_samples_from(
-    offset, layout, gloo_world, tmp_path
-):
+def test_every_tenth_step_the_engine_is_compared_with_the_weights_that_it_samples_from(offset, layout, gloo_world):
     world_size, changes = DENSE[layout]
     student = tiny_checkpoint("qwen3_tied", seed=2, num_hidden_layers=2)
-    ranks = gloo_world(world_size).run(probe, student, changes, offset, tmp_path)
+    ranks = gloo_world(world_size).run(probe, student, changes, offset)
     assert sum(lengths != [] for _, lengths in ranks) > 0
     for found, lengths in ranks:
         assert [value is not None for value in found] == [False, True] + 9 * [False] + [True]

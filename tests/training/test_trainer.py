@@ -12,7 +12,7 @@ from megatron_gkd.training.exports import Exports
 
 
 def train_on_an_infinite_teacher(rank, world_size, model, directory):
-    from megatron_gkd.errors import UserError
+    from megatron_gkd.errors import RunStopped
     from megatron_gkd.runtime.mesh import destroy_mesh
     from megatron_gkd.training.trainer import Trainer
 
@@ -23,7 +23,7 @@ def train_on_an_infinite_teacher(rank, world_size, model, directory):
     trainer = Trainer(
         student, teacher, batches, None, None, train_iters=3, eval_interval=None, exports=Exports(directory)
     )
-    with pytest.raises(UserError, match="step 1: the loss is nan"):
+    with pytest.raises(RunStopped, match="step 1: the loss is nan"):
         trainer.run()
     unchanged = all((tensor == before[name]).all() for name, tensor in student.model.named_tensors())
     destroy_mesh()
@@ -72,7 +72,7 @@ def test_the_signal_of_a_finished_microbatch_takes_no_memory(gloo_world, tmp_pat
 def train_until_the_teacher_is_gone(rank, world_size, model, directory, scorings):
     """What each rank is told; the student as it was then, from the main rank."""
     from megatron_gkd.config.schema import OutputSection
-    from megatron_gkd.errors import UserError
+    from megatron_gkd.errors import GkdError
     from megatron_gkd.runtime.mesh import destroy_mesh
     from megatron_gkd.teachers.base import TeacherFailed
     from megatron_gkd.training.metrics import Reporter
@@ -91,7 +91,7 @@ def train_until_the_teacher_is_gone(rank, world_size, model, directory, scorings
     with Reporter(directory, 3, output, is_main=mesh.is_main) as reporter:
         exports = Exports(directory)
         trainer = Trainer(student, teacher, batches, None, reporter, train_iters=3, eval_interval=None, exports=exports)
-        with pytest.raises(UserError) as error:
+        with pytest.raises(GkdError) as error:
             trainer.run()
     weights = {name: tensor.clone() for name, tensor in student.model.named_tensors()}
     destroy_mesh()
@@ -174,7 +174,7 @@ def export_some_steps(rank, world_size, model, directory, steps):
     from megatron_gkd.runtime.mesh import destroy_mesh
     from megatron_gkd.training.trainer import Trainer
 
-    _, student, _, batches = build(model, None, {"teacher": {"kind": "none"}})
+    _, student, _, batches = build(model, None, {"teacher": {"teacher_kind": "none"}})
     exports = Exports(directory, interval=1, total_limit=1)
     reporter = SimpleNamespace(message=lambda text: None)
     trainer = Trainer(student, None, batches, None, reporter, train_iters=3, eval_interval=None, exports=exports)

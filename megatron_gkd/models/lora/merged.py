@@ -25,7 +25,7 @@ class MergingExport:
         dtype: of the merged weights; None: the base's. fp32 keeps what the base's type would round away.
     """
 
-    def __init__(self, bridge: Any):
+    def __init__(self, bridge: Any) -> None:
         self.is_merging, self.dtype = True, None
         self._bridge, self._set_layer_state = bridge, bridge._set_layer_state
         bridge._set_layer_state = self._export_layer

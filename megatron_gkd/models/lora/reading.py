@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,9 +13,11 @@ from torch import nn
 from megatron_gkd.checkpoint_format.adapter_files import WEIGHTS, AdapterFiles, AdapterProblem, factor_name
 from megatron_gkd.checkpoint_format.fingerprint import weights_fingerprint
 from megatron_gkd.checkpoint_format.lora_layers import AdaptedLayer, describe_joined
+from megatron_gkd.errors import UserError
 from megatron_gkd.models.checkpoint import Checkpoint
 from megatron_gkd.models.lora.injection import Adapters
-from megatron_gkd.runtime.agreement import raise_together
+from megatron_gkd.runtime.agreement import run_on_all
+from megatron_gkd.runtime.quiet import hidden_stderr
 
 
 def read_adapters(
@@ -28,23 +28,28 @@ def read_adapters(
     Raises:
         UserError: in all ranks; they are not of this base model, or have other layers, ranks or scales.
     """
-    problem = None
-    try:
+
+    def read() -> None:
         files = AdapterFiles.open(folder)
         files.require_fit(adapters.layers, checkpoint.shapes)
         if files.base is not None and files.base != weights_fingerprint(checkpoint.path):
             raise AdapterProblem(f"its adapters are of other weights than those in student.model ({checkpoint.path})")
         _require_shared_factors(folder, adapters.layers)
-        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar
+        with hidden_stderr():
             config.bridge.load_weights(list(chunks), str(folder), peft_format=True)
         for factor in adapters.factors:
             if not bool(factor.parameter.isfinite().all()):
                 raise AdapterProblem(f"NaN or infinite values in {factor.name}")
-    except AdapterProblem as error:
-        problem = str(error)
-    except Exception as error:  # whatever it is, the other ranks must learn of it
-        problem = f"can't be read ({type(error).__name__}: {error})"
-    raise_together(None if problem is None else f"lora.adapters = {folder}: {problem}")
+
+    def read_or_explain() -> None:
+        try:
+            read()
+        except AdapterProblem as error:
+            raise UserError(f"lora.adapters = {folder}: {error}") from error
+        except Exception as error:  # whatever it is, the other ranks must raise it, too
+            raise UserError(f"lora.adapters = {folder}: can't be read ({type(error).__name__}: {error})") from error
+
+    run_on_all(read_or_explain)
 
 
 def _require_shared_factors(folder: Path, layers: Sequence[AdaptedLayer]) -> None:

@@ -1,1 +1,1 @@
-"""Sampling with the sharded student itself."""
+"""Sample with the sharded student itself."""

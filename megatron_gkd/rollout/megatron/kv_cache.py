@@ -1,12 +1,13 @@
 """Keys and values of what was generated so far, and the attention that reads them.
 
-Megatron-Core's own inference contexts do not serve here: the static one has one length for the whole batch, the dynamic
-one asks for flash-attn, and neither goes with hidden states as the model's output. But training packs rows ("thd") and
-gives every token its position, and so may decoding; all that has to change is the core attention. Inside `installed()`
-those of all layers are torch's, over the cache: no token is sent around a context-parallel group.
+Megatron-Core's own inference contexts do not fit: the static one has one length for the whole batch, the dynamic one
+requires flash-attn, and neither supports hidden states as the model's output. But training packs sequences ("thd") and
+gives every token its position, and decoding can do the same; only the core attention has to change. Inside
+`installed()` the core attention of every layer is torch's, over the cache: no token is sent around a context-parallel
+group.
 
 Shapes: T tokens of a forward pass, h query heads, g key/value heads, d head size (of this tensor-parallel rank),
-n started rows, p prompts.
+n started sequences, p prompts.
 """
 
 from __future__ import annotations
@@ -14,26 +15,33 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_gkd.rollout.megatron.lane import StepBatch
+from megatron_gkd.rollout.megatron.decode_batch import DecodeInputs
 
 
 class KeyValueCache:
-    """`lane_sizes[i]` rows of `capacity` tokens for lane i, in every layer; taken when they are first written to."""
+    """Keys and values of every layer; memory is allocated when it is first written to.
 
-    def __init__(self, lane_sizes: Sequence[int], capacity: int, softmax_scale: float | None = None):
-        self.lane_sizes, self.capacity, self.softmax_scale = lane_sizes, capacity, softmax_scale
+    Args:
+        batch_sizes: rows of the cache for each `DecodeBatch`.
+        capacity: tokens of a row.
+        softmax_scale: of the attention; None: torch's default.
+    """
+
+    def __init__(self, batch_sizes: Sequence[int], capacity: int, softmax_scale: float | None = None) -> None:
+        self.batch_sizes, self.capacity, self.softmax_scale = batch_sizes, capacity, softmax_scale
         self._memory: dict[tuple[int, nn.Module], tuple[Tensor, Tensor]] = {}
-        self._step: _Step | None = None
+        self._plan: _AttentionPlan | None = None
 
     @contextlib.contextmanager
     def installed(self, chunks: Sequence[nn.Module]) -> Iterator[None]:
-        """The layers of `chunks` attend over this cache inside; its memory is freed at the end."""
-        cores = [layer.self_attention.core_attention for chunk in chunks for layer in chunk.decoder.layers]
+        """Let the layers of `chunks` attend over this cache inside the context; free its memory at the end."""
+        cores: list[Any] = [layer.self_attention.core_attention for layer in _layers(chunks)]
         for core in cores:
             core.forward = partial(self._attend, core)  # hides the method of its class
         try:
@@ -43,90 +51,99 @@ class KeyValueCache:
                 del core.forward
             self._memory.clear()
 
-    def begin(self, batch: StepBatch) -> None:
-        """What the next forward pass computes."""
-        self._step = _Step(batch)
+    def begin(self, inputs: DecodeInputs) -> None:
+        """Prepare for the forward pass of these inputs."""
+        self._plan = _AttentionPlan(inputs)
 
-    def move(self, lane: int, source: int, target: int, length: int) -> None:
+    def move(self, batch: int, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of row `source` over row `target`, in all layers."""
         for (owner, _), memory in self._memory.items():
-            if owner == lane:
+            if owner == batch:
                 for rows in memory:
                     rows[target, :, :length] = rows[source, :, :length]
 
-    def _attend(self, core: nn.Module, q: Tensor, k: Tensor, v: Tensor, *_, **__) -> Tensor:
-        """Q [T,h,d], k and v [T,g,d], rotated -> [T,h·d]; zeros where padding."""
-        step = self._step
+    def _attend(self, core: nn.Module, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Attend with q [T,h,d], k and v [T,g,d], rotated. Returns [T,h·d]; zeros for padding."""
+        plan = self._plan
+        if plan is None:
+            raise RuntimeError("KeyValueCache.begin must be called before a forward pass")
         out = q.new_zeros(q.shape[0], q.shape[1] * q.shape[2])
-        if step.num_rows == 0:
+        if plan.num_rows == 0:
             return out
-        keys, values = self._rows(core, k, v)
-        n, end = step.num_started, step.num_tokens
+        rows = self._rows(plan.batch, core, k, v)
+        n, end = plan.num_started, plan.num_tokens
         if n:
-            out[:n] = self._decode(step, q[:n], k[:n], v[:n], keys, values)
+            out[:n] = self._decode(plan, (q[:n], k[:n], v[:n]), rows)
         if end > n:
-            out[n:end] = self._prefill(step, q[n:end], k[n:end], v[n:end], keys, values)
+            out[n:end] = self._prefill(plan, (q[n:end], k[n:end], v[n:end]), rows)
         return out
 
-    def _decode(self, step: _Step, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def _decode(self, plan: _AttentionPlan, qkv: tuple[Tensor, Tensor, Tensor], rows: tuple[Tensor, Tensor]) -> Tensor:
+        (q, k, v), (keys, values) = qkv, rows
         n, heads, size = q.shape
-        keys[step.started, :, step.positions] = k
-        values[step.started, :, step.positions] = v
-        # The query heads that share a key head stand where several queries of one head would: [n, g, h/g, d].
+        keys[plan.started, :, plan.positions] = k
+        values[plan.started, :, plan.positions] = v
+        # Query heads that share a key head take the place of several queries of one head: [n, g, h/g, d].
         attended = F.scaled_dot_product_attention(
             q.view(n, k.shape[1], heads // k.shape[1], size),
-            keys[:n, :, : step.longest],
-            values[:n, :, : step.longest],
-            attn_mask=step.visible,
+            keys[:n, :, : plan.max_length],
+            values[:n, :, : plan.max_length],
+            attn_mask=plan.visible,
             scale=self.softmax_scale,
         )
         return attended.flatten(1)
 
-    def _prefill(self, step: _Step, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        q, k, v = (step.pad(x) for x in (q, k, v))
-        rows = slice(step.num_started, step.num_rows)
-        # What the padding leaves behind lies after the row's last token, where nothing looks before it is overwritten.
-        keys[rows, :, : k.shape[2]] = k
-        values[rows, :, : v.shape[2]] = v
+    def _prefill(self, plan: _AttentionPlan, qkv: tuple[Tensor, Tensor, Tensor], rows: tuple[Tensor, Tensor]) -> Tensor:
+        q, k, v = (plan.pad(x) for x in qkv)
+        keys, values = rows
+        places = slice(plan.num_started, plan.num_rows)
+        # Padding is written behind a row's last token; attention does not read there before it is overwritten.
+        keys[places, :, : k.shape[2]] = k
+        values[places, :, : v.shape[2]] = v
         attended = F.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
         )
-        return step.unpad(attended)
+        return plan.unpad(attended)
 
-    def _rows(self, core: nn.Module, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of one layer, [size, g, capacity, d] each."""
-        place = (self._step.lane, core)
+    def _rows(self, batch: int, core: nn.Module, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values of one layer, [size, g, capacity, d] each."""
+        place = (batch, core)
         if place not in self._memory:
-            size = self.lane_sizes[self._step.lane]
             # Zeros: a masked key's score is ignored, unless it is not a number.
-            self._memory[place] = tuple(x.new_zeros(size, x.shape[1], self.capacity, x.shape[2]) for x in (k, v))
+            shape = (self.batch_sizes[batch], k.shape[1], self.capacity)
+            self._memory[place] = k.new_zeros(*shape, k.shape[2]), v.new_zeros(*shape, v.shape[2])
         return self._memory[place]
 
 
-class _Step:
-    """A batch as the attention sees it, worked out once for all layers."""
+def _layers(chunks: Sequence[Any]) -> list[Any]:
+    return [layer for chunk in chunks for layer in chunk.decoder.layers]
 
-    def __init__(self, batch: StepBatch):
-        device = batch.input_ids.device
-        self.lane, self.num_rows = batch.lane, batch.num_rows
-        self.positions, self.longest = batch.decoding, batch.longest
-        self.num_started = len(batch.decoding)
-        self.num_tokens = self.num_started + sum(batch.prompt_lengths)
+
+class _AttentionPlan:
+    """The places and masks of one forward pass, computed once for all layers."""
+
+    def __init__(self, inputs: DecodeInputs) -> None:
+        device = inputs.input_ids.device
+        self.batch, self.num_rows = inputs.batch, inputs.num_rows
+        self.positions, self.max_length = inputs.decode_positions, inputs.max_decode_length
+        self.num_started = len(inputs.decode_positions)
+        self.num_tokens = self.num_started + sum(inputs.prompt_lengths)
         if self.num_started:
             self.started = torch.arange(self.num_started, device=device)
-            self.visible = (torch.arange(self.longest, device=device) <= batch.decoding[:, None])[:, None, None]
-        if batch.prompt_lengths:
-            self.padded_shape = len(batch.prompt_lengths), max(batch.prompt_lengths)
-            lengths = torch.tensor(batch.prompt_lengths, device=device)
+            is_visible = torch.arange(self.max_length, device=device) <= inputs.decode_positions[:, None]
+            self.visible = is_visible[:, None, None]
+        if inputs.prompt_lengths:
+            self.padded_shape = len(inputs.prompt_lengths), max(inputs.prompt_lengths)
+            lengths = torch.tensor(inputs.prompt_lengths, device=device)
             is_token = torch.arange(self.padded_shape[1], device=device) < lengths[:, None]
             self.places = is_token.flatten().nonzero().squeeze(1)
 
     def pad(self, x: Tensor) -> Tensor:
-        """Prompts one after another, [tokens, heads, d] -> [p, heads, longest, d]."""
+        """Pad prompts that follow each other, [tokens, heads, d] -> [p, heads, longest, d]."""
         padded = x.new_zeros(self.padded_shape[0] * self.padded_shape[1], *x.shape[1:])
         padded[self.places] = x
         return padded.unflatten(0, self.padded_shape).transpose(1, 2)
 
     def unpad(self, x: Tensor) -> Tensor:
-        """[p, h, longest, d] -> [tokens, h·d]."""
+        """Remove the padding, [p, h, longest, d] -> [tokens, h·d]."""
         return x.transpose(1, 2).flatten(0, 1).flatten(1)[self.places]

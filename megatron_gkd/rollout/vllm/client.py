@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import httpx
 import msgspec
 
-from megatron_gkd.errors import UserError
+from megatron_gkd.errors import GkdError, UserError
 from megatron_gkd.runtime import servers
 from megatron_gkd.runtime.servers import ServedModel, Server, ServerDown
 
@@ -26,8 +26,8 @@ _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _ROUNDING = 1e-3  # nats by which a log-probability may be above 0
 
 
-class Patience(servers.Patience):
-    key = "rollout.server_patience_s"
+class Patience(servers.Backoff):
+    key = "rollout.vllm_server_max_downtime_s"
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,7 @@ class StudentServer(Server):
 
     def look_after(self) -> None:
         """Give it the newest weights again if it lost them. Not a word if that fails: whoever asks it will hear."""
-        with suppress(UserError):
+        with suppress(GkdError):
             self._be_current(Patience(0))
 
     def _be_current(self, patience: Patience) -> str:

@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_gkd.errors import UserError
+from megatron_gkd.errors import GkdError
 from megatron_gkd.models.checkpoint import Checkpoint
 from megatron_gkd.rollout.base import Completion, RolloutFailed, Sampling, check_prompts
 from megatron_gkd.rollout.vllm.process import ColocatedOptions, VllmProcess
@@ -38,7 +38,7 @@ class VllmColocatedEngine:
     def __init__(self, mesh: Mesh, checkpoint: Checkpoint, options: ColocatedOptions, vllm: VllmProcess):
         self.checkpoint, self.options, self.vllm = checkpoint, options, vllm
         self.replica = mesh.dp.rank()
-        self.is_speaker = mesh.tp.rank() == mesh.pp.rank() == mesh.cp.rank() == 0
+        self.is_leader = mesh.is_leader
         self.engine, self.place = divmod(dist.get_rank(), options.tensor_parallel_size)
         self.num_engines = dist.get_world_size() // options.tensor_parallel_size
         self.expected = checkpoint.shapes
@@ -86,7 +86,7 @@ class VllmColocatedEngine:
             pass
         try:
             check_shapes(tensors.found, self.expected, self.optional)
-        except UserError as error:
+        except GkdError as error:
             problem = _failure(error)
         _all_gather(None, problem)
         self.version = version
@@ -99,7 +99,7 @@ class VllmColocatedEngine:
             self._check_ready(prompts)
         except (ValueError, RolloutFailed) as error:
             problem = error
-        asked = list(zip(prompts, seeds, strict=False)) if self.is_speaker else []
+        asked = list(zip(prompts, seeds, strict=False)) if self.is_leader else []
         requests = [
             (replica, index, prompt, seed)
             for replica, part in _all_gather((self.replica, asked), problem)
@@ -187,7 +187,7 @@ def _all_gather(value: T, problem: Exception | None) -> list[T]:
 
 
 def _failure(error: Exception) -> RolloutFailed:
-    if isinstance(error, UserError):
+    if isinstance(error, GkdError):
         return RolloutFailed(str(error))
     told = "".join(traceback.format_exception(error)).strip()
     return RolloutFailed(f"vLLM failed in rank {dist.get_rank()}:\n{told}")

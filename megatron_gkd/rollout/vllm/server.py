@@ -17,12 +17,10 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import httpx
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_gkd.errors import UserError
 from megatron_gkd.models.checkpoint import Checkpoint
-from megatron_gkd.rollout.background import each, in_background
 from megatron_gkd.rollout.base import Completion, OnCompletion, RolloutFailed, Sampling, check_prompts
 from megatron_gkd.rollout.vllm import weight_folder as vllm_weights
 from megatron_gkd.rollout.vllm.adapters import AdapterFolder, adapter_name, hand_over_adapters
@@ -30,7 +28,8 @@ from megatron_gkd.rollout.vllm.client import Sampled, ServerNeeds, StudentRequir
 from megatron_gkd.rollout.vllm.logit_bias import logit_bias
 from megatron_gkd.rollout.vllm.weight_folder import Shapes, WeightFolder
 from megatron_gkd.rollout.vllm.weight_transfer import Keeper, WeightTransfer, wait_for_first_rank
-from megatron_gkd.runtime.agreement import raise_together
+from megatron_gkd.runtime.agreement import run_on_all, run_on_main
+from megatron_gkd.runtime.background import in_background, parallel_map
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.runtime.servers import ServedModel, open_client
 
@@ -96,12 +95,11 @@ class VllmServerEngine:
         self.mesh, self.checkpoint, self.options = mesh, checkpoint, options
         self.weights: Weights | None = None
         # On the last stage, where a teacher behind servers is asked: it can begin with what is finished.
-        self.is_speaker = mesh.pp.rank() == mesh.pp.size() - 1 and mesh.tp.rank() == mesh.cp.rank() == 0
         self.http: httpx.Client | None = None
         self.servers: list[StudentServer] = []
         self.sync: WeightFolder | WeightTransfer | None = self._build_sync() if mesh.is_main else None
         self._keeper: Keeper | None = None
-        if self.is_speaker or mesh.is_main:
+        if self.mesh.is_leader or mesh.is_main:
             self.http = open_client(options.timeout, options.concurrency)
             self.servers = [
                 self.server_kind(url, self.http, options.patience, self._hand_over()) for url in options.urls
@@ -112,8 +110,8 @@ class VllmServerEngine:
             lora_rank=None if options.adapters is None else options.adapters.rank,
             needs_fp32=options.needs_fp32,
         )
-        self.models: list[ServedModel] = self._by_first_rank(
-            lambda: each(lambda server: server.hello(needs), self.servers)
+        self.models: list[ServedModel] = run_on_main(
+            lambda: parallel_map(lambda server: server.hello(needs), self.servers), RolloutFailed
         )
         for server, model in zip(self.servers, self.models, strict=False):  # none where no server is asked
             server.requirements = StudentRequirements(needs, model)
@@ -143,7 +141,7 @@ class VllmServerEngine:
         if not self.mesh.is_main:
             for _ in named_tensors:  # making one takes all ranks
                 pass
-        self.weights = self._by_first_rank(lambda: self.sync.load(named_tensors, version, self.servers))
+        self.weights = run_on_main(lambda: self.sync.load(named_tensors, version, self.servers), RolloutFailed)
         for server in self.servers:
             server.wanted = self.weights
         if self.mesh.is_main and self._keeper is None and isinstance(self.sync, WeightTransfer):
@@ -164,7 +162,7 @@ class VllmServerEngine:
         check_prompts(prompts, seeds, self.checkpoint.vocab_size)
         version = 0 if self.weights is None else self.weights.version
         work = functools.partial(self._complete, prompts, sampling, seeds, version, on_completion)
-        return ServerGeneration(self, in_background(work) if self.is_speaker else None)
+        return ServerGeneration(self, in_background(work) if self.mesh.is_leader else None)
 
     def close(self) -> None:
         """Stop looking after the servers. They keep the weights that they have."""
@@ -196,7 +194,7 @@ class VllmServerEngine:
             return completion
 
         start = time.perf_counter()
-        completions = each(complete, range(len(prompts)), self.options.concurrency)
+        completions = parallel_map(complete, range(len(prompts)), self.options.concurrency)
         return completions, time.perf_counter() - start
 
     def _ask(self, server: StudentServer, request: dict[str, Any], version: int) -> Completion:
@@ -248,36 +246,9 @@ class VllmServerEngine:
             )
         return Completion(token_ids, sampled.log_probs, sampled.finish_reason, version)
 
-    def _by_first_rank(self, work: Callable[[], T]) -> T:
-        """What `work` returns on the world's first rank, on all ranks; or RolloutFailed on all, with its UserError."""
-        outcome, problem = [None], None
-        if self.mesh.is_main:
-            try:
-                outcome = [work()]
-            except UserError as error:
-                problem = str(error)
-        raise_together(problem, RolloutFailed)
-        dist.broadcast_object_list(outcome, src=0)
-        return outcome[0]
-
-    def tell_replica(self, answer: T | None) -> T:
-        """The speaker's answer on all ranks of its replica."""
-        told = [answer]
-        mesh = self.mesh
-        last = mesh.pp.size() - 1
-        # Each round has those ranks as senders that the rounds before have told.
-        for group, sender, take_part in (
-            (mesh.cp, 0, mesh.tp.rank() == 0 and mesh.pp.rank() == last),
-            (mesh.pp, last, mesh.tp.rank() == 0),
-            (mesh.tp, 0, True),
-        ):
-            if take_part and group.size() > 1:
-                dist.broadcast_object_list(told, src=dist.get_global_rank(group, sender), group=group)
-        return told[0]
-
 
 class ServerGeneration:
-    """Completions that servers are at work on. `answer` is the speaker's; it has them with the seconds they took."""
+    """Completions that servers are at work on. `answer` is the leader rank's; it has them with the seconds they took."""
 
     def __init__(self, engine: VllmServerEngine, answer: Future[tuple[list[Completion], float]] | None):
         self.seconds = 0.0
@@ -285,12 +256,6 @@ class ServerGeneration:
 
     def result(self) -> list[Completion]:
         """As `Generation.result`. `RolloutFailed` on all ranks if any replica's can't be had."""
-        answer, problem = None, None
-        if self._answer is not None:
-            try:
-                answer = self._answer.result()
-            except UserError as error:
-                problem = str(error)
-        raise_together(problem, RolloutFailed)
-        completions, self.seconds = self._engine.tell_replica(answer)
+        answer = run_on_all(lambda: None if self._answer is None else self._answer.result(), RolloutFailed)
+        completions, self.seconds = self._engine.mesh.broadcast_from_leader(answer)
         return completions

@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_gkd.errors import UserError
-from megatron_gkd.rollout.background import each
 from megatron_gkd.rollout.vllm.client import StudentServer, Weights
-from megatron_gkd.runtime.disk import flush
+from megatron_gkd.runtime.background import parallel_map
+from megatron_gkd.runtime.disk import publish
 from megatron_gkd.runtime.servers import ServerDown
 
 Shapes = dict[str, tuple[int, ...]]
@@ -71,10 +71,7 @@ class WeightFolder:
             unfinished.mkdir(parents=True)
             shapes = self._save(named_tensors, unfinished)
             check_shapes(shapes, self.expected, self.optional)
-            for path in (*unfinished.iterdir(), unfinished):
-                flush(path)
-            unfinished.rename(directory)
-            flush(self.root)
+            publish(unfinished, directory)
         except (OSError, SafetensorError) as error:
             raise UserError(f"the weights for the rollout servers can't be written to {directory}: {error}") from error
         finally:
@@ -96,7 +93,7 @@ class WeightFolder:
     ) -> SharedWeights:
         """Write them and have all servers load them. `named_tensors` is exhausted, come what may."""
         weights = self.write(named_tensors, version)
-        each(lambda server: server.load(weights), servers)
+        parallel_map(lambda server: server.load(weights), servers)
         self.forget_all_but(weights)
         return weights
 

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from megatron_gkd.errors import UserError
-from megatron_gkd.rollout.background import each, in_background, together
 from megatron_gkd.rollout.vllm.client import StudentServer, Weights
 from megatron_gkd.rollout.vllm.transfer_groups import GlooGroup, NcclGroup, TransferGroup
 from megatron_gkd.rollout.vllm.weight_folder import Shapes, check_shapes
+from megatron_gkd.runtime.background import in_background, parallel_map, wait_all
 from megatron_gkd.runtime.servers import ServerDown
 
 Backend = Literal["nccl", "gloo"]
@@ -126,9 +126,9 @@ class Link:
         """What this rank does while the server does its part. ServerDown as soon as one of them fails."""
         theirs = in_background(lambda: self.server.command(path, json=body))
         try:
-            together([theirs, in_background(own)], self.timeout)
+            wait_all([theirs, in_background(own)], self.timeout)
         except TimeoutError as error:
-            raise ServerDown(f"{self.server.url}{path}: {error} (rollout.server_timeout_s)") from error
+            raise ServerDown(f"{self.server.url}{path}: {error} (rollout.vllm_server_timeout_s)") from error
         except RuntimeError as error:  # torch's, of every kind of broken connection
             raise ServerDown(f"{self.server.url}{path}: broke off: {error}") from error
 
@@ -167,7 +167,7 @@ class WeightTransfer:
                 for buffer in self._keeping(named_tensors):
                     links = _survivors(lambda link, buffer=buffer: link.send(buffer), links)
                 _survivors(_finish, links)
-            each(StudentServer.current_label, servers)  # who has not got them yet gets what was kept
+            parallel_map(StudentServer.current_label, servers)  # who has not got them yet gets what was kept
         finally:
             for _ in named_tensors:
                 pass
@@ -219,7 +219,7 @@ def _survivors(work: Callable[[Link], None], links: Sequence[Link]) -> list[Link
             return False
         return True
 
-    return [link for link, works in zip(links, each(attempt, links), strict=True) if works]
+    return [link for link, works in zip(links, parallel_map(attempt, links), strict=True) if works]
 
 
 def _finish(link: Link) -> None:

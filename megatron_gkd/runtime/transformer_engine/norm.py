@@ -1,44 +1,72 @@
-"""Norms that know sequence parallelism.
+"""Norms whose gradients are right under sequence parallelism.
 
 Their weights see only this rank's tokens, so they carry the mark by which Megatron sums their gradients over the ranks.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 
 class Norm(nn.Module):
     """RMSNorm or LayerNorm over the last dimension, chosen by `config.normalization`; statistics in fp32."""
 
-    def __init__(self, config, hidden_size: int, eps: float = 1e-5):
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.eps, self.kind = eps, config.normalization
-        shift = 1.0 if config.layernorm_zero_centered_gamma else 0.0
-        self.gamma_offset = shift
-        self.weight = nn.Parameter(torch.full((hidden_size,), 1.0 - shift, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel
-        self.bias = None
+        self.gamma_offset = 1.0 if config.layernorm_zero_centered_gamma else 0.0
+        gamma = torch.full((hidden_size,), 1.0 - self.gamma_offset, dtype=config.params_dtype)
+        self.weight = new_parameter(gamma, sequence_parallel=config.sequence_parallel)
+        self.bias: nn.Parameter | None = None
         if self.kind == "LayerNorm":
-            self.bias = nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
-            self.bias.sequence_parallel = config.sequence_parallel
+            beta = torch.zeros(hidden_size, dtype=config.params_dtype)
+            self.bias = new_parameter(beta, sequence_parallel=config.sequence_parallel)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x [..., H], normalized, in its dtype."""
         return normalize(x, self.weight, self.bias, self.eps, self.kind, self.gamma_offset)
 
 
-def normalize(x, weight, bias, eps: float, kind: str, gamma_offset: float = 0.0) -> torch.Tensor:
-    """[..., H] -> [..., H] in the input's dtype."""
+def normalize(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, kind: str, gamma_offset: float = 0.0
+) -> torch.Tensor:
+    """Return x [..., H], normalized, in its dtype.
+
+    Args:
+        x: the input.
+        weight: [H], gamma without its offset.
+        bias: [H] for LayerNorm, otherwise None.
+        eps: added to the variance or mean square.
+        kind: "RMSNorm" or "LayerNorm".
+        gamma_offset: 1 where `weight` is centered at zero.
+    """
     gamma = weight + gamma_offset if gamma_offset else weight
     if kind == "LayerNorm":
         return F.layer_norm(x, x.shape[-1:], gamma, bias, eps)
     return gamma * F.rms_norm(x.float() if x.dtype != torch.float64 else x, x.shape[-1:], eps=eps).to(x.dtype)
 
 
-class TENorm:
-    """Megatron's factory of the same name; `has_residual` only offers a fusion (Megatron-Core 0.19)."""
+def new_parameter(data: torch.Tensor, **attributes: Any) -> nn.Parameter:
+    """Return a parameter with the attributes by which Megatron decides how to reduce and save it."""
+    parameter = nn.Parameter(data)
+    for name, value in attributes.items():
+        setattr(parameter, name, value)
+    return parameter
 
-    def __new__(cls, config, hidden_size: int, eps: float = 1e-5, has_residual: bool = False):
+
+class TENorm:
+    """Build a `Norm`, as Megatron's factory of this name does.
+
+    `has_residual` offers a fusion (Megatron-Core 0.19), which the fallback does not use.
+    """
+
+    def __new__(  # type: ignore[misc]  # a factory in the shape of a class, as upstream
+        cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, has_residual: bool = False
+    ) -> Norm:
+        """Return the norm."""
         return Norm(config, hidden_size, eps)

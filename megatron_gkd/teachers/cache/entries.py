@@ -9,9 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_gkd.data.label_numbers import label_numbers
+from megatron_gkd.data.label_indices import local_label_indices
 from megatron_gkd.data.microbatch import Microbatch
-from megatron_gkd.data.sample import IGNORE
 from megatron_gkd.ops.topk import TopK, choose_topk, finite, max_and_sum, row_blocks
 from megatron_gkd.ops.vocabulary import VocabShard
 from megatron_gkd.runtime.mesh import Mesh
@@ -39,7 +38,7 @@ def cached_rows(
     entries = _Entries(*(tensor.cpu() for tensor in _entries(signal, manifest, mesh, chunk_tokens)))
     if mesh.tp.rank():
         return None
-    numbers = label_numbers(microbatch, mesh.cp.rank(), mesh.cp.size())
+    numbers = local_label_indices(microbatch, mesh.cp.rank(), mesh.cp.size())
     gathered = [(numbers, entries)]
     if mesh.cp.size() > 1:
         gathered = [None] * mesh.cp.size() if mesh.cp.rank() == 0 else None
@@ -48,7 +47,7 @@ def cached_rows(
             return None
     order = torch.cat([numbers for numbers, _ in gathered]).argsort()
     whole = [torch.cat(tensors)[order].numpy() for tensors in zip(*(found for _, found in gathered), strict=True)]
-    ends = np.cumsum([int((sample.labels != IGNORE).sum()) for sample in microbatch.samples])[:-1]
+    ends = np.cumsum([sample.num_labels for sample in microbatch.samples])[:-1]
     return [CachedRow(*arrays) for arrays in zip(*(np.split(array, ends) for array in whole), strict=True)]
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch.distributed as dist
 
 from megatron_gkd.data.loader import SampleDataset
-from megatron_gkd.data.sample import IGNORE, Sample
+from megatron_gkd.data.sample import IGNORED_LABEL, Sample
 
 KEY_BYTES = 16
 KEY = np.dtype(f"S{KEY_BYTES}")  # compared and sorted in arrays; taken out, an element would lose zeros at its end
@@ -24,7 +24,7 @@ def row_key(sample: Sample) -> bytes:
     for ids in (sample.input_ids, sample.teacher_prompt):
         key.update((-1 if ids is None else len(ids)).to_bytes(8, "little", signed=True))
         key.update(b"" if ids is None else np.ascontiguousarray(ids, dtype="<i8").tobytes())
-    key.update(np.packbits(sample.labels != IGNORE).tobytes())
+    key.update(np.packbits(sample.labels != IGNORED_LABEL).tobytes())
     return key.digest()
 
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from megatron_gkd.errors import UserError
-from megatron_gkd.runtime.disk import flush
+from megatron_gkd.runtime.disk import publish
 from megatron_gkd.teachers.cache.keys import KEY, KEY_BYTES
 from megatron_gkd.teachers.cache.manifest import Manifest
 
@@ -56,9 +56,7 @@ def write_shard(folder: Path, manifest: Manifest, keys: np.ndarray, rows: Sequen
         "tail": np.concatenate([row.tail for row in rows]).astype(np.float32, copy=False),
     }
     save_file(tensors, unfinished, metadata={"cache": manifest.identity})
-    flush(unfinished)
-    os.replace(unfinished, folder / name)
-    flush(folder)
+    publish(unfinished, folder / name)
     return folder / name
 
 

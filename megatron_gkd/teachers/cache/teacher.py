@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_gkd.data.label_numbers import label_numbers
+from megatron_gkd.data.label_indices import local_label_indices
 from megatron_gkd.data.loader import SampleDataset
 from megatron_gkd.data.microbatch import Microbatch
-from megatron_gkd.data.sample import IGNORE, Sample
+from megatron_gkd.data.sample import Sample
 from megatron_gkd.errors import UserError
 from megatron_gkd.ops.topk import TopK
-from megatron_gkd.runtime.agreement import holds_everywhere, raise_together
+from megatron_gkd.runtime.agreement import holds_everywhere, run_on_all
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.teachers.base import Part, Parts, ScoresAhead, TeacherFailed, TeacherSignal, TeacherSource
 from megatron_gkd.teachers.cache.keys import KEY, dataset_keys, keys_of
@@ -97,20 +97,20 @@ class CachedTeacher:
             [
                 sample
                 for sample, place in zip(microbatch.samples, found, strict=True)
-                if place == MISSING and (sample.labels != IGNORE).any()
+                if place == MISSING and sample.num_labels
             ]
             for microbatch, found in zip(microbatches, places, strict=True)
         ]
-        problem, parts = None, [None] * len(microbatches)
-        try:
+
+        def read() -> list[Part | None]:
             if any(missing) and self.rest is None:
                 row_id = next(samples[0].row_id for samples in missing if samples)
                 raise UserError(f"row {row_id} is not in the teacher cache {self.cache.folder}")
-            if self.mesh.pp.rank() == self.mesh.pp.size() - 1:
-                parts = [self._read(microbatch, found) for microbatch, found in zip(microbatches, places, strict=True)]
-        except UserError as error:
-            problem = str(error)
-        raise_together(problem, TeacherFailed)
+            if not self.mesh.is_last_stage:
+                return [None] * len(microbatches)
+            return [self._read(microbatch, found) for microbatch, found in zip(microbatches, places, strict=True)]
+
+        parts = run_on_all(read, TeacherFailed)
         if self.rest is None or holds_everywhere(not any(missing)):
             return [None if part is None else part.signal for part in parts]
         return self._let_the_rest_judge(microbatches, missing, parts)
@@ -135,9 +135,9 @@ class CachedTeacher:
     def _read(self, microbatch: Microbatch, places: np.ndarray) -> Part:
         """Of the labels on this context-parallel rank: which ones the cache knows, and what it says of them."""
         samples = microbatch.samples
-        counts = np.array([int((sample.labels != IGNORE).sum()) for sample in samples], dtype=np.int64)
+        counts = np.array([sample.num_labels for sample in samples], dtype=np.int64)
         is_known = torch.from_numpy(np.repeat(places != MISSING, counts))
-        numbers = label_numbers(microbatch, self.mesh.cp.rank(), self.mesh.cp.size())
+        numbers = local_label_indices(microbatch, self.mesh.cp.rank(), self.mesh.cp.size())
         rows = is_known[numbers].nonzero().squeeze(1)
         entries = []
         for sample, place, count in zip(samples, places, counts, strict=True):
@@ -170,13 +170,7 @@ class CachedTeacher:
 
 def open_cache(folder: str | Path) -> TeacherCache:
     """UserError in all ranks together. All must call it."""
-    cache, problem = None, None
-    try:
-        cache = TeacherCache(folder)
-    except UserError as error:
-        problem = str(error)
-    raise_together(problem)
-    return cache
+    return run_on_all(lambda: TeacherCache(folder))
 
 
 def require_rows(cache: TeacherCache, dataset: SampleDataset, name: str, tags: Sequence[str] | None = None) -> None:

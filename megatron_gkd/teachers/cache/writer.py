@@ -2,62 +2,50 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch.distributed as dist
 
 from megatron_gkd.errors import UserError
-from megatron_gkd.runtime.agreement import raise_together
+from megatron_gkd.runtime.agreement import run_on_main
+from megatron_gkd.runtime.disk import replace_text
 from megatron_gkd.teachers.cache.manifest import FILE, Manifest
 from megatron_gkd.teachers.cache.teacher import MISSING, TeacherCache, open_cache
 
 SHARD_BYTES = 256 << 20
 
 
-def open_for_writing(folder: Path, manifest: Manifest, *, main_process: bool) -> TeacherCache:
+def open_for_writing(folder: Path, manifest: Manifest) -> TeacherCache:
     """A new cache, or one that a run with the same manifest has begun. All ranks must call it.
 
     Raises:
         UserError: in all ranks; another kind of cache is there, or the folder can't be written to.
     """
-    problem = None
-    if main_process:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if not (folder / FILE).exists():
-                _write_whole(folder / FILE, manifest.text())
-            problem = _difference(folder, manifest)
-            for leftover in folder.glob(".rows-*"):  # of a run that was killed
-                leftover.unlink()
-        except OSError as error:
-            problem = f"{folder}: can't be written to ({error})"
-    raise_together(problem)
-    dist.barrier()
+
+    def prepare() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / FILE).exists():
+            replace_text(folder / FILE, manifest.text())
+        _require_same(folder, manifest)
+        for leftover in folder.glob(".rows-*"):  # of a run that was killed
+            leftover.unlink()
+
+    run_on_main(prepare, os_error=f"{folder}: can't be written to")
     return open_cache(folder)
 
 
-def _difference(folder: Path, manifest: Manifest) -> str | None:
+def _require_same(folder: Path, manifest: Manifest) -> None:
     try:
         found = Manifest.read(folder)
     except ValueError as error:
-        return f"{folder}: {error}"
+        raise UserError(f"{folder}: {error}") from error
     for name, value in vars(manifest).items():
         if getattr(found, name) != value:
-            other = f"{folder}: has a teacher cache already, with {name} = {getattr(found, name)} instead of {value}"
-            return f"{other}; name another folder"
-    return None
-
-
-def _write_whole(path: Path, text: str) -> None:
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(unfinished, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+            raise UserError(
+                f"{folder}: has a teacher cache already, with {name} = {getattr(found, name)} instead of {value}; "
+                "name another folder"
+            )
 
 
 def plan_shards(

@@ -29,8 +29,8 @@ _SAME_MODEL = 0.1
 it in bf16."""
 
 
-class Patience(servers.Patience):
-    key = "teacher.teacher_server_patience_s"
+class Patience(servers.Backoff):
+    key = "teacher.teacher_server_max_downtime_s"
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class TeacherServer(Server):
 
     def _compare(self, probe: Probe) -> None:
         body = {"model": self._name, "prompt": probe.text, "add_special_tokens": False, "return_token_strs": True}
-        answer = self.request("POST", "/tokenize", _Tokens, hint="is it a vLLM server?", json=body)
+        answer = self.request("POST", "/tokenize", _Tokens, hint="check that a vLLM server listens there", json=body)
         try:
             require_same_tokens(probe, answer.tokens, answer.token_strs)
         except UserError as error:

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from queue import SimpleQueue
 
-from megatron_gkd.errors import UserError
+from megatron_gkd.errors import ServiceError
 from megatron_gkd.runtime.servers import ServerDown
 from megatron_gkd.teachers.server.client import Patience, TeacherServer
 from megatron_gkd.teachers.server.response import Question, Scores
@@ -78,7 +78,7 @@ class ScoreRequests:
     def _submit(self, question: Question) -> Future[Scores]:
         future: Future[Scores] = Future()
         if self._closed:
-            future.set_exception(UserError("the teacher's servers have been given up"))
+            future.set_exception(ServiceError("the teacher's servers have been given up"))
             return future
         self._waiting.put((future, question))
         if self._threads < self.concurrency:
@@ -103,7 +103,7 @@ class ScoreRequests:
                 return server.score(question)
             except ServerDown as error:
                 if self._closed:
-                    raise UserError(str(error)) from error
+                    raise ServiceError(str(error)) from error
                 patience.wait(error)
         raise AssertionError
 

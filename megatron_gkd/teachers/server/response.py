@@ -14,7 +14,7 @@ from typing import Annotated
 import msgspec
 import numpy as np
 
-from megatron_gkd.data.sample import IGNORE, Sample
+from megatron_gkd.data.sample import Sample
 from megatron_gkd.errors import UserError
 
 MINUS_INFINITY = -9999.0
@@ -37,7 +37,7 @@ class Question:
     @classmethod
     def of(cls, sample: Sample) -> Question | None:
         """What a sample's labels need; None where it has none."""
-        positions = np.flatnonzero(sample.labels != IGNORE)
+        positions = sample.label_positions
         return cls(sample.input_ids[: positions[-1] + 2], positions) if len(positions) else None
 
     @cached_property

@@ -16,13 +16,13 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from megatron_gkd.data.label_numbers import label_numbers, num_labels
+from megatron_gkd.data.label_indices import local_label_indices
 from megatron_gkd.data.microbatch import Microbatch
 from megatron_gkd.data.sample import Sample
 from megatron_gkd.data.teacher_view import teacher_view
-from megatron_gkd.errors import UserError
+from megatron_gkd.errors import GkdError
 from megatron_gkd.ops.topk import MISSING, TopK
-from megatron_gkd.runtime.agreement import raise_together
+from megatron_gkd.runtime.agreement import raise_together, run_on_main
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.runtime.servers import open_client
 from megatron_gkd.teachers.base import TeacherFailed
@@ -65,28 +65,18 @@ class ServerTeacher:
 
     def __init__(self, mesh: Mesh, tokenizer: PreTrainedTokenizerBase, vocab_size: int, options: ServerOptions):
         self.mesh, self.vocab_size, self.options = mesh, vocab_size, options
-        self.is_last_stage = mesh.pp.rank() == mesh.pp.size() - 1
-        self.is_speaker = self.is_last_stage and mesh.tp.rank() == mesh.cp.rank() == 0
         self.requests: ScoreRequests | None = None
         self.largest = options.concurrency
         """Most questions of one scoring so far, or a few."""
         servers: list[TeacherServer] = []
-        if self.is_speaker or mesh.is_main:
+        if self.mesh.is_leader or mesh.is_main:
             http = open_client(options.timeout, options.concurrency)
             needs = TeacherRequirements(options.k, options.max_length, tokenizer_probes(tokenizer))
             servers = [TeacherServer(url, http, needs) for url in options.urls]
-        identities, problem = None, None
-        if mesh.is_main:
-            try:
-                identities = handshake_all(servers, options.patience)
-            except UserError as error:
-                problem = str(error)
-        raise_together(problem, TeacherFailed)
-        told = [identities]
-        dist.broadcast_object_list(told, src=0)
+        identities = run_on_main(lambda: handshake_all(servers, options.patience), TeacherFailed)
         self.scorings = 0
-        if self.is_speaker:
-            for server, identity in zip(servers, told[0], strict=True):
+        if self.mesh.is_leader:
+            for server, identity in zip(servers, identities, strict=True):
                 server.identity = identity
             self.requests = ScoreRequests(
                 servers, concurrency=options.concurrency, patience=options.patience, first=mesh.dp.rank()
@@ -107,7 +97,7 @@ class ServerTeacher:
         told = self._tell_last_stage(self._collect(asked), asked, microbatches[0].labels.device)
         if told is None:
             return [None] * len(microbatches)
-        pieces = told.split([num_labels(microbatch) for microbatch in microbatches], dim=1)
+        pieces = told.split([microbatch.num_labels for microbatch in microbatches], dim=1)
         return [self._signal(piece, one) for piece, one in zip(pieces, microbatches, strict=True)]
 
     def _collect(self, asked: list[Question]) -> dict[bytes, Scores]:
@@ -115,7 +105,7 @@ class ServerTeacher:
         scores: dict[bytes, Scores] = {}
         gifts: dict[bytes, int] = {}
         problem = None
-        if self.is_speaker:
+        if self.mesh.is_leader:
             wanted = {question.key: question for question in asked}
             begun = self.requests.begun()
             gifts = self._gifts(wanted.keys() - begun.keys(), begun.keys() - wanted.keys())
@@ -124,7 +114,7 @@ class ServerTeacher:
             mine += [begun[key] for key, giver in gifts.items() if giver == me]
             try:
                 scores = self.requests.collect(mine)
-            except UserError as error:
+            except GkdError as error:
                 problem = str(error)
             self.largest = max(self.largest, len(wanted))
             self.requests.forget_all_but(_MOST_AHEAD * self.largest)
@@ -146,12 +136,12 @@ class ServerTeacher:
         if self.scorings % self.options.check_interval:
             return
         problem = None
-        if self.is_speaker:
+        if self.mesh.is_leader:
             replica = self.mesh.dp
             try:
                 for server in self.requests.servers[replica.rank() :: replica.size()]:
                     server.check()
-            except UserError as error:
+            except GkdError as error:
                 since = f"; {self.options.check_interval} steps at most were scored since the last check"
                 problem = f"{error}{since if self.options.check_interval > 1 else ''}"
         raise_together(problem, TeacherFailed)
@@ -173,10 +163,10 @@ class ServerTeacher:
         self, scores: dict[bytes, Scores], asked: list[Question], device: torch.device
     ) -> Tensor | None:
         """int32 [2, labels of all microbatches, k], ids and the bits of log-probabilities; None on other stages."""
-        if not self.is_last_stage:
+        if not self.mesh.is_last_stage:
             return None
         told = torch.empty(2, sum(len(question.positions) for question in asked), self.options.k, dtype=torch.int32)
-        if self.is_speaker and asked:
+        if self.mesh.is_leader and asked:
             in_order = [scores[question.key] for question in asked]
             np.concatenate([one.ids for one in in_order], out=told[0].numpy())
             np.concatenate([one.log_probs for one in in_order], out=told[1].view(torch.float32).numpy())
@@ -188,7 +178,7 @@ class ServerTeacher:
 
     def _signal(self, told: Tensor, microbatch: Microbatch) -> TopK:
         """This rank's rows of a microbatch's [2, labels, k]."""
-        numbers = label_numbers(microbatch, self.mesh.cp.rank(), self.mesh.cp.size()).to(told.device)
+        numbers = local_label_indices(microbatch, self.mesh.cp.rank(), self.mesh.cp.size()).to(told.device)
         ids, log_probs = told[0, numbers].long(), told[1, numbers].view(torch.float32)
         return TopK.from_log_probs(ids.masked_fill(ids >= self.vocab_size, MISSING), log_probs)
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from megatron_gkd.config.schema import Recipe
 from megatron_gkd.errors import UserError
-from megatron_gkd.runtime.disk import flush, free_place
+from megatron_gkd.runtime.disk import find_free_path, publish
 
 MANIFEST = "manifest.json"
 RUN = "run.json"
@@ -66,12 +66,9 @@ class CheckpointFolder:
         unfinished, final = self.unfinished(step, attempt), self.final(step)
         manifest = unfinished / MANIFEST
         manifest.write_text(json.dumps({"step": step, "files": digests}, indent=1, sort_keys=True) + "\n")
-        flush(manifest)
-        flush(unfinished)
         if final.exists():
             self._delete(final)
-        unfinished.rename(final)
-        flush(self.path)
+        publish(unfinished, final)
         return final
 
     def set_aside_after(self, step: int) -> list[Path]:
@@ -82,7 +79,7 @@ class CheckpointFolder:
         places = []
         for later in self.published_steps():
             if later > step:
-                place = free_place(self.final(later))
+                place = find_free_path(self.final(later))
                 self.final(later).rename(place)
                 places.append(place)
         return places

@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from megatron_gkd.checkpoint_format.fingerprint import weights_fingerprint
+from megatron_gkd.config.renamed import current_key
 from megatron_gkd.config.schema import Recipe
 from megatron_gkd.data.cache import hash_tokenizer
 from megatron_gkd.data.dataset import TokenizedDataset
+from megatron_gkd.runtime.agreement import run_on_main
 
 _MAY_CHANGE_SECTIONS = ("output", "parallel")
 _MAY_CHANGE = frozenset(
@@ -25,9 +26,9 @@ _MAY_CHANGE = frozenset(
         "data.preprocessing_num_workers",
         "data.external_plugins",
         "rollout.vllm_server_urls",
-        "rollout.server_concurrency",
-        "rollout.server_timeout_s",
-        "rollout.server_patience_s",
+        "rollout.vllm_server_concurrency",
+        "rollout.vllm_server_timeout_s",
+        "rollout.vllm_server_max_downtime_s",
         "rollout.weight_sync",
         "rollout.weight_sync_dir",
         "rollout.mismatch_kl_threshold",
@@ -37,7 +38,7 @@ _MAY_CHANGE = frozenset(
         "rollout.sleep_level",
         "rollout.enforce_eager",
         "lora.merge_lora",
-        "train.attn",
+        "train.attention_backend",
         "train.eval_interval",
         "train.eval_iters",
         "train.max_bad_steps",
@@ -52,7 +53,7 @@ _MAY_CHANGE_OF_TEACHERS = (
     "teacher_model_server",
     "teacher_server_concurrency",
     "teacher_server_timeout_s",
-    "teacher_server_patience_s",
+    "teacher_server_max_downtime_s",
     "offload_teacher_model",
 )
 _MUST_STAY = frozenset({"parallel.distributed_optimizer"})  # the two kinds of state are not interchangeable
@@ -84,14 +85,12 @@ def data_identity(dataset: TokenizedDataset, tokenizer: PreTrainedTokenizerBase,
     }
 
 
-def base_identity(path: Path, *, is_main: bool) -> dict[str, Any]:
+def base_identity(path: Path) -> dict[str, Any]:
     """Return what a checkpoint of adapters says of the weights under them, which it does not hold.
 
-    All ranks of the world must call it; `is_main` is true in rank 0, which reads the files in `path`.
+    All ranks of the world must call it; rank 0 reads the files in `path`.
     """
-    found = [weights_fingerprint(path) if is_main else None]
-    dist.broadcast_object_list(found, src=0)
-    return {"student.model (its weights)": found[0]}
+    return {"student.model (its weights)": run_on_main(lambda: weights_fingerprint(path))}
 
 
 def differences(found: Mapping[str, Any], saved: Mapping[str, Any], where: str) -> list[str]:
@@ -99,6 +98,7 @@ def differences(found: Mapping[str, Any], saved: Mapping[str, Any], where: str) 
 
     A longer run may be continued where the learning rate does not depend on the number of steps.
     """
+    saved = {current_key(key): value for key, value in saved.items()}  # of an older release
     constant = found.get("train.lr_decay_style", saved.get("train.lr_decay_style")) == "constant"
     lines = []
     for key in found.keys() & saved.keys():

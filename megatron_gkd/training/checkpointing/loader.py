@@ -15,7 +15,7 @@ from torch.distributed.checkpoint import CheckpointException
 from megatron_gkd.errors import RunStopped
 from megatron_gkd.models.megatron_model import MegatronModel
 from megatron_gkd.reporting.phases import phase
-from megatron_gkd.runtime.agreement import first_problem, raise_together
+from megatron_gkd.runtime.agreement import first_problem, run_on_all
 from megatron_gkd.training.checkpointing.folder import CheckpointFolder, find_damage, read_run
 from megatron_gkd.training.checkpointing.state import Saved, layout_of, model_state, set_random_states
 from megatron_gkd.training.checkpointing.workarounds import apply_workarounds, separate_steps
@@ -88,19 +88,22 @@ def load_model(model: MegatronModel, path: Path) -> None:
 
 
 def _read(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
-    problem, found = None, {}
-    try:
-        with phase(f"Loading the checkpoint {path}", is_main=dist.get_rank() == 0):
-            found, left, lacking = dist_checkpointing.load(wanted, str(path), strict=StrictHandling.RETURN_ALL)
+    def load() -> dict[str, Any]:
+        try:
+            with phase(f"Loading the checkpoint {path}", is_main=dist.get_rank() == 0):
+                found, left, lacking = dist_checkpointing.load(wanted, str(path), strict=StrictHandling.RETURN_ALL)
+        except (Exception, CheckpointException) as error:  # torch's is a BaseException
+            raise RunStopped(f"{path}: can't be loaded into this model ({_reason(error)})") from error
         # Megatron says nothing of tensors that are left over: an untied head would be ignored by a tied model.
         strange = sorted(lacking) or sorted(key for key in left if not _NO_WEIGHTS.match(key))
         if strange:
             where = "not there" if lacking else "not in the model"
-            problem = f"{path}: can't be loaded into this model: {strange[0]} is {where} (tensors: {len(strange)})"
-    except (Exception, CheckpointException) as error:  # torch's is a BaseException
-        problem = f"{path}: can't be loaded into this model ({_reason(error)})"
-    raise_together(problem, RunStopped)
-    return found
+            raise RunStopped(
+                f"{path}: can't be loaded into this model: {strange[0]} is {where} (tensors: {len(strange)})"
+            )
+        return found
+
+    return run_on_all(load, RunStopped)
 
 
 def _reason(error: Exception) -> str:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron_gkd.config.schema import Recipe
 from megatron_gkd.errors import RunStopped, UserError
 from megatron_gkd.reporting.metrics_log import rotate
-from megatron_gkd.runtime.agreement import raise_together
+from megatron_gkd.runtime.agreement import raise_together, run_on_all
 from megatron_gkd.training.checkpointing.folder import CheckpointFolder, checkpoint_folder, read_run
 from megatron_gkd.training.checkpointing.identity import differences, recipe_identity
 from megatron_gkd.training.checkpointing.loader import newest_intact, verify
@@ -73,18 +73,17 @@ def find_resume_point(recipe: Recipe) -> ResumePoint | None:
 
 def _read_resumable(path: Path) -> dict[str, Any]:
     """Return the plain values of a checkpoint that has all that a run needs. RunStopped, in all ranks, otherwise."""
-    run, problem = {}, None
-    try:
+
+    def read() -> dict[str, Any]:
         run = read_run(path)
         if not run["with_optimizer"]:
-            problem = (
+            raise UserError(
                 f"train.resume: {path} has no optimizer state (it was saved with output.save_optim = false); start a "
                 "new run from its weights: train.init_from"
             )
-    except UserError as error:
-        problem = str(error)
-    raise_together(problem, RunStopped)
-    return run
+        return run
+
+    return run_on_all(read, RunStopped)
 
 
 def find_checkpoint(wanted: str) -> Path:

@@ -50,7 +50,7 @@ class Saver:
         most: int | None = None,
         report: Callable[[str], None] = lambda line: None,
         seconds: float = 1800.0,
-    ):
+    ) -> None:
         self.folder, self.is_asynchronous, self.most = folder, is_asynchronous, most
         self.report, self.seconds = report, seconds
         self.longest: float | None = None

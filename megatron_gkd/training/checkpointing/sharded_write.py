@@ -31,7 +31,7 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import WriteItem
 
-from megatron_gkd.runtime.agreement import first_problem
+from megatron_gkd.runtime.agreement import run_on_all
 from megatron_gkd.training.checkpointing.folder import digest
 
 T = TypeVar("T")
@@ -48,15 +48,14 @@ def on_all(work: Callable[[], T]) -> T:
     Raises:
         SaveFailed: in all ranks, if the work of any rank failed.
     """
-    problem, result = None, None
-    try:
-        result = work()
-    except (Exception, CheckpointException) as error:  # torch's is a BaseException
-        problem = one_line(error)
-    problem = first_problem(problem)
-    if problem is not None:
-        raise SaveFailed(problem)
-    return result
+
+    def attempt() -> T:
+        try:
+            return work()
+        except (Exception, CheckpointException) as error:  # torch's is a BaseException
+            raise SaveFailed(one_line(error)) from error
+
+    return run_on_all(attempt, SaveFailed)
 
 
 def on_main(work: Callable[[], T]) -> T | None:
@@ -77,7 +76,7 @@ class ShardedWrite:
         SaveFailed: in all ranks.
     """
 
-    def __init__(self, state: dict[str, Any], folder: Path):
+    def __init__(self, state: dict[str, Any], folder: Path) -> None:
         self.folder = folder
         self._digests: dict[str, list] = {}
         self._results: list = []

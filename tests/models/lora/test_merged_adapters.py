@@ -161,7 +161,7 @@ def answers_of(rank, world_size, path, adapters, source):
     from megatron_gkd.runtime.mesh import Layout, destroy_mesh, initialize_mesh
     from megatron_gkd.runtime.nodes import Nodes
     from megatron_gkd.training.build_teacher import open_teachers
-    from megatron_gkd.training.generate import build_engine_of
+    from megatron_gkd.training.generation_engine import build_generation_engine
 
     mesh, teacher = initialize_mesh(Layout(tensor=world_size), seed=1), {"teacher_model": str(path)}
     changes = {"teacher": teacher | {"teacher_adapters": str(adapters)}}
@@ -169,7 +169,7 @@ def answers_of(rank, world_size, path, adapters, source):
         changes = {"teacher": teacher, "lora": {"adapters": str(adapters)}}
     recipe = recipe_of(changes)
     models = SimpleNamespace(student=Checkpoint.open(str(path)), teachers=open_teachers(recipe.teacher, Nodes.alone()))
-    engine = build_engine_of(source, recipe, mesh, models)
+    engine = build_generation_engine(source, recipe, mesh, models)
     sampling = Sampling(max_completion_length=8, temperature=0, ignore_eos=True)
     found = [one.token_ids for one in engine.generate(PROMPTS, sampling, [0] * len(PROMPTS))]
     destroy_mesh()

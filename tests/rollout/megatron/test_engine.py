@@ -163,9 +163,9 @@ def generate_wrongly(rank, world_size):
     layers[0].mlp.eval()
 
     class Broken(MegatronEngine):
-        def _append_tokens(self, lanes, hidden, sampling):
-            super()._append_tokens(lanes, hidden, sampling)
-            if len(lanes[0].rows[0].token_ids) == 3:
+        def _append_tokens(self, batches, hidden, sampling):
+            super()._append_tokens(batches, hidden, sampling)
+            if len(batches[0].sequences[0].token_ids) == 3:
                 raise KeyError("half-way")
 
     request = REQUESTS["greedy"]
@@ -204,7 +204,7 @@ def train(rank, world_size, checkpoint, changes, on_the_way):
     from megatron_gkd.rollout.megatron.engine import MegatronEngine
     from megatron_gkd.runtime.mesh import destroy_mesh
 
-    _, student, _, batches = build(checkpoint, None, changes | {"teacher": {"kind": "none"}})
+    _, student, _, batches = build(checkpoint, None, changes | {"teacher": {"teacher_kind": "none"}})
     engine = MegatronEngine(student.model, [EOS])
     request = REQUESTS["drawn in another batch"]
 

@@ -8,7 +8,7 @@ import httpx
 import pytest
 import torch
 
-from megatron_gkd.errors import UserError
+from megatron_gkd.errors import ServiceError, UserError
 from megatron_gkd.rollout.vllm.adapters import AdapterFolder, adapter_name, hand_over_adapters
 from megatron_gkd.rollout.vllm.client import Sampled, ServerNeeds, StudentRequirements, StudentServer
 from megatron_gkd.rollout.vllm.weight_folder import WeightFolder, hand_over
@@ -99,7 +99,9 @@ def test_hello_waits_for_a_server_that_is_still_starting(server, scripted):
 @pytest.mark.parametrize("failure", DOWN, ids=str)
 def test_past_the_limit_there_is_a_clear_error(failure, server, scripted):
     scripted.failures["/v1/models"] = [failure] * 1000
-    with pytest.raises(UserError, match=r"http://server:8000/v1/models: .*for 0.2 s \(rollout.server_patience_s\)"):
+    with pytest.raises(
+        ServiceError, match=r"http://server:8000/v1/models: .*for 0.2 s \(rollout.vllm_server_max_downtime_s\)"
+    ):
         server.hello(ServerNeeds(64))
 
 

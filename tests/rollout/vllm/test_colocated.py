@@ -217,7 +217,7 @@ def train(rank, world_size, checkpoint, engine_name):
     from megatron_gkd.rollout.megatron.engine import MegatronEngine
     from megatron_gkd.runtime.mesh import destroy_mesh
 
-    _, student, _, batches = build(checkpoint, None, {"teacher": {"kind": "none"}})
+    _, student, _, batches = build(checkpoint, None, {"teacher": {"teacher_kind": "none"}})
     engine, records, completions, changes = None, [], [], []
     if engine_name == "vllm":
         engine = open_engine(student.mesh, checkpoint)

@@ -126,7 +126,7 @@ def sample_a_sharded_student(rank, world_size, urls, folder, layout, requests):
     with engine_of(urls, folder, layout) as engine:
         model = MegatronModel.load(engine.checkpoint, engine.mesh, BuildOptions())
         engine.load_weights(model.named_tensors(), version=3)
-        return engine.is_speaker, generate(engine, requests[engine.mesh.dp.rank()])
+        return engine.mesh.is_leader, generate(engine, requests[engine.mesh.dp.rank()])
 
 
 LAYOUTS = {
@@ -165,7 +165,10 @@ def test_all_ranks_hear_that_there_is_no_server(gloo_world, tmp_path):
     url = f"http://127.0.0.1:{vllm_server.free_port()}"
     messages = gloo_world(2).run(fail_to_reach, url, tmp_path)
     assert messages[0] == messages[1]
-    assert f"{url}/v1/models: ConnectError" in messages[0] and "for 1 s (rollout.server_patience_s)" in messages[0]
+    assert (
+        f"{url}/v1/models: ConnectError" in messages[0]
+        and "for 1 s (rollout.vllm_server_max_downtime_s)" in messages[0]
+    )
 
 
 def generate_while_it_dies(rank, world_size, url, folder, patience, weight_sync):
@@ -207,5 +210,5 @@ def test_a_server_that_is_killed_and_restarted_loses_nothing(student_server, glo
 def test_a_server_that_stays_away_is_a_clear_error(student_server, gloo_world, tmp_path):
     _, message, seconds = kill_while_it_answers(student_server, gloo_world, tmp_path, 3.0, restart=False)
     assert isinstance(message, str) and f"{student_server.url}/" in message
-    assert "for 3 s (rollout.server_patience_s)" in message and "start it again, and then the run" in message
+    assert "for 3 s (rollout.vllm_server_max_downtime_s)" in message and "start it again, and then the run" in message
     assert seconds < 30

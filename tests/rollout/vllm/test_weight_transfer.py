@@ -7,7 +7,7 @@ import pytest
 import torch
 from fake_vllm import FakeVllm, transport
 
-from megatron_gkd.errors import UserError
+from megatron_gkd.errors import ServiceError, UserError
 from megatron_gkd.rollout.vllm import weight_transfer
 from megatron_gkd.rollout.vllm.client import ServerNeeds, StudentServer
 from megatron_gkd.rollout.vllm.weight_transfer import Keeper, WeightTransfer, buffers, wait_for_first_rank
@@ -182,6 +182,6 @@ def test_other_ranks_do_not_wait_for_ever(servers, http, transfer):
     other = StudentServer(servers[1].url, http, 0.05, wait_for_first_rank)
     other.wanted = transfer.load(weights_of(1).items(), 1, servers[:1])
     with pytest.raises(
-        UserError, match="has not got the student's weights of version 1 again yet; that was so for 0.05"
+        ServiceError, match="has not got the student's weights of version 1 again yet; all attempts failed for 0.05"
     ):
         other.current_label()

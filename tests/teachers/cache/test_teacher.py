@@ -21,7 +21,7 @@ from teachers.contract import (
     transformers_log_probs,
 )
 
-from megatron_gkd.data.sample import IGNORE
+from megatron_gkd.data.sample import IGNORED_LABEL
 from megatron_gkd.errors import UserError
 from megatron_gkd.teachers.cache.keys import keys_of, row_key
 from megatron_gkd.teachers.cache.manifest import FILE, Manifest
@@ -36,7 +36,7 @@ MANIFEST = Manifest(k=5, temperature=0.9, tokenizer="t", teacher="big", vocab_si
 def entry(row, manifest=MANIFEST) -> CachedRow:
     """Ids from the whole of a large vocabulary, most of them above 131072."""
     generator = np.random.default_rng(row.row_id)
-    n = int((row.labels != IGNORE).sum())
+    n = row.num_labels
     ids = np.stack([generator.choice(manifest.vocab_size, manifest.k, replace=False) for _ in range(n)])
     log_probs = -np.sort(generator.random((n, manifest.k), dtype=np.float32) * 9, axis=1)
     return CachedRow(ids.astype(np.int32), log_probs, generator.random(n, dtype=np.float32))
@@ -58,7 +58,7 @@ class TestKeys:
     def test_what_the_teacher_judges_is_in_the_key(self):
         row = ROWS[3]
         other_labels = row.labels.copy()
-        other_labels[2] = IGNORE
+        other_labels[2] = IGNORED_LABEL
         others = [
             replace(row, input_ids=row.input_ids[:-1], labels=row.labels[:-1]),
             replace(row, labels=other_labels),
@@ -128,12 +128,12 @@ class TestFiles:
 
 class TestPlan:
     def shards(self, folder, rows, **options):
-        labels = np.array([int((row.labels != IGNORE).sum()) for row in rows])
+        labels = np.array([row.num_labels for row in rows])
         plan = plan_shards(keys_of(rows), labels, TeacherCache(folder), **{"shard_rows": 4, "k": 5} | options)
         return [shard.tolist() for shard in plan]
 
     def test_equal_rows_count_once_and_rows_without_labels_not_at_all(self, tmp_path):
-        silent = replace(ROWS[0], labels=np.full_like(ROWS[0].labels, IGNORE))
+        silent = replace(ROWS[0], labels=np.full_like(ROWS[0].labels, IGNORED_LABEL))
         rows = [*ROWS[:3], ROWS[1], silent, *ROWS[3:6]]
         assert self.shards(cache_of(tmp_path), rows) == [[0, 1, 2, 5], [6, 7]]
 
@@ -159,11 +159,11 @@ K, TEMPERATURE = 11, 0.7
 
 def fill(folder: Path) -> Path:
     manifest = Manifest(k=K, temperature=TEMPERATURE, tokenizer="t", teacher="transformers", vocab_size=99)
-    rows = {row_key(one): one for samples in MICROBATCHES.values() for one in samples if (one.labels != IGNORE).any()}
+    rows = {row_key(one): one for samples in MICROBATCHES.values() for one in samples if one.num_labels}
     (folder / FILE).write_text(manifest.text())
     entries = []
     for row in rows.values():
-        log_probs = transformers_log_probs(CHECKPOINT(), row.input_ids, np.flatnonzero(row.labels != IGNORE))
+        log_probs = transformers_log_probs(CHECKPOINT(), row.input_ids, row.label_positions)
         best = log_probs.topk(K)
         rest = log_probs.scatter(1, best.indices, -torch.inf)
         tail = (rest / TEMPERATURE).logsumexp(-1)

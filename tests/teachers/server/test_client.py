@@ -13,7 +13,7 @@ from checkpoints import tiny_checkpoint, tiny_tokenizer
 from teachers.contract import CHECKPOINT, transformers_log_probs
 from teachers.fake_server import FakeServer
 
-from megatron_gkd.errors import UserError
+from megatron_gkd.errors import ServiceError, UserError
 from megatron_gkd.runtime.servers import ServerDown, open_client
 from megatron_gkd.teachers.server.client import TeacherRequirements, TeacherServer, handshake_all
 from megatron_gkd.teachers.server.response import Question
@@ -96,10 +96,10 @@ def test_shorter_sequences_than_the_longest_are_refused(fake):
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        ((404, {"detail": "Not Found"}), "404: .*Not Found.*; is it a vLLM server"),
+        ((404, {"detail": "Not Found"}), "404: .*Not Found.*; check that a vLLM server listens there"),
         ((200, b"<html>"), "the response is not that of a vLLM server .*<html>"),
         ((200, {"data": []}), "the response is not that of a vLLM server"),
-        ((200, {"data": [{"id": "gpt"}]}), "gives gpt no max_model_len; is it a vLLM server"),
+        ((200, {"data": [{"id": "gpt"}]}), "gpt has no max_model_len; check that a vLLM server"),
     ],
 )
 def test_something_else_than_vllm_is_refused(answer, message, fake):
@@ -111,7 +111,7 @@ def test_something_else_than_vllm_is_refused(answer, message, fake):
 def test_a_server_that_is_not_there_is_a_clear_error(fake):
     fake.stop()
     with pytest.raises(
-        UserError, match=rf"{fake.url}/v1/models: ConnectError.* 0.2 s \(teacher.teacher_server_patience_s"
+        ServiceError, match=rf"{fake.url}/v1/models: ConnectError.* 0.2 s \(teacher.teacher_server_max_downtime_s"
     ):
         client_of(fake).hello(patience=0.2)
 

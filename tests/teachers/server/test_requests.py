@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from megatron_gkd.errors import UserError
+from megatron_gkd.errors import ServiceError, UserError
 from megatron_gkd.runtime.servers import ServerDown
 from megatron_gkd.teachers.server.requests import ScoreRequests
 from megatron_gkd.teachers.server.response import Question, Scores
@@ -94,8 +94,10 @@ def test_a_failure_that_passes_is_asked_again(requests_to):
 
 def test_a_failure_that_stays_is_an_error_that_names_the_limit(requests_to):
     server = Scripted(*[ServerDown("http://host:1: refused")] * 10_000)
-    message = r"http://host:1: refused; that was so for 0.05 s \(teacher.teacher_server_patience_s\).* start it again"
-    with pytest.raises(UserError, match=message):
+    message = (
+        r"http://host:1: refused; all attempts failed for 0.05 s \(teacher.teacher_server_max_downtime_s\).* start it again"
+    )
+    with pytest.raises(ServiceError, match=message):
         requests_to(server, patience=0.05).collect(questions(*range(50)))
 
 
@@ -107,7 +109,7 @@ def test_a_refusal_is_an_error_at_once_and_nothing_more_is_asked(requests_to):
     asked = len(server.asked)
     time.sleep(0.2)
     assert len(server.asked) <= asked + 1 < 5
-    with pytest.raises(UserError, match="given up"):
+    with pytest.raises(ServiceError, match="given up"):
         requests.collect(questions(1))
 
 

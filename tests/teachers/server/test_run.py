@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 from checkpoints import tiny_checkpoint
+from command_line import train
 from teachers.contract import CHECKPOINT
 from teachers.fake_server import FakeServer
-from test_train import train
 
 RECIPE = """
 student:  {{model: {student}}}
@@ -55,14 +55,14 @@ def come_back_as_another_model(server: FakeServer) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (die, "for 1 s (teacher.teacher_server_patience_s)"),
+        (die, "for 1 s (teacher.teacher_server_max_downtime_s)"),
         (come_back_as_another_model, ": serves another model than at the start of the run (as teacher)"),
     ],
 )
 def test_what_has_been_learnt_is_exported(change, message, tmp_path):
     folder = prepare(tmp_path / "run")
     with FakeServer(CHECKPOINT()) as server, ThreadPoolExecutor(1) as pool:
-        run = pool.submit(train, folder, "--teacher_model_server", server.url, "--teacher_server_patience_s", "1")
+        run = pool.submit(train, folder, "--teacher_model_server", server.url, "--teacher_server_max_downtime_s", "1")
         while len(steps_of(folder)) < 3:
             assert not run.done(), run.result().stderr
             time.sleep(0.02)

@@ -230,7 +230,7 @@ def fewer_positions(answer):
     [
         (garbage, "/v1/completions: the response is not that of a vLLM server"),
         (fewer_positions, "/v1/completions: its answer has 12 positions of 14"),
-        (None, "that was so for 0.5 s (teacher.teacher_server_patience_s)"),
+        (None, "all attempts failed for 0.5 s (teacher.teacher_server_max_downtime_s)"),
     ],
 )
 def test_all_ranks_stop_together_when_it_is_no_use_any_more(spoil, message, gloo_world, tmp_path):
@@ -258,7 +258,7 @@ def drop_tokens(rank, world_size, student, url):
     microbatches = next(iter(batches))
     totals = student.compute_gradients(microbatches, teacher.score(microbatches))
     destroy_mesh()
-    return totals, sum(one.num_tokens for one in microbatches)
+    return totals, sum(one.num_labels for one in microbatches)
 
 
 def test_positions_without_a_probable_token_are_dropped_and_counted(gloo_world):

@@ -10,11 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import vllm_server
 from checkpoints import tiny_checkpoint, tiny_tokenizer
+from command_line import train
 from layouts import DENSE
 from teachers.contract import CHECKPOINT, TeacherContract, in_every_rank
 from teachers.server.test_run import prepare, steps_of
 from teachers.server.test_teacher import answers_of, fail_to_make
-from test_train import train
 from training.test_layouts import assert_equal_runs
 from training.test_server_teacher import TAILS
 from training_layouts import train_steps

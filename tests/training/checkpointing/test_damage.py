@@ -15,7 +15,7 @@ from training_layouts import build, recipe_of, weights_of
 
 from megatron_gkd.errors import RunStopped
 
-PLAIN = {"teacher": {"kind": "none", "teacher_model": None}, "train": {"dtype": "bf16"}}
+PLAIN = {"teacher": {"teacher_kind": "none", "teacher_model": None}, "train": {"dtype": "bf16"}}
 
 
 def shard_of(path: Path) -> Path:

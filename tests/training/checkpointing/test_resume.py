@@ -10,7 +10,7 @@ from rows import RandomRows
 from training_layouts import build, weights_of
 
 VPP2 = {"virtual_pipeline_model_parallel_size": 2}
-EMA = {"teacher": {"kind": "self", "teacher_model": None, "ema": 0.6}}
+EMA = {"teacher": {"teacher_kind": "self", "teacher_model": None, "teacher_ema": 0.6}}
 LAYOUTS = {
     "one process": (1, {}),
     "TP2": (2, {"parallel": TP2}),
@@ -46,7 +46,7 @@ def build_run(model, changes):
     from megatron_gkd.training.checkpointing.workarounds import apply_workarounds
 
     apply_workarounds()
-    plain = {"teacher": {"kind": "none", "teacher_model": None}}
+    plain = {"teacher": {"teacher_kind": "none", "teacher_model": None}}
     _, student, teacher, batches = build(model, None, plain | changes, RandomRows(count=24, privileged=True))
     return student, teacher, Saved(student, averages_of(teacher)), batches
 

@@ -14,7 +14,7 @@ from megatron_gkd.errors import RunStopped
 VPP2 = {"virtual_pipeline_model_parallel_size": 2}
 LORA = {"lora_rank": 4, "lora_alpha": 8, "lora_dropout": 0}
 DROPOUT = LORA | {"lora_dropout": 0.1}
-EMA = {"teacher": {"kind": "self", "teacher_model": None, "ema": 0.6}}
+EMA = {"teacher": {"teacher_kind": "self", "teacher_model": None, "teacher_ema": 0.6}}
 LAST_STAGE = LORA | {"target_regex": r"model\.layers\.[23]\..*"}
 ONE_LAYER = LORA | {"lora_rank": 1, "target_regex": r"model\.layers\.0\.self_attn\.o_proj"}
 LAYOUTS = {

@@ -26,8 +26,8 @@ PHASES = {
     "shard": (f"{WRITER}.write_preloaded_data", 1),
     ".metadata": (f"{WRITER}.finish", 0),
     "metadata.json": (f"{SAVED}.sharded_write.save_config", 0),
-    "manifest.json": (f"{SAVED}.folder.flush", 0),
-    "rename": ("pathlib.Path.rename", 0),
+    "manifest.json": (f"{SAVED}.folder.publish", 0),
+    "rename": ("pathlib.Path.replace", 0),
 }
 """What is made to fail, and on which rank: where only one rank has that work, on this one."""
 
@@ -41,7 +41,7 @@ def student_and_saver(model, directory, **options):
     from megatron_gkd.training.checkpointing.workarounds import apply_workarounds
 
     apply_workarounds()
-    _, student, _, _ = build(model, None, {"teacher": {"kind": "none", "teacher_model": None}})
+    _, student, _, _ = build(model, None, {"teacher": {"teacher_kind": "none", "teacher_model": None}})
     saved, reports = Saved(student), []
     saver = Saver(CheckpointFolder(directory), report=reports.append, **options)
     run = saved.description() | {"identity": {}, "progress": {"step": 1, "updates": 1}}

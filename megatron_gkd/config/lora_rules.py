@@ -1,0 +1,28 @@
+"""The layers with adapters, from the keys of the section `lora`."""
+
+from megatron_gkd.checkpoint_format.lora_layers import LayerRules
+from megatron_gkd.config.schema import LoraSection
+
+RULES = (
+    "lora_rank",
+    "lora_alpha",
+    "target_modules",
+    "target_regex",
+    "use_rslora",
+    "rank_pattern",
+    "alpha_pattern",
+)
+"""The keys that `layer_rules` reads."""
+
+
+def layer_rules(section: LoraSection) -> LayerRules:
+    """Return the section's choice of layers, ranks and scales."""
+    return LayerRules(
+        rank=section.lora_rank,
+        alpha=section.lora_alpha,
+        target_modules=section.target_modules,
+        target_regex=section.target_regex,
+        use_rslora=section.use_rslora,
+        rank_pattern=section.rank_pattern,
+        alpha_pattern=section.alpha_pattern,
+    )

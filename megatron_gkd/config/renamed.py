@@ -1,0 +1,68 @@
+"""Keys of the recipe under their former names, which recipes and command lines may still use."""
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+RENAMED = {
+    "teacher": {
+        "kind": "teacher_kind",
+        "cache": "teacher_cache",
+        "ema": "teacher_ema",
+        "teacher_server_patience_s": "teacher_server_max_downtime_s",
+    },
+    "rollout": {
+        "stop": "stop_words",
+        "truncated": "truncated_completions",
+        "server_concurrency": "vllm_server_concurrency",
+        "server_timeout_s": "vllm_server_timeout_s",
+        "server_patience_s": "vllm_server_max_downtime_s",
+    },
+    "train": {"attn": "attention_backend"},
+}
+"""By section, the present name of each former one. Former names are unique over all sections, as leaves are."""
+
+NEW_NAMES = {old: new for names in RENAMED.values() for old, new in names.items()}
+
+
+class DeprecatedKey(FutureWarning):
+    """A recipe or command line names a key as it was once called."""
+
+
+def rename_keys(tree: dict[str, Any]) -> tuple[list[str], set[str]]:
+    """Give the keys of `tree` (section -> leaf -> value) their present names, with a DeprecatedKey for each.
+
+    Returns:
+        The problems, and the leaves that they concern: those that stand under both names.
+    """
+    problems: list[str] = []
+    concerned: set[str] = set()
+    for section, names in RENAMED.items():
+        for place, content in _mappings(section, tree.get(section)):
+            for old in [name for name in content if name in names]:
+                value, new = content.pop(old), names[old]
+                if new in content:
+                    problems.append(f"{place}.{old} = {value}: is the former name of {place}.{new}; remove {old}")
+                    concerned.add(new)
+                    continue
+                content[new] = value
+                warnings.warn(f"{place}.{old}: deprecated; use {place}.{new}", DeprecatedKey, stacklevel=3)
+    return problems, concerned
+
+
+def current_key(key: str) -> str:
+    """Return a key under its present name: `teacher.teachers[0].teacher_kind` for `teacher.teachers[0].kind`."""
+    place, _, leaf = key.rpartition(".")
+    names = RENAMED.get(place.partition(".")[0], {})
+    return f"{place}.{names[leaf]}" if leaf in names else key
+
+
+def _mappings(section: str, content: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield a section and the mappings in its lists (`teacher.teachers`), each with its place in the recipe."""
+    if not isinstance(content, dict):
+        return
+    yield section, content
+    for leaf, value in content.items():
+        for index, entry in enumerate(value if isinstance(value, list) else ()):
+            if isinstance(entry, dict):
+                yield f"{section}.{leaf}[{index}]", entry

@@ -1,0 +1,146 @@
+"""Sequences that decode together: which are in progress, and the tokens that each forward pass takes of them.
+
+A forward pass takes one packed row of tokens: first one token of every sequence that has started, then the whole
+prompts of those that were admitted since, then padding. Started sequences are rows 0 to n-1 of the cache, without
+holes: when one finishes, the last moves into its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from megatron_gkd.data.microbatch import Microbatch
+from megatron_gkd.data.sample import IGNORED_LABEL
+from megatron_gkd.rollout.stop_strings import StopStringDetector
+
+
+@dataclass
+class DecodeSequence:
+    """One prompt and its completion so far. `index` is the prompt's place in the request."""
+
+    index: int
+    prompt: list[int]
+    seed: int
+    stop_strings: StopStringDetector | None = None
+    has_stop_string: bool = False
+    token_ids: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+
+    def append(self, token_id: int, log_prob: float) -> None:
+        """Append a token to the completion."""
+        self.token_ids.append(token_id)
+        self.log_probs.append(log_prob)
+        if self.stop_strings is not None:
+            self.has_stop_string = self.stop_strings.append(token_id)
+
+    @property
+    def num_cached(self) -> int:
+        """Number of tokens whose keys and values are in the cache: all but the newest."""
+        return len(self.prompt) + len(self.token_ids) - 1 if self.token_ids else 0
+
+
+@dataclass(frozen=True)
+class DecodeInputs(Microbatch):
+    """The tokens of one forward pass, and their places in the cache.
+
+    Attributes:
+        batch: number of the `DecodeBatch`, which has a cache of its own.
+        decode_positions: int64 [n], the position of the one token of each started sequence.
+        max_decode_length: tokens of the longest started sequence, that one included.
+        prompt_lengths: tokens of each prompt that follows.
+        last_tokens: int64 [sequences], places of the tokens after which the next is drawn.
+    """
+
+    batch: int
+    decode_positions: Tensor
+    max_decode_length: int
+    prompt_lengths: list[int]
+    last_tokens: Tensor
+
+
+class DecodeBatch:
+    """Sequences that go through the pipeline together.
+
+    Args:
+        number: its place among the batches of the engine.
+        size: most sequences at a time.
+        max_prompt_tokens: most tokens of prompts in a forward pass, each prompt padded to the longest.
+    """
+
+    def __init__(self, number: int, size: int, max_prompt_tokens: int) -> None:
+        self.number, self.size, self.max_prompt_tokens = number, size, max_prompt_tokens
+        self.sequences: list[DecodeSequence] = []
+
+    @property
+    def _new(self) -> list[DecodeSequence]:
+        return [sequence for sequence in self.sequences if not sequence.token_ids]
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens of the next forward pass, without padding."""
+        return sum(1 if sequence.token_ids else len(sequence.prompt) for sequence in self.sequences)
+
+    def has_room(self, sequence: DecodeSequence) -> bool:
+        """Return whether the next forward pass can take this sequence's prompt, too."""
+        if len(self.sequences) == self.size:
+            return False
+        lengths = [len(other.prompt) for other in (*self._new, sequence)]
+        return len(lengths) == 1 or len(lengths) * max(lengths) <= self.max_prompt_tokens
+
+    def next_inputs(self, length: int, *, max_position: int, cp_size: int) -> DecodeInputs:
+        """Return the inputs of the next forward pass.
+
+        Args:
+            length: tokens of the forward pass; padding fills it up.
+            max_position: positions stay below it.
+            cp_size: context-parallel ranks, each of which has as many tokens, of sequences of its own.
+        """
+        tokens: list[int] = []
+        positions: list[int] = []
+        last_tokens: list[int] = []
+        for sequence in self.sequences:
+            new = sequence.token_ids[-1:] or sequence.prompt
+            tokens += new
+            positions += range(sequence.num_cached, sequence.num_cached + len(new))
+            last_tokens.append(len(tokens) - 1)
+        missing = length - len(tokens)
+        decode_positions = [sequence.num_cached for sequence in self.sequences if sequence.token_ids]
+        return DecodeInputs(
+            input_ids=torch.tensor([tokens + [0] * missing]),
+            labels=torch.full((1, length), IGNORED_LABEL),
+            position_ids=torch.tensor([positions + [0] * missing]),
+            padding_mask=(torch.arange(length) >= len(tokens))[None],
+            from_dataset=torch.zeros(1, length, dtype=torch.bool),
+            cu_seqlens=torch.tensor([0, length * cp_size], dtype=torch.int32),
+            max_seqlen=max_position,
+            num_rows=len(self.sequences),
+            samples=(),
+            batch=self.number,
+            decode_positions=torch.tensor(decode_positions, dtype=torch.int64),
+            max_decode_length=max(decode_positions, default=-1) + 1,
+            prompt_lengths=[len(sequence.prompt) for sequence in self._new],
+            last_tokens=torch.tensor(last_tokens, dtype=torch.int64),
+        )
+
+    def remove(
+        self, is_finished: Callable[[DecodeSequence], bool], move: Callable[[int, int, int, int], None]
+    ) -> list[DecodeSequence]:
+        """Remove finished sequences and return them.
+
+        Args:
+            is_finished: whether a sequence is to be removed.
+            move: moves a row of the cache; see `KeyValueCache.move`.
+        """
+        finished = []
+        for place in reversed(range(len(self.sequences))):
+            if is_finished(self.sequences[place]):
+                finished.append(self.sequences[place])
+                last = self.sequences.pop()
+                if place < len(self.sequences):
+                    self.sequences[place] = last
+                    move(self.number, len(self.sequences), place, last.num_cached)
+        return finished

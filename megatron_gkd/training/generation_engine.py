@@ -1,0 +1,49 @@
+"""The engine of `megatron-gkd generate`: with the weights of the teacher or of the student."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from megatron_gkd.config.schema import Recipe
+from megatron_gkd.models.megatron_model import BuildOptions
+from megatron_gkd.rollout.base import RolloutEngine
+from megatron_gkd.rollout.megatron.engine import MegatronEngine
+from megatron_gkd.rollout.vllm.own_weights import OwnWeightsEngine
+from megatron_gkd.runtime.mesh import Mesh
+from megatron_gkd.training.build import DTYPES, build_engine, server_options
+from megatron_gkd.training.load_model import load_model
+from megatron_gkd.training.setup import Models
+
+Source = Literal["teacher", "student"]
+
+
+def build_generation_engine(source: Source, recipe: Recipe, mesh: Mesh, models: Models) -> RolloutEngine:
+    """Build the engine that generates responses, with the weights of `source` loaded.
+
+    The student has the adapters that it would begin with. Rollout servers get its weights as in training, whatever
+    they held before. A teacher's servers generate with the weights that they were started with.
+    """
+    section = recipe.teacher
+    if source == "teacher" and section.source == "server":
+        return OwnWeightsEngine(mesh, models.student, server_options(recipe, section.teacher_model_server))
+    checkpoint = models.student if source == "student" else models.teachers["teacher"]
+    if source == "student" and recipe.lora is not None and recipe.lora.adapters is not None:
+        checkpoint = checkpoint.with_adapters(Path(recipe.lora.adapters), "lora.adapters")
+    options = BuildOptions(dtype=DTYPES[recipe.train.dtype], attn=recipe.train.attention_backend)
+    model = load_model(f"the {source} {source_name(recipe, source)}", checkpoint, mesh, options)
+    if source == "teacher" and recipe.rollout.engine == "vllm_server":  # the servers are the student's
+        return MegatronEngine(model, checkpoint.eos_token_ids)
+    engine = build_engine(recipe, mesh, model, checkpoint)
+    engine.load_weights(model.named_tensors(), version=0)
+    return engine
+
+
+def source_name(recipe: Recipe, source: Source) -> str:
+    """Return the name of the model that generates, as the file's rows have it."""
+    teacher = recipe.teacher
+    if source == "student":
+        model, adapters = recipe.student.model, None if recipe.lora is None else recipe.lora.adapters
+    else:
+        model, adapters = teacher.teacher_model or teacher.teacher_model_server[0], teacher.teacher_adapters
+    return model if adapters is None else f"{model} with {adapters}"

@@ -1,0 +1,64 @@
+"""The rows of each step, and the prompts among them that the student responds to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_gkd.data.batch_config import BatchConfig
+from megatron_gkd.data.lambda_schedule import LambdaSchedule
+from megatron_gkd.data.loader import SampleDataset, StepOrder, require_responses
+from megatron_gkd.data.prompt import extract_prompt, max_response_length
+from megatron_gkd.data.sample import Sample
+from megatron_gkd.training.completion_sampler import SampleRequest
+
+
+@dataclass(frozen=True)
+class StepPrompts:
+    """Rows and prompts of the steps, the same on every rank.
+
+    Attributes:
+        dataset: where prompts and the other rows come from.
+        order: which rows a step has.
+        lambda_schedule: to which of them the student responds.
+        config: sizes of the batch.
+        teacher_max_length: tokens of a row's `teacher_prompt` and the response together; None: `config.max_length`,
+            which is that limit for the row's own prompt.
+    """
+
+    dataset: SampleDataset
+    order: StepOrder
+    lambda_schedule: LambdaSchedule
+    config: BatchConfig
+    teacher_max_length: int | None = None
+
+    def is_on_policy(self, step: int) -> bool:
+        """Return whether the student responds to any row of `step`."""
+        return self.lambda_schedule.any(step, self.config.global_batch_size)
+
+    def rows(self, step: int) -> list[int]:
+        """Return the dataset's rows by position in the global batch of `step`."""
+        return self.order.rows_of_step(step, self.config.global_batch_size)
+
+    def requests(self, step: int) -> dict[int, SampleRequest]:
+        """Return what the student is to sample in `step`, by position in the global batch.
+
+        Raises:
+            UserError: in all ranks; a prompt leaves no room for a response, or a row that the student does not respond
+                to has no response.
+        """
+        rows = self.rows(step)
+        is_sampled = self.lambda_schedule.rows(step, len(rows))
+        require_responses(self.dataset, [rows[position] for position in np.flatnonzero(~is_sampled)], step)
+        return {
+            position: self._build_request(step, position, self.dataset[rows[position]])
+            for position in np.flatnonzero(is_sampled).tolist()
+        }
+
+    def _build_request(self, step: int, position: int, sample: Sample) -> SampleRequest:
+        max_length = self.config.max_length
+        room = max_response_length(sample, max_length, self.teacher_max_length or max_length)
+        # The seed depends neither on the rank that samples the row nor on the other rows.
+        sequence = np.random.SeedSequence([self.lambda_schedule.seed, step - 1, position])
+        return SampleRequest(extract_prompt(sample), int(sequence.generate_state(1, np.uint64)[0] >> 1), room)

@@ -1,0 +1,126 @@
+"""Each check names the keys that it reads: it is left out where one of them is wrong by itself."""
+
+from collections import defaultdict
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+from recipe_workspace import DENSE, MIXTURE, Workspace
+
+from megatron_gkd.config import checks, commands, keys
+from megatron_gkd.config.schema import Recipe, Section
+from megatron_gkd.teachers.cache.manifest import FILE, Manifest
+
+ADAPTERS = "--tuner_type lora"
+SELF = "--teacher_kind self --offload_teacher_model false --teacher_model"
+SERVERS = "--engine vllm_server --vllm_server_urls http://a:1 --lmbda 1"
+SEVERAL = "[{tags: [a], teacher_model: teacher}, {tags: [a], teacher_kind: none}]"
+
+RECIPES = [
+    "",
+    "--tensor_model_parallel_size 1",
+    "--global_batch_size 7",
+    "--pipeline_model_parallel_size 2 --virtual_pipeline_model_parallel_size 2",
+    "--pipeline_model_parallel_size 2 --tensor_model_parallel_size 1 --virtual_pipeline_model_parallel_size 2",
+    "--packing",
+    "--overlap_param_gather",
+    "--attention_backend flash --dtype fp32",
+    "--lr_warmup_iters 3",
+    "--eval_interval 1 --eval_iters 1",
+    "--gkd_logits_topk 8 --gkd_topk_tail bucket",
+    "--external_plugins plugin.py",
+    "--engine vllm --vllm_max_model_len 99",
+    SERVERS,
+    f"{SERVERS} --weight_sync gloo",
+    f"{SELF} null",
+    f"{SELF} student --teacher_ema 0.5",
+    f"{SELF} null --teacher_max_length 9999",
+    "--teacher_kind none --lmbda 1",
+    "--teacher_model null --teacher_model_server http://a:1 --gkd_logits_topk 8 --gkd_topk_tail bucket",
+    "--teacher_model null",
+    "--teacher_model null --teacher_ema 0.5",
+    "--teacher_model null --teacher_cache cache --lmbda 1",
+    "--teacher_model null --teacher_cache cache --gkd_topk_tail bucket --gkd_logits_topk 8",
+    "--teacher_adapters a --teacher_max_length 9",
+    ADAPTERS,
+    f"{ADAPTERS} --use_dora --lora_dtype bf16 --modules_to_save a --init_lora_weights x --adapters a",
+    f"{ADAPTERS} --target_regex .*o_proj --target_modules o_proj",
+    f"{ADAPTERS} --merge_dtype bf16 --dtype fp32",
+    f"{ADAPTERS} {SERVERS} --merge_dtype bf16 --lora_dtype bf16",
+    f"{ADAPTERS} {SERVERS} --weight_sync lora --merge_dtype bf16",
+    f"{ADAPTERS} --expert_tensor_parallel_size 2",
+]
+
+
+class Recorder:
+    """A section whose keys are recorded when they are read; its properties and methods read them too."""
+
+    def __init__(self, section: Section, read: set[str]) -> None:
+        self._section, self._read = section, read
+
+    def __getattr__(self, name: str) -> Any:
+        kind = type(self._section)
+        if name in kind.model_fields:
+            if name in keys.SECTION_OF:
+                self._read.add(name)
+                return getattr(self._section, name)
+            if name in keys.NULLABLE_SECTIONS:
+                self._read.add("tuner_type")  # decides whether there is a section lora
+            value = getattr(self._section, name)
+            return Recorder(value, self._read) if isinstance(value, BaseModel) else value
+        found = getattr(kind, name)
+        return found.fget(self) if isinstance(found, property) else found.__get__(self)
+
+
+@pytest.fixture(scope="module")
+def read_keys(tmp_path_factory) -> dict[checks.Check, set[str]]:
+    """The keys that each check reads, over all recipes here and both kinds of models."""
+    workspace = Workspace(tmp_path_factory.mktemp("recipes"))
+    read: dict[checks.Check, set[str]] = defaultdict(set)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(workspace.folder)
+        (workspace.folder / "cache").mkdir()
+        (workspace.folder / "cache" / FILE).write_text(Manifest(4, 0.7, "t", "big", 320).text())
+        for recipe in recipes(workspace):
+            for check in (*checks.CHECKS, *COMMANDS):
+                list(check.find(Recorder(recipe, read[check]), 2))
+    return read
+
+
+def recipes(workspace: Workspace):
+    for model in (DENSE, MIXTURE):
+        workspace.model("student", model)
+        yield from (valid_recipe(workspace, *text.split()) for text in RECIPES)
+        yield valid_recipe(workspace, "--teacher_tag_key", "t", "--teachers", SEVERAL)
+
+
+def valid_recipe(workspace: Workspace, *overrides: str) -> Recipe:
+    """Load a recipe that the schema allows, without the checks."""
+    none = checks.CommandChecks(has_own=True)
+    return workspace.load(*overrides, command=none)
+
+
+COMMANDS = tuple(
+    check
+    for command in (commands.SCORES, commands.STUDENT_GENERATES, commands.TEACHER_GENERATES)
+    for check in command.extra
+)
+
+
+@pytest.mark.parametrize("check", [*checks.CHECKS, *dict.fromkeys(COMMANDS)], ids=lambda check: check.find.__name__)
+def test_a_check_names_the_keys_that_it_reads(check, read_keys):
+    assert set(check.keys) == read_keys[check]
+
+
+def test_the_order_of_reports_is_that_of_the_modules():
+    modules = [check.find.__module__.rpartition(".")[2] for check in checks.CHECKS]
+    assert list(dict.fromkeys(modules)) == [
+        *("teacher", "cache", "distill", "rollout", "layout", "training", "attention", "lora", "data", "output"),
+        "model",
+    ]
+    assert modules == sorted(modules, key=list(dict.fromkeys(modules)).index)
+
+
+def test_checks_have_names_of_their_own():
+    names = [(check.find.__module__, check.find.__name__) for check in checks.CHECKS]
+    assert len(names) == len(set(names))
