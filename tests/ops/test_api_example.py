@@ -6,13 +6,13 @@ import pytest
 
 EXAMPLE = """
 >>> import torch
->>> from megatron_gkd.ops import DivergenceSpec, LinearHead, TokenTargets, fused_linear_divergence, vocab_parallel_divergence
->>> spec = DivergenceSpec(beta=0.5, temperature=0.9)  # with sharded logits also group=...
+>>> from megatron_gkd import ops
+>>> spec = ops.DivergenceSpec(beta=0.5, temperature=0.9)  # with sharded logits also group=...
 >>> student, teacher = torch.randn(8, 100, requires_grad=True), torch.randn(8, 100)  # logits [tokens, vocabulary]
->>> vocab_parallel_divergence(student, teacher, spec).mean().backward()
->>> student = LinearHead(torch.randn(8, 16, requires_grad=True), torch.randn(100, 16))  # hidden states, head's weight
->>> teacher = LinearHead(torch.randn(8, 32), torch.randn(100, 32))
->>> loss, metrics = fused_linear_divergence(student, teacher, TokenTargets(torch.full((8,), 1 / 8)), spec)
+>>> ops.vocab_parallel_divergence(student, teacher, spec).mean().backward()
+>>> student = ops.LinearHead(torch.randn(8, 16, requires_grad=True), torch.randn(100, 16))  # hidden states, weight
+>>> teacher = ops.LinearHead(torch.randn(8, 32), torch.randn(100, 32))
+>>> loss, metrics = ops.fused_linear_divergence(student, teacher, ops.TokenTargets(torch.ones(8) / 8), spec)
 >>> loss.backward()
 """
 

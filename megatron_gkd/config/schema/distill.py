@@ -7,6 +7,7 @@ from pydantic import Field
 from megatron_gkd.config.divergences import DivergenceName
 from megatron_gkd.config.schema.base import Section
 
+
 class DistillSection(Section):
     """The loss of generalized knowledge distillation (Agarwal et al. 2024, arXiv:2306.13649)."""
 
