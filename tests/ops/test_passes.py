@@ -160,7 +160,7 @@ def test_every_instruction_set_computes_the_same(capability, tmp_path):
     subprocess.run([sys.executable, "-c", script], env=environment, check=True)
     implementation, *found = torch.load(path)
     if implementation != f"compiled ({capability})":
-        pytest.skip(f"this machine serves {implementation}")
+        pytest.skip(f"this machine uses {implementation}")
     expected = everything("jsd", 0.5, 2049), everything("jsd", 0.5, 77, torch.float16)
     for theirs, ours in zip(found, expected, strict=True):
         for x, y in zip(theirs, ours, strict=True):
@@ -228,7 +228,7 @@ def test_the_binding_rejects_wrong_arguments(change, message):
 
 @pytest.mark.cpu
 @needs_kernels
-def test_the_binding_rejects_other_types():
+def test_the_binding_rejects_other_dtypes():
     from megatron_gkd import _C
 
     logits = torch.zeros(3, 5, dtype=torch.float64)
