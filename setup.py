@@ -66,7 +66,7 @@ def build_command() -> type[Command]:
             except Exception as error:
                 if os.environ.get("MEGATRON_GKD_CUDA") == "1":
                     raise
-                print(f"megatron_gkd: no compiled kernels, plain torch will serve: {error}", file=sys.stderr)
+                print(f"megatron_gkd: no compiled kernels, plain torch is used: {error}", file=sys.stderr)
 
     return Build
 
@@ -75,7 +75,7 @@ try:
     import torch  # noqa: F401
 except ImportError:
     print(
-        "megatron_gkd: torch is not importable here, so no kernels are compiled and plain torch will serve. "
+        "megatron_gkd: torch is not importable here, so no kernels are compiled and plain torch is used. "
         "Install torch first, then: pip install --no-build-isolation -e .",
         file=sys.stderr,
     )

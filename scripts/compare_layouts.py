@@ -58,7 +58,7 @@ def main() -> int:
 
 
 def sizes(layout: str) -> dict[str, int]:
-    """`TP2xPP2` -> {"TP": 2, "PP": 2}."""
+    """Return the sizes in a name: `TP2xPP2` gives {"TP": 2, "PP": 2}."""
     found = dict(re.findall(r"(VPP|TP|PP|CP|EP|DP)(\d+)", layout))
     if "x".join(f"{name}{size}" for name, size in found.items()) != layout:
         sys.exit(f"layout {layout!r}: write sizes of TP, PP, VPP, CP, EP or DP joined by x, as in TP2xPP2")
@@ -66,7 +66,7 @@ def sizes(layout: str) -> dict[str, int]:
 
 
 def processes(layout: str) -> int:
-    """Experts are spread over data-parallel ranks, so EP alone needs as many of them."""
+    """Return the number of processes. Experts are spread over data-parallel ranks, so EP alone needs as many."""
     size = sizes(layout)
     model = math.prod(size.get(name, 1) for name in ("TP", "PP", "CP"))
     experts = size.get("EP", 1) * size.get("PP", 1)
@@ -74,7 +74,7 @@ def processes(layout: str) -> int:
 
 
 def run(recipe: Path, layout: str, train_iters: int, output_dir: Path) -> list[dict]:
-    """The training records of the recipe under the layout."""
+    """Run the recipe under the layout and return its training records."""
     size = sizes(layout)
     # Every size, so that those of the recipe don't count; sequence parallelism wherever there is tensor parallelism.
     keys = {key: size.get(name, 1) for name, key in KEYS.items() if name != "VPP"}

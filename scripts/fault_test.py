@@ -109,7 +109,7 @@ def test(name: str, kills: int, folder: Path, options: argparse.Namespace) -> li
 
 
 def table(results: Sequence[RunResult]) -> Table:
-    """Kills by configuration and by what they interrupted."""
+    """Return the table of kills by configuration and by what they interrupted."""
     found = Table(title="kills by what they interrupted")
     for column in ("configuration", *WEIGHTS, "kills", "bit-exact"):
         found.add_column(column, justify="left" if column == "configuration" else "right")

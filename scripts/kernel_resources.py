@@ -34,7 +34,11 @@ class Kernel:
 
 
 def parse(report: str) -> list[Kernel]:
-    """The kernels of one or several reports, one after another. ValueError for an entry without its numbers."""
+    """Return the kernels of one or several reports, in order.
+
+    Raises:
+        ValueError: an entry has no numbers.
+    """
     kernels = []
     for entry in re.split(r"(?=Compiling entry function)", report)[1:]:
         found = [pattern.search(entry) for pattern in (_ENTRY, _STACK, _REGISTERS)]
@@ -57,7 +61,7 @@ def parse(report: str) -> list[Kernel]:
 
 
 def readable(symbols: list[str]) -> list[str]:
-    """Names as in the source: kernel<types, flags>, without namespaces and parameters."""
+    """Return names as in the source: kernel<types, flags>, without namespaces and parameters."""
     try:
         run = subprocess.run(["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True)
     except FileNotFoundError:
@@ -73,7 +77,7 @@ def _shorten(name: str) -> str:
 
 
 def table(kernels: list[Kernel]) -> str:
-    """One line for each kernel; the numbers of its architectures are separated by slashes where they differ."""
+    """Return one line for each kernel; the numbers of its architectures are separated by slashes where they differ."""
     by_symbol: dict[str, list[Kernel]] = defaultdict(list)
     for kernel in sorted(kernels, key=lambda kernel: int(kernel.architecture.removeprefix("sm_"))):
         by_symbol[re.sub(r"_GLOBAL__N__\w{8}_\d+_\w+?_cu_\w{8}", "_GLOBAL__N_1", kernel.symbol)].append(kernel)

@@ -3,8 +3,8 @@
 #
 #   PYTHON                    interpreter of a new .venv, 3.11 or later (python3)
 #   MEGATRON_GKD_TORCH        the torch to install (torch==2.13.0)
-#   MEGATRON_GKD_TORCH_INDEX  where else than pip's own index to look for it; without an NVIDIA driver pip's own index is asked for a
-#                             CPU build first, then https://download.pytorch.org/whl/cpu
+#   MEGATRON_GKD_TORCH_INDEX  another index than pip's own; without an NVIDIA driver pip's own index is searched for a CPU build
+#                             first, then https://download.pytorch.org/whl/cpu
 #
 #   MEGATRON_GKD_CUDA, TORCH_CUDA_ARCH_LIST, MAX_JOBS   how the kernels are built; see setup.py
 #
@@ -54,7 +54,7 @@ install_torch() {
     fi
 }
 
-# pip's plain answer may be a CUDA build of several gigabytes: it is asked what it would install, before it installs.
+# pip's plain answer may be a CUDA build of several gigabytes: a dry run shows what it would install.
 install_cpu_torch() {
     local torch="$1" plan
     plan="$(pip install --quiet --dry-run --ignore-installed --no-deps --report - "$torch" 2>/dev/null || true)"

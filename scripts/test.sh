@@ -15,6 +15,7 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 cores="$(getconf _NPROCESSORS_ONLN)"
 # worksteal: each worker has its share of the tests in their order, for the sake of what fixtures have built, and helps out at the end.
 parallel=(-n "${MEGATRON_GKD_TEST_WORKERS:-$((cores < 4 ? cores : 4))}" --dist worksteal)
+pytest=(python -m pytest -q -rs) # with the reasons of what is skipped
 no_tests=5 # pytest's exit status where none is chosen
 
 quick_tests=(
@@ -22,7 +23,7 @@ quick_tests=(
     "tests/training/test_layouts.py::test_dense[TP2+SPxPP2xCP2-0.5]"
     "tests/training/test_layouts.py::test_mixture_of_experts[TP2+SPxEP2-0.5]"
     "tests/training/test_on_policy.py::test_every_layout_equals_one_process[dense-TP2+SP-0.5-row]"
-    "tests/training/checkpointing/test_resume.py::test_the_same_layout_goes_on_bit_by_bit[TP2-fp32]"
+    "tests/training/checkpointing/test_resume.py::test_the_same_layout_resumes_bit_for_bit[TP2-fp32]"
 )
 
 begin() { printf '== %s (after %d s)\n' "$1" "$SECONDS"; }
@@ -38,18 +39,19 @@ run_everything() {
     begin "Static checks"
     bash scripts/lint.sh
     begin "Documentation"
-    mkdocs build --strict --quiet
+    NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
     begin "Tests"
-    python -m pytest -q -m "not vllm and not serial" "${parallel[@]}"
+    "${pytest[@]}" -m "not vllm and not serial" "${parallel[@]}" --durations=20 --durations-min=5
     begin "Tests that need the machine for themselves"
-    python -m pytest -q -m "not vllm and serial"
+    "${pytest[@]}" -m "not vllm and serial"
     begin "Tests with the real vLLM"
     wait "$vllm_setup" || status=$?
+    trap - EXIT
     cat "$vllm_log"
     [ $status -eq 0 ] || return $status
-    .venv-vllm/bin/python -m pytest -q -m vllm
+    .venv-vllm/bin/python -m pytest -q -rs -m vllm
     begin "The loss in plain torch"
-    MEGATRON_GKD_IMPL=torch python -m pytest -q "${parallel[@]}" tests/ops tests/training/test_one_process.py
+    MEGATRON_GKD_IMPL=torch "${pytest[@]}" "${parallel[@]}" tests/ops tests/training/test_one_process.py
     begin "The GPU kernels, for three architectures"
     bash scripts/compile_kernels.sh
     begin "Done"
@@ -59,15 +61,15 @@ run_everything() {
 run_chosen() {
     local status=0
     if [[ " $* " == *" -m "* ]]; then
-        python -m pytest -q "$@"
+        "${pytest[@]}" "$@"
         return
     fi
-    python -m pytest -q -m "not vllm" "$@" || status=$?
+    "${pytest[@]}" -m "not vllm" "$@" || status=$?
     [ $status -eq 0 ] || [ $status -eq $no_tests ] || return $status
-    if python -m pytest -q -m vllm --collect-only "$@" >/dev/null; then
+    if "${pytest[@]}" -m vllm --collect-only "$@" >/dev/null; then
         begin "Tests with the real vLLM"
         bash scripts/setup_vllm.sh
-        .venv-vllm/bin/python -m pytest -q -m vllm "$@"
+        .venv-vllm/bin/python -m pytest -q -rs -m vllm "$@"
     else
         return $status
     fi
@@ -77,7 +79,7 @@ if [ $# -eq 0 ]; then
     run_everything
 elif [ "$*" = --quick ]; then
     bash scripts/lint.sh
-    python -m pytest -q -m "not vllm" "${parallel[@]}" "${quick_tests[@]}"
+    "${pytest[@]}" -m "not vllm" "${parallel[@]}" "${quick_tests[@]}"
 else
     bash scripts/lint.sh
     run_chosen "$@"

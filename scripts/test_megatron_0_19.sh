@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The layout tests on Megatron-Core 0.19.2, beside the release that is installed: bash scripts/test_megatron_0_19.sh [pytest arguments]
 #
-# Its metadata asks for Python 3.12, but its wheel for 3.11 works; it goes into a folder of its own, which precedes the environment's.
+# Its metadata requires Python 3.12, but its wheel for 3.11 works; it goes into a folder of its own, which precedes the environment's.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup_env.sh

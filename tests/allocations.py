@@ -1,4 +1,4 @@
-"""Which memory a piece of code asks for: page-locked allocations by size, and the device's live bytes at their peak.
+"""The memory that a piece of code allocates: page-locked allocations by size, and the device's peak of live bytes.
 
 On a CPU every tensor outside the page-locked memory counts as one on the device.
 """

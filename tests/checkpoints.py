@@ -27,7 +27,7 @@ CHAT_TEMPLATE = (
 
 
 def tiny_tokenizer(num_words: int = 60, prefix: str = "w") -> PreTrainedTokenizerFast:
-    """`w0 w1 …` a token each, with ChatML's control tokens."""
+    """Return a tokenizer with a token for each of `w0 w1 …`, and ChatML's control tokens."""
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|unk|>"]
     words = special + [f"{prefix}{i}" for i in range(num_words)] + ["user", "assistant", "system", "\n"]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<|unk|>"))
@@ -45,7 +45,12 @@ def tiny_tokenizer(num_words: int = 60, prefix: str = "w") -> PreTrainedTokenize
 
 
 def family_config(family: str, **changes) -> PretrainedConfig:
-    """`family` is llama, qwen2, qwen2_tied, qwen3, qwen3_tied or qwen3_moe; `changes` are Hugging Face config keys."""
+    """Return a configuration of a family, with other values of Hugging Face's keys.
+
+    Args:
+        family: llama, qwen2, qwen2_tied, qwen3, qwen3_tied or qwen3_moe.
+        changes: values by key.
+    """
     sizes = dict(
         vocab_size=99,
         hidden_size=32,
@@ -86,7 +91,7 @@ def family_config(family: str, **changes) -> PretrainedConfig:
 
 @functools.cache
 def tiny_checkpoint(family: str, seed: int = 0, **changes) -> Path:
-    """A checkpoint directory, made once a session; the same arguments give the same weights."""
+    """Return a checkpoint folder, made once a session; the same arguments give the same weights."""
     torch.manual_seed(seed)
     # mcore-bridge registers its own for all models of the process; it can not read configurations of transformers 5.19.
     ROPE_INIT_FUNCTIONS.pop("default", None)

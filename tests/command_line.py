@@ -31,7 +31,7 @@ train:    {{micro_batch_size: 1, global_batch_size: 8, train_iters: 4, lr: 1.0e-
 output:   {{output_dir: runs/x, export_interval: 2, log_interval: 1}}
 """
 SECONDS_FROM_FAILURE_TO_SIGTERM = 1.0
-"""Ranks that fail together have the time to say so."""
+"""Ranks that fail together have time to report it."""
 _OF_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 

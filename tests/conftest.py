@@ -44,7 +44,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 @pytest.fixture(scope="session")
 def gloo_world() -> Iterator[Callable[[int], World]]:
-    """``gloo_world(size)`` is the session's one world of that size; see ``world.World.run``."""
+    """Return a function: ``gloo_world(size)`` is the session's one world of that size; see ``world.World.run``."""
     worlds: dict[int, World] = {}
 
     def of_size(size: int) -> World:
@@ -64,7 +64,7 @@ def workspace(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def vllm_process(tmp_path_factory) -> Iterator[vllm_server.VllmServer]:
-    """The session's one vLLM server, of a model with weights of its own that no test trains; not started yet."""
+    """Return the session's one vLLM server, of a model with weights of its own that no test trains; not started yet."""
     if not vllm_server.is_installed():
         pytest.skip(vllm_server.WHY_ABSENT)
     model = tiny_checkpoint("qwen3", seed=6, head_dim=32)
@@ -75,6 +75,6 @@ def vllm_process(tmp_path_factory) -> Iterator[vllm_server.VllmServer]:
 
 @pytest.fixture
 def student_server(vllm_process) -> vllm_server.VllmServer:
-    """It runs."""
+    """Return that server, which runs."""
     vllm_process.ensure_running()
     return vllm_process

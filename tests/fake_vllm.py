@@ -1,6 +1,6 @@
-"""What vLLM servers answer, without a model: for tests of what servers do rarely, or not on demand.
+"""Fake vLLM servers without a model, for tests of what servers do rarely, or not on demand.
 
-Completions are a function of weights, prompt and seed: who asks other weights gets other tokens.
+Completions are a function of weights, prompt and seed: other weights give other tokens.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ COMPLETION_LENGTH = 6
 
 
 class FakeVllm:
-    """One server. `before(path)` may raise in place of an answer, or wait."""
+    """A server. `before(path)` may raise in place of a response, or wait."""
 
     def __init__(self, before: Callable[[str], None] = lambda path: None, world_size: int = 1):
         self.before, self.world_size = before, world_size
@@ -33,16 +33,16 @@ class FakeVllm:
         self._is_updating, self._groups = False, []
         self.paused = False
 
-    def answer(self, request: httpx.Request) -> httpx.Response:
+    def respond(self, request: httpx.Request) -> httpx.Response:
         path = request.url.path
         self.calls.append(path)
         self.before(path)
         body = json.loads(request.content) if request.content else {}
         try:
-            answer = getattr(self, path.rpartition("/")[2], dict)(**body)
+            response = getattr(self, path.rpartition("/")[2], dict)(**body)
         except RuntimeError as error:
             return httpx.Response(500, text=str(error))
-        return httpx.Response(200, json=answer or {})
+        return httpx.Response(200, json=response or {})
 
     def models(self):
         return {"data": [{"id": "fake", "max_model_len": 4096}]}
@@ -74,18 +74,18 @@ class FakeVllm:
         self.weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
 
     def init_weight_transfer_engine(self, init_info):
-        meeting, size = (init_info["master_address"], init_info["master_port"]), init_info["world_size"]
+        address, size = (init_info["master_address"], init_info["master_port"]), init_info["world_size"]
 
         def join(worker):
-            store = gloo.join_store(*meeting, init_info["timeout"])
-            return gloo.gloo_group(store, init_info["rank_offset"] + worker, size, meeting[0], init_info["timeout"])
+            store = gloo.join_store(*address, init_info["timeout"])
+            return gloo.gloo_group(store, init_info["rank_offset"] + worker, size, address[0], init_info["timeout"])
 
         self._groups = parallel_map(join, range(self.world_size))
 
     def start_weight_update(self):
         if self._is_updating:
             raise RuntimeError("start_weight_update called while a weight update is already active")
-        self._is_updating = True  # as in vLLM, what an update that failed has left is still there
+        self._is_updating = True  # as in vLLM, the tensors of an update that failed are still there
 
     def update_weights(self, update_info):
         if not self._is_updating:
@@ -123,5 +123,5 @@ class FakeVllm:
 
 
 def transport(servers: dict[str, FakeVllm]) -> httpx.MockTransport:
-    """`servers` by host."""
-    return httpx.MockTransport(lambda request: servers[request.url.host].answer(request))
+    """Return a transport to the servers, by host."""
+    return httpx.MockTransport(lambda request: servers[request.url.host].respond(request))

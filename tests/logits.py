@@ -16,11 +16,11 @@ def sequences() -> list[torch.Tensor]:
 
 @torch.no_grad()
 def logits_of_megatron(model) -> torch.Tensor | None:
-    """[tokens, V] of the packed sequences, in order, on the last stage's ranks; None elsewhere."""
+    """Return the logits [tokens, V] of the packed sequences, in order, on the last stage's ranks; None elsewhere."""
     from megatron_gkd.data.microbatch import collate, shard_context_parallel
     from megatron_gkd.data.sample import Sample
     from megatron_gkd.models.megatron_model import hidden_states, in_eval_mode
-    from megatron_gkd.models.pipeline import forward_only
+    from megatron_gkd.models.pipeline import Pipeline
     from megatron_gkd.runtime.context_parallel import context_parallel_indices
 
     mesh = model.mesh
@@ -44,12 +44,12 @@ def logits_of_megatron(model) -> torch.Tensor | None:
 
     microbatch = shard_context_parallel(whole, mesh.cp.rank(), mesh.cp.size())
     with in_eval_mode(model.chunks):
-        return forward_only(model.chunks, [microbatch, microbatch], hidden_states, logits, mesh)[-1]
+        return Pipeline(model.chunks, mesh).forward_only([microbatch, microbatch], hidden_states, logits)[-1]
 
 
 @torch.no_grad()
 def logits_of_transformers(path, adapters=None) -> torch.Tensor:
-    """[tokens, V] of the same sequences, one after the other. `adapters`: folder of PEFT adapters."""
+    """Return the logits [tokens, V] of the same sequences, one after the other. `adapters`: folder of PEFT adapters."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
     if adapters is not None:
         from peft import PeftModel

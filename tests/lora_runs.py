@@ -20,7 +20,7 @@ def with_lora(changes: dict[str, dict], **keys) -> dict[str, dict]:
 
 @functools.cache
 def models(kind: str):
-    """A student and a teacher; `kind` is the student's."""
+    """Return a student and a teacher; `kind` is the student's."""
     teacher = tiny_checkpoint("qwen3", seed=1, num_hidden_layers=2, hidden_size=48)
     match kind:
         case "tied":  # four layers, for two virtual stages on each of two ranks
@@ -32,7 +32,7 @@ def models(kind: str):
 
 
 def build_with_random_b(*arguments, **options):
-    """As `build`, with factors B that are not zero: else the factors A have no gradient."""
+    """Build with factors B that are not zero: else the factors A have no gradient."""
     import dataclasses
 
     from megatron_gkd.models.lora.initialization import initialize_factors
@@ -46,7 +46,7 @@ def build_with_random_b(*arguments, **options):
 
 
 def train_steps(rank, world_size, student, teacher, changes, break_model=None, left_out=None):
-    """Per step: loss, other totals, gradient norm, and on rank 0 the factors' whole gradients by PEFT's names.
+    """Return for each step: loss, other totals, gradient norm, and on rank 0 the factors' gradients by PEFT's names.
 
     `break_model` is called with the student; the function at the path `left_out` does nothing while it is built.
     """
@@ -75,6 +75,6 @@ def named_gradients(student) -> dict[str, torch.Tensor]:
 
 
 def leave_out_sequence_parallel_flags(student) -> None:
-    """The gradients of replicated factors, each made from a part of the tokens, are not summed over the ranks."""
+    """Leave the gradients of replicated factors, each made from a part of the tokens, unsummed over the ranks."""
     for factor in student.model.adapters.factors:
         factor.parameter.sequence_parallel = False

@@ -58,7 +58,7 @@ class Workspace:
         return load(self.recipe, list(overrides), world_size=world_size, **options)
 
     def problems(self, *overrides: str, world_size: int = 2, require_paths: bool = True) -> list[str]:
-        """The problems of the recipe; none if it is right."""
+        """Return the problems of the recipe; none if it is right."""
         try:
             self.load(*overrides, world_size=world_size, require_paths=require_paths)
         except RecipeError as error:

@@ -8,7 +8,9 @@ from megatron_gkd.data.sample import Sample
 
 
 class RandomRows:
-    """`count` rows of 5 to `longest` tokens below `vocab_size`; the first third of each is a prompt without labels.
+    """`count` rows of 5 to `longest` tokens below `vocab_size`.
+
+    The first third of each is a prompt without labels.
 
     Rows have the tags a and b in turn. Of `privileged` ones, two of three have a prompt of their own for the teacher.
     `most_labels` leaves only so many at the end of each row.

@@ -26,7 +26,7 @@ def workspace(tmp_path, monkeypatch):
 
 @pytest.fixture
 def trainer(monkeypatch):
-    """What `train` was called with; set `trainer.error` to make it raise."""
+    """Record what `train` is called with; set `trainer.error` to make it raise."""
     module = types.ModuleType("megatron_gkd.training.run")
     module.calls, module.error = [], None
 
@@ -42,18 +42,18 @@ def trainer(monkeypatch):
 
 
 def run(*command):
-    """A command in a process of its own, which finds the package from any folder."""
+    """Run a command in a process of its own, which finds the package from any folder."""
     environment = {**os.environ, "PYTHONPATH": str(Path(megatron_gkd.__file__).parents[1])}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
 
 
-def test_train_hands_the_recipe_to_the_trainer(workspace, trainer):
+def test_train_passes_the_recipe_to_the_trainer(workspace, trainer):
     assert cli.main(["train", "recipe.yaml", "--beta", "1", "--packing"]) == 0
     (recipe,) = trainer.calls
     assert recipe.distill.beta == 1.0 and recipe.data.packing is True
 
 
-def test_a_wrong_recipe_is_told_in_lines_and_exits_2(workspace, trainer, capsys):
+def test_a_wrong_recipe_is_one_line_a_problem_and_2(workspace, trainer, capsys):
     assert cli.main(["train", "recipe.yaml", "--beta", "1.5", "--lmbda", "2"]) == 2
     assert capsys.readouterr().err.splitlines() == [
         "recipe.yaml: distill.beta = 1.5: must be a number in [0, 1]",
@@ -62,7 +62,7 @@ def test_a_wrong_recipe_is_told_in_lines_and_exits_2(workspace, trainer, capsys)
     assert trainer.calls == []
 
 
-def test_only_rank_0_tells_of_a_wrong_recipe(workspace, trainer, capsys, monkeypatch):
+def test_only_rank_0_prints_a_wrong_recipe(workspace, trainer, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     assert cli.main(["train", "recipe.yaml", "--beta", "1.5"]) == 2
     assert capsys.readouterr().err == ""
@@ -78,14 +78,14 @@ def test_the_main_rank_alone_prints_deprecated_keys(workspace, trainer, capsys, 
 
 @pytest.mark.parametrize("command", ["train", "score", "generate"])
 @pytest.mark.parametrize(("name", "text"), [("WORLD_SIZE", "two"), ("RANK", ""), ("LOCAL_RANK", "x"), ("RANK", "2")])
-def test_what_a_launcher_says_is_checked(workspace, trainer, capsys, monkeypatch, command, name, text):
+def test_the_variables_of_a_launcher_are_checked(workspace, trainer, capsys, monkeypatch, command, name, text):
     monkeypatch.setenv(name, text)
     assert cli.main([command, "recipe.yaml", *OWN.get(command, [])]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"{name} = " in line and "must be" in line
 
 
-def test_processes_are_started_only_for_a_recipe_that_suits_them(workspace, capsys, monkeypatch):
+def test_processes_are_started_only_for_a_recipe_that_fits_their_number(workspace, capsys, monkeypatch):
     monkeypatch.delenv("RANK")
     monkeypatch.delenv("WORLD_SIZE")
     launcher = types.ModuleType("megatron_gkd.launch.launcher")
@@ -127,7 +127,7 @@ def test_a_user_error_of_the_run_is_one_line_on_any_rank(workspace, trainer, cap
     assert capsys.readouterr().err == line
 
 
-def test_a_fault_of_the_program_keeps_its_traceback(workspace, trainer):
+def test_an_unexpected_exception_keeps_its_traceback(workspace, trainer):
     trainer.error = RuntimeError("bug")
     with pytest.raises(RuntimeError, match="bug"):
         cli.main(["train", "recipe.yaml"])

@@ -57,7 +57,7 @@ def test_a_point_that_is_never_reached_is_no_kill(short_runs):
     assert not result.problems
 
 
-def test_what_differs_is_told(short_runs, tmp_path):
+def test_what_differs_is_reported(short_runs, tmp_path):
     expected = short_runs.folder / "whole"
 
     def problems(damage) -> str:
@@ -105,9 +105,9 @@ def test_what_differs_is_told(short_runs, tmp_path):
     assert "metrics.jsonl:" in problems(a_record_twice)
     assert "metrics.jsonl, entry 3: {'grad_norm': 1.0} instead of" in problems(another_number)
     assert "tensorboard" in problems(another_step_in_tensorboard)
-    told = problems(another_checkpoint)
-    assert int(re.search(r"checkpoints/step-000004: (\d+) of", told)[1]) > 20, "weights, masters and both moments"
-    assert "checkpoints/step-000004/run.json" in told
+    reported = problems(another_checkpoint)
+    assert int(re.search(r"checkpoints/step-000004: (\d+) of", reported)[1]) > 20, "weights, masters and both moments"
+    assert "checkpoints/step-000004/run.json" in reported
     assert "left behind" in problems(a_leftover)
     assert "bad_steps" in problems(bad_steps_forgotten)
 

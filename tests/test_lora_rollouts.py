@@ -38,7 +38,7 @@ cli.run()
 
 
 def mismatches(folder: Path, *options: str, program=None) -> list[float]:
-    """`mismatch_kl` of each step."""
+    """Train and return `mismatch_kl` of each step."""
     options = ("--model", str(STUDENT()), *OPTIONS, *options, "--output_dir", "runs/lora", "--resume", "never")
     finished = train(folder, *options, program=program)
     assert finished.returncode == 0, finished.stderr[:3000]

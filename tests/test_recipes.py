@@ -44,7 +44,7 @@ def loaded(path):
 
 
 def engine_of(path):
-    """None where nothing is sampled."""
+    """Return the rollout engine; None where nothing is sampled."""
     recipe = loaded(path)
     return recipe.rollout.engine if recipe.distill.lmbda > 0 else None
 
@@ -69,7 +69,7 @@ def test_there_is_one_for_every_engine():
 @pytest.mark.vllm
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason=NO_VLLM)
 def test_the_example_of_ms_swift_passes_check(tmp_path):
-    """Its values of the keys that both have."""
+    """The recipe has the example's values of the keys that both have."""
     (tmp_path / "prompts.jsonl").write_text('{"messages": [{"role": "user", "content": "w1"}]}\n')
     path = REPOSITORY / "scripts/recipes/lora_on_policy_vllm.yaml"
     checked = run(tmp_path, "check", str(path), "--nproc", "8")
@@ -82,7 +82,7 @@ def test_the_example_of_ms_swift_passes_check(tmp_path):
 
 @contextmanager
 def small_teacher(path: Path) -> Iterator[list[str]]:
-    """The arguments that put small models in the place of the recipe's teachers."""
+    """Return the arguments that put small models in the place of the recipe's teachers."""
     section, checkpoint = loaded(path).teacher, tiny_checkpoint("qwen3", seed=1)
     if section.teachers:
         yield [
@@ -101,7 +101,7 @@ def small_teacher(path: Path) -> Iterator[list[str]]:
 
 
 def small_student(path: Path, request) -> list[str]:
-    """A student that the recipe's rollout engine can serve, and what the engine is told besides."""
+    """Return the arguments that name a student which the recipe's rollout engine can serve, and the engine's own."""
     match engine_of(path):
         case "vllm":
             return ["--model", str(tiny_checkpoint("qwen3_tied", seed=2, head_dim=32)), "--vllm_kv_cache_gib", "0.03"]
@@ -114,7 +114,7 @@ def small_student(path: Path, request) -> list[str]:
 
 
 def prepared(path: Path, folder: Path, *arguments: str) -> list[str]:
-    """Give the commands that the recipe's header has before `train`. Returns the arguments that name what they made."""
+    """Run the commands that the recipe's header has before `train`; return the arguments that name their output."""
     if path.stem == "cached":
         teacher = ["--teacher_model", str(tiny_checkpoint("qwen3", seed=1)), "--tensor_model_parallel_size", "2"]
         command, made = ["score", *teacher, "--output", "made"], ["--teacher_cache", "made"]

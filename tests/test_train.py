@@ -46,6 +46,8 @@ def test_a_recipe_becomes_a_checkpoint_metrics_and_curves(workspace):
     for path in ("runs/x/hf", "runs/x/metrics.jsonl", "runs/x/curves.png"):
         assert path in finished.stdout + finished.stderr
     assert "Traceback" not in finished.stderr
+    for rank, log in ((0, finished.stdout), (1, (run / "logs/rank_1.log").read_text())):
+        assert re.search(rf"^[\d-]+ [\d:]+ INFO rank {rank}: exporting to runs/x/hf$", log, re.MULTILINE)
     before, _, _ = finished.stdout.partition("step 1/4")
     for line in (
         rf"megatron-gkd  {re.escape(__version__)} \(torch {re.escape(torch.__version__)}, megatron-core \S+\)",
@@ -68,7 +70,7 @@ def test_a_recipe_becomes_a_checkpoint_metrics_and_curves(workspace):
 
 
 @pytest.mark.parametrize("granularity", ["step", "row"])
-def test_the_student_answers_where_lambda_has_it_so(workspace, granularity):
+def test_lambda_selects_the_rows_that_the_student_samples(workspace, granularity):
     with open(workspace / "train.jsonl", "a") as file:
         file.write("".join(json.dumps({"prompt": f"w{i}"}) + "\n" for i in range(8 if granularity == "step" else 0)))
     lmbda = "1" if granularity == "step" else "0.5"
@@ -87,11 +89,11 @@ def test_the_student_answers_where_lambda_has_it_so(workspace, granularity):
         assert record["mismatch_kl"] is None or abs(record["mismatch_kl"]) < 1e-4
     completions = [json.loads(line) for line in (workspace / "runs/x/completions.jsonl").read_text().splitlines()]
     for step in (1, 3):
-        told = [completion for completion in completions if completion["step"] == step]
-        assert len(told) == steps[step - 1]["student_rows"]
-        lengths = [completion["completion_length"] for completion in told]
+        of_step = [completion for completion in completions if completion["step"] == step]
+        assert len(of_step) == steps[step - 1]["student_rows"]
+        lengths = [completion["completion_length"] for completion in of_step]
         assert np.mean(lengths) == pytest.approx(steps[step - 1]["mean_completion_length"])
-        for completion in told:
+        for completion in of_step:
             assert completion["prompt"] and completion["version"] == step - 1
             is_masked = completion["finish_reason"] == "length"
             assert (completion["token_divergence"] is None) == (completion["divergence"] is None) == is_masked
@@ -117,14 +119,14 @@ cli.run()
 """The command line with an engine that fails in step 3."""
 
 
-def test_rollouts_that_fail_for_good_end_the_run_with_what_was_learnt(workspace):
+def test_rollouts_that_fail_for_good_end_the_run_with_an_export(workspace):
     (workspace / "failing.py").write_text(FAILING)
     options = ("--lmbda", "1", "--max_completion_length", "12", "--export_interval", "null", "--dtype", "fp32")
     finished = train(workspace, *options, program="failing.py")
-    assert finished.returncode == 69
+    assert finished.returncode != 0
     assert finished.stderr.count("stopped after step 2 of 4: http://server:8000: refused for 300 s") == 1
     assert "The student of step 2 is in runs/x/hf-step-000002; the same command continues" in finished.stderr
-    assert "in _train" not in finished.stderr, "a traceback of ours"
+    assert "training/run.py" not in finished.stderr, "a traceback of ours"
     run = workspace / "runs/x"
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [1, 2]
@@ -173,7 +175,7 @@ def test_one_process_without_a_launcher_needs_no_port_and_saves_before_it_fails(
         try:
             other_run.bind(("127.0.0.1", 29500))
             other_run.listen()
-        except OSError:  # somebody has it, which serves as well
+        except OSError:  # another process listens there, which tests the same
             pass
         (workspace / "broken.py").write_text(BROKEN.format(ranks="0"))
         options = ("--tensor_model_parallel_size", "1", "--dtype", "fp32", "--export_interval", "null")
@@ -189,10 +191,10 @@ def test_a_bad_row_ends_the_run_with_its_file_and_line(workspace):
     finished = train(workspace, "--tensor_model_parallel_size", "1", processes=1)
     assert finished.returncode != 0
     assert "train.jsonl, line 41: not JSON" in finished.stderr
-    assert "in _train" not in finished.stderr, "a traceback of ours"
+    assert "training/run.py" not in finished.stderr, "a traceback of ours"
 
 
-def test_several_mistakes_are_told_at_once_before_any_process_group(workspace):
+def test_several_mistakes_are_reported_at_once_before_any_process_group(workspace):
     overrides = ("--beta", "1.5", "--temperature", "0", "--pipeline_model_parallel_size", "3", "--betta", "1")
     finished = train(workspace, *overrides, processes=1)
     assert finished.returncode != 0

@@ -29,7 +29,7 @@ def recipe_of(changes: dict[str, dict]):
 
 
 def build(student, teacher, changes: dict[str, dict], rows: RandomRows | None = None):
-    """The mesh, the student, the teacher and the loader that a recipe with `changes` gives, over random rows.
+    """Return the mesh, the student, the teacher and the loader that a recipe with `changes` gives, over random rows.
 
     `teacher` may be several, by their places in the recipe; None where there is no model beside the student.
     """
@@ -56,7 +56,7 @@ def build(student, teacher, changes: dict[str, dict], rows: RandomRows | None = 
 
 
 def train_steps(rank, world_size, student, teacher, changes, break_gradient=False, rows=None):
-    """Per step: loss, other totals, gradient norm, and on rank 0 the whole gradient by Hugging Face name."""
+    """Return for each step: loss, other totals, gradient norm, and on rank 0 the gradient by Hugging Face name."""
     from megatron_gkd.runtime.mesh import destroy_mesh
     from megatron_gkd.teachers.base import FollowsStudent
 
@@ -80,18 +80,25 @@ def train_steps(rank, world_size, student, teacher, changes, break_gradient=Fals
 
 
 def trainer_of(student, teacher, batches, directory, **options):
-    """A trainer that writes into `directory`, and the list that gets its steps' records."""
+    """A trainer of three steps that writes into `directory`, and the list that gets its steps' records.
+
+    `options` may be those of `TrainerConfig`, and `rollouts`, `exports`, `checkpoints`, `interruptions` and `reporter`.
+    """
+    from megatron_gkd.training.batches import TrainingData
     from megatron_gkd.training.exports import Exports
-    from megatron_gkd.training.trainer import Trainer
+    from megatron_gkd.training.trainer import RunOutput, Trainer, TrainerConfig
 
     records = []
-    reporter = SimpleNamespace(step=records.append, message=lambda text: None, plot=lambda: None)
-    options = {"train_iters": 3, "eval_interval": None, "exports": Exports(directory)} | options
-    return Trainer(student, teacher, batches, None, reporter, **options), records
+    data = TrainingData(batches, rollouts=options.pop("rollouts", None))
+    reporter = options.pop("reporter", SimpleNamespace(step=records.append, plot=lambda: None))
+    output = RunOutput(reporter, options.pop("exports", Exports(directory)), options.pop("checkpoints", None))
+    interruptions = options.pop("interruptions", None)
+    config = TrainerConfig(**{"train_iters": 3} | options)
+    return Trainer(config, student, teacher, data, output, interruptions), records
 
 
 def weights_of(student) -> dict[str, torch.Tensor]:
-    """The student's weights whole, under their Hugging Face names."""
+    """Return the student's whole weights, under their Hugging Face names."""
     student.gather_parameters()
     return {name: tensor.clone() for name, tensor in student.model.named_tensors()}
 
@@ -117,7 +124,7 @@ def export_gradients(parameters, named_tensors) -> dict[str, torch.Tensor]:
 
 
 def _drop_sequence_parallel_reduction(student) -> None:
-    """The classic bug: norms' gradients, each made from a part of the tokens, are not summed over the ranks."""
+    """Leave the norms' gradients, each made from a part of the tokens, unsummed over the ranks: the classic bug."""
     for chunk in student.model.chunks:
         for parameter in chunk.parameters():
             parameter.sequence_parallel = False

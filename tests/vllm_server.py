@@ -22,7 +22,7 @@ PYTHON = Path(os.environ.get("MEGATRON_GKD_VLLM_PYTHON", REPOSITORY / ".venv-vll
 WHY_ABSENT = f"no vLLM: {PYTHON} does not exist; `bash scripts/setup_vllm.sh` makes .venv-vllm"
 READY_SECONDS = 300.0
 TRANSFER_BACKEND = "nccl" if torch.cuda.device_count() > 1 else "gloo"
-"""Of weights between this process and the server, which on GPUs has the second to itself."""
+"""For weights between this process and the server, which on GPUs has the second one alone."""
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
@@ -42,9 +42,12 @@ def free_port() -> int:
 
 
 class VllmServer:
-    """`model` is a checkpoint directory. `log` collects what all incarnations print.
+    """A server that can be restarted.
 
-    `lora_rank`: of the adapters that it takes at run time; None: it takes whole weights.
+    Args:
+        model: a checkpoint directory.
+        log: collects the output of all its processes.
+        lora_rank: of the adapters that it takes at run time; None: it takes whole weights.
     """
 
     def __init__(
@@ -84,7 +87,7 @@ class VllmServer:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        """Returns at once; see `wait_until_ready`."""
+        """Start the server, and return at once; see `wait_until_ready`."""
         module = ["-m", "vllm.entrypoints.openai.api_server"]  # the vllm command looks for a package named vllm
         arguments = [str(part) for pair in self.arguments.items() for part in pair]
         # This package without its requirements.
@@ -101,7 +104,7 @@ class VllmServer:
             )
 
     def wait_until_ready(self) -> None:
-        """Raises RuntimeError with the log's end if it dies, or takes longer than READY_SECONDS."""
+        """Wait; raise RuntimeError with the log's end if it dies, or takes longer than READY_SECONDS."""
         deadline = time.monotonic() + READY_SECONDS
         while not self.is_healthy():
             if self.process.poll() is not None or time.monotonic() > deadline:
@@ -120,7 +123,7 @@ class VllmServer:
         self.wait_until_ready()
 
     def kill(self) -> None:
-        """All its processes, without a chance to say goodbye."""
+        """Kill all processes of the server at once."""
         if self.process is not None:
             try:
                 os.killpg(self.process.pid, signal.SIGKILL)

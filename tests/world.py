@@ -56,7 +56,7 @@ class RemoteTraceback(Exception):
 
 
 class World:
-    """`size` processes that share one gloo process group. Started by the first call of ``run``."""
+    """`size` processes that share one gloo process group, started by the first call of ``run``."""
 
     def __init__(self, size: int):
         self.size = size
@@ -85,7 +85,7 @@ class World:
             raise
 
     def _is_crowded(self) -> bool:
-        """Whether the ranks hold so many threads that these slow each other down.
+        """Return whether the ranks hold so many threads that these slow each other down.
 
         gloo keeps two polling threads for every process group that ever was, destroyed or not.
         """
@@ -113,7 +113,10 @@ class World:
             self._folder = None
 
     def send_signal(self, number: int) -> None:
-        """To every rank. Another thread may do it while a call is under way: if they die of it, that call fails."""
+        """Send a signal to every rank.
+
+        Another thread may do it while a call is under way: if the ranks die of it, that call fails.
+        """
         for process in list(self._processes):
             os.kill(process.pid, number)
 
@@ -134,7 +137,7 @@ class World:
             pending = {self._connections[rank]: rank for rank in range(self.size) if rank not in results}
             ready = wait(list(pending), timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
-                raise TimeoutError(f"ranks {sorted(pending.values())} did not answer in time\n{self._stacks(pending)}")
+                raise TimeoutError(f"ranks {sorted(pending.values())} did not return in time\n{self._stacks(pending)}")
             for connection in ready:
                 rank = pending[connection]
                 try:
@@ -157,7 +160,7 @@ class World:
 
 
 def forkserver() -> multiprocessing.context.BaseContext:
-    """A context whose children are forked from a process that has imported PRELOAD once."""
+    """Return a context whose children are forked from a process that has imported PRELOAD once."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)  # no effect once the server runs
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
@@ -191,7 +194,7 @@ def _call(path: str, module_name: str, qualname: str, *args: Any) -> None:
 
 
 def _serve(connection: Connection, rank: int, size: int, folder: Path) -> None:
-    """The life of one rank: join the process group, then answer calls until the connection closes."""
+    """Run one rank: join the process group, then serve calls until the connection closes."""
     import torch
     import torch.distributed as dist
 
@@ -206,11 +209,11 @@ def _serve(connection: Connection, rank: int, size: int, folder: Path) -> None:
             call = connection.recv_bytes()
         except EOFError:
             break
-        connection.send_bytes(_answer(call, rank, size))
+        connection.send_bytes(_serve_call(call, rank, size))
     dist.destroy_process_group()
 
 
-def _answer(call: bytes, rank: int, size: int) -> bytes:
+def _serve_call(call: bytes, rank: int, size: int) -> bytes:
     import torch
     from torch.utils._pytree import tree_map_only
 

@@ -1,4 +1,4 @@
-"""PEFT adapters on disk: what they adapt, with which ranks and scales, and whether a model's adapters can take them."""
+"""PEFT adapters on disk: which layers they adapt, with which ranks and scales, and whether they fit a model."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ Shape = tuple[int, ...]
 
 
 class AdapterProblem(ValueError):
-    """What is wrong with adapters on disk."""
+    """Adapters on disk can't be used."""
 
 
 def factor_name(hf_name: str, kind: str) -> str:
-    """Return PEFT's name of a factor. `kind`: A or B."""
+    """Return PEFT's name of a factor; `kind` is A or B."""
     return f"{_PREFIX}{hf_name}.lora_{kind}.weight"
 
 
 @dataclass(frozen=True)
 class ModuleFactors:
-    """The factors of one module of the base: their names in the file, and what multiplies B A."""
+    """The factors of one module of the base: their names in the file, and the scale of their product B A."""
 
     a: str
     b: str
@@ -47,8 +47,8 @@ class AdapterFiles:
     """PEFT adapters in a folder.
 
     Attributes:
-        config: adapter_config.json.
-        shapes: of the tensors by name.
+        config: the content of adapter_config.json.
+        shapes: the shapes of the tensors by name.
         base: fingerprint of the base model's weights; None if it was not written.
     """
 
@@ -59,7 +59,11 @@ class AdapterFiles:
 
     @classmethod
     def open(cls, folder: Path) -> AdapterFiles:
-        """Read the configuration and the headers. AdapterProblem if a file is missing or damaged."""
+        """Read the configuration and the headers.
+
+        Raises:
+            AdapterProblem: a file is missing or damaged.
+        """
         for name in (CONFIG, WEIGHTS):
             if not (folder / name).is_file():
                 raise AdapterProblem(f"must be a folder of PEFT adapters; there is no {name} in it")
@@ -80,7 +84,7 @@ class AdapterFiles:
         return cls(folder, config, shapes, base)
 
     def require_fit(self, layers: Sequence[AdaptedLayer], base_shapes: Mapping[str, Shape] | None) -> None:
-        """Compare the files with the adapters that are to take them.
+        """Compare the files with the adapters of a model.
 
         Args:
             layers: all adapted layers of the model.
@@ -93,7 +97,11 @@ class AdapterFiles:
             raise AdapterProblem(problem)
 
     def require_base(self, folder: Path) -> None:
-        """AdapterProblem if it is known that they were trained on other weights than those in `folder`."""
+        """Compare the base model that they were trained on, where it is known, with the weights in `folder`.
+
+        Raises:
+            AdapterProblem: it has other weights.
+        """
         if self.base is not None and self.base != weights_fingerprint(folder):
             raise AdapterProblem(f"its adapters are of other weights than those in {folder}")
 
@@ -205,7 +213,11 @@ def _shapes_of_module(layer: AdaptedLayer, hf_name: str, base_shapes: Mapping[st
 
 
 def _module_of(name: str) -> tuple[str, str]:
-    """Return the Hugging Face module of a tensor in WEIGHTS, and A or B. AdapterProblem if it is no factor."""
+    """Return the Hugging Face module of a tensor in WEIGHTS, and A or B.
+
+    Raises:
+        AdapterProblem: it is no factor.
+    """
     match = re.fullmatch(rf"{re.escape(_PREFIX)}(.+)\.lora_([AB])\.weight", name)
     if match is None:
         raise AdapterProblem(
@@ -214,17 +226,19 @@ def _module_of(name: str) -> tuple[str, str]:
     return match[1], match[2]
 
 
-def adapter_config(layers: Sequence[AdaptedLayer], all_layers: Sequence[BaseLayer], base: str, rank: int) -> dict:
-    """Return what adapter_config.json says of a model's adapters.
+def adapter_config(
+    layers: Sequence[AdaptedLayer], all_layers: Sequence[BaseLayer], base: str, rank: int
+) -> dict[str, Any]:
+    """Return the content of adapter_config.json for a model's adapters.
 
     rsLoRA is written as plain LoRA of the same scale: peft 0.20 joins the gate and up of a mixture's experts into one
     factor of twice the rank and twice the alpha, which only plain LoRA's scale does not change.
 
     Args:
         layers: the adapted layers.
-        all_layers: all layers of the model that could be.
+        all_layers: all layers of the model that can be adapted.
         base: path or hub id of the base model.
-        rank: that of most layers.
+        rank: the rank of most layers.
     """
     usual = next((layer for layer in layers if layer.rank == rank), layers[0])
     ranks, alphas = {}, {}

@@ -8,20 +8,40 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-MODEL_TYPES = {
-    "LlamaForCausalLM": "llama",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-    "Qwen3MoeForCausalLM": "qwen3_moe",
+
+@dataclass(frozen=True)
+class Architecture:
+    """A supported architecture.
+
+    Attributes:
+        model_type: its name in config.json.
+        has_experts: whether it is a mixture of experts.
+        has_qkv_bias: whether the projections to queries, keys and values have a bias.
+        has_qk_norm: whether queries and keys are normalized.
+        head_dim: transformers' default where config.json has no head_dim; None: hidden_size / num_attention_heads.
+    """
+
+    model_type: str
+    has_experts: bool = False
+    has_qkv_bias: bool = False
+    has_qk_norm: bool = False
+    head_dim: int | None = None
+
+
+ARCHITECTURES = {
+    "LlamaForCausalLM": Architecture("llama"),
+    "Qwen2ForCausalLM": Architecture("qwen2", has_qkv_bias=True),
+    "Qwen3ForCausalLM": Architecture("qwen3", has_qk_norm=True, head_dim=128),
+    "Qwen3MoeForCausalLM": Architecture("qwen3_moe", has_experts=True, has_qk_norm=True, head_dim=128),
 }
-"""The `model_type` of each supported architecture."""
+"""The supported architectures by their names in config.json."""
+_OF_MODEL_TYPE = {one.model_type: one for one in ARCHITECTURES.values()}
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-"""Those whose frequencies do not depend on the length of the sequence, which differs between packed rows."""
-_DEFAULT_HEAD_DIM = {"qwen3": 128, "qwen3_moe": 128}  # transformers' defaults where config.json has no head_dim
+"""Rotary embeddings whose frequencies do not depend on the sequence length, which differs between packed rows."""
 
 
 class CheckpointProblem(ValueError):
-    """A checkpoint that can't be used. The message is one line that names the file and the key or tensor."""
+    """A checkpoint can't be used. The message is one line that names the file and the key or tensor."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +49,7 @@ class _OnlyValue:
     """A key of config.json that changes what the model computes, and the one value that is supported.
 
     Attributes:
-        model_types: those whose transformers implementation reads the key; empty: all.
+        model_types: models whose transformers implementation reads the key; empty: all.
     """
 
     key: str
@@ -50,7 +70,11 @@ _ONLY_VALUES = (
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return the content of config.json. Raises CheckpointProblem unless it describes a supported model."""
+    """Return the content of config.json.
+
+    Raises:
+        CheckpointProblem: it does not describe a supported model.
+    """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -62,21 +86,29 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def architecture(model_type: str) -> Architecture:
+    """Return the architecture of a supported model by its `model_type` in config.json."""
+    return _OF_MODEL_TYPE[model_type]
+
+
 def num_experts(config: Mapping[str, Any]) -> int:
     """Return the number of experts, 0 for a dense model."""
-    if config["model_type"] != "qwen3_moe":
+    if not architecture(config["model_type"]).has_experts:
         return 0
     # transformers 5 writes num_local_experts where earlier releases wrote num_experts
-    return config["num_experts"] if "num_experts" in config else config["num_local_experts"]
+    found: int = config["num_experts"] if "num_experts" in config else config["num_local_experts"]
+    return found
 
 
 def num_key_value_heads(config: Mapping[str, Any]) -> int:
-    return config.get("num_key_value_heads") or config["num_attention_heads"]
+    """Return the number of groups of attention heads that share keys and values."""
+    found: int = config.get("num_key_value_heads") or config["num_attention_heads"]
+    return found
 
 
 def head_dim(config: Mapping[str, Any]) -> int:
     """Return the size of one attention head."""
-    known = config.get("head_dim") or _DEFAULT_HEAD_DIM.get(config["model_type"])
+    known: int | None = config.get("head_dim") or architecture(config["model_type"]).head_dim
     return known or config["hidden_size"] // config["num_attention_heads"]
 
 
@@ -91,15 +123,17 @@ def rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def rope_type(config: Mapping[str, Any]) -> str:
-    return rope(config).get("rope_type", rope(config).get("type", "default"))
+    """Return how the rotary embedding is scaled to longer sequences, one of ROPE_TYPES in a supported model."""
+    found: str = rope(config).get("rope_type", rope(config).get("type", "default"))
+    return found
 
 
 def _problems(config: dict[str, Any]) -> Iterator[str]:
     named = config.get("architectures") or ["none named"]
-    if named[0] not in MODEL_TYPES:
-        yield f"its architecture ({named[0]}) must be one of {', '.join(MODEL_TYPES)}"
+    if named[0] not in ARCHITECTURES:
+        yield f"its architecture ({named[0]}) must be one of {', '.join(ARCHITECTURES)}"
         return
-    model_type = MODEL_TYPES[named[0]]
+    model_type = ARCHITECTURES[named[0]].model_type
     if config.get("model_type") != model_type:
         yield _refuse(config, "model_type", f"contradicts architectures = {named[0]}; must be {model_type}")
         return
@@ -115,7 +149,7 @@ def _problems(config: dict[str, Any]) -> Iterator[str]:
 
 
 def _wrong_sizes(config: dict[str, Any]) -> Iterator[str]:
-    is_mixture = config["model_type"] == "qwen3_moe"
+    is_mixture = architecture(config["model_type"]).has_experts
     required = ["hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings"]
     required.append("moe_intermediate_size" if is_mixture else "intermediate_size")
     if is_mixture:

@@ -31,7 +31,7 @@ _REFUSED = {
 
 
 class LoraProblem(ValueError):
-    """A LoRA setting that the model does not suit. The text begins with the leaf of the recipe's section `lora`."""
+    """A LoRA setting does not suit the model. The text begins with the leaf of the recipe's section `lora`."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class BaseLayer:
 
     @classmethod
     def from_name(cls, name: str, num_experts: int) -> BaseLayer:
+        """Return the layer with a name of Megatron-Core in a model of so many experts."""
         number, part = name.removeprefix("decoder.layers.").split(".", 1)
         parent, leaves = _PARTS[part]
         parent = f"model.layers.{number}.{parent}"
@@ -74,7 +75,7 @@ class AdaptedLayer:
 
     @property
     def alpha(self) -> float:
-        """The alpha that gives `scaling` without rsLoRA."""
+        """The alpha that makes `scaling` without rsLoRA."""
         return self.scaling * self.rank
 
 
@@ -86,7 +87,7 @@ class LayerRules:
         target_modules: `all-linear`, or names of Hugging Face or Megatron-Core, whole or their last parts.
         target_regex: instead of them, an expression that whole names must match.
         rank_pattern: ranks by Hugging Face names, whole, their last parts, or expressions for these.
-        alpha_pattern: the same of alpha.
+        alpha_pattern: alphas by the same names.
     """
 
     rank: int = 8
@@ -186,6 +187,7 @@ def _known(layers: Iterable[BaseLayer]) -> str:
 
 
 def describe_joined(layer: BaseLayer) -> str:
+    """Return in words which modules of Hugging Face are one layer here."""
     *first, last = layer.leaves
     joined = f"{', '.join(first)} and {last}" if first else last
     if layer.container:
@@ -221,6 +223,14 @@ def _value_of(layer: BaseLayer, leaf: str, pattern: Mapping[str, float], default
 
 
 def value_of_name(name: str, leaf: str, pattern: Mapping[str, float], default: float) -> float:
+    """Return the value of the first key of `pattern` that matches a name as PEFT matches it, else `default`.
+
+    Args:
+        name: the Hugging Face name of a module.
+        leaf: the recipe's key of `pattern`.
+        pattern: values by names, their last parts, or expressions for these.
+        default: the value of names without a match.
+    """
     return next((value for key, value in pattern.items() if _matches_pattern(leaf, key, name)), default)
 
 

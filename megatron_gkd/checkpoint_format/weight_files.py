@@ -1,4 +1,4 @@
-"""Read the headers of a checkpoint's safetensors files, and compare them with what config.json asks for."""
+"""Read the headers of a checkpoint's safetensors files, and compare them with config.json."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_gkd.checkpoint_format.config_file import (
     CheckpointProblem,
+    architecture,
     head_dim,
     is_tied,
     num_experts,
@@ -30,7 +31,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """What a header says about a tensor. `file` is a name in the checkpoint's folder."""
+    """A tensor as the header of its file describes it. `file` is a name in the checkpoint's folder."""
 
     file: str
     shape: Shape
@@ -38,6 +39,7 @@ class StoredTensor:
 
 
 def has_weights(folder: Path) -> bool:
+    """Return whether there are safetensors files in a folder, or an index of them."""
     return any(folder.glob("*.safetensors")) or (folder / INDEX).exists()
 
 
@@ -71,16 +73,16 @@ def expected_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
 
 
 def _layer_shapes(config: Mapping[str, Any]) -> Iterator[tuple[str, Shape]]:
-    hidden, size, model_type = config["hidden_size"], head_dim(config), config["model_type"]
+    hidden, size, layout = config["hidden_size"], head_dim(config), architecture(config["model_type"])
     queries, keys = config["num_attention_heads"] * size, num_key_value_heads(config) * size
     yield "input_layernorm.weight", (hidden,)
     yield "post_attention_layernorm.weight", (hidden,)
     for name, rows in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
         yield f"self_attn.{name}.weight", (rows, hidden)
-        if model_type == "qwen2":
+        if layout.has_qkv_bias:
             yield f"self_attn.{name}.bias", (rows,)
     yield "self_attn.o_proj.weight", (hidden, queries)
-    if model_type in ("qwen3", "qwen3_moe"):
+    if layout.has_qk_norm:
         yield "self_attn.q_norm.weight", (size,)
         yield "self_attn.k_norm.weight", (size,)
     experts = num_experts(config)
@@ -113,7 +115,7 @@ def _problems(stored: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> 
     missing = [name for name in expected if name not in stored]
     if missing:
         tied = "; or does config.json lack tie_word_embeddings = true?" if missing == [HEAD] else ""
-        yield f"no safetensors file has {_shorten(missing)}, which config.json asks for{tied}"
+        yield f"no safetensors file has {_shorten(missing)}, which config.json requires{tied}"
     extra = [name for name in stored if name not in expected and name not in optional]
     if extra:
         layers = f"num_hidden_layers = {config['num_hidden_layers']}"
@@ -145,11 +147,12 @@ def _read_headers(folder: Path) -> dict[str, StoredTensor]:
         tensors = _read_header(folder / name)
         for tensor in tensors:
             if index is not None and index.get(tensor) != name:
-                raise CheckpointProblem(f"{name}: {tensor} is in it, but {INDEX} says {index.get(tensor, 'nothing')}")
+                raise CheckpointProblem(
+                    f"{name}: {tensor} is in it, but {INDEX} has {index.get(tensor, 'no file')} for it"
+                )
         stored |= tensors
-    lacking = sorted(set(index or ()) - stored.keys())
-    if lacking:
-        raise CheckpointProblem(f"{index[lacking[0]]}: {lacking[0]} is not in it, but {INDEX} says so")
+    for tensor in sorted((index or {}).keys() - stored.keys()):
+        raise CheckpointProblem(f"{(index or {})[tensor]}: {tensor} is not in it, but {INDEX} names this file for it")
     return stored
 
 

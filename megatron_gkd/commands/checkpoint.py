@@ -1,4 +1,4 @@
-"""The command that a run's folder is given to: checkpoint list, verify and export."""
+"""The command with a run's folder: checkpoint list, verify and export."""
 
 import itertools
 from functools import partial
@@ -7,16 +7,17 @@ from typing import Any
 
 from megatron_gkd.commands.parts import Work, imports, load_recipe, print_text, take
 from megatron_gkd.errors import CommandRefused, UserError
-from megatron_gkd.training.checkpointing.inspection import RunFolder, list_checkpoints, verify_checkpoints
+from megatron_gkd.training.checkpointing.inspection import InspectedRun, list_checkpoints, verify_checkpoints
 
 ACTIONS = ("list", "verify", "export")
 
 
 def checkpoint(action: str, arguments: list[str], world_size: int) -> Work:
+    """List, verify or export the checkpoints of a run."""
     from megatron_gkd.config import commands
 
     if action not in ACTIONS:
-        raise CommandRefused(f"megatron-gkd checkpoint {action}: what to do must come first: {', '.join(ACTIONS)}")
+        raise CommandRefused(f"megatron-gkd checkpoint {action}: unknown action; the actions are {', '.join(ACTIONS)}")
     options, arguments = take(arguments, commands.EXPORT) if action == "export" else ({}, arguments)
     named = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
     overrides = arguments[len(named) :]
@@ -24,7 +25,7 @@ def checkpoint(action: str, arguments: list[str], world_size: int) -> Work:
         usage = "RUN" if action == "list" else "RUN [STEP]"
         raise CommandRefused(f"megatron-gkd checkpoint {action} {' '.join(arguments)}: must be {action} {usage}")
     try:
-        run = RunFolder.find(named[0])
+        run = InspectedRun.find(named[0])
         if action == "list":
             return lambda: print_text(list_checkpoints(run))
         step = run.choose(named[1] if len(named) > 1 else None)
@@ -35,14 +36,14 @@ def checkpoint(action: str, arguments: list[str], world_size: int) -> Work:
     return partial(_verify, run, [step] if len(named) > 1 or run.step is not None else run.folder.steps())
 
 
-def _verify(run: RunFolder, steps: list[int]) -> None:
+def _verify(run: InspectedRun, steps: list[int]) -> None:
     intact, damaged = verify_checkpoints(run, steps)
     print_text("\n".join(intact))
     if damaged:
         raise CommandRefused("\n".join(damaged))
 
 
-def _export(run: RunFolder, step: int, options: dict[str, Any], overrides: list[str], world_size: int) -> Work:
+def _export(run: InspectedRun, step: int, options: dict[str, Any], overrides: list[str], world_size: int) -> Work:
     from megatron_gkd.config import commands
 
     path = str(run.output_dir / "recipe.yaml")

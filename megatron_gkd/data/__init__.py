@@ -1,4 +1,4 @@
-"""Data files -> checked rows -> tokenised samples -> packed microbatches.
+"""Data files -> checked rows -> tokenized samples -> packed microbatches.
 
 Importing this package loads nothing heavy, so that a plugin file may import `register_preprocessor` from it.
 """

@@ -1,6 +1,6 @@
-"""A folder on disk for the tokenised rows of one source, built by one process of a node and opened by all.
+"""A folder on disk for the tokenized rows of one source, built by one process of a node and opened by all.
 
-Its key is made of what the rows depend on and of nothing else: the file (path, size, time of change), the tokenizer's
+Its key depends on exactly what the rows depend on: the file (path, size, time of change), the tokenizer's
 content, the options, the plugins' text. `datasets` would key it by the pickled function instead, which changes between
 versions of Python and misses changes of what the function calls.
 """
@@ -31,7 +31,7 @@ VERSION = 3  # raise it when the same rows and options give other tokens
 
 
 def fingerprint(path: str, tokenizer_hash: str, options: dict[str, Any], plugin_paths: list[str]) -> str:
-    """Key (32 hex digits) of the tokenised rows of the source at `path`.
+    """Return the key (32 hex digits) of the tokenized rows of the source at `path`.
 
     Raises:
         UserError: the source or a plugin does not exist.
@@ -50,10 +50,10 @@ def fingerprint(path: str, tokenizer_hash: str, options: dict[str, Any], plugin_
 
 
 def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of all that decides which ids a text gets: model, merges, added tokens, special tokens and chat template.
+    """Hash all that determines the ids of a text: model, merges, added tokens, special tokens and chat template.
 
     Raises:
-        UserError: the tokenizer is not a fast one; spans of text cannot be found in its tokens.
+        UserError: the tokenizer is not a fast one, so spans of text cannot be mapped to its tokens.
     """
     if not tokenizer.is_fast:
         raise UserError(f"tokenizer {type(tokenizer).__name__}: a fast tokenizer (tokenizer.json) is needed")
@@ -64,7 +64,7 @@ def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
 
 @dataclass(frozen=True)
 class CacheFolder:
-    """Where one source's rows lie: `folder`, and while it is built `folder.unfinished` beside it."""
+    """The folder of one source's rows, which is built in `folder.unfinished` beside it."""
 
     folder: Path
 
@@ -73,14 +73,14 @@ class CacheFolder:
         return self.folder.with_name(self.folder.name + ".unfinished")
 
     def build(self, write: Callable[[Path, Path], None]) -> None:
-        """Make the folder unless it exists. One process at a time builds it; another that wants it waits.
+        """Build the folder unless it exists. One process at a time builds it, while others wait.
 
         Args:
-            write: called with two folders. The first keeps what is finished: an earlier build that was killed may have
-                left parts there, and a failed one leaves its own. The second, empty, becomes the cache folder.
+            write: called with two folders. The first is for finished parts, which may remain from an earlier build that
+                was killed. The second is empty and becomes the cache folder.
 
         Raises:
-            UserError: the cache can't be written to.
+            UserError: the cache cannot be written.
         """
         while not self.folder.exists():
             try:
@@ -88,8 +88,8 @@ class CacheFolder:
                 lock = _Lock.acquire(self._unfinished / "lock")
             except OSError as error:
                 raise UserError(
-                    f"data.dataset_cache_dir = {self.folder.parent}: cannot be written to ({error}); name a folder "
-                    "that can be"
+                    f"data.dataset_cache_dir = {self.folder.parent}: cannot be written ({error}); name a folder that "
+                    "this user may write to"
                 ) from error
             with lock:
                 if lock.is_current() and not self.folder.exists():
@@ -112,16 +112,16 @@ class CacheFolder:
         shutil.rmtree(self._unfinished, ignore_errors=True)
 
     def is_visible(self, until: float) -> bool:
-        """Return whether the folder comes into sight before `time.monotonic()` is `until`.
+        """Return whether the folder becomes visible before `time.monotonic()` is `until`.
 
-        A network file system may show it later than it was written.
+        On a network file system that may be later than it was written.
         """
         while not self.folder.exists():
             if time.monotonic() >= until:
                 return False
             time.sleep(0.1)
             if self.folder.parent.exists():
-                os.listdir(self.folder.parent)  # has the file system's client read the folder again
+                os.listdir(self.folder.parent)  # makes the file system's client read the folder again
         return True
 
 
@@ -137,7 +137,7 @@ class _Lock:
 
     @classmethod
     def acquire(cls, path: Path) -> _Lock:
-        """Wait for the lock."""
+        """Wait for the lock and take it."""
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -148,7 +148,7 @@ class _Lock:
         return cls(path, descriptor)
 
     def is_current(self) -> bool:
-        """Return whether the locked file still has its name: the holder before may have removed it."""
+        """Return whether the locked file still has its name, which the previous holder may have removed."""
         try:
             return os.path.samestat(os.fstat(self.descriptor), os.stat(self.path))
         except FileNotFoundError:
@@ -164,11 +164,12 @@ class _Lock:
 
 
 def default_cache_dir() -> Path:
+    """Return the folder of the caches where the recipe sets none."""
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "megatron_gkd" / "datasets"
 
 
 def hash_texts(texts: Iterable[str]) -> str:
-    """Return one hash of several texts in their order."""
+    """Return one hash of several texts in this order."""
     return _hash(json.dumps(list(texts)))
 
 

@@ -1,4 +1,4 @@
-"""Data files to a tokenised, memory-mapped dataset."""
+"""Build of a tokenized, memory-mapped dataset from data files."""
 
 from __future__ import annotations
 
@@ -11,48 +11,26 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from megatron_gkd.config.schema import DataSection
 from megatron_gkd.data.cache import CacheFolder, default_cache_dir, fingerprint, hash_texts, hash_tokenizer
 from megatron_gkd.data.plugins import find_preprocessor, load_plugins
-from megatron_gkd.data.prompt import PromptLimits
 from megatron_gkd.data.report import DataReport
 from megatron_gkd.data.sample import FROM_DATASET, Sample
 from megatron_gkd.data.shards import ShardSummary, ShardWriter, tokenize_shards
 from megatron_gkd.data.sources import Source, open_source
-from megatron_gkd.data.tokenizing import RowTokenizer
+from megatron_gkd.data.tokenizing import RowOptions, RowTokenizer
 from megatron_gkd.errors import UserError
 from megatron_gkd.reporting.phases import phase
 from megatron_gkd.runtime.nodes import Nodes
 
-VISIBLE_WITHIN_S = 5.0  # that another node takes to see a folder on a file system they share
+VISIBLE_WITHIN_S = 5.0  # how long another node may take to see a folder of a shared file system
 _ROWS, _REPORT = "rows", "report.json"  # names in a cache folder
-
-
-class DataFile(Protocol):
-    path: str
-    weight: float
-
-
-class DataSection(Protocol):
-    """The recipe's `data` section, as far as this package reads it."""
-
-    dataset: Sequence[DataFile]
-    val_dataset: Sequence[DataFile]
-    max_length: int
-    teacher_max_length: int | None
-    truncation_strategy: Literal["delete", "left", "right"]
-    loss_on: Literal["last", "all"]
-    data_errors: Literal["raise", "skip"]
-    preprocessor: str | None
-    external_plugins: Sequence[str]
-    chat_template_kwargs: dict[str, Any]
-    preprocessing_num_workers: int | None
-    dataset_cache_dir: str | None
 
 
 class TokenizedDataset:
@@ -79,7 +57,11 @@ class TokenizedDataset:
         return len(self._rows)
 
     def first_row_with_tag(self, tag: str) -> int:
-        """ValueError if none has it."""
+        """Return the index of the first row with this tag.
+
+        Raises:
+            ValueError: no row has it.
+        """
         return list(self._rows["tag"]).index(tag)
 
     def __getitem__(self, index: int) -> Sample:
@@ -93,28 +75,19 @@ def build_dataset(
     section: DataSection,
     split: Literal["train", "validation"],
     tokenizer: PreTrainedTokenizerBase,
-    *,
-    prompts: bool = False,
-    prompt_limits: PromptLimits | None = None,
-    tag_key: str | None = None,
-    vocab_size: int | None = None,
+    options: RowOptions | None = None,
     nodes: Nodes | None = None,
 ) -> tuple[TokenizedDataset, DataReport]:
-    """Reads, checks and tokenises the rows of a split; takes them from the cache where nothing has changed.
+    """Read, check and tokenize the rows of a split, or open them from the cache where nothing has changed.
 
     All ranks must call it. Rank 0 builds the cache while the others wait; then one rank of each node that does not see
-    rank 0's cache builds its own; then all open it. What fails in one rank is raised in all.
+    rank 0's cache builds its own; then all open it. The failure of one rank is raised in all.
 
     Args:
         section: the recipe's data section.
         split: "train" reads `section.dataset`, "validation" `section.val_dataset`.
         tokenizer: the student's, a fast one.
-        prompts: a row may be a prompt alone, for the student to answer.
-        prompt_limits: prompts that are longer are shortened, or their rows left out, by `truncation_strategy`; None
-            where the student answers no row.
-        tag_key: the rows' key whose value is `Sample.tag`; every row must have it.
-        vocab_size: number of ids that every model of the run can read: a row with another one is bad; None: the
-            number of the tokenizer's tokens.
+        options: what the run requires of its rows; None for the defaults.
         nodes: the ranks; None for one process.
 
     Raises:
@@ -126,7 +99,7 @@ def build_dataset(
         raise UserError(f"data.{'dataset' if split == 'train' else 'val_dataset'} names no file")
     root = Path(section.dataset_cache_dir).expanduser() if section.dataset_cache_dir else default_cache_dir()
     nodes = nodes or Nodes.alone()
-    tokenization = _Tokenization(section, tokenizer, prompts, prompt_limits, tag_key, vocab_size)
+    tokenization = _Tokenization(section, tokenizer, options or RowOptions())
     # The key has the time of change of rank 0's files; copies on other nodes may have another.
     paths = [file.path for file in files]
     keys = nodes.on_main(lambda: tokenization.keys(paths))
@@ -152,21 +125,21 @@ def build_dataset(
 def _open(
     paths: Sequence[str], caches: Sequence[CacheFolder], digests: Sequence[str]
 ) -> tuple[TokenizedDataset, DataReport]:
-    """Open the caches of the sources at `paths`; their rows must have the `digests`."""
+    """Open the caches of the sources at `paths`, whose rows must have the `digests`."""
     until = time.monotonic() + VISIBLE_WITHIN_S
     for path, cache, digest in zip(paths, caches, digests, strict=True):
         if not cache.is_visible(until):
             raise UserError(
-                f"data.dataset_cache_dir = {cache.folder.parent}: {cache.folder.name} is not there, although a rank of "
+                f"data.dataset_cache_dir = {cache.folder.parent}: {cache.folder.name} is missing, although a rank of "
                 "this node has written it; name a folder that all ranks of a node see"
             )
         if _read_report(cache).digest != digest:
-            raise UserError(f"{_other_rows(path)}. Remove {cache.folder} on this node before the next start")
+            raise UserError(f"{_different_rows(path)}. Remove {cache.folder} on this node before the next start")
     dataset = TokenizedDataset([datasets.load_from_disk(str(cache.folder / _ROWS)) for cache in caches])
     return dataset, DataReport.merge(_read_report(cache).report for cache in caches)
 
 
-def _other_rows(path: str) -> str:
+def _different_rows(path: str) -> str:
     return (
         f"{path}: gives other rows on this node than on rank 0's; all nodes need the same file, plugins and versions "
         "of the packages"
@@ -175,7 +148,7 @@ def _other_rows(path: str) -> str:
 
 @dataclass(frozen=True)
 class _StoredReport:
-    """What stands beside the rows of a source: their counts and their hash."""
+    """The counts and the hash of a source's rows, which are stored beside them."""
 
     report: DataReport
     digest: str
@@ -188,28 +161,26 @@ def _read_report(cache: CacheFolder) -> _StoredReport:
 
 @dataclass(frozen=True)
 class _Tokenization:
-    """How the rows of a split become samples. The attributes are the arguments of `build_dataset`."""
+    """How the rows of a split become samples. The attributes are arguments of `build_dataset`."""
 
     section: DataSection
     tokenizer: PreTrainedTokenizerBase
-    prompts: bool
-    prompt_limits: PromptLimits | None
-    tag_key: str | None
-    vocab_size: int | None
+    options: RowOptions
 
     def keys(self, paths: Sequence[str]) -> list[str]:
-        """Return the caches' keys of the sources at `paths`."""
+        """Return the cache keys of the sources at `paths`."""
         tokenizer_hash, plugins = hash_tokenizer(self.tokenizer), list(self.section.external_plugins)
-        return [fingerprint(path, tokenizer_hash, self._options(), plugins) for path in paths]
+        return [fingerprint(path, tokenizer_hash, self._key_options(), plugins) for path in paths]
 
-    def _options(self) -> dict[str, Any]:
-        """Return what decides, beside the file, the tokenizer and the plugins, which samples a source yields."""
+    def _key_options(self) -> dict[str, Any]:
+        """Return all that determines a source's samples beside the file, the tokenizer and the plugins."""
+        options = self.options
         names = ("max_length", "teacher_max_length", "truncation_strategy", "loss_on", "data_errors", "preprocessor")
         return {name: getattr(self.section, name) for name in (*names, "chat_template_kwargs")} | {
-            "prompts": self.prompts,
-            "prompt_limits": None if self.prompt_limits is None else asdict(self.prompt_limits),
-            "tag_key": self.tag_key,
-            "vocab_size": self.vocab_size,
+            "prompts": options.allows_prompts,
+            "prompt_limits": None if options.prompt_limits is None else asdict(options.prompt_limits),
+            "tag_key": options.tag_key,
+            "vocab_size": options.vocab_size,
         }
 
     def write(self, path: str, parts: Path, out: Path, *, is_main: bool = False, digest: str | None = None) -> None:
@@ -217,10 +188,13 @@ class _Tokenization:
 
         Args:
             path: file or folder of rows.
-            parts: what is finished stays there if this process is killed.
+            parts: folder of the finished shards, which stay if this process is killed.
             out: an empty folder.
             is_main: whether this rank shows its progress.
-            digest: what the samples must have; None: any.
+            digest: the hash that the samples must have; None: any.
+
+        Raises:
+            UserError: a row is bad and may not be skipped, no row is used, or the samples have another hash.
         """
         section = self.section
         load_plugins(section.external_plugins)
@@ -232,16 +206,18 @@ class _Tokenization:
                 source = open_source(path, str(parts.parent / "source"))
             if len(source.table) == 0:
                 raise UserError(f"{path}: yields nothing to train on: it has no rows")
-            writer = ShardWriter(source.table, self._row_tokenizer(source.is_json), parts)
+            writer = ShardWriter(
+                source.table, RowTokenizer(self.tokenizer, source.is_json, section, self.options), parts
+            )
             with phase(f"Tokenizing {name}", is_main=is_main, unit="rows") as shown:
                 summaries = tokenize_shards(writer, section.preprocessing_num_workers, shown.update)
             try:
                 report = _report(source, summaries, section.data_errors)
                 stored = _StoredReport(report, hash_texts(summary.digest for summary in summaries))
                 if digest is not None and stored.digest != digest:
-                    raise UserError(_other_rows(path))
+                    raise UserError(_different_rows(path))
             except UserError:
-                shutil.rmtree(parts)  # the same file gives the same rows: nothing is worth keeping
+                shutil.rmtree(parts)  # the same file gives the same rows again, so the shards are of no use
                 parts.mkdir()
                 raise
             used = [writer.path(shard) for shard, summary in enumerate(summaries) if summary.used]
@@ -249,33 +225,19 @@ class _Tokenization:
             rows.save_to_disk(str(out / _ROWS))
         (out / _REPORT).write_text(json.dumps(asdict(stored)), encoding="utf-8")
 
-    def _row_tokenizer(self, is_json: bool) -> RowTokenizer:
-        section = self.section
-        return RowTokenizer(
-            tokenizer=self.tokenizer,
-            is_json=is_json,
-            max_length=section.max_length,
-            truncation_strategy=section.truncation_strategy,
-            loss_on=section.loss_on,
-            preprocessor=section.preprocessor,
-            external_plugins=list(section.external_plugins),
-            template_kwargs=dict(section.chat_template_kwargs),
-            prompts=self.prompts,
-            prompt_limits=self.prompt_limits,
-            teacher_max_length=section.teacher_max_length,
-            tag_key=self.tag_key,
-            vocab_size=self.vocab_size,
-        )
-
 
 def _report(source: Source, summaries: Sequence[ShardSummary], data_errors: str) -> DataReport:
-    """Counts the rows; UserError for bad ones that may not be skipped, and for a source that has none to use."""
-    found = next((summary.first_bad for summary in summaries if summary.first_bad is not None), None)
-    first = None if found is None else f"{source.locate(found[0])}: {found[1]}"
+    """Count the rows.
+
+    Raises:
+        UserError: a row is bad and may not be skipped, or no row is used.
+    """
+    first_bad = next((summary.first_bad for summary in summaries if summary.first_bad is not None), None)
+    first = None if first_bad is None else f"{source.locate(first_bad[0])}: {first_bad[1]}"
     if first and data_errors == "raise":
         bad = sum(summary.bad for summary in summaries)
-        raise UserError(f"{first} ({bad} bad rows in all; data_errors: skip leaves them out)")
-    dropped = sum((Counter(summary.dropped) for summary in summaries), Counter())
+        raise UserError(f"{first} ({bad} bad rows in all; data_errors: skip drops them)")
+    dropped = sum((Counter(summary.dropped) for summary in summaries), Counter[str]())
     used = sum(summary.used for summary in summaries)
     shortened = sum(summary.shortened for summary in summaries)
     report = DataReport(used + dropped.total(), used, dict(sorted(dropped.items())), shortened, first)
@@ -290,7 +252,7 @@ def _column(rows: datasets.Dataset, name: str) -> np.ndarray:
 
 @contextmanager
 def _without_progress_bars() -> Iterator[None]:
-    """Silence the bars of `datasets`, which count batches of its own."""
+    """Disable the progress bars of `datasets`, which count its own batches."""
     hide = not datasets.are_progress_bars_disabled()
     if hide:
         datasets.disable_progress_bars()

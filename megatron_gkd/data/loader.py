@@ -1,4 +1,4 @@
-"""The microbatches of each step, for one data-parallel and context-parallel rank."""
+"""Loader of each step's microbatches for one data-parallel and context-parallel rank."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_gkd.errors import UserError
 
 
 class SampleDataset(Protocol):
-    """What the loader needs of a dataset; `TokenizedDataset` is one."""
+    """A dataset of samples with known lengths; `TokenizedDataset` is one."""
 
     lengths: np.ndarray  # tokens of each sample
     num_labels: np.ndarray  # labels of each sample that are not -100
@@ -29,11 +29,15 @@ class SampleDataset(Protocol):
 
 
 class StepOrder(Protocol):
-    def rows_of_step(self, step: int, global_batch_size: int) -> list[int]: ...
+    """The order in which steps train on the rows of a dataset."""
+
+    def rows_of_step(self, step: int, global_batch_size: int) -> list[int]:
+        """Return the rows of step `step`, counted from 1."""
+        ...
 
 
 class StepLoader:
-    """Yields, step after step, the microbatches of this rank.
+    """Yield this rank's microbatches, step after step.
 
     Args:
         dataset: where samples come from.
@@ -63,7 +67,7 @@ class StepLoader:
 
     def __iter__(self) -> Iterator[list[Microbatch] | None]:
         steps = _Steps(self, self._steps)
-        # Its own generator: drawing the workers' seeds would otherwise move the global one, which dropout draws from.
+        # A generator of its own: the workers' seeds would otherwise be drawn from the global one, like dropout.
         generator = torch.Generator()
         loader = DataLoader(
             steps, batch_size=None, collate_fn=_as_is, num_workers=self._num_workers, generator=generator
@@ -90,12 +94,16 @@ class StepLoader:
 
 
 def require_responses(dataset: SampleDataset, rows: Sequence[int], step: int) -> None:
-    """UserError for a row that is a prompt alone, where the student does not answer it."""
+    """Check that no row is a prompt alone, in a step in which the student does not respond to it.
+
+    Raises:
+        UserError: a row is a prompt alone.
+    """
     for row in rows:
         if dataset.num_labels[row] == 0:
             raise UserError(
                 f"step {step}: row {row} of the dataset has no response, and in this step the student does not "
-                "answer it; give it one, or set lmbda to 1"
+                "respond to it; add a response to the row, or set distill.lmbda = 1"
             )
 
 

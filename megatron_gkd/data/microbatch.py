@@ -1,4 +1,4 @@
-"""Several samples in one row of tokens, without padding between what attention may see ("thd" layout)."""
+"""Microbatches of several sequences in one row of tokens (the packed "thd" layout)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_gkd.runtime.context_parallel import context_parallel_indices
 
 @dataclass(frozen=True)
 class Microbatch:
-    """Concatenated sequences, each padded at its end; attention is causal inside each and blind between them.
+    """Concatenated sequences, each padded at its end, with causal attention inside each and none between them.
 
     Attributes:
         input_ids: int64 [1, T], the tokens of this context-parallel rank (T is the whole length / number of ranks).
@@ -58,7 +58,11 @@ class Microbatch:
         return int(self.cu_seqlens[-1])
 
     def to(self, device: torch.device | str) -> Self:
-        return replace(self, **{name: value.to(device) for name, value in vars(self).items() if torch.is_tensor(value)})
+        """Return the microbatch with its tensors on `device`."""
+        tensors: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if torch.is_tensor(value)
+        }
+        return replace(self, **tensors)
 
     def to_arrays(self) -> dict[str, Any]:
         """Return the fields by name, with NumPy arrays in place of tensors (which must be on the CPU)."""
@@ -67,18 +71,16 @@ class Microbatch:
     @classmethod
     def from_arrays(cls, fields: dict[str, Any]) -> Microbatch:
         """Build a microbatch from what `to_arrays` returns; the tensors share the arrays' memory."""
-        return cls(
-            **{
-                name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-                for name, value in fields.items()
-            }
-        )
+        values: dict[str, Any] = {
+            name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in fields.items()
+        }
+        return cls(**values)
 
 
 def collate(samples: Sequence[Sample], *, pad_multiple: int, pad_token_id: int = PAD_TOKEN_ID) -> Microbatch:
     """Concatenate samples, each padded at its end to a multiple of `pad_multiple`, into a whole microbatch.
 
-    Padding has the id `pad_token_id` and the label -100; positions go on through it.
+    Padding has the id `pad_token_id` and the label -100, and continues the positions of its sequence.
 
     Raises:
         ValueError: there is no sample, or one without tokens.
@@ -111,11 +113,11 @@ def collate(samples: Sequence[Sample], *, pad_multiple: int, pad_token_id: int =
 
 
 def pad_to(microbatch: Microbatch, total_length: int, pad_token_id: int = PAD_TOKEN_ID) -> Microbatch:
-    """Append one sequence of nothing but padding, so that a whole microbatch has `total_length` tokens."""
+    """Append one sequence of padding alone, so that a whole microbatch has `total_length` tokens."""
     missing = total_length - microbatch.total_length
     if missing == 0:
         return microbatch
-    columns = {
+    padding = {
         "input_ids": torch.full((1, missing), pad_token_id),
         "labels": torch.full((1, missing), IGNORED_LABEL),
         "position_ids": torch.arange(missing).unsqueeze(0),
@@ -123,16 +125,19 @@ def pad_to(microbatch: Microbatch, total_length: int, pad_token_id: int = PAD_TO
         "from_dataset": torch.ones(1, missing, dtype=torch.bool),
     }
     end = torch.tensor([total_length], dtype=torch.int32)
+    columns: dict[str, Any] = {
+        name: torch.cat([getattr(microbatch, name), column], dim=1) for name, column in padding.items()
+    }
     return replace(
         microbatch,
-        **{name: torch.cat([getattr(microbatch, name), column], dim=1) for name, column in columns.items()},
+        **columns,
         cu_seqlens=torch.cat([microbatch.cu_seqlens, end]),
         max_seqlen=max(microbatch.max_seqlen, missing),
     )
 
 
 def shard_context_parallel(microbatch: Microbatch, rank: int, size: int) -> Microbatch:
-    """The part of a whole microbatch that a context-parallel rank holds; see `context_parallel_indices`.
+    """Return the part of a whole microbatch that a context-parallel rank holds; see `context_parallel_indices`.
 
     `cu_seqlens`, `max_seqlen`, `num_rows` and `samples` stay those of the whole.
     """
@@ -140,11 +145,12 @@ def shard_context_parallel(microbatch: Microbatch, rank: int, size: int) -> Micr
         return microbatch
     indices = context_parallel_indices(microbatch.cu_seqlens, rank, size)
     by_token = ("input_ids", "labels", "position_ids", "padding_mask", "from_dataset")
-    return replace(microbatch, **{name: getattr(microbatch, name)[:, indices] for name in by_token})
+    shards: dict[str, Any] = {name: getattr(microbatch, name)[:, indices] for name in by_token}
+    return replace(microbatch, **shards)
 
 
 def padded_length(length: int, pad_multiple: int) -> int:
-    """The next multiple of `pad_multiple`."""
+    """Return the next multiple of `pad_multiple`."""
     return -(-length // pad_multiple) * pad_multiple
 
 

@@ -1,4 +1,4 @@
-"""Which rows each step trains on: a pure function of the seed and the step, the same for every layout."""
+"""The rows of each step: a pure function of the seed and the step, the same for every layout."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 class SampleOrder:
     """An endless sequence of rows, epoch after epoch, over several concatenated datasets.
 
-    An epoch passes `weight` times over each dataset: 1.0 once, 2.0 twice, 0.5 over a random half, drawn anew for each
-    epoch. With `shuffle` all rows of an epoch are permuted together; without, they come in the order of the datasets.
+    An epoch has `weight` passes over each dataset: 1.0 is one pass, 2.0 two, 0.5 a random half, which each epoch draws
+    anew. With `shuffle` all rows of an epoch are permuted together; without, they come in the order of the datasets.
     Only the latest epoch is held in memory.
 
     Args:
@@ -48,7 +48,7 @@ class SampleOrder:
         return [self[position] for position in range(start, start + global_batch_size)]
 
     def _passes(self, dataset: int) -> tuple[int, int]:
-        """Rows taken from a dataset in an epoch: by whole passes, and by the last, partial pass."""
+        """Return the rows that an epoch takes from a dataset in whole passes, and in the last, partial pass."""
         size, weight = self._sizes[dataset], self._weights[dataset]
         whole = math.floor(weight)
         return whole * size, round((weight - whole) * size)
@@ -71,11 +71,11 @@ class SampleOrder:
         return random.permutation(rows) if self._shuffle else rows
 
 
-PADDING_ROW = -1  # stands for a row without labels, which fills up the last global batch
+PADDING_ROW = -1  # the place of a row without labels, which pads the last global batch
 
 
 class SequentialOrder:
-    """Every row once, in order; the last global batch is filled up with `PADDING_ROW`."""
+    """Every row once, in order; the last global batch is padded with `PADDING_ROW`."""
 
     def __init__(self, size: int) -> None:
         self._size = size

@@ -28,7 +28,9 @@ _preprocessors: dict[str, Preprocessor] = {}
 
 
 def register_preprocessor(name: str) -> Callable[[Preprocessor], Preprocessor]:
-    """Decorator: makes a function from row to row known as `name`. Returning None drops the row (it is counted).
+    """Return a decorator that registers a preprocessor, a function from row to row, as `name`.
+
+    A row for which it returns None is dropped.
 
     Raises:
         UserError: another function already has that name.
@@ -44,7 +46,11 @@ def register_preprocessor(name: str) -> Callable[[Preprocessor], Preprocessor]:
 
 
 def find_preprocessor(name: str) -> Preprocessor:
-    """The preprocessor of that name; UserError with the names that exist where there is none."""
+    """Return the preprocessor of that name.
+
+    Raises:
+        UserError: there is none; the message has the names that exist.
+    """
     if name in _preprocessors:
         return _preprocessors[name]
     near = get_close_matches(name, _preprocessors, n=1)
@@ -54,7 +60,7 @@ def find_preprocessor(name: str) -> Preprocessor:
 
 
 def load_plugins(paths: Sequence[str]) -> None:
-    """Runs each plugin file once in this process.
+    """Run each plugin file once in this process.
 
     Raises:
         UserError: a file is missing, or raises while it is run.

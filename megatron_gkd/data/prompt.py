@@ -1,4 +1,4 @@
-"""The part of a sample that a student answers, and the sample that its answer makes."""
+"""The prompt of a sample, and the sample that the student's response to it makes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from megatron_gkd.errors import UserError
 
 
 def extract_prompt(sample: Sample) -> np.ndarray:
-    """int64 [P]: the tokens before the last stretch that is trained on; all of them where none is."""
+    """Return the tokens before the last span that is trained on, int64 [P]; all tokens where none is."""
     return sample.input_ids[: prompt_length(sample.labels)]
 
 
 def prompt_length(labels: np.ndarray) -> int:
-    """P of `extract_prompt`, from shifted labels [L]; L where none is trained on."""
+    """Return the length of the prompt, P of `extract_prompt`, from shifted labels [L]; L where none is trained on."""
     trained = np.flatnonzero(labels != IGNORED_LABEL) + 1  # positions of the tokens themselves
     if len(trained) == 0:
         return len(labels)
@@ -45,7 +45,11 @@ class PromptLimits:
 
 
 def max_response_length(sample: Sample, max_length: int, teacher_max_length: int) -> int:
-    """Tokens of an answer that the student's and the teacher's sequences leave room for. UserError if there is none."""
+    """Return how many tokens of a response the student's and the teacher's sequences have room for.
+
+    Raises:
+        UserError: there is no room.
+    """
     limits = [("prompt", extract_prompt(sample), "data.max_length", max_length)]
     if sample.teacher_prompt is not None:
         limits += [("teacher_prompt", sample.teacher_prompt, "data.teacher_max_length", teacher_max_length)]
@@ -53,15 +57,15 @@ def max_response_length(sample: Sample, max_length: int, teacher_max_length: int
         if len(tokens) >= limit:
             raise UserError(
                 f"{key} = {limit}: the {name} of row {sample.row_id} of the dataset has {len(tokens)} tokens, which "
-                f"leaves no room for a completion; raise {key}"
+                f"leaves no room for a completion; increase {key}"
             )
     return min(limit - len(tokens) for _, tokens, _, limit in limits)
 
 
-def replace_response(row: Sample, answer: Sequence[int], *, trained: bool = True) -> Sample:
-    """The row's prompt with the student's answer; without labels where it is not `trained` on."""
+def replace_response(row: Sample, response: Sequence[int], *, trained: bool = True) -> Sample:
+    """Return the row's prompt with the student's `response`; without labels where it is not `trained` on."""
     prompt = extract_prompt(row)
-    input_ids = np.concatenate([prompt, np.asarray(answer, dtype=np.int64)])
-    is_answer = np.arange(len(input_ids)) >= len(prompt)
-    labels = shift_labels(input_ids, is_answer & trained)
+    input_ids = np.concatenate([prompt, np.asarray(response, dtype=np.int64)])
+    is_response = np.arange(len(input_ids)) >= len(prompt)
+    labels = shift_labels(input_ids, is_response & trained)
     return replace(row, input_ids=input_ids, labels=labels, source=FROM_STUDENT)

@@ -1,4 +1,4 @@
-"""How many rows were read, used and dropped, and why."""
+"""Counts of the rows that were read, used and dropped, with reasons."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class DataReport:
         rows_used: rows that became samples.
         dropped: number of dropped rows by reason.
         shortened: number of used rows whose prompt lost its start, to leave room for a completion.
-        first_bad_row: place and reason of the first row that is wrong in itself, if there is one.
+        first_bad_row: place and reason of the first bad row, if there is one.
     """
 
     rows_read: int
@@ -35,6 +35,7 @@ class DataReport:
 
     @staticmethod
     def merge(reports: Iterable[DataReport]) -> DataReport:
+        """Add up the counts of several sources."""
         reports = list(reports)
         dropped: Counter[str] = Counter()
         for report in reports:
@@ -48,7 +49,7 @@ class DataReport:
         )
 
     def summary(self) -> str:
-        """One line: `8 of 10 rows used; dropped: 2 not JSON (first bad row: a.jsonl, line 3: not JSON: ...)`."""
+        """Return one line: `8 of 10 rows used; dropped: 2 not JSON (first bad row: a.jsonl, line 3: not JSON: ...)`."""
         line = f"{self.rows_used} of {self.rows_read} rows used"
         if self.dropped:
             line += "; dropped: " + ", ".join(f"{count} {reason}" for reason, count in sorted(self.dropped.items()))

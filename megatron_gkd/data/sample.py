@@ -1,4 +1,4 @@
-"""One tokenised row."""
+"""One tokenized row."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ FROM_STUDENT = "student"
 
 @dataclass(frozen=True)
 class Sample:
-    """Tokens of one sequence and what each position must predict.
+    """Tokens of one sequence and the token that each position must predict.
 
     Attributes:
         input_ids: int64 [L].
         labels: int64 [L], already shifted: `labels[t]` is `input_ids[t + 1]`, or -100 where position t is not trained
             on (prompt, last token).
-        source: who wrote the response: "dataset", or "student" for a row that the student generated.
+        source: origin of the response: "dataset", or "student" for one that the student sampled.
         row_id: index of the row in its dataset.
         teacher_prompt: int64 [P], what the teacher reads in place of the prompt (all before the last response); None
             where it reads the same.

@@ -1,4 +1,4 @@
-"""Tokenizes a source in shards, by several processes; what is finished outlives a build that is killed."""
+"""Tokenization of a source in shards by several processes; finished shards remain if the build is killed."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ import datasets
 import numpy as np
 from datasets.arrow_writer import ArrowWriter
 
-from megatron_gkd.data.tokenizing import BLANK, FEATURES, VERDICT, RowTokenizer
+from megatron_gkd.data.tokenizing import BLANK, FEATURES, STATUS, RowTokenizer
 from megatron_gkd.errors import UserError
 from megatron_gkd.runtime.disk import publish
 
-SHARD_ROWS = 2048  # of a source of up to MOST_SHARDS shards; longer shards of a larger one
-MOST_SHARDS = 256  # all of them are open together at the end of a build
-MOST_WORKERS = 16  # where the recipe does not say how many
+SHARD_ROWS = 2048  # of a shard; more where the source would have more than MAX_SHARDS shards
+MAX_SHARDS = 256  # all of them are open together at the end of a build
+MAX_WORKERS = 16  # where the recipe does not set their number
 _BATCH_ROWS = 256
-_SAMPLE = [name for name in FEATURES if name not in VERDICT]
+_SAMPLE = [name for name in FEATURES if name not in STATUS]
 
 
 @dataclass(frozen=True)
 class ShardSummary:
-    """What became of the rows of one shard.
+    """Counts of the rows of one shard.
 
     Attributes:
         used: rows that are in the shard's file.
-        dropped: the other rows, blank lines left out, by reason.
+        dropped: the other rows by reason, without blank lines.
         shortened: used rows whose prompt was shortened.
         bad: rows that are wrong in themselves.
         first_bad: number in the source and error of the first of these.
@@ -56,7 +56,7 @@ class ShardSummary:
 
 @dataclass(frozen=True)
 class ShardWriter:
-    """Tokenizes shards of `table` into files of `folder`."""
+    """Tokenize shards of `table` into files in `folder`."""
 
     table: datasets.Dataset
     tokenize: RowTokenizer
@@ -64,14 +64,15 @@ class ShardWriter:
 
     @property
     def count(self) -> int:
+        """Number of shards."""
         return -(-len(self.table) // self._rows)
 
     @property
     def _rows(self) -> int:
-        return max(SHARD_ROWS, -(-len(self.table) // MOST_SHARDS))
+        return max(SHARD_ROWS, -(-len(self.table) // MAX_SHARDS))
 
     def rows_of(self, shard: int) -> range:
-        """Return the numbers in the source of the shard's rows."""
+        """Return the indices of the shard's rows in the source."""
         return range(shard * self._rows, min((shard + 1) * self._rows, len(self.table)))
 
     def path(self, shard: int) -> Path:
@@ -79,14 +80,14 @@ class ShardWriter:
         return self.folder / f"{shard:05}.arrow"
 
     def read(self, shard: int) -> ShardSummary | None:
-        """Return the summary of a finished shard; None for one that is not."""
+        """Return the summary of a shard; None if it is not finished."""
         try:
             return ShardSummary(**json.loads(self._summary_path(shard).read_text(encoding="utf-8")))
         except FileNotFoundError:
             return None
 
     def write(self, shard: int) -> int:
-        """Tokenize one shard. Its summary appears last, and makes it a finished one. Returns `shard`."""
+        """Tokenize one shard and return `shard`. Its summary is written last, and marks it as finished."""
         rows = self.rows_of(shard)
         unfinished = self.path(shard).with_suffix(f".{os.getpid()}")
         tally = _Tally()
@@ -114,9 +115,9 @@ def tokenize_shards(
     """Write the shards that are not finished yet, and return the summaries of all.
 
     Args:
-        writer: of the source.
-        workers: most processes; None for as many as the cores that this process may use, up to `MOST_WORKERS`.
-        report: called at the start and after each shard, with the number of rows that are done and of all rows.
+        writer: writer of the source's shards.
+        workers: most processes; None: as many as the cores that this process may use, up to `MAX_WORKERS`.
+        report: called at the start and after each shard, with the numbers of finished rows and of all rows.
 
     Raises:
         UserError: a process was killed.
@@ -129,13 +130,14 @@ def tokenize_shards(
     for shard in map(writer.write, missing) if workers <= 1 else _in_processes(writer, missing, workers):
         done += len(writer.rows_of(shard))
         report(done, total)
-    return [writer.read(shard) for shard in range(writer.count)]
+    summaries = map(writer.read, range(writer.count))
+    return [summary for summary in summaries if summary is not None]
 
 
 def default_workers() -> int:
-    """Return how many processes tokenize where the recipe does not say it."""
+    """Return the number of processes where the recipe does not set it."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, MOST_WORKERS)
+    return min(cores, MAX_WORKERS)
 
 
 def _in_processes(writer: ShardWriter, shards: Sequence[int], workers: int) -> Iterator[int]:
@@ -146,8 +148,8 @@ def _in_processes(writer: ShardWriter, shards: Sequence[int], workers: int) -> I
                 yield finished.result()
         except BrokenProcessPool as error:
             raise UserError(
-                f"data.preprocessing_num_workers = {workers}: a process that tokenizes was killed, probably for want "
-                "of memory; start again with fewer: what is tokenized is kept"
+                f"data.preprocessing_num_workers = {workers}: a process that tokenizes was killed, probably for lack "
+                "of memory; start again with fewer processes: finished shards are kept"
             ) from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -165,7 +167,7 @@ def _start_worker(writer: ShardWriter, parent: int) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """End this process after its parent, which may be killed and then closes nothing."""
+    """End this process when its parent has ended, which may be killed without closing anything."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
@@ -181,11 +183,12 @@ class _Tally:
     def __init__(self) -> None:
         self._used, self._shortened = 0, 0
         self._dropped: Counter[str] = Counter()
-        self._bad, self._first_bad = 0, None
+        self._bad = 0
+        self._first_bad: tuple[int, str] | None = None
         self._digest = hashlib.blake2b(digest_size=16)
 
     def add(self, first: int, columns: dict[str, list[Any]]) -> list[int]:
-        """Count a batch whose first row has the number `first`. Returns which of its rows are used."""
+        """Count a batch whose first row has the index `first`, and return which of its rows are used."""
         used = [row for row, reason in enumerate(columns["dropped"]) if not reason]
         self._used += len(used)
         self._shortened += sum(columns["shortened"][row] for row in used)

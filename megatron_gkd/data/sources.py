@@ -1,7 +1,7 @@
-"""Opens data files as `datasets` tables of undecoded rows.
+"""Data files as `datasets` tables of undecoded rows.
 
 JSON rows stay text until a worker parses them: rows of one file may then differ in their keys and in the schemas of
-their tools, which one Arrow schema could not hold, and a line that is not JSON is known by its number.
+their tools, which one Arrow schema could not hold, and a line that is not JSON is reported by its number.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Source:
     Attributes:
         path: as the recipe names it.
         table: the rows: one column of JSON text, or the columns of an Arrow table.
-        unit: what the number in `locate` counts, "line" or "row".
+        unit: what `locate` counts, "line" or "row".
         is_json: whether rows are JSON text.
     """
 
@@ -37,12 +37,16 @@ class Source:
     is_json: bool
 
     def locate(self, index: int) -> str:
-        """Where row `index` (from 0) stands, for a person: `train.jsonl, line 3`."""
+        """Return the place of row `index` (from 0) for messages, counted from 1: `train.jsonl, line 3`."""
         return f"{self.path}, {self.unit} {index + 1}"
 
 
 def source_files(path: str) -> list[Path]:
-    """All files that belong to a source, sorted; UserError where there is nothing at `path`."""
+    """Return all files that belong to a source, sorted.
+
+    Raises:
+        UserError: there is no file or folder at `path`.
+    """
     root = Path(path)
     if not root.exists():
         raise UserError(f"{path}: no such file or folder")
@@ -50,11 +54,11 @@ def source_files(path: str) -> list[Path]:
 
 
 def open_source(path: str, scratch: str) -> Source:
-    """Opens JSONL, JSON (a list of rows, or JSON lines), Parquet, or a folder that `datasets` saved.
+    """Open JSONL, JSON (a list of rows, or JSON lines), Parquet, or a folder that `datasets` saved.
 
     Args:
         path: the file or folder.
-        scratch: folder for Arrow files; it must outlive the source.
+        scratch: folder for Arrow files, which must exist as long as the source is used.
 
     Raises:
         UserError: the path does not exist, is of another kind, or cannot be read.
@@ -79,7 +83,11 @@ def open_source(path: str, scratch: str) -> Source:
 
 
 def decode_json(text: str) -> Any:
-    """A row from its JSON text; BadRow (reason "not JSON") where it is none."""
+    """Parse a row's JSON text.
+
+    Raises:
+        BadRow: "not JSON".
+    """
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -87,7 +95,7 @@ def decode_json(text: str) -> Any:
 
 
 def drop_nulls(value: Any) -> Any:
-    """Removes the keys that an Arrow table had to add to a row because other rows have them."""
+    """Return a row without the keys that its Arrow table has only because other rows have them."""
     if isinstance(value, dict):
         return {key: drop_nulls(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):

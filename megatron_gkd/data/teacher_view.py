@@ -1,4 +1,4 @@
-"""What the teacher reads of a row: a prompt of its own, where the row has one, and the same response."""
+"""The sequence that the teacher reads: a prompt of its own, where the row has one, and the same response."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ import numpy as np
 from megatron_gkd.data.prompt import prompt_length
 from megatron_gkd.data.rows import BadRow
 from megatron_gkd.data.sample import IGNORED_LABEL, Sample
-from megatron_gkd.data.truncation import TruncationStrategy
 
 TokensAndLabels = tuple[np.ndarray, np.ndarray]  # ids and shifted labels, both int64 [L]
 
 
 def teacher_view(sample: Sample) -> Sample:
-    """The teacher's sequence with the same labels, one to one and in the same order; `sample` where it reads the same.
+    """Return the teacher's sequence with the same labels in the same order; `sample` itself where it reads the same.
 
-    The response comes after `teacher_prompt`. Labels before it, of earlier turns, keep their positions: both prompts
-    begin with those turns (``prompt_for_teacher``).
+    The response follows `teacher_prompt`. Labels of earlier turns keep their positions: both prompts begin with those
+    turns (``extract_teacher_prompt``).
     """
-    if sample.teacher_prompt is None or (sample.labels == IGNORED_LABEL).all():
+    if sample.teacher_prompt is None or not sample.num_labels:
         return sample
     start = prompt_length(sample.labels)
     before = np.full(len(sample.teacher_prompt) - 1, IGNORED_LABEL, dtype=np.int64)
@@ -34,8 +33,12 @@ def teacher_view(sample: Sample) -> Sample:
     )
 
 
-def prompt_for_teacher(student: TokensAndLabels, teacher: TokensAndLabels) -> np.ndarray:
-    """`Sample.teacher_prompt` of a row that was rendered twice, as each of the two reads it.
+def extract_teacher_prompt(student: TokensAndLabels, teacher: TokensAndLabels) -> np.ndarray:
+    """Return `Sample.teacher_prompt` of a row that was rendered twice, once for each of the two models.
+
+    Args:
+        student: ids and labels that the student reads.
+        teacher: ids and labels that the teacher reads.
 
     Raises:
         BadRow: "teacher_prompt": the response, or an earlier turn that is trained on, is not the same in both.
@@ -43,29 +46,37 @@ def prompt_for_teacher(student: TokensAndLabels, teacher: TokensAndLabels) -> np
     (ids, labels), (teacher_ids, teacher_labels) = student, teacher
     start, teacher_start = prompt_length(labels), prompt_length(teacher_labels)
     if not np.array_equal(ids[start:], teacher_ids[teacher_start:]):
-        raise BadRow("teacher_prompt", "the response is made of other tokens behind it")
+        raise BadRow("teacher_prompt", "the response is tokenized differently after it")
     earlier = np.flatnonzero(labels[: start - 1] != IGNORED_LABEL)
     shared = int(earlier[-1]) + 2 if len(earlier) else 0  # up to the last token that is trained on
     same_tokens = np.array_equal(ids[:shared], teacher_ids[:teacher_start][:shared])
     if not same_tokens or not np.array_equal(
         earlier, np.flatnonzero(teacher_labels[: teacher_start - 1] != IGNORED_LABEL)
     ):
-        raise BadRow("teacher_prompt", "with loss_on: all no other turn may follow it than the last one")
+        raise BadRow("teacher_prompt", "with loss_on: all, the last turn alone may follow it")
     return teacher_ids[:teacher_start]
 
 
-def cut_like(
-    teacher_prompt: np.ndarray, labels: np.ndarray, cut_labels: np.ndarray, strategy: TruncationStrategy
+def truncate_teacher_prompt(
+    teacher_prompt: np.ndarray, labels: np.ndarray, truncated_labels: np.ndarray, strategy: str
 ) -> np.ndarray | None:
-    """The teacher's prompt of a row that ``truncate`` has cut; `labels` before and after.
+    """Return the teacher's prompt for a row that ``truncate`` has shortened.
 
-    It stays whole, unless labels of earlier turns are left, which must keep their positions in both prompts. None where
-    the last response is gone: what is left of the row, the teacher reads as it stands.
+    It stays whole, unless labels of earlier turns are left, which must keep their positions in both prompts.
+
+    Args:
+        teacher_prompt: int64 [P].
+        labels: the row's shifted labels before truncation.
+        truncated_labels: those after it.
+        strategy: `data.truncation_strategy`.
+
+    Returns:
+        int64 [P'], or None where the last response is gone: the teacher reads the rest of the row like the student.
     """
     start = prompt_length(labels)
-    if strategy == "right" and len(cut_labels) <= start < len(labels):
+    if strategy == "right" and len(truncated_labels) <= start < len(labels):
         return None
-    cut_start = prompt_length(cut_labels)
-    if strategy == "left" and (cut_labels[: cut_start - 1] != IGNORED_LABEL).any():
-        return teacher_prompt[start - cut_start :]
+    truncated_start = prompt_length(truncated_labels)
+    if strategy == "left" and (truncated_labels[: truncated_start - 1] != IGNORED_LABEL).any():
+        return teacher_prompt[start - truncated_start :]
     return teacher_prompt

@@ -1,10 +1,10 @@
-"""Renders rows with the student's chat template and finds the tokens that it is to be trained on.
+r"""Rendering of rows with the student's chat template, and the tokens among them that are trained on.
 
 A chat template is a program: it may rewrite earlier turns when later ones exist (Qwen3 removes their <think> blocks),
-so a conversation is rendered once, whole, and the assistant's turns are looked for in that text:
+so a conversation is rendered once, whole, and the assistant turns are searched in that text:
 
 - a turn starts where the generation prompt of the messages before it ends; or, where those render differently on their
-  own, at its own header ("<|im_start|>assistant\\n"), counted over the whole text;
+  own, at its own header ("<|im_start|>assistant\n"), counted over the whole text;
 - it ends with the end-of-turn marker ("<|im_end|>"), which is trained on; the white space after it is not.
 """
 
@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from megatron_gkd.data.rows import BadRow, Completion, Conversation, Row, TokenIds
+from megatron_gkd.data.rows import BadRow, Conversation, PlainText, Row, TokenIds
 from megatron_gkd.data.sample import shift_labels
 
 Span = tuple[int, int]  # start and end in characters
@@ -29,7 +29,7 @@ _PROBE = "probe-of-the-chat-template"
 
 @dataclass(frozen=True)
 class Markers:
-    """What surrounds an assistant's turn: `header` before it and `end_of_turn` after it (either may be empty)."""
+    """The text around an assistant turn: `header` before it and `end_of_turn` after it (either may be empty)."""
 
     header: str
     end_of_turn: str
@@ -37,7 +37,7 @@ class Markers:
 
 @dataclass
 class RowRenderer:
-    """Turns checked rows into token ids and shifted labels, both int64 [L]; a prompt alone has no label but -100.
+    """Render checked rows as token ids and shifted labels, both int64 [L]; all labels of a prompt alone are -100.
 
     Attributes:
         tokenizer: the student's fast tokenizer.
@@ -52,8 +52,11 @@ class RowRenderer:
     vocab_size: int | None = None
 
     def __call__(self, row: Row) -> tuple[np.ndarray, np.ndarray]:
-        """Raises BadRow ("chat template", "not Unicode", "foreign token id"): the row cannot be rendered, its turns
-        cannot be found, or its ids are of another vocabulary.
+        """Return the row's token ids and shifted labels.
+
+        Raises:
+            BadRow: "chat template", "not Unicode" or "foreign token id": the row cannot be rendered, its turns cannot
+                be found, or its ids are of another vocabulary.
         """
         input_ids, labels = self._tokenize(row)
         most = (len(self.tokenizer) if self.vocab_size is None else self.vocab_size) - 1
@@ -68,7 +71,7 @@ class RowRenderer:
     def _tokenize(self, row: Row) -> tuple[np.ndarray, np.ndarray]:
         if isinstance(row, TokenIds):
             return self._token_ids(row)
-        return self._completion(row) if isinstance(row, Completion) else self._conversation(row)
+        return self._plain_text(row) if isinstance(row, PlainText) else self._conversation(row)
 
     def _token_ids(self, row: TokenIds) -> tuple[np.ndarray, np.ndarray]:
         try:
@@ -77,13 +80,13 @@ class RowRenderer:
             raise BadRow("foreign token id", "an id is far above those of any tokenizer") from error
         return input_ids, shift_labels(input_ids, np.arange(len(input_ids)) >= len(row.prompt))
 
-    def _completion(self, row: Completion) -> tuple[np.ndarray, np.ndarray]:
+    def _plain_text(self, row: PlainText) -> tuple[np.ndarray, np.ndarray]:
         prompt = self._bos + self._encode(row.prompt)["input_ids"]
         if row.response is None:
             return _prompt_alone(prompt)
         response = self._encode(row.response)["input_ids"]
         if self.tokenizer.eos_token_id is not None:
-            response = response + [self.tokenizer.eos_token_id]
+            response = [*response, self.tokenizer.eos_token_id]
         input_ids = np.array(prompt + response, dtype=np.int64)
         return input_ids, shift_labels(input_ids, np.arange(len(input_ids)) >= len(prompt))
 
@@ -105,7 +108,7 @@ class RowRenderer:
         return input_ids, shift_labels(input_ids, trained)
 
     def _span(self, row: Conversation, text: str, turn: int, turns: list[int]) -> Span:
-        """Where the assistant's turn `row.messages[turn]`, with its end-of-turn marker, stands in the `text`."""
+        """Return where the assistant turn `row.messages[turn]`, with its end-of-turn marker, is in the `text`."""
         start = self._start(row, text, turn, turns)
         marker = self._markers.end_of_turn
         until_here = text if turn == turns[-1] else self._render(row, turn + 1)
@@ -128,26 +131,27 @@ class RowRenderer:
         return ends[turns.index(turn)]
 
     def _render(self, row: Conversation, count: int, *, add_generation_prompt: bool = False) -> str:
-        """The text of the first `count` messages."""
+        """Return the text of the first `count` messages."""
         if count == 0:
-            raise BadRow("chat template", "messages[0] is the assistant's: nothing stands before it to answer")
+            raise BadRow("chat template", "messages[0] is an assistant turn; a message must precede it")
         if self.tokenizer.chat_template is None:
             raise BadRow("chat template", "the tokenizer has none; write rows as `prompt` and `response` text")
         kwargs = {**self.template_kwargs, **row.template_kwargs}
         try:
-            return self.tokenizer.apply_chat_template(
+            text = self.tokenizer.apply_chat_template(
                 row.messages[:count],
-                tools=row.tools,
+                tools=None if row.tools is None else list(row.tools),
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 **kwargs,
             )
         except Exception as error:  # a template is code that comes with the model, and raises what it likes
-            raise BadRow("chat template", f"it refuses the row: {type(error).__name__}: {error}") from error
+            raise BadRow("chat template", f"it fails for this row: {type(error).__name__}: {error}") from error
+        return str(text)  # it is text already, without `tokenize`
 
     @cached_property
     def _markers(self) -> Markers:
-        """Read off the shortest conversation there is."""
+        """The markers, from the rendering of a conversation of two messages."""
         probe = Conversation([{"role": "user", "content": _PROBE}, {"role": "assistant", "content": _PROBE}])
         before = self._render(probe, 1)
         prompt = self._render(probe, 1, add_generation_prompt=True)

@@ -1,4 +1,4 @@
-"""What happens to a row that is longer than `max_length`."""
+"""Truncation of rows that are longer than `max_length`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,17 @@ TruncationStrategy = Literal["delete", "left", "right"]
 def truncate(
     input_ids: np.ndarray, labels: np.ndarray, max_length: int, strategy: TruncationStrategy
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """Cuts a row (ids and shifted labels, both int64 [L]) to at most `max_length` tokens.
+    """Truncate a row to at most `max_length` tokens.
 
-    `delete` returns None for a row that is too long. `right` cuts its end. `left` cuts what comes before the last
-    response, all but the token that predicts the response's first one, and then, where that is not enough, the
-    response's end; of a row without a response it cuts the start. The result may have no label left; the caller decides
-    what becomes of such a row.
+    `delete` returns None for a row that is too long. `right` removes its end. `left` removes tokens before the last
+    response, but not the token that predicts the response's first one, and then, where that is not enough, the
+    response's end; in a row without a response it removes the start. The result may have no label left.
+
+    Args:
+        input_ids: int64 [L].
+        labels: shifted labels, int64 [L].
+        max_length: most tokens.
+        strategy: `data.truncation_strategy`.
     """
     excess = len(input_ids) - max_length
     if excess <= 0:
@@ -36,7 +41,7 @@ def truncate(
 
 
 def _start_of_last_response(labels: np.ndarray) -> int:
-    """Position of the token that predicts the first token of the last run of trained tokens; 0 where there is none."""
+    """Return the position that predicts the first token of the last run of trained tokens; 0 where there is none."""
     trained = labels != IGNORED_LABEL
     starts = np.flatnonzero(trained & ~np.concatenate(([False], trained[:-1])))
     return int(starts[-1]) if len(starts) else 0

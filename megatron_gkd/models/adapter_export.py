@@ -16,10 +16,10 @@ from megatron_gkd.runtime.quiet import hidden_stderr
 
 
 def export_adapters(model: MegatronModel, directory: str | Path) -> Path:
-    """Write the factors, whole, adapter_config.json and the tokenizer into `directory`. A collective over the world.
+    """Write the whole factors, adapter_config.json and the tokenizer into `directory`. All ranks must call it.
 
-    The files are the same bit by bit under every layout. They are written beside their place and moved there when
-    whole.
+    The files are bit-identical under every layout. They are written beside `directory`, which they replace when all are
+    there.
 
     Raises:
         UserError: in all ranks; the folder can't be written.
@@ -28,7 +28,7 @@ def export_adapters(model: MegatronModel, directory: str | Path) -> Path:
     unfinished = directory.with_name(directory.name + ".unfinished")
     adapters = model.adapters
     if adapters is None:
-        raise ValueError("a model without adapters has none to export")
+        raise ValueError("the model has no adapters to export")
 
     def prepare() -> None:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint on disk: where it is, what it configures, and which tensors it has."""
+"""Open a Hugging Face checkpoint on disk: its path, its configuration, and the tensors that it has."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from megatron_gkd.checkpoint_format.adapter_files import AdapterFiles, AdapterProblem
-from megatron_gkd.checkpoint_format.config_file import CheckpointProblem, read_config
+from megatron_gkd.checkpoint_format.config_file import CheckpointProblem, architecture, read_config
 from megatron_gkd.checkpoint_format.weight_files import HEAD, StoredTensor, read_tensors
 from megatron_gkd.errors import UserError
 from megatron_gkd.models.location import locate
@@ -24,9 +24,11 @@ class Checkpoint:
     """A local directory in Hugging Face's layout.
 
     Attributes:
+        path: the directory.
+        config: of transformers.
         tensors: the parameters in its safetensors files, by name.
-        adapters: PEFT adapters that are merged into the weights as they are read; None: the weights are as stored.
-        hub_id: of a model that was downloaded.
+        adapters: PEFT adapters that are merged into the weights when these are read; None for the weights as stored.
+        hub_id: the hub's name of a model that was downloaded.
     """
 
     path: Path
@@ -39,8 +41,10 @@ class Checkpoint:
     def open(cls, model: str, nodes: Nodes | None = None) -> Checkpoint:
         """Open a directory or a hub id, which one rank of each node downloads. All ranks of `nodes` must call it.
 
-        Raises UserError for a directory whose config.json is not supported, or whose safetensors files don't hold
-        exactly the parameters that it describes.
+        Raises:
+            RunStopped: in all ranks; there is no such directory or hub model, or the nodes' directories differ.
+            UserError: config.json is not supported, or the safetensors files don't hold exactly the parameters that it
+                describes.
         """
         path = locate(model, nodes or Nodes.alone())
         try:
@@ -56,10 +60,10 @@ class Checkpoint:
         return cls(path, config, tensors, hub_id=None if Path(model).is_dir() else model)
 
     def with_adapters(self, folder: Path, key: str) -> Checkpoint:
-        """Return the same with the PEFT adapters in `folder` merged, which the recipe's `key` names.
+        """Return this checkpoint with the PEFT adapters in `folder` merged; `key` is the recipe's key for messages.
 
         Raises:
-            UserError: they are not of this model, or can't be read.
+            UserError: the adapters are not of this model, or can't be read.
         """
         try:
             AdapterFiles.open(folder).require_base(self.path)
@@ -68,12 +72,12 @@ class Checkpoint:
             raise UserError(f"{key} = {folder}: {problem}") from problem
 
     def has_weights_of(self, other: Checkpoint) -> bool:
-        """Whether it is the same directory as `other`, both without adapters."""
+        """Return whether `other` is the same directory, both without adapters."""
         return self.adapters is other.adapters is None and self.path.resolve() == other.path.resolve()
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the checkpoint's embedding: the ids that take part in its softmax."""
+        """Number of rows of the checkpoint's embedding: the ids in its softmax."""
         return self.config.vocab_size
 
     @property
@@ -90,29 +94,34 @@ class Checkpoint:
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """The tokens that end a completion: those of generation_config.json, else those of config.json."""
-        own = self.path / GENERATION_CONFIG_NAME
-        found = _read_json(own).get("eos_token_id") if own.exists() else self.config.eos_token_id
-        return () if found is None else (found,) if isinstance(found, int) else tuple(found)
+        generation = self.path / GENERATION_CONFIG_NAME
+        ids = _read_json(generation).get("eos_token_id") if generation.exists() else self.config.eos_token_id
+        return () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)
 
     @property
     def is_moe(self) -> bool:
-        return self.config.model_type == "qwen3_moe"
+        """Whether the model is a mixture of experts."""
+        return architecture(self.config.model_type).has_experts
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Raises UserError if there is none. (Without its files transformers would make up an empty one.)"""
+        """Open the tokenizer.
+
+        Raises:
+            UserError: the directory has none. (Without its files transformers would return an empty one.)
+        """
         if not any((self.path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-            raise UserError(f"{self.path}: no tokenizer there (tokenizer.json, tokenizer.model or vocab.json)")
+            raise UserError(f"{self.path}: has no tokenizer; expected tokenizer.json, tokenizer.model or vocab.json")
         try:
             return AutoTokenizer.from_pretrained(self.path)
         except (OSError, ValueError) as error:
-            raise UserError(f"{self.path}: no tokenizer can be opened there ({error})") from error
+            raise UserError(f"{self.path}: the tokenizer can't be opened ({error})") from error
 
 
 def _read_json(path: Path) -> dict:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a JSON file ({error})") from error
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise UserError(f"{path}: must be a JSON object")
-    return found
+    return content

@@ -20,10 +20,10 @@ from megatron_gkd.runtime.quiet import hidden_stderr
 
 
 def export_checkpoint(model: MegatronModel, directory: str | Path) -> Path:
-    """Weights, config, generation config and tokenizer of `model` into `directory`. A collective over the whole world.
+    """Write weights, config, generation config and tokenizer of `model` into `directory`. All ranks must call it.
 
-    Adapters are merged into the layers that they are of. The checkpoint is written beside its place and moved there
-    when whole, so an interrupted run leaves no half of one.
+    Adapters are merged into their layers. The checkpoint is written beside `directory`, which it replaces when all of
+    it is there, so that an interrupted run leaves no incomplete one.
 
     Raises:
         UserError: in all ranks; the folder or a file beside the weights can't be written.
@@ -51,9 +51,9 @@ def try_companions(checkpoint: Checkpoint, dtype: torch.dtype, folder: Path) -> 
     """Write all files of an export but the weights, once, and delete them. All ranks of the world must call it.
 
     Args:
-        checkpoint: what the student begins as.
-        dtype: of the student's weights.
-        folder: where exports will be made.
+        checkpoint: the student's initial checkpoint.
+        dtype: dtype of the student's weights.
+        folder: the folder of the run's exports.
 
     Raises:
         UserError: in all ranks; one of the files can't be written.
@@ -92,11 +92,11 @@ def write_companions(checkpoint: Checkpoint, dtype: torch.dtype, directory: Path
 
 
 def write_tokenizer(checkpoint: Checkpoint, directory: Path) -> None:
-    """Write the tokenizer of `checkpoint` into `directory`. Raises as ``write_companions``."""
+    """Write the tokenizer of `checkpoint` into `directory`; raise like `write_companions`."""
     _attempt(lambda: checkpoint.tokenizer().save_pretrained(directory), f"the tokenizer in {checkpoint.path}")
 
 
-def _attempt(write: Callable[[], None], name: str) -> None:
+def _attempt(write: Callable[[], object], name: str) -> None:
     try:
         write()
     except (OSError, UserError):

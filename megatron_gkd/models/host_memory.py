@@ -1,7 +1,7 @@
-"""Page-locked host memory that holds copies of tensors.
+"""Hold copies of tensors in page-locked host memory.
 
 torch rounds every page-locked allocation up to a power of two: one of 16.3 GiB would take 32 GiB. So the memory
-consists of several allocations whose sizes are powers of two already; together they exceed what is needed by less than
+consists of several allocations whose sizes are powers of two; together they exceed what is needed by less than
 ``SMALLEST_PIECE``. A tensor may lie across several of them.
 """
 

@@ -13,12 +13,12 @@ WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 
 
 @dataclass(frozen=True)
-class _Found:
-    """What rank 0 has found.
+class _Files:
+    """The files of a model on rank 0's node.
 
     Attributes:
-        revision: the hub's name of the downloaded state; None for a directory.
-        sizes: bytes of each file.
+        revision: the hub's name of the downloaded commit; None for a directory.
+        sizes: size of each file in bytes.
     """
 
     revision: str | None
@@ -28,10 +28,10 @@ class _Found:
 def locate(model: str, nodes: Nodes) -> Path:
     """Return the local directory of `model`, a directory or a hub id. All ranks must call it.
 
-    Rank 0 decides which of the two it is, and downloads first; then one rank of each node downloads what is not there.
+    Rank 0 decides which of the two it is, and downloads first; then one rank of each node downloads missing files.
 
     Raises:
-        UserError: in all ranks; there is no such directory or hub model, or a node's directory is not that of rank 0.
+        RunStopped: in all ranks; there is no such directory or hub model, or a node's directory is not that of rank 0.
     """
     found = nodes.on_main(lambda: _find(model))
     nodes.on_leaders(lambda: _check_directory(model, found) if found.revision is None else _complete(model, found))
@@ -40,14 +40,14 @@ def locate(model: str, nodes: Nodes) -> Path:
     return nodes.on_all(lambda: _download(model, found.revision, local_files_only=True))
 
 
-def _find(model: str) -> _Found:
+def _find(model: str) -> _Files:
     if Path(model).is_dir():
-        return _Found(None, _sizes(Path(model)))
+        return _Files(None, _sizes(Path(model)))
     path = _download(model)
-    return _Found(path.name, _sizes(path))
+    return _Files(path.name, _sizes(path))
 
 
-def _check_directory(model: str, found: _Found) -> None:
+def _check_directory(model: str, found: _Files) -> None:
     here = f"{model}: on the node {socket.gethostname()}"
     if not Path(model).is_dir():
         raise UserError(f"{here} there is no such directory; every node needs it")
@@ -58,12 +58,12 @@ def _check_directory(model: str, found: _Found) -> None:
             raise UserError(f"{here} {name} {state}; every node needs the same files as that of rank 0")
 
 
-def _complete(model: str, found: _Found) -> None:
+def _complete(model: str, found: _Files) -> None:
     """Download the files that this node lacks: rank 0 may have another cache."""
     try:
         if _sizes(_download(model, found.revision, local_files_only=True)) == found.sizes:
             return
-    except UserError:  # nothing of it is here
+    except UserError:  # this node has no files of it
         pass
     _download(model, found.revision)
 
@@ -78,5 +78,7 @@ def _download(model: str, revision: str | None = None, local_files_only: bool = 
     try:
         path = snapshot_download(model, revision=revision, allow_patterns=WANTED, local_files_only=local_files_only)
     except Exception as error:  # the hub's client raises many kinds, all of which mean the same to the user
-        raise UserError(f"{model}: neither a local directory nor a hub model that can be fetched ({error})") from error
+        raise UserError(
+            f"{model}: neither a local directory nor a hub model that can be downloaded ({error})"
+        ) from error
     return Path(path)

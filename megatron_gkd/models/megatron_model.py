@@ -1,6 +1,7 @@
-"""A Hugging Face causal language model, sharded over a mesh as Megatron-Core modules.
+"""Build a Hugging Face causal language model, sharded over a mesh, from Megatron-Core modules.
 
-mcore-bridge knows how the parameters of each family map; this module is the only one that calls it.
+mcore-bridge maps the parameters of each family. Outside `models` only `runtime` imports it
+(`tests/runtime/test_boundaries.py`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,25 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
+
+from megatron_gkd.data.microbatch import Microbatch
+from megatron_gkd.models.checkpoint import Checkpoint
+from megatron_gkd.models.lora.factors import lora_modules
+from megatron_gkd.models.lora.injection import Adapters, inject_adapters
+from megatron_gkd.models.lora.merged import MergingExport
+from megatron_gkd.models.lora.options import LoraOptions
+from megatron_gkd.models.lora.reading import read_adapters
+from megatron_gkd.models.moe import prepare_experts
+from megatron_gkd.models.weight_loading import read_weights
+from megatron_gkd.runtime import portability
+from megatron_gkd.runtime.mesh import Mesh
+from megatron_gkd.runtime.transformer_engine import choose_attention, torch_attention
+from megatron_gkd.runtime.transformer_engine.attention import TEDotProductAttention
+
 from mcore_bridge import ModelConfig, get_mcore_model, hf_to_mcore_config
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
@@ -20,26 +39,22 @@ from megatron.core.tensor_parallel.layers import (
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer.enums import AttnBackend
-from torch import nn
-
-from megatron_gkd.data.microbatch import Microbatch
-from megatron_gkd.models.checkpoint import Checkpoint
-from megatron_gkd.models.lora.injection import Adapters, inject_adapters
-from megatron_gkd.models.lora.merged import MergingExport
-from megatron_gkd.models.lora.options import LoraOptions
-from megatron_gkd.models.lora.reading import read_adapters
-from megatron_gkd.models.lora.switch import adapters_disabled
-from megatron_gkd.models.moe import prepare_experts
-from megatron_gkd.models.weight_loading import read_weights
-from megatron_gkd.runtime import portability
-from megatron_gkd.runtime.mesh import Mesh
-from megatron_gkd.runtime.transformer_engine import choose_attention, torch_attention
-from megatron_gkd.runtime.transformer_engine.attention import TEDotProductAttention
 
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """How a model is built, beside its checkpoint and its mesh."""
+    """Options of a model beside its checkpoint and its mesh; None for the default of Megatron or of the checkpoint.
+
+    Attributes:
+        dtype: dtype of the parameters and the computation.
+        attn: "auto", "flash", "fused" or "sdpa".
+        virtual_pipeline: number of chunks on each rank of the pipeline; None for one.
+        recompute_granularity: Megatron's option of this name, as are the next two.
+        recompute_method: "uniform" or "block".
+        recompute_num_layers: number of layers that are recomputed together.
+        moe_aux_loss_coeff: coefficient of the experts' load-balancing loss; None for the checkpoint's.
+        lora: options of the adapters; None to train all parameters.
+    """
 
     dtype: torch.dtype = torch.float32
     attn: str = "auto"
@@ -52,18 +67,22 @@ class BuildOptions:
 
 
 class MegatronModel:
-    """The chunks of one model that live on this rank (one, or one per virtual pipeline stage).
+    """The chunks of one model on this rank: one, or one for each virtual pipeline stage.
 
-    Their forward ends in the last *hidden states*, after the final norm: the head belongs to the loss.
+    Their forward returns the last hidden states, after the final norm, since the loss multiplies them by the head.
 
     Attributes:
-        adapters: None where all parameters are trained.
+        checkpoint: the checkpoint that the model was loaded from.
+        chunks: the chunks, in the model's order.
+        config: mcore-bridge's configuration of the model.
+        mesh: the process groups.
+        adapters: None if all parameters are trained.
     """
 
     def __init__(
         self,
         checkpoint: Checkpoint,
-        chunks: list[nn.Module],
+        chunks: list[GPTModel],
         config: ModelConfig,
         mesh: Mesh,
         adapters: Adapters | None = None,
@@ -73,7 +92,7 @@ class MegatronModel:
         self._export = None if adapters is None else MergingExport(config.bridge)
         for chunk in chunks:
             if chunk.post_process:
-                # Through the module, not around it: hooks on it still wait for its parameters.
+                # The module is still called: its hooks wait for its parameters.
                 chunk.output_layer.forward = _pass_hidden_states
 
     @classmethod
@@ -89,8 +108,11 @@ class MegatronModel:
         """Build this rank's share of the checkpoint and read its weights. All ranks of the world must call it.
 
         Args:
+            checkpoint: the checkpoint to load.
+            mesh: the process groups.
+            options: how to build the model.
             report: called with the number of tensors that this rank has read so far.
-            needs_weights: false where all parameters are set afterwards: the checkpoint's are not read then.
+            needs_weights: whether to read the weights; false if all parameters are set afterwards.
 
         Raises:
             UserError: in all ranks; the checkpoint's tensors and the model's parameters do not match, or the options of
@@ -115,12 +137,12 @@ class MegatronModel:
 
     @property
     def has_torch_attention(self) -> bool:
-        """Whether this rank's layers compute their attention with torch, and not with Transformer Engine."""
+        """Whether this rank's layers compute their attention with torch rather than Transformer Engine."""
         return any(isinstance(module, TEDotProductAttention) for chunk in self.chunks for module in chunk.modules())
 
     @property
     def head_weight(self) -> nn.Parameter | None:
-        """[ceil(V/TP), H]: this rank's rows of the LM head, tied or not; None before the last pipeline stage."""
+        """This rank's rows of the LM head, tied or not, [ceil(V/TP), H]; None before the last pipeline stage."""
         chunk = self.chunks[-1]
         if not chunk.post_process:
             return None
@@ -129,34 +151,46 @@ class MegatronModel:
         return chunk.output_layer.weight
 
     def named_tensors(self, merged_dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every parameter whole, under its Hugging Face name, one at a time. All ranks must iterate together.
+        """Yield every whole parameter with its Hugging Face name. All ranks must iterate together.
 
-        Adapters are merged into the layers that they are of.
+        Adapters are merged into their layers.
 
         Args:
-            merged_dtype: of the layers with adapters; None: the model's. In bf16 the smallest updates are rounded away.
+            merged_dtype: dtype of the layers with adapters; None for the model's. bf16 rounds small updates away.
         """
         with self.exporting() as bridge:
-            with contextlib.nullcontext() if self._export is None else self._export.of_dtype(merged_dtype):
+            with contextlib.nullcontext() if self._export is None else self._export.in_dtype(merged_dtype):
                 yield from bridge.export_weights(self.chunks)
 
     def base_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """As `named_tensors`, of the model without its adapters: what its checkpoint holds, if it has any."""
+        """Yield the parameters of the model without its adapters, like `named_tensors`."""
         with self.exporting() as bridge:
             with contextlib.nullcontext() if self._export is None else self._export.base_weights():
                 yield from bridge.export_weights(self.chunks)
 
     def adapter_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The adapters' factors whole, under PEFT's names, one at a time. All ranks must iterate together.
+        """Yield the adapters' whole factors with PEFT's names. All ranks must iterate together.
 
-        Modules that share a factor A have equal ones.
+        Modules that share a factor A yield it once each.
         """
         with self.exporting() as bridge:
             yield from bridge.export_weights(self.chunks, peft_format=True)
 
-    def adapters_disabled(self) -> contextlib.AbstractContextManager[None]:
-        """The model is its base inside, bit by bit; for scoring. Without adapters it always is."""
-        return adapters_disabled(self.chunks)
+    @contextlib.contextmanager
+    def adapters_disabled(self) -> Iterator[None]:
+        """Compute with the base model alone inside, bit-identically.
+
+        PEFT's own switch also changes which parameters are trained, which the gradients' buffers must not see.
+        """
+        modules = [module for chunk in self.chunks for _, module in lora_modules(chunk)]
+        before = [module._disable_adapters for module in modules]
+        for module in modules:
+            module._disable_adapters = True
+        try:
+            yield
+        finally:
+            for module, is_disabled in zip(modules, before, strict=True):
+                module._disable_adapters = is_disabled
 
     @contextlib.contextmanager
     def exporting(self) -> Iterator[Any]:
@@ -165,8 +199,8 @@ class MegatronModel:
             yield self.config.bridge
 
 
-def hidden_states(chunk: nn.Module, microbatch: Microbatch) -> torch.Tensor:
-    """Forward of one chunk, DDP-wrapped or not: [1, T, H] of this rank's tokens (T/TP under sequence parallelism)."""
+def hidden_states(chunk: GPTModel | DistributedDataParallel, microbatch: Microbatch) -> torch.Tensor:
+    """Compute one chunk's output for this rank's tokens: [1, T, H], or [1, T/TP, H] under sequence parallelism."""
     boundaries, longest = microbatch.cu_seqlens, microbatch.max_seqlen
     packed = PackedSeqParams(
         qkv_format="thd",
@@ -180,7 +214,7 @@ def hidden_states(chunk: nn.Module, microbatch: Microbatch) -> torch.Tensor:
     packed.num_labels = microbatch.num_labels  # for `models.moe`
     config = chunk.config
     extra = {}
-    if config.num_moe_experts is not None:  # padding must not count in the router's balance
+    if config.num_moe_experts is not None:  # the router's balance must not include padding
         padding = microbatch.padding_mask
         if config.sequence_parallel:
             padding = padding.chunk(config.tensor_model_parallel_size, dim=1)[_tensor_parallel_rank(chunk)]
@@ -192,7 +226,7 @@ def hidden_states(chunk: nn.Module, microbatch: Microbatch) -> torch.Tensor:
 
 @contextlib.contextmanager
 def in_eval_mode(chunks: Sequence[nn.Module]) -> Iterator[None]:
-    """No dropout inside; every module has its own mode again afterwards."""
+    """Switch dropout off inside; afterwards every module has its own mode again."""
     training = [(module, module.training) for chunk in chunks for module in chunk.modules()]
     for chunk in chunks:
         chunk.eval()
@@ -204,8 +238,9 @@ def in_eval_mode(chunks: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def _mark_shards(chunk: nn.Module) -> None:
-    """Megatron marks sharded weights when it initialises them, which a loaded model skips; without the mark they
-    count as replicas, and the norm of the gradient takes them from one tensor-parallel rank only.
+    """Mark sharded weights as Megatron's initialization does, which a loaded model skips.
+
+    Without the mark they count as replicas, and the gradient's norm includes them from one tensor-parallel rank only.
     """
     for module in chunk.modules():
         if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding):
@@ -219,11 +254,11 @@ def _mark_shards(chunk: nn.Module) -> None:
             set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dimension, stride=1)
 
 
-def _tensor_parallel_rank(chunk: nn.Module) -> int:
+def _tensor_parallel_rank(chunk: GPTModel | DistributedDataParallel) -> int:
     return getattr(chunk, "module", chunk).pg_collection.tp.rank()
 
 
-def _pass_hidden_states(hidden: torch.Tensor, weight=None, runtime_gather_output=None):
+def _pass_hidden_states(hidden: torch.Tensor, *args: Any, **options: Any) -> tuple[torch.Tensor, None]:
     return hidden, None
 
 
@@ -252,7 +287,7 @@ def _model_config(checkpoint: Checkpoint, mesh: Mesh, options: BuildOptions) -> 
         # Kernels of Apex and Transformer Engine, which may be absent.
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
-        # The plain schedule lets shapes travel with the tensors. The interleaved one cannot: between two stages the
+        # The plain schedule sends the shapes with the tensors. The interleaved one can't: between two stages the
         # messages of both directions would be mixed up; its microbatches have one length (`StepLoader`).
         variable_seq_lengths=options.virtual_pipeline is None,
         overlap_p2p_comm=options.virtual_pipeline is not None and portability.sends_are_stream_ordered(),

@@ -1,4 +1,4 @@
-"""PEFT adapters that are merged into a checkpoint's weights as these are read."""
+"""Merge PEFT adapters into a checkpoint's weights while these are read."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from megatron_gkd.checkpoint_format.adapter_files import WEIGHTS, AdapterFiles, 
 
 
 class MergedAdapters:
-    """The adapters in a folder, whatever trained them: modules may have factors A of their own.
+    """The adapters in a folder, also those of other trainers, in which each module has its own factor A.
 
     Args:
-        folder: PEFT's.
-        shapes: of the base's weights.
+        folder: written by PEFT or in its format.
+        shapes: shapes of the base's weights, by name.
 
     Raises:
-        AdapterProblem: they do not fit the base, or are of a kind that can't be merged.
+        AdapterProblem: the adapters do not fit the base, or are of a kind that can't be merged.
     """
 
     def __init__(self, folder: Path, shapes: Mapping[str, Shape]) -> None:
@@ -27,7 +27,7 @@ class MergedAdapters:
         self._modules = AdapterFiles.open(folder).modules(shapes)
 
     def merge(self, name: str, weight: Tensor) -> Tensor:
-        """Return the base's weight of this name with its adapters in it, in fp32, or as it is if it has none."""
+        """Return the base's `weight` of this name, merged with its adapters in fp32, or unchanged if it has none."""
         module = self._modules.get(name)
         if module is None:
             return weight

@@ -1,11 +1,13 @@
-"""What a mixture of experts needs beside Megatron-Core's own setup for its gradients to be those of one process."""
+"""Set up a mixture of experts so that its gradients under every layout are those of one process."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import nn
+
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.transformer_layer import TransformerLayer
 
 
 def prepare_experts(chunk: nn.Module) -> None:
@@ -20,17 +22,17 @@ def _reduce_over_expert_group(moe: MoELayer) -> None:
     """Mark the experts' parameters to be reduced over the expert-data-parallel group.
 
     Megatron-Core 0.16 marks those of its Transformer Engine layers only under expert parallelism. Without it they are
-    reduced over the data-parallel group, which leaves out the tensor-parallel ranks although each of these has tokens
-    of its own for its experts. (0.19 marks them too where expert and plain tensor parallelism differ.)
+    reduced over the data-parallel group, which leaves out the tensor-parallel ranks although each of these has its own
+    tokens for its experts. (0.19 marks them too where expert and plain tensor parallelism differ.)
     """
     for parameter in moe.experts.parameters():
         parameter.allreduce = False
 
 
-def _set_num_labels(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Pass the microbatch's number of labels on to the router, whose balancing loss is weighted by it.
+def _set_num_labels(layer: TransformerLayer, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Set the microbatch's number of labels in the router, whose balancing loss is weighted by it.
 
-    It comes with the packing parameters, since these reach a layer again when its activations are recomputed.
+    The number comes with the packing parameters, since a layer gets these again when it is recomputed.
     """
     packing = kwargs.get("packed_seq_params")
     layer.mlp.router.num_labels = getattr(packing, "num_labels", None)

@@ -1,7 +1,7 @@
-"""Weights that stay in page-locked host memory and are copied to the device for a while.
+"""Keep weights in page-locked host memory and copy them to the device while they are needed.
 
-Parameters of one dtype share flat device buffers ("slabs") of limited size. The storage of a slab is freed and taken
-again at the same size, so that the allocator returns the same block; the host memory is allocated once.
+Parameters of one dtype share flat device buffers ("slabs") of limited size. The storage of a slab is freed and
+allocated again at the same size, so that the allocator returns the same block; the host memory is allocated once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class OffloadedWeights:
     the weights themselves, the device holds at most the contiguous copy of one parameter that is not contiguous.
 
     Args:
-        parameters: all on one device. Those that are the same elements of one storage still share them afterwards.
+        parameters: all on one device. Tied parameters (the same elements of one storage) stay tied.
         largest_piece: most bytes of one allocation, a power of two from 16: on the host, and on the device except for
             a slab that a single larger parameter fills.
     """
@@ -44,16 +44,20 @@ class OffloadedWeights:
 
     @property
     def num_bytes(self) -> int:
-        """Device memory in bytes that `resident()` takes."""
+        """Device memory in bytes that `resident()` allocates."""
         return sum(slab.num_bytes for slab in self._slabs)
 
     @contextlib.contextmanager
     def resident(self) -> Iterator[None]:
-        """The weights are on the device inside. Raises RuntimeError if what arrived is not what was stored."""
-        # Memory is taken and freed on the main stream, so that the student can use it in between; only the copy is on
-        # the side.
+        """Have the weights on the device inside.
+
+        Raises:
+            RuntimeError: the copied weights differ from those that were stored.
+        """
+        # Memory is allocated and freed on the main stream, so that the student can use it in between; only the copy
+        # runs on a side stream.
         for slab in self._slabs:
-            slab.take()
+            slab.allocate()
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             for slab in self._slabs:
@@ -64,14 +68,14 @@ class OffloadedWeights:
             yield
         finally:
             for slab in self._slabs:
-                slab.drop()
+                slab.free()
 
     def _verify(self) -> None:
         sums = [_checksum(slab.flat.view(slab.word)) for slab in self._slabs]
         for slab, found, expected in zip(self._slabs, [int(value) for value in sums], self._checksums, strict=True):
             if found != expected:
                 raise RuntimeError(
-                    f"the offloaded weights came back wrong: checksum {found}, expected {expected} "
+                    f"the offloaded weights are damaged: checksum {found}, expected {expected} "
                     f"({slab.num_bytes} bytes of {slab.dtype})"
                 )
 
@@ -93,6 +97,7 @@ class _Slab:
         return {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[self.dtype.itemsize]
 
     def add(self, aliases: list[nn.Parameter]) -> None:
+        """Append a parameter, with those that are tied to it."""
         self.members.append((self.num_bytes, aliases))
         self.num_bytes += _aligned(aliases[0])
 
@@ -109,17 +114,19 @@ class _Slab:
             first = start // self.dtype.itemsize
             for parameter in aliases:
                 parameter.data = self.flat[first : first + shape.numel()].view(shape)
-        self.drop()
+        self.free()
 
-    def take(self) -> None:
+    def allocate(self) -> None:
+        """Allocate the device memory."""
         self.flat.untyped_storage().resize_(self.num_bytes)
 
-    def drop(self) -> None:
+    def free(self) -> None:
+        """Free the device memory."""
         self.flat.untyped_storage().resize_(0)
 
 
 def _slabs(parameters: Iterable[nn.Parameter], largest: int) -> list[_Slab]:
-    """Distribute parameters over slabs of at most `largest` bytes; a larger parameter has one of its own."""
+    """Distribute parameters over slabs of at most `largest` bytes; a larger parameter has its own slab."""
     aliases: dict[object, list[nn.Parameter]] = {}
     for parameter in dict.fromkeys(parameters):
         aliases.setdefault(_elements(parameter), []).append(parameter)

@@ -1,4 +1,4 @@
-"""A matrix whose rows are distributed over the ranks of a group until they are needed."""
+"""Distribute the rows of a matrix over the ranks of a group until they are needed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ShardedRows:
 
     @classmethod
     def from_replicated(cls, rows: Tensor, group: dist.ProcessGroup) -> ShardedRows:
-        """Keep this rank's part of `rows` [N, H], which every rank of `group` has, and no reference to the others."""
+        """Copy this rank's part of `rows` [N, H], which every rank of `group` has; keep no reference to the rest."""
         size = group.size()
         if size == 1:
             return cls(rows, len(rows), group)
@@ -35,7 +35,7 @@ class ShardedRows:
         return cls(shard, len(rows), group)
 
     def gather(self) -> Tensor:
-        """Return [N, H] on every rank. All ranks of the group call it together."""
+        """Return the matrix [N, H] on every rank. All ranks of the group must call it."""
         size = self.group.size()
         if size == 1 or self.num_rows == 0:
             return self.shard

@@ -1,8 +1,8 @@
-"""Two models over one vocabulary: which ids are compared, and on which rank their logits lie.
+"""Compare two models over one vocabulary: which ids they share, and on which rank the logits of each id are.
 
-Checkpoints of one family pad their embeddings differently (151936 rows against 152064), so their tensor-parallel
-shards do not line up. The teacher's head is laid out once over the student's ids; ids that only one model has are
-masked in both.
+Checkpoints of one family pad their embeddings differently (151936 rows against 152064), so that their tensor-parallel
+shards do not hold the same ids. The teacher's head is resharded once over the student's ids; ids that only one model
+has are masked in both.
 """
 
 from __future__ import annotations
@@ -19,13 +19,17 @@ PROBES = ("The 12 quick brown foxes jump over 345 lazy dogs.", 'x = f(y) != "naÃ
 
 
 def shared_vocab_size(student: Checkpoint, teacher: Checkpoint) -> int:
-    """Number of ids that both models have logits for. Raises UserError if the tokenizers differ."""
+    """Return the number of ids that both models have logits for; raise UserError if the tokenizers differ."""
     require_same_tokenizer(student.tokenizer(), teacher.tokenizer())
     return min(student.vocab_size, teacher.vocab_size)
 
 
 def require_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-    """Every id that both define must be the same token, and plain text must give the same ids."""
+    """Check that every id that both define is the same token, and that plain text gives the same ids.
+
+    Raises:
+        UserError: an id or the ids of a text differ.
+    """
     student_tokens = {index: token for token, index in student.get_vocab().items()}
     teacher_tokens = {index: token for token, index in teacher.get_vocab().items()}
     for index in sorted(student_tokens.keys() & teacher_tokens.keys()):
@@ -44,13 +48,14 @@ def require_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrained
 
 @torch.no_grad()
 def reshard_head(shard: torch.Tensor, rows: int, group: dist.ProcessGroup) -> torch.Tensor:
-    """Cut a head anew: from the shard [R, H] of R ids a rank to one of `rows` ids a rank; missing ids are zero rows.
+    """Change a vocabulary-parallel head from shards [R, H] to shards [rows, H]. All ranks of `group` must call it.
 
-    Returns `shard` itself where both cuts agree. A collective over `group`, made once when a model is loaded.
+    Returns:
+        This rank's shard, in which missing ids are rows of zeros; `shard` itself if R = rows.
     """
     if shard.shape[0] == rows:
         return shard
     whole = shard.new_empty((shard.shape[0] * group.size(), shard.shape[1]))
     dist.all_gather_into_tensor(whole, shard.contiguous(), group=group)
-    wanted = whole[group.rank() * rows : (group.rank() + 1) * rows]
-    return F.pad(wanted, (0, 0, 0, rows - wanted.shape[0]))
+    mine = whole[group.rank() * rows : (group.rank() + 1) * rows]
+    return F.pad(mine, (0, 0, 0, rows - mine.shape[0]))

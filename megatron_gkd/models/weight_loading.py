@@ -1,7 +1,7 @@
-"""Read a checkpoint's weights into a sharded model, and prove that nothing was left out on either side.
+"""Read a checkpoint's weights into a sharded model, and check that every tensor and every parameter was used.
 
-mcore-bridge looks up the tensors that it knows by name and ignores all others; and what it does not look up keeps the
-values of its initialization. Either gives a model that is silently another one, so both are errors here.
+mcore-bridge looks up the tensors that it knows by name and ignores all others, and a parameter that it does not look up
+keeps its initial values. Either gives a different model without an error, so both are errors here.
 """
 
 from __future__ import annotations
@@ -27,9 +27,11 @@ _MOST_NAMES = 3
 
 
 class LazyTensor(Protocol):
-    """A tensor of a file, which mcore-bridge reads with ``load``."""
+    """A tensor of a file, which mcore-bridge reads with `load`."""
 
-    def load(self) -> Tensor: ...
+    def load(self) -> Tensor:
+        """Read the tensor."""
+        ...
 
 
 class Bridge(Protocol):
@@ -41,7 +43,9 @@ class Bridge(Protocol):
         hf_model_dir: str,
         *,
         converter: Callable[[str, LazyTensor], tuple[str, LazyTensor]],
-    ) -> None: ...
+    ) -> None:
+        """Read the tensors in `hf_model_dir`, each of which `converter` may replace, into the chunks."""
+        ...
 
 
 def read_weights(
@@ -53,9 +57,9 @@ def read_weights(
     """Read this rank's share of `checkpoint` into `chunks`. All ranks of the world must call it.
 
     Args:
-        bridge: of the model.
-        chunks: the model's.
-        checkpoint: its weights.
+        bridge: mcore-bridge's, of the model.
+        chunks: the model's chunks on this rank.
+        checkpoint: the checkpoint to read.
         report: called with the number of tensors that this rank has read so far.
 
     Raises:
@@ -79,9 +83,7 @@ def read_weights(
 
 
 class _RecordedTensor:
-    """Passes on mcore-bridge's lazy tensor, with its adapters merged; when it is loaded, adds its name to `read` and
-    reports their number.
-    """
+    """Wraps mcore-bridge's lazy tensor: merges its adapters, and records its name in `read` when it is loaded."""
 
     def __init__(
         self,
@@ -104,7 +106,7 @@ class _RecordedTensor:
 def _load(
     bridge: Bridge, chunks: Sequence[nn.Module], checkpoint: Checkpoint, read: set[str], report: Callable[[int], None]
 ) -> str | None:
-    """Load the weights and add the names of the tensors to `read`. Returns what went wrong."""
+    """Load the weights and add the names of the tensors to `read`. Return what failed."""
 
     def record(name: str, tensor: LazyTensor) -> tuple[str, LazyTensor]:
         return name, _RecordedTensor(name, tensor, read, report, checkpoint.adapters)
@@ -114,13 +116,13 @@ def _load(
             bridge.load_weights(list(chunks), str(checkpoint.path), converter=record)
     except KeyError as error:
         return f"no safetensors file has the tensor {error.args[0]}, which the model needs"
-    except Exception as error:  # whatever it is, the other ranks must learn of it
+    except Exception as error:  # of any kind: the other ranks must raise it, too
         return f"the weights can't be read ({type(error).__name__}: {error})"
     return None
 
 
 def _describe_unfilled(parameters: dict[str, nn.Parameter]) -> str | None:
-    """Say which parameters still hold the NaN from before the load, or other values that are not finite."""
+    """Name the parameters that still hold the NaN from before the load, or other values that are not finite."""
     not_finite = [name for name, parameter in parameters.items() if not bool(parameter.detach().isfinite().all())]
     unfilled = [name for name in not_finite if bool(parameters[name].detach().isnan().all())]
     if unfilled:
@@ -131,7 +133,7 @@ def _describe_unfilled(parameters: dict[str, nn.Parameter]) -> str | None:
 
 
 def _unused_everywhere(names: Sequence[str], read: set[str]) -> list[str]:
-    """Return those of `names` that no rank of the world has read. All ranks must call it, with the same names."""
+    """Return the `names` that no rank of the world has read. All ranks must call it, with the same names."""
     used = torch.tensor([name in read for name in names], dtype=torch.int32, device=portability.device())
     dist.all_reduce(used, op=dist.ReduceOp.MAX)
     return [name for name, is_used in zip(names, used.tolist(), strict=True) if not is_used]
@@ -147,7 +149,7 @@ def _describe_unused(unused: Sequence[str], checkpoint: Checkpoint) -> str | Non
                 "true; set it to false, or remove the tensor"
             )
     if unused:
-        return f"{tensors[unused[0]].file}: the model has no place for {_shorten(unused)}"
+        return f"{tensors[unused[0]].file}: the model has no parameter for {_shorten(unused)}"
     return None
 
 

@@ -18,7 +18,7 @@ from megatron_gkd.runtime import portability
 
 
 class Reporter:
-    """Report nothing but log messages: the reporter of every rank other than the main one. A context manager."""
+    """Show nothing and write no records: the reporter of every rank other than the main one. A context manager."""
 
     def __enter__(self) -> Reporter:
         return self
@@ -37,18 +37,10 @@ class Reporter:
     def validation(self, record: dict[str, Any]) -> None:
         """Record a validation."""
         shown = ", ".join(f"{name} {record[name]:.4f}" for name in ("loss", "divergence") if record[name] is not None)
-        self.message(f"step {record['step']}: validation {shown}")
+        LOGGER.info(f"step {record['step']}: validation {shown}")
 
     def completions(self, records: Sequence[dict[str, Any]]) -> None:
         """Record the completions of one step; show some of them."""
-
-    def message(self, text: str) -> None:
-        """Log a message of level INFO."""
-        LOGGER.info(text)
-
-    def warning(self, text: str) -> None:
-        """Log a message of level WARNING."""
-        LOGGER.warning(text)
 
     def end(self, lines: Sequence[str]) -> None:
         """Show where the results of the finished run are, with its curves."""

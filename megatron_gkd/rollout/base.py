@@ -1,4 +1,4 @@
-"""What a rollout engine is to the training loop: token ids in, token ids out."""
+"""The protocol of rollout engines: token ids in, token ids out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TEMPERATURES = (1e-2, 1e3)
 
 
 class RolloutFailed(ServiceError):
-    """No samples are to be had. All ranks raise it together, and the student is as it was before."""
+    """The engine can not make the samples. All ranks raise it together, and the student has not changed."""
 
     is_shared = True
 
@@ -48,7 +48,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
     vocab_size: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.max_completion_length < 1:
             raise ValueError(f"max_completion_length is {self.max_completion_length}; it must be at least 1")
         lowest, highest = TEMPERATURES
@@ -97,10 +97,10 @@ class Completion:
 
 
 class RolloutEngine(Protocol):
-    """`with engine.resident(): engine.load_weights(...); completions = engine.generate(...)`."""
+    """Generate completions: `with engine.resident(): engine.load_weights(...); engine.generate(...)`."""
 
     def resident(self) -> AbstractContextManager[None]:
-        """What generating needs is in place inside (weights on the device, a server reachable)."""
+        """Return a context inside which the engine can generate: it has its memory on the device."""
         ...
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -111,10 +111,10 @@ class RolloutEngine(Protocol):
         ...
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Completion]:
-        """One completion a prompt, in order; one seed a prompt.
+        """Generate one completion a prompt, in order; one seed a prompt.
 
-        All ranks call it together. Those of one model replica give the same prompts and get the same completions;
-        data-parallel replicas give prompts of their own, or none.
+        All ranks call it together. Those of one model replica pass the same prompts and get the same completions;
+        data-parallel replicas pass prompts of their own, or none.
 
         Raises:
             ValueError: a prompt is empty or has ids outside the vocabulary, or there is not one seed a prompt.
@@ -127,13 +127,16 @@ OnCompletion = Callable[[int, Completion], None]
 
 
 class Generation(Protocol):
-    """Completions on their way."""
+    """Completions that are being generated.
+
+    Attributes:
+        seconds: that generating them took; known with the result.
+    """
 
     seconds: float
-    """That making them took; known with the result."""
 
     def result(self) -> list[Completion]:
-        """Wait for them. All ranks call it together, and get them as from `RolloutEngine.generate`."""
+        """Wait for the completions. All ranks call it together, and get them as from `RolloutEngine.generate`."""
         ...
 
 
@@ -148,20 +151,24 @@ class BackgroundEngine(RolloutEngine, Protocol):
         seeds: Sequence[int],
         on_completion: OnCompletion | None = None,
     ) -> Generation:
-        """Begin what `generate` does, and return at once. Until there is a result, no weights may be loaded.
+        """Start what `generate` does, and return at once. Until there is a result, no weights may be loaded.
 
-        What goes on in the background communicates with no other rank. One rank of each replica, on the last pipeline
-        stage, calls `on_completion` for each prompt as soon as it is answered, from some thread.
+        Threads in the background communicate with no other rank. One rank of each replica, on the last pipeline
+        stage, calls `on_completion` from some thread for each prompt as soon as it is completed.
         """
         ...
 
     def close(self) -> None:
-        """Stop whatever else goes on in the background."""
+        """Stop all other work in the background."""
         ...
 
 
 def check_completions(completions: Iterable[Completion], vocab_size: int | None) -> None:
-    """Raise RolloutFailed if one has an id that is not below `vocab_size` (None: any will do)."""
+    """Check that all ids are below `vocab_size` (None: any id is allowed).
+
+    Raises:
+        RolloutFailed: one is not.
+    """
     for completion in completions:
         if vocab_size is not None and max(completion.token_ids, default=0) >= vocab_size:
             raise RolloutFailed(
@@ -171,7 +178,7 @@ def check_completions(completions: Iterable[Completion], vocab_size: int | None)
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], seeds: Sequence[int], vocab_size: int) -> None:
-    """Raises the ValueError that `RolloutEngine.generate` promises."""
+    """Check the arguments of `RolloutEngine.generate`, and raise its ValueError."""
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds: every prompt needs one seed")
     for index, prompt in enumerate(prompts):

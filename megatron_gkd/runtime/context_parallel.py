@@ -10,9 +10,9 @@ from torch import Tensor, arange, cat, int64
 def context_parallel_indices(cu_seqlens: Tensor, rank: int, size: int) -> Tensor:
     """Return the positions, in the whole microbatch, of a context-parallel rank's tokens.
 
-    Zigzag by sequence, as Megatron-Core and Transformer Engine lay out packed sequences: each is cut in 2 * size
-    chunks, of which rank r holds chunks r and 2 * size - 1 - r, so that causal attention costs every rank the same. The
-    sequences stay in their order.
+    The layout is the zigzag of Megatron-Core and Transformer Engine for packed sequences: each sequence is split into
+    2 * size chunks, of which rank r holds chunks r and 2 * size - 1 - r, so that causal attention costs every rank the
+    same. The sequences stay in their order.
 
     Args:
         cu_seqlens: int [S + 1], boundaries of the padded sequences of the whole microbatch.
@@ -31,9 +31,9 @@ def context_parallel_indices(cu_seqlens: Tensor, rank: int, size: int) -> Tensor
         return arange(boundaries[-1], dtype=int64, device=device)
     pieces = []
     for start, end in pairwise(boundaries):
-        chunk, rest = divmod(end - start, 2 * size)
-        if rest:
-            raise ValueError(f"a sequence of {end - start} tokens cannot be cut in {2 * size} equal chunks")
+        chunk, remainder = divmod(end - start, 2 * size)
+        if remainder:
+            raise ValueError(f"a sequence of {end - start} tokens cannot be split into {2 * size} equal chunks")
         for index in (rank, 2 * size - 1 - rank):
             first = start + index * chunk
             pieces.append(arange(first, first + chunk, dtype=int64, device=device))

@@ -13,10 +13,12 @@ from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
+
+import megatron_gkd.runtime.preload  # noqa: F401  (before any import of Megatron-Core)
+from megatron_gkd.config.schema import ParallelSection
+
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
-from megatron_gkd.config.schema import ParallelSection
 
 T = TypeVar("T")
 

@@ -1,6 +1,7 @@
 """Import Megatron-Core and mcore-bridge in the order that portability needs; import this module before either.
 
-`megatron_gkd.models` imports it, so that modules which import from there need not.
+`models` and `runtime.mesh` import it, so that modules which import from there need not; ruff sorts Megatron-Core and
+mcore-bridge behind the package's own modules (`tests/runtime/test_boundaries.py`).
 """
 
 # ruff: noqa: E402  (the order of the imports is the purpose of this module)
@@ -25,7 +26,8 @@ from megatron_gkd.runtime.transformer_engine import install_fallback
 install_fallback()
 apply_megatron_workarounds()
 
-import mcore_bridge  # noqa: F401
 import transformers  # noqa: F401
+
+import mcore_bridge  # noqa: F401
 
 hide_log_warnings()

@@ -1,4 +1,4 @@
-"""The parts of a run that a recipe and a mesh determine: the student, and what samples from it."""
+"""Build the student and the rollout engine that a recipe names."""
 
 from __future__ import annotations
 
@@ -11,34 +11,39 @@ import torch
 from torch import Tensor
 
 from megatron_gkd.checkpoint_format.adapter_files import adapter_config, factor_shapes
+from megatron_gkd.checkpoint_format.weight_files import HEAD
 from megatron_gkd.config.lora_rules import layer_rules
 from megatron_gkd.config.schema import LoraSection, Recipe, RolloutSection
-from megatron_gkd.data.batch_config import BatchConfig
-from megatron_gkd.data.lambda_schedule import LambdaSchedule
-from megatron_gkd.data.loader import SampleDataset, StepOrder
 from megatron_gkd.data.prompt import PromptLimits
+from megatron_gkd.errors import UserError
 from megatron_gkd.models.checkpoint import Checkpoint
-from megatron_gkd.models.lora.options import LoraOptions
+from megatron_gkd.models.lora.options import Initialization, LoraOptions
 from megatron_gkd.models.megatron_model import BuildOptions, MegatronModel
 from megatron_gkd.reporting.phases import phase
 from megatron_gkd.rollout.base import RolloutEngine, Sampling
 from megatron_gkd.rollout.megatron.engine import MegatronEngine
 from megatron_gkd.rollout.vllm.colocated import VllmColocatedEngine
-from megatron_gkd.rollout.vllm.logit_bias import logit_bias
 from megatron_gkd.rollout.vllm.process import ColocatedOptions
-from megatron_gkd.rollout.vllm.server import ServedAdapters, ServerOptions, VllmServerEngine
+from megatron_gkd.rollout.vllm.server import VllmServerEngine
+from megatron_gkd.rollout.vllm.server_options import RolloutServerOptions, ServedAdapters
 from megatron_gkd.runtime.mesh import Mesh
-from megatron_gkd.training.load_model import load_model
 from megatron_gkd.training.loss import Objective
-from megatron_gkd.training.on_policy import OnSample, RolloutOptions, Rollouts
-from megatron_gkd.training.step_prompts import StepPrompts
 from megatron_gkd.training.student import Student
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_INITIALIZATIONS: dict[str, Initialization] = {"kaiming": "kaiming", "gaussian": "gaussian"}
 
 
 def build_student(recipe: Recipe, mesh: Mesh, checkpoint: Checkpoint, vocab_size: int, train_iters: int) -> Student:
-    """The model with its optimizer and its loss, over the ids below `vocab_size`."""
+    """Build the model in training with its optimizer and its loss. All ranks must call it.
+
+    Args:
+        recipe: of the run.
+        mesh: how the model is sharded.
+        checkpoint: the weights that it starts with.
+        vocab_size: the loss is over the ids below it.
+        train_iters: number of steps of the learning-rate schedule.
+    """
     parallel, distill, section = recipe.parallel, recipe.distill, recipe.train
     model = load_model(
         f"the student {recipe.student.model}",
@@ -71,60 +76,35 @@ def build_student(recipe: Recipe, mesh: Mesh, checkpoint: Checkpoint, vocab_size
 
 
 def lora_options(section: LoraSection, seed: int) -> LoraOptions:
-    """Return how the student's adapters are made. `seed`: of the run."""
+    """Return the options of the student's adapters. `seed`: recipe key `train.seed`."""
     return LoraOptions(
         rules=layer_rules(section),
         dropout=section.lora_dropout,
-        initialization=section.init_lora_weights,
+        initialization=_INITIALIZATIONS[section.init_lora_weights],
         dtype=None if section.lora_dtype is None else DTYPES[section.lora_dtype],
         seed=seed,
         adapters=None if section.adapters is None else Path(section.adapters),
     )
 
 
-def build_rollouts(
-    recipe: Recipe,
-    mesh: Mesh,
-    student: Student,
-    checkpoint: Checkpoint,
-    lambda_schedule: LambdaSchedule,
-    dataset: SampleDataset,
-    order: StepOrder,
-    config: BatchConfig,
-    train_iters: int,
-    on_sample: OnSample | None = None,
-) -> Rollouts:
-    """What samples the steps that `lambda_schedule` gives to the student."""
-    section = recipe.rollout
-    sampling = sampling_of(section, student.objective.vocab_size)
-    if section.engine != "megatron":
-        logit_bias(sampling, checkpoint.vocab_size)  # what vLLM can't exclude ends the run before the engine starts
-    options = RolloutOptions(
-        sampling,
-        truncated=section.truncated_completions,
-        steps_ahead=section.steps_ahead,
-        num_steps=train_iters,
-        tensors=rollout_tensors(recipe),
-    )
-    prompts = StepPrompts(dataset, order, lambda_schedule, config, recipe.data.teacher_max_length)
-    return Rollouts(build_engine(recipe, mesh, student.model, checkpoint), prompts, options, mesh.dp, on_sample)
-
-
 def rollout_tensors(recipe: Recipe) -> Callable[[MegatronModel], Iterable[tuple[str, Tensor]]]:
-    """Return what the rollout engine is given of the student: its adapters, or its weights with adapters merged."""
+    """Return the function that yields the tensors which a rollout engine gets of the student.
+
+    They are its adapters, or its weights with adapters merged.
+    """
     if recipe.rollout.weight_sync == "lora":
         return MegatronModel.adapter_tensors
     return partial(MegatronModel.named_tensors, merged_dtype=rollout_dtype(recipe))
 
 
 def rollout_dtype(recipe: Recipe) -> torch.dtype:
-    """Return the type of the layers that adapters are merged into for rollouts."""
+    """Return the dtype of layers with merged adapters in rollouts."""
     merged = None if recipe.lora is None else recipe.lora.merge_dtype
     return DTYPES[merged or recipe.train.dtype]
 
 
 def prompt_limits(recipe: Recipe) -> PromptLimits:
-    """Return the longest prompts that leave room for a completion in what the recipe's models and engine read."""
+    """Return the longest prompts that leave room for a completion in the sequences of models and engine."""
     data, rollout = recipe.data, recipe.rollout
     longest = data.max_length
     if rollout.engine == "vllm" and rollout.vllm_max_model_len is not None:
@@ -133,7 +113,7 @@ def prompt_limits(recipe: Recipe) -> PromptLimits:
 
 
 def sampling_of(section: RolloutSection, vocab_size: int | None = None) -> Sampling:
-    """Return how a recipe has completions drawn, of the ids below `vocab_size` (None: of all)."""
+    """Return the recipe's sampling parameters. Only ids below `vocab_size` are sampled (None: all)."""
     return Sampling(
         max_completion_length=section.max_completion_length,
         temperature=section.rollout_temperature,
@@ -146,7 +126,10 @@ def sampling_of(section: RolloutSection, vocab_size: int | None = None) -> Sampl
 
 
 def build_engine(recipe: Recipe, mesh: Mesh, model: MegatronModel, checkpoint: Checkpoint) -> RolloutEngine:
-    """What samples from `model`, which began as `checkpoint`, once it has been given its weights."""
+    """Build the engine that samples from `model`, once it has its weights. All ranks must call it.
+
+    `checkpoint`: the weights that `model` started with.
+    """
     with phase(f"Starting the rollout engine {recipe.rollout.engine}", is_main=mesh.is_main):
         return _build_engine(recipe, mesh, model, checkpoint)
 
@@ -177,18 +160,20 @@ def _build_engine(recipe: Recipe, mesh: Mesh, model: MegatronModel, checkpoint: 
 
 
 def served_adapters(model: MegatronModel) -> ServedAdapters:
-    """Return what servers must know of the adapters that they are given."""
+    """Return the description of the adapters that rollout servers get."""
     adapters = model.adapters
+    if adapters is None:
+        raise UserError("rollout.weight_sync = lora: the student has no adapters; set train.tuner_type = lora")
     config = adapter_config(
         adapters.layers, adapters.base_layers, str(model.checkpoint.path), adapters.options.rules.rank
     )
     return ServedAdapters(config, factor_shapes(adapters.layers, model.checkpoint.shapes))
 
 
-def server_options(recipe: Recipe, urls: Sequence[str]) -> ServerOptions:
-    """How the servers at `urls` are asked for completions."""
+def server_options(recipe: Recipe, urls: Sequence[str]) -> RolloutServerOptions:
+    """Return the options of the rollout servers at `urls`."""
     section = recipe.rollout
-    return ServerOptions(
+    return RolloutServerOptions(
         urls=tuple(urls),
         weight_sync=section.weight_sync,
         weight_sync_dir=Path(section.weight_sync_dir or Path(recipe.output.output_dir) / "rollout_weights"),
@@ -196,5 +181,28 @@ def server_options(recipe: Recipe, urls: Sequence[str]) -> ServerOptions:
         needs_fp32=recipe.lora is not None and recipe.lora.merge_dtype == "fp32",
         concurrency=section.vllm_server_concurrency,
         timeout=section.vllm_server_timeout_s,
-        patience=section.vllm_server_max_downtime_s,
+        max_downtime=section.vllm_server_max_downtime_s,
     )
+
+
+def load_model(title: str, checkpoint: Checkpoint, mesh: Mesh, options: BuildOptions) -> MegatronModel:
+    """Load a model and show the progress. All ranks of the world must call it.
+
+    Args:
+        title: role and name of the model: `the student Qwen/Qwen3-1.7B`.
+        checkpoint: its weights.
+        mesh: how it is sharded.
+        options: how it is built.
+    """
+    total = _tensors_of_main_rank(checkpoint, mesh)
+    with phase(f"Loading {title}", is_main=mesh.is_main, unit="tensors") as shown:
+        shown.update(0, total)
+        return MegatronModel.load(checkpoint, mesh, options, lambda read: shown.update(read, total))
+
+
+def _tensors_of_main_rank(checkpoint: Checkpoint, mesh: Mesh) -> int | None:
+    """Return the number of tensors that rank 0 reads; None where it reads only some of the layers or experts."""
+    if mesh.layout.pipeline > 1 or (checkpoint.is_moe and mesh.layout.expert > 1):
+        return None
+    is_tied = checkpoint.config.tie_word_embeddings
+    return sum(not (is_tied and name == HEAD) for name in checkpoint.tensors)

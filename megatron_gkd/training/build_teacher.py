@@ -1,9 +1,11 @@
-"""The teacher that a recipe names."""
+"""Build the teacher that a recipe names, and check the rows against it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -22,21 +24,29 @@ from megatron_gkd.teachers.cache.manifest import Manifest
 from megatron_gkd.teachers.cache.teacher import CachedTeacher, open_cache, require_rows
 from megatron_gkd.teachers.local import LocalTeacher
 from megatron_gkd.teachers.self_teacher import SelfTeacher, require_teacher_prompts
-from megatron_gkd.teachers.self_weights import AverageWeights, BaseWeights, CurrentWeights, InitialWeights
-from megatron_gkd.teachers.server.teacher import ServerOptions, ServerTeacher
+from megatron_gkd.teachers.self_weights import (
+    AverageWeights,
+    BaseWeights,
+    CurrentWeights,
+    InitialWeights,
+    TeacherWeights,
+)
+from megatron_gkd.teachers.server.teacher import ServerTeacher, TeacherServerOptions
 from megatron_gkd.teachers.several import SeveralTeachers, require_teachers
-from megatron_gkd.training.build import DTYPES
-from megatron_gkd.training.load_model import load_model
+from megatron_gkd.training.build import DTYPES, load_model
 from megatron_gkd.training.student import Student
+
+T = TypeVar("T")
 
 
 def open_teachers(section: TeacherSection, nodes: Nodes) -> dict[str, Checkpoint]:
-    """The local teachers' checkpoints, by their places in the recipe."""
+    """Open the local teachers' checkpoints, by their keys in the recipe. All ranks must call it."""
     opened = {}
     for place, teacher in section.all.items():
         if teacher.source == "local":
-            with phase(f"Opening the teacher {teacher.teacher_model}", is_main=nodes.is_main):
-                opened[place] = Checkpoint.open(teacher.teacher_model, nodes)
+            name = _require(teacher.teacher_model, f"{place}.teacher_model")
+            with phase(f"Opening the teacher {name}", is_main=nodes.is_main):
+                opened[place] = Checkpoint.open(name, nodes)
                 if teacher.teacher_adapters is not None:
                     folder, key = Path(teacher.teacher_adapters), f"{place}.teacher_adapters"
                     opened[place] = opened[place].with_adapters(folder, key)
@@ -44,14 +54,20 @@ def open_teachers(section: TeacherSection, nodes: Nodes) -> dict[str, Checkpoint
 
 
 def shared_vocab_size_of_all(student: Checkpoint, teachers: Mapping[str, Checkpoint]) -> int:
-    """Number of ids that all models have logits for. UserError if a tokenizer differs from the student's."""
+    """Return the number of ids that all models have logits for.
+
+    Raises:
+        UserError: the tokenizer of a teacher differs from the student's.
+    """
     return min([student.vocab_size, *(shared_vocab_size(student, teacher) for teacher in teachers.values())])
 
 
 def read_manifests(section: TeacherSection, tokenizer: PreTrainedTokenizerBase) -> list[Manifest]:
-    """What the teachers' caches say of themselves. UserError if one is of another tokenizer than this, the student's.
+    """Return the manifests of the teachers' caches.
 
-    The tokenizers' whole content must be the same: rows are found by their token ids.
+    Raises:
+        UserError: the tokenizer of a cache is not `tokenizer`, the student's. Their whole content must be equal, since
+            cached rows are found by their token ids.
     """
     manifests = []
     for place, teacher in section.all.items():
@@ -64,19 +80,21 @@ def read_manifests(section: TeacherSection, tokenizer: PreTrainedTokenizerBase) 
 
 
 def averages_of(teacher: TeacherSource | None) -> tuple[AverageWeights, ...]:
-    """Return the moving averages that a teacher's weights are, which change with every step."""
+    """Return the moving averages among a teacher's weights, which change with every step."""
+    if teacher is None:
+        return ()
     match teacher:
         case SelfTeacher(weights=AverageWeights() as average):
             return (average,)
         case SeveralTeachers(teachers=teachers):
             return tuple(average for one in teachers.values() for average in averages_of(one))
-        case CachedTeacher(rest=rest):
-            return averages_of(rest)
+        case CachedTeacher(fallback=fallback):
+            return averages_of(fallback)
     return ()
 
 
 def check_rows(section: TeacherSection, dataset: TokenizedDataset) -> None:
-    """UserError where the training rows lack what a teacher needs."""
+    """Raise a UserError where the training rows lack what a teacher needs."""
     for place, teacher in section.all.items():
         if teacher.source == "self" and teacher.teacher_model is None and teacher.teacher_ema is None:
             require_teacher_prompts(dataset, place)
@@ -84,26 +102,29 @@ def check_rows(section: TeacherSection, dataset: TokenizedDataset) -> None:
 
 
 def check_tags(section: TeacherSection, dataset: TokenizedDataset) -> None:
-    """UserError for a row that has the tag of none of several teachers."""
+    """Raise a UserError for a row whose tag is that of none of several teachers."""
     if section.teachers:
-        require_teachers(
-            dataset, (tag for teacher in section.teachers for tag in teacher.tags), section.teacher_tag_key
-        )
+        tag_key = _require(section.teacher_tag_key, "teacher.teacher_tag_key")
+        require_teachers(dataset, (tag for teacher in section.teachers for tag in teacher.tags), tag_key)
 
 
 def require_cached_rows(section: TeacherSection, dataset: TokenizedDataset, name: str) -> None:
-    """UserError for a row that a cache without a teacher beside it hasn't: now, and not after hours.
+    """Raise a UserError for a row that is missing in a cache without a fallback. All ranks must call it.
 
-    All ranks must call it. `name`: of the dataset.
+    Args:
+        section: the recipe's teachers.
+        dataset: the rows.
+        name: of the dataset, for the message.
     """
-    for teacher in section.all.values():
+    for place, teacher in section.all.items():
         if teacher.source == "cache":
             tags = teacher.tags if isinstance(teacher, TaggedTeacher) else None
-            require_rows(open_cache(teacher.teacher_cache), dataset, name, tags)
+            folder = _require(teacher.teacher_cache, f"{place}.teacher_cache")
+            require_rows(open_cache(folder), dataset, name, tags)
 
 
 def begins_as_student(section: TeacherSection, student: Checkpoint, teachers: Mapping[str, Checkpoint]) -> bool:
-    """Whether every teacher has the weights that the student begins with. `teachers`: of ``open_teachers``."""
+    """Return whether every teacher has the weights that the student starts with. `teachers`: see `open_teachers`."""
 
     def is_same(place: str) -> bool:
         return place in teachers and teachers[place].has_weights_of(student)
@@ -114,90 +135,108 @@ def begins_as_student(section: TeacherSection, student: Checkpoint, teachers: Ma
 def build_teacher(
     recipe: Recipe, mesh: Mesh, student: Student | Checkpoint, checkpoints: Mapping[str, Checkpoint]
 ) -> TeacherSource | None:
-    """What judges the student, laid out like it; None for plain cross-entropy.
+    """Build the teacher with the student's layout; None for plain cross-entropy. All ranks must call it.
 
     Args:
-        student: in training; or the checkpoint that it begins as, where the teacher's signals are not for a loss but
-            for a cache. Caches of the recipe are not read then.
-        checkpoints: of ``open_teachers``.
+        recipe: of the run.
+        mesh: how the teacher is sharded.
+        student: in training; or the checkpoint that it starts as, where the teacher's signals are not for a loss but
+            for a cache. The recipe's caches are not read then.
+        checkpoints: see `open_teachers`.
     """
-    teachers = recipe.teacher.all.items()
-    found = {place: _one(recipe, mesh, student, teacher, checkpoints.get(place)) for place, teacher in teachers}
+    builder = _TeacherBuilder(recipe, mesh, student, checkpoints)
     if not recipe.teacher.teachers:
-        return found["teacher"]
-    return SeveralTeachers({teacher.tags: found[place] for place, teacher in teachers}, mesh)
+        return builder.build("teacher", recipe.teacher)
+    teachers = {}
+    for place, teacher in recipe.teacher.all.items():
+        built = builder.build(place, teacher)
+        if isinstance(teacher, TaggedTeacher) and built is not None:
+            teachers[teacher.tags] = built
+    return SeveralTeachers(teachers, mesh)
 
 
-def _one(
-    recipe: Recipe, mesh: Mesh, student: Student | Checkpoint, teacher: OneTeacher, checkpoint: Checkpoint | None
-) -> TeacherSource | None:
-    live = _live(recipe, mesh, student, teacher, checkpoint)
-    if teacher.teacher_cache is None or isinstance(student, Checkpoint):
-        return live
-    return CachedTeacher(open_cache(teacher.teacher_cache), mesh, k=recipe.distill.gkd_logits_topk, rest=live)
+@dataclass(frozen=True)
+class _TeacherBuilder:
+    """Builds one teacher after the other; see `build_teacher` for the attributes."""
+
+    recipe: Recipe
+    mesh: Mesh
+    student: Student | Checkpoint
+    checkpoints: Mapping[str, Checkpoint]
+
+    @property
+    def student_checkpoint(self) -> Checkpoint:
+        return self.student.model.checkpoint if isinstance(self.student, Student) else self.student
+
+    @property
+    def options(self) -> BuildOptions:
+        return BuildOptions(dtype=DTYPES[self.recipe.train.dtype], attn=self.recipe.train.attention_backend)
+
+    def build(self, place: str, teacher: OneTeacher) -> TeacherSource | None:
+        """Build the teacher at a key of the recipe, behind its cache if it has one."""
+        live = self._build_live(place, teacher)
+        if teacher.teacher_cache is None or isinstance(self.student, Checkpoint):
+            return live
+        cache = open_cache(teacher.teacher_cache)
+        return CachedTeacher(cache, self.mesh, k=self.recipe.distill.gkd_logits_topk, fallback=live)
+
+    def _build_live(self, place: str, teacher: OneTeacher) -> TeacherSource | None:
+        match teacher.source:
+            case "local":
+                return self._build_local(teacher, self.checkpoints[place])
+            case "self":
+                return self._build_self(teacher, self.student)
+            case "server":
+                return self._build_server(teacher)
+            case "none" | "cache":
+                return None
+        raise ValueError(f"{place}.teacher_kind = {teacher.source}: unknown kind, which the recipe's checks refuse")
+
+    def _build_local(self, teacher: OneTeacher, checkpoint: Checkpoint) -> TeacherSource:
+        student = self.student
+        if isinstance(student, Student) and student.model.adapters is not None:
+            if checkpoint.has_weights_of(student.model.checkpoint):  # without a second copy
+                return SelfTeacher(student.model, BaseWeights(student.model), student.gather_parameters)
+        model = load_model(f"the teacher {teacher.teacher_model}", checkpoint, self.mesh, self.options)
+        head_rows = -(-self.student_checkpoint.vocab_size // self.mesh.tp.size())
+        return LocalTeacher(model, head_rows=head_rows, offload=teacher.offload_teacher_model)
+
+    def _build_self(self, teacher: OneTeacher, student: Student | Checkpoint) -> TeacherSource:
+        if isinstance(student, Checkpoint):  # nothing is trained: all kinds of its weights are the same
+            model = load_model(f"the student {self.recipe.student.model}", student, self.mesh, self.options)
+            return SelfTeacher(model, CurrentWeights(model), lambda: None)
+        weights = _choose_weights(student, teacher)
+        return SelfTeacher(student.model, weights, student.gather_parameters)
+
+    def _build_server(self, teacher: OneTeacher) -> TeacherSource:
+        student, checkpoint = self.student, self.student_checkpoint
+        is_training = isinstance(student, Student)
+        options = TeacherServerOptions(
+            urls=teacher.teacher_model_server,
+            k=_require(self.recipe.distill.gkd_logits_topk, "distill.gkd_logits_topk"),
+            max_length=self.recipe.data.longest_for_teacher,
+            concurrency=teacher.teacher_server_concurrency,
+            timeout=teacher.teacher_server_timeout_s,
+            max_downtime=teacher.teacher_server_max_downtime_s,
+            # A cache outlives the run: every row that is written to one is checked before.
+            check_interval=teacher.teacher_server_check_interval if is_training else 1,
+        )
+        vocab_size = student.objective.vocab_size if isinstance(student, Student) else checkpoint.vocab_size
+        return ServerTeacher(self.mesh, checkpoint.tokenizer(), vocab_size, options)
 
 
-def _live(
-    recipe: Recipe, mesh: Mesh, student: Student | Checkpoint, teacher: OneTeacher, checkpoint: Checkpoint | None
-) -> TeacherSource | None:
-    match teacher.source:
-        case "local":
-            return _local(recipe, mesh, student, teacher, checkpoint)
-        case "self":
-            return _self(student, teacher) if isinstance(student, Student) else _initial(recipe, mesh, student)
-        case "server":
-            return _server(recipe, mesh, student, teacher)
-        case "none" | "cache":
-            return None
-    raise ValueError(f"a teacher of kind {teacher.source}, which the recipe's checks refuse")
-
-
-def _local(
-    recipe: Recipe, mesh: Mesh, student: Student | Checkpoint, teacher: OneTeacher, checkpoint: Checkpoint
-) -> LocalTeacher | SelfTeacher:
-    if isinstance(student, Student) and student.model.adapters is not None:
-        if checkpoint.has_weights_of(student.model.checkpoint):  # without a second copy
-            return SelfTeacher(student.model, BaseWeights(student.model), student.gather_parameters)
-    options = BuildOptions(dtype=DTYPES[recipe.train.dtype], attn=recipe.train.attention_backend)
-    model = load_model(f"the teacher {teacher.teacher_model}", checkpoint, mesh, options)
-    head_rows = -(-_checkpoint_of(student).vocab_size // mesh.tp.size())
-    return LocalTeacher(model, head_rows=head_rows, offload=teacher.offload_teacher_model)
-
-
-def _self(student: Student, teacher: OneTeacher) -> SelfTeacher:
-    """Before the student's first step: the weights that it begins with are the checkpoint's."""
-    model, complete = student.model, student.gather_parameters
+def _choose_weights(student: Student, teacher: OneTeacher) -> TeacherWeights:
+    """Return the weights of a self-teacher, before the student's first step."""
+    model = student.model
     if teacher.teacher_ema is not None:
-        weights = AverageWeights(model, teacher.teacher_ema, complete)
-    elif teacher.teacher_model is None:
-        weights = CurrentWeights(model)
-    else:
-        weights = InitialWeights(model) if model.adapters is None else BaseWeights(model)
-    return SelfTeacher(model, weights, complete)
+        return AverageWeights(model, teacher.teacher_ema, student.gather_parameters)
+    if teacher.teacher_model is None:
+        return CurrentWeights(model)
+    return InitialWeights(model) if model.adapters is None else BaseWeights(model)
 
 
-def _initial(recipe: Recipe, mesh: Mesh, student: Checkpoint) -> SelfTeacher:
-    """The student as it begins, of which nothing is trained."""
-    options = BuildOptions(dtype=DTYPES[recipe.train.dtype], attn=recipe.train.attention_backend)
-    model = load_model(f"the student {recipe.student.model}", student, mesh, options)
-    return SelfTeacher(model, CurrentWeights(model), lambda: None)
-
-
-def _checkpoint_of(student: Student | Checkpoint) -> Checkpoint:
-    return student.model.checkpoint if isinstance(student, Student) else student
-
-
-def _server(recipe: Recipe, mesh: Mesh, student: Student | Checkpoint, teacher: OneTeacher) -> ServerTeacher:
-    options = ServerOptions(
-        urls=teacher.teacher_model_server,
-        k=recipe.distill.gkd_logits_topk,
-        max_length=recipe.data.longest_for_teacher,
-        concurrency=teacher.teacher_server_concurrency,
-        timeout=teacher.teacher_server_timeout_s,
-        patience=teacher.teacher_server_max_downtime_s,
-        # A cache outlives the run: nothing is written that was not checked.
-        check_interval=teacher.teacher_server_check_interval if isinstance(student, Student) else 1,
-    )
-    checkpoint = _checkpoint_of(student)
-    vocab_size = student.objective.vocab_size if isinstance(student, Student) else checkpoint.vocab_size
-    return ServerTeacher(mesh, checkpoint.tokenizer(), vocab_size, options)
+def _require(value: T | None, key: str) -> T:
+    """Return the value of a key that the recipe's checks require in this place."""
+    if value is None:
+        raise UserError(f"{key} = null: must be set for this teacher")
+    return value

@@ -1,4 +1,4 @@
-"""Generate completions for prompts that all data-parallel ranks know: each rank a share, and every rank gets all."""
+"""Generate completions over data-parallel ranks: each rank generates a share, and every rank gets all."""
 
 from __future__ import annotations
 

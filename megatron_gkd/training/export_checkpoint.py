@@ -1,11 +1,9 @@
-"""A training checkpoint as a Hugging Face folder, under any layout."""
+"""The command that exports a training checkpoint as a Hugging Face folder, under any layout."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-
-import megatron_gkd.runtime.preload  # noqa: F401  isort: skip  (before anything that imports Megatron-Core)
 
 from megatron_gkd.config.schema import Recipe
 from megatron_gkd.errors import RunStopped
@@ -25,8 +23,10 @@ def export(recipe: Recipe, path: Path, output: Path, *, has_adapters: bool = Fal
     """Write the student of the checkpoint at `path` into `output`, in the world that torchrun describes.
 
     Args:
-        recipe: the run's, with the layout to build the student under; it may be another than the run's.
-        has_adapters: write the adapters alone, as PEFT's; else they are merged, where there are any.
+        recipe: the run's recipe, with the layout to build the student under, which may be another than the run's.
+        path: the checkpoint.
+        output: the new folder.
+        has_adapters: write the adapters alone, in PEFT's format; by default they are merged, where there are any.
     """
     with world_of(recipe) as mesh:
         export_student(recipe, mesh, path, output, has_adapters=has_adapters)
@@ -39,7 +39,7 @@ def export_student(recipe: Recipe, mesh: Mesh, path: Path, output: Path, *, has_
     """Build the student alone, load its weights and write them as `export` does. All ranks must call it.
 
     Raises:
-        RunStopped: in all ranks; the checkpoint is damaged or of another model than the recipe's.
+        RunStopped: in all ranks; the checkpoint is damaged, or its model is not the recipe's.
         UserError: in all ranks; the folder can't be written.
     """
     raise_together(verify(path), RunStopped)

@@ -1,4 +1,4 @@
-"""Where exports go, when they are due, and which are kept."""
+"""The folders of exports: when an export is due, where it goes, and which are kept."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_gkd.reporting.metrics_log import rotate
 
 @dataclass(frozen=True)
 class ExportFolders:
-    """What one export writes.
+    """The folders that one export writes.
 
     Attributes:
         checkpoint: a whole Hugging Face checkpoint, with adapters merged; None: not written.
@@ -33,24 +33,25 @@ class ExportFolders:
 
     @property
     def start_option(self) -> str:
-        """The option of a run that starts from the exported weights."""
+        """Command-line option of a run that starts from the exported weights."""
         return f"--model {self.checkpoint}" if self.adapters is None else f"--adapters {self.adapters}"
 
-    def describe(self) -> str:
-        """Return a line for each folder, as they stand at the end of a run."""
+    def describe(self) -> list[str]:
+        """Return a line for each folder, for the end of a run."""
         names = (("adapters", self.adapters), ("checkpoint", self.checkpoint))
-        return "\n".join(f"{name:<10} {path}" for name, path in names if path is not None)
+        return [f"{name:<10} {path}" for name, path in names if path is not None]
 
 
 @dataclass(frozen=True)
 class Exports:
-    """The exports of one run. Only what this run has made is ever replaced or deleted.
+    """The exports of one run, which replaces and deletes only exports of its own.
 
     Attributes:
+        output_dir: parent of the folders.
         interval: steps between exports; None: at the end only.
-        total_limit: how many of this run's step exports stay, the newest; None: all.
-        has_checkpoint: exports have a whole Hugging Face checkpoint, in `hf`.
-        has_adapters: exports have PEFT adapters, in `adapters`.
+        total_limit: number of this run's newest step exports that are kept; None: all.
+        has_checkpoint: whether an export has a whole Hugging Face checkpoint, in `hf`.
+        has_adapters: whether an export has PEFT adapters, in `adapters`.
     """
 
     output_dir: Path
@@ -62,11 +63,11 @@ class Exports:
 
     @property
     def made(self) -> list[str]:
-        """Names of this run's exports so far, for its checkpoint: a resumed run goes on to keep the newest of them."""
+        """Names of this run's exports so far. A checkpoint holds them, so that a resumed run removes old ones."""
         return [path.name for path in self._made]
 
     def restore(self, made: Iterable[str]) -> None:
-        """Take over what `made` returned."""
+        """Continue from what `made` returned."""
         self._made[:] = [self.output_dir / name for name in made]
 
     def final(self) -> ExportFolders:
@@ -84,12 +85,13 @@ class Exports:
         )
 
     def is_due(self, step: int) -> bool:
+        """Return whether there is an export after `step`."""
         return self.interval is not None and step % self.interval == 0
 
     def claim(self, folders: ExportFolders, *, is_main: bool) -> None:
-        """Make `folders`, of one of the above, this run's own, before it exports there.
+        """Note `folders` as exports of this run, before it writes there.
 
-        An earlier run's export in such a place is kept: it becomes `hf.1`, the next one `hf.2`, and so on.
+        An earlier run's export at the same path is kept: it becomes `hf.1`, the next one `hf.2`, and so on.
         """
         for directory in folders:
             if directory not in self._made:
@@ -97,7 +99,7 @@ class Exports:
                 if is_main:
                     rotate(directory)
 
-    def forget_old(self, is_main: bool) -> None:
+    def remove_old(self, *, is_main: bool) -> None:
         """Delete all but the newest `total_limit` step exports of this run."""
         if not is_main or self.total_limit is None:
             return

@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import megatron_gkd.runtime.preload  # noqa: F401  isort: skip  (before anything that imports Megatron-Core)
-
 from transformers import PreTrainedTokenizerBase
 
 from megatron_gkd.config.schema import Recipe
@@ -39,7 +37,7 @@ def generate(recipe: Recipe, source: Source, output: str, n: int, chunk_rows: in
     """
     with world_of(recipe) as mesh:
         models = open_models(recipe, mesh)
-        dataset, _ = open_rows(recipe, mesh, models, "train", prompts=True)
+        dataset, _ = open_rows(recipe, models, "train", prompts=True)
         name = source_name(recipe, source)
         file = GeneratedFile(Path(output).expanduser(), chunk_rows, settings_of(recipe, name, n, dataset))
         engine = build_generation_engine(source, recipe, mesh, models)

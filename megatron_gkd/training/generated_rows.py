@@ -20,7 +20,7 @@ _STREAM = 0x67656E  # keeps these draws apart from those of training, which star
 
 @dataclass(frozen=True)
 class GeneratedResponse:
-    """One response to a row of the dataset. `number` tells responses to one row apart, from 0."""
+    """One response to a row of the dataset. `number` counts the responses to one row, from 0."""
 
     row: int
     number: int
@@ -51,10 +51,10 @@ class ResponseGenerator:
         requests: list[SampleRequest] = []
         for row in rows:
             sample = self.dataset[row]
-            room = max_response_length(sample, data.max_length, data.teacher_max_length or data.max_length)
+            max_length = max_response_length(sample, data.max_length, data.teacher_max_length or data.max_length)
             for number in range(self.num_responses):
                 places.append((row, number))
-                requests.append(SampleRequest(extract_prompt(sample), self._seed(row, number), room))
+                requests.append(SampleRequest(extract_prompt(sample), self._seed(row, number), max_length))
         completions = self.sampler.generate(requests)
         return [GeneratedResponse(*place, completion) for place, completion in zip(places, completions, strict=True)]
 

@@ -11,8 +11,7 @@ from megatron_gkd.rollout.base import RolloutEngine
 from megatron_gkd.rollout.megatron.engine import MegatronEngine
 from megatron_gkd.rollout.vllm.own_weights import OwnWeightsEngine
 from megatron_gkd.runtime.mesh import Mesh
-from megatron_gkd.training.build import DTYPES, build_engine, server_options
-from megatron_gkd.training.load_model import load_model
+from megatron_gkd.training.build import DTYPES, build_engine, load_model, server_options
 from megatron_gkd.training.setup import Models
 
 Source = Literal["teacher", "student"]

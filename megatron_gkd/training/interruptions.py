@@ -1,4 +1,4 @@
-"""Whether a run is to end before its last step: by a signal, or by its time limit."""
+"""The end of a run before its last step, by a signal or by its time limit."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ _REASONS = ("", "time limit (train.max_runtime)", *(number.name for number in ST
 
 @dataclass(frozen=True)
 class Interruptions:
-    """What may end a run between two steps. All ranks must make the same calls.
+    """The causes that may end a run between two steps. All ranks must make the same calls.
 
     Attributes:
-        signals: of this process; None: it has no handlers.
-        limit: None: there is none.
+        signals: signals to this process; None: there are no handlers.
+        limit: the time limit; None: there is none.
     """
 
     signals: StopSignals | None = None
     limit: TimeLimit | None = None
 
     def begin(self) -> None:
-        """Note that the first step begins: from now on signals wait for the end of a step."""
+        """Start with the first step: from now on signals wait for the end of a step."""
         if self.signals is not None:
             self.signals.defer()
         if self.limit is not None:
             self.limit.begin()
 
     def agree(self) -> str | None:
-        """Return, at the end of a step, why the run is to end now; None to go on. The same on all ranks."""
+        """Return the reason to end the run after this step, the same on all ranks; None to continue."""
         found = torch.tensor([_REASONS.index(self._reason())], device=portability.device())
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
         return _REASONS[int(found)] or None

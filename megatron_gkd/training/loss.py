@@ -1,13 +1,14 @@
-"""From a microbatch's hidden states to its share of the step's loss.
+"""The loss of a microbatch, from its hidden states.
 
 The loss of a step is a sum over all response tokens of the global batch divided by their number. Each microbatch
 contributes its plain sum; Megatron divides the reduced gradient by the reduced token count
-(`calculate_per_token_loss`). So neither loss nor gradient depends on how the batch is cut. One thing does: the
-load-balancing loss of a mixture of experts, a product of two means over the tokens of a microbatch.
+(`calculate_per_token_loss`). So neither loss nor gradient depends on the division into microbatches. One thing does:
+the load-balancing loss of a mixture of experts, a product of two means over the tokens of a microbatch.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -43,29 +44,53 @@ SUMS = (
     "dataset_tokens",
     "dropped_tokens",
 )
-"""What `Objective` adds up over tokens, in order; `cross_entropy` only over rows that the student did not generate, and
-`student_cross_entropy` only over those that it did. Dropped tokens, of which the teacher says nothing, count nowhere
-else."""
+"""The sums over tokens that `Objective` computes, in order. `cross_entropy` is over rows of the dataset alone, and
+`student_cross_entropy` over rows that the student generated. Dropped tokens, for which the teacher has no distribution,
+are in no other sum."""
 
 
-class Judged(NamedTuple):
-    """The loss of N labels and what was measured at each."""
+class LabelLosses(NamedTuple):
+    """The loss of N labels, and the statistics of each.
 
-    total: Tensor  # scalar, with a gradient
+    Attributes:
+        total: scalar, with a gradient.
+        token: [N] each.
+        valid_mask: fp32 [N]: 1, or 0 where the teacher has no distribution.
+    """
+
+    total: Tensor
     token: PerToken
-    counted: Tensor  # fp32 [N]: 1, or 0 where the teacher says nothing
+    valid_mask: Tensor
 
 
-class Measured(NamedTuple):
-    """What is kept of one microbatch."""
+class MicrobatchMetrics(NamedTuple):
+    """The metrics of one microbatch.
 
-    sums: Tensor  # fp64, `SUMS` in order
-    divergence: Tensor  # [N], of every label in order; NaN where the teacher says nothing
+    Attributes:
+        sums: fp64, `SUMS` in order.
+        divergence: [N], of every label in order; NaN where the teacher has no distribution.
+    """
+
+    sums: Tensor
+    divergence: Tensor
 
 
 @dataclass(frozen=True)
 class Objective:
-    """Σ over tokens of divergence + sft_alpha · cross-entropy; plain cross-entropy where there is no teacher."""
+    """Σ over tokens of divergence + sft_alpha · cross-entropy; plain cross-entropy where there is no teacher.
+
+    Attributes:
+        mesh: the process groups.
+        vocab_size: number of ids that teacher and student share.
+        divergence: name of the divergence; `beta` and `temperature` are its parameters.
+        beta: see ``divergence``.
+        temperature: of both distributions.
+        sft_alpha: weight of the cross-entropy on rows of the dataset.
+        k: compare the teacher's k most likely tokens; None: all.
+        tail_mode: the treatment of the other tokens where `k` is given.
+        chunk_tokens: number of rows of logits that exist at the same time.
+        upstream: the gradient that the loss will get in backward, where it is known; see ``fused_linear_divergence``.
+    """
 
     mesh: Mesh
     vocab_size: int
@@ -77,71 +102,89 @@ class Objective:
     tail_mode: TailMode = "renormalize"
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS
     upstream: float | None = None
-    """The gradient that the loss will get in backward, where it is known: see ``FusedLinearOptions``."""
 
     def __call__(
         self, hidden: Tensor, head_weight: Tensor, microbatch: Microbatch, signal: TeacherSignal | None
-    ) -> tuple[Tensor, Tensor, Measured]:
-        """Hidden [1, T(/TP), H_S] -> (sum of losses, number of tokens, what was measured)."""
-        chosen = microbatch.label_positions
-        student = label_rows(hidden, chosen, self.mesh)
-        labels = microbatch.labels.squeeze(0)[chosen]
-        from_dataset = microbatch.from_dataset.squeeze(0)[chosen].float()
-        total, token, counted = self.judge(student, head_weight, labels, from_dataset, signal)
-        by_dataset = from_dataset * counted
-        measured = (
-            (token.divergence, counted),
-            (token.cross_entropy, by_dataset),
-            (token.cross_entropy, counted - by_dataset),
-            (token.teacher_entropy, counted),
-            (token.student_entropy, counted),
-            (token.forward_kl, counted),
-            (token.reverse_kl, counted),
-            (token.top1_agreement, counted),
-        )
-        sums = [total.detach(), *((values * weights).sum(dtype=torch.float64) for values, weights in measured)]
-        sums += [x.sum(dtype=torch.float64) for x in (counted, by_dataset, 1 - counted)]
-        divergence = token.divergence.masked_fill(counted == 0, torch.nan)
-        return total, counted.sum().int(), Measured(torch.stack([x.double() for x in sums]), divergence)
+    ) -> tuple[Tensor, Tensor, MicrobatchMetrics]:
+        """Compute the loss of one microbatch on the last pipeline stage.
 
-    def judge(
+        Args:
+            hidden: [1, T(/TP), H_S], the student's last hidden states.
+            head_weight: [V/TP, H_S].
+            microbatch: with N labels on this rank.
+            signal: the teacher's, for the same N labels; None without a teacher.
+
+        Returns:
+            The sum of losses, the number of tokens, and the metrics.
+        """
+        positions = microbatch.label_positions
+        student = label_rows(hidden, positions, self.mesh)
+        labels = microbatch.labels.squeeze(0)[positions]
+        from_dataset = microbatch.from_dataset.squeeze(0)[positions].float()
+        total, token, valid_mask = self.compute(student, head_weight, labels, from_dataset, signal)
+        by_dataset = from_dataset * valid_mask
+        weighted = (
+            (token.divergence, valid_mask),
+            (token.cross_entropy, by_dataset),
+            (token.cross_entropy, valid_mask - by_dataset),
+            (token.teacher_entropy, valid_mask),
+            (token.student_entropy, valid_mask),
+            (token.forward_kl, valid_mask),
+            (token.reverse_kl, valid_mask),
+            (token.top1_agreement, valid_mask),
+        )
+        sums = [total.detach(), *((values * weights).sum(dtype=torch.float64) for values, weights in weighted)]
+        sums += [x.sum(dtype=torch.float64) for x in (valid_mask, by_dataset, 1 - valid_mask)]
+        divergence = token.divergence.masked_fill(valid_mask == 0, torch.nan)
+        return total, valid_mask.sum().int(), MicrobatchMetrics(torch.stack([x.double() for x in sums]), divergence)
+
+    def compute(
         self, student: Tensor, head_weight: Tensor, labels: Tensor, from_dataset: Tensor, signal: TeacherSignal | None
-    ) -> Judged:
-        """Student [N, H_S]; labels int64 and from_dataset fp32 [N]; `signal` is of the same N labels."""
+    ) -> LabelLosses:
+        """Compute the loss of N labels.
+
+        Args:
+            student: [N, H_S], the student's last hidden states.
+            head_weight: [V/TP, H_S].
+            labels: int64 [N].
+            from_dataset: fp32 [N]: 1 for a label of the dataset, 0 for a token that the student sampled.
+            signal: the teacher's, for the same N labels; None without a teacher.
+        """
         if not isinstance(signal, Parts):
-            return self._judge(student, head_weight, labels, from_dataset, signal)
-        found = [
-            self._judge(student[part.rows], head_weight, labels[part.rows], from_dataset[part.rows], part.signal)
+            return self._compute(student, head_weight, labels, from_dataset, signal)
+        losses = [
+            self._compute(student[part.rows], head_weight, labels[part.rows], from_dataset[part.rows], part.signal)
             for part in signal.parts
         ]
         order = torch.cat([part.rows for part in signal.parts]).argsort()
-        token = PerToken(*(torch.cat(values)[order] for values in zip(*(one.token for one in found), strict=True)))
-        return Judged(sum(one.total for one in found), token, torch.cat([one.counted for one in found])[order])
+        token = PerToken(*(torch.cat(values)[order] for values in zip(*(one.token for one in losses), strict=True)))
+        total = functools.reduce(torch.add, (one.total for one in losses))
+        return LabelLosses(total, token, torch.cat([one.valid_mask for one in losses])[order])
 
-    def _judge(
+    def _compute(
         self,
         student: Tensor,
         head_weight: Tensor,
         labels: Tensor,
         from_dataset: Tensor,
         signal: Hidden | TopK | None,
-    ) -> Judged:
-        counted = torch.ones_like(from_dataset)
+    ) -> LabelLosses:
+        valid_mask = torch.ones_like(from_dataset)
         if isinstance(signal, TopK):
-            says = (signal.ids >= 0) & (signal.ids < self.vocab_size) & (signal.values > -torch.inf)
-            counted = says.any(-1).float()
+            is_entry = (signal.ids >= 0) & (signal.ids < self.vocab_size) & (signal.values > -torch.inf)
+            valid_mask = is_entry.any(-1).float()
             # Without an entry all mass of both models is in the tail. Improbable entries alone would give no number.
-            silent = counted == 0
-            tail = None if signal.tail is None else signal.tail.masked_fill(silent, 0)
-            signal = replace(signal, ids=signal.ids.masked_fill(silent[:, None], MISSING), tail=tail)
+            is_empty = valid_mask == 0
+            tail = None if signal.tail is None else signal.tail.masked_fill(is_empty, 0)
+            signal = replace(signal, ids=signal.ids.masked_fill(is_empty[:, None], MISSING), tail=tail)
         sft_alpha = 1.0 if signal is None else self.sft_alpha
-        sft_weights = sft_alpha * from_dataset * counted if sft_alpha else None
+        sft_weights = sft_alpha * from_dataset * valid_mask if sft_alpha else None
         total, token = fused_linear_divergence(
             LinearHead(student, head_weight),
             LinearHead(signal.states.gather(), signal.head_weight) if isinstance(signal, Hidden) else signal,
-            TokenTargets(counted, labels, sft_weights),
+            TokenTargets(valid_mask, labels, sft_weights),
             DivergenceSpec(self.beta, self.temperature, self.divergence, self.mesh.tp, self.vocab_size),
             TopKSpec(self.k, self.tail_mode),
             FusedLinearOptions(self.chunk_tokens, self.upstream),
         )
-        return Judged(total, token, counted)
+        return LabelLosses(total, token, valid_mask)

@@ -5,16 +5,28 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import nn
+
+import megatron_gkd.runtime.preload  # noqa: F401  (before any import of Megatron-Core)
+from megatron_gkd.config.schema import TrainSection
+from megatron_gkd.runtime.agreement import holds_everywhere
+
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from torch import nn
-
-from megatron_gkd.runtime.agreement import holds_everywhere
 
 
-def build_optimizer(chunks: list[nn.Module], train, *, dtype: torch.dtype, distributed: bool) -> MegatronOptimizer:
-    """AdamW over the DDP-wrapped `chunks`, with fp32 master weights for bf16; `train` is the recipe's section."""
+def build_optimizer(
+    chunks: list[nn.Module], train: TrainSection, *, dtype: torch.dtype, distributed: bool
+) -> MegatronOptimizer:
+    """Build AdamW over DDP-wrapped chunks, with fp32 master weights for bf16.
+
+    Args:
+        chunks: this rank's part of the model.
+        train: the recipe's section.
+        dtype: of the parameters.
+        distributed: whether data-parallel ranks share the optimizer's state.
+    """
     config = OptimizerConfig(
         optimizer="adam",
         lr=train.lr,
@@ -32,13 +44,13 @@ def build_optimizer(chunks: list[nn.Module], train, *, dtype: torch.dtype, distr
 
 
 def step_if_finite(optimizer: MegatronOptimizer) -> float:
-    """Clip the gradient and update the parameters, unless the gradient's norm is not finite. All ranks must call it.
+    """Clip the gradient and update the parameters, unless the gradient norm is not finite. All ranks must call it.
 
     Megatron's own `step` multiplies by a NaN norm: `nan > clip_grad` is false, which turns clipping off.
 
     Returns:
-        The gradient's norm before clipping. NaN on every rank if it is not finite on any; the parameters and the
-        optimizer's state are as before then.
+        The gradient norm before clipping; NaN on every rank if it is not finite on any, in which case the parameters
+        and the optimizer's state do not change.
     """
     optimizer.prepare_grads()
     norm = float(optimizer.get_grad_norm())
@@ -54,8 +66,8 @@ def step_if_finite(optimizer: MegatronOptimizer) -> float:
     return norm
 
 
-def build_scheduler(optimizer: MegatronOptimizer, train, train_iters: int) -> OptimizerParamScheduler:
-    """Linear warm-up to `lr`, then `lr_decay_style` down to `min_lr` at `train_iters`; counted in steps."""
+def build_scheduler(optimizer: MegatronOptimizer, train: TrainSection, train_iters: int) -> OptimizerParamScheduler:
+    """Build a linear warm-up to `lr` and a decay to `min_lr` at step `train_iters`, in the style of `train`."""
     if train.lr_warmup_fraction is not None:
         warmup = int(train.lr_warmup_fraction * train_iters)
     else:

@@ -1,4 +1,4 @@
-"""The end of a run that fails: save what was learnt, and say what there is."""
+"""The end of a run that fails: save the student, and describe what is saved in the error."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from megatron_gkd.training.exports import ExportFolders
 
 @dataclass
 class RunState:
-    """How far a run has come.
+    """The progress of a run.
 
     Attributes:
-        step: the newest step whose update is done or skipped, counted from 1; 0 before the first.
-        updates: steps that changed the student.
-        is_updating: whether the student is being changed, so that its weights may be half new.
+        train_iters: number of steps of the whole run.
+        step: the newest step whose update is done or skipped; 0 before the first.
+        updates: number of steps that changed the student.
+        is_updating: whether an update is in progress, so that only some weights may be new.
     """
 
     train_iters: int
@@ -28,15 +29,16 @@ class RunState:
 
     @property
     def skipped_steps(self) -> int:
+        """Number of steps that did not change the student."""
         return self.step - self.updates
 
 
 @dataclass(frozen=True)
 class Rescue:
-    """How a run saves itself before it fails. Both are collectives.
+    """The functions that save a run before it fails. All ranks must call them together.
 
     Attributes:
-        save_checkpoint: returns False if there is none to go on from.
+        save_checkpoint: returns False if there is no checkpoint to resume from.
         export: returns the folders of the export.
     """
 
@@ -45,7 +47,7 @@ class Rescue:
 
 
 def stop(error: Exception, meeting: FailureMeeting, state: RunState, rescue: Rescue) -> NoReturn:
-    """Save the student, if every rank has failed, and raise `error` with what there is. All ranks that fail call it.
+    """Save the student, if every rank has failed, and raise `error` with the result. All ranks that fail call it.
 
     Raises:
         RunStopped: `error` is one that the user can act on; shared where all ranks failed for the same reason.
@@ -56,16 +58,16 @@ def stop(error: Exception, meeting: FailureMeeting, state: RunState, rescue: Res
         saved = f"Not every rank failed within {meeting.seconds:g} s, so the student could not be saved"
     else:
         saved = _save(state, rescue)
-    told = f"stopped after step {state.step} of {state.train_iters}"
+    reason = f"stopped after step {state.step} of {state.train_iters}"
     if not isinstance(error, GkdError):
-        error.add_note(f"{told}. {saved}")
+        error.add_note(f"{reason}. {saved}")
         raise error
     is_shared = failures is not None and len(set(failures)) == 1
-    raise RunStopped(f"{told}: {error}\n{saved}", exit_code=error.exit_code, is_shared=is_shared) from error
+    raise RunStopped(f"{reason}: {error}\n{saved}", exit_code=error.exit_code, is_shared=is_shared) from error
 
 
 def _save(state: RunState, rescue: Rescue) -> str:
-    """Save and export the student, a collective. Returns what there is, and how to go on."""
+    """Save and export the student. Return what there is, and how to continue. All ranks must call it."""
     if not state.updates:
         return "Nothing has been learned yet, so nothing is exported"
     if state.is_updating:
@@ -78,11 +80,11 @@ def _save(state: RunState, rescue: Rescue) -> str:
         folders = rescue.export()
     except Exception as error:
         return f"The student could not be exported: {type(error).__name__}: {error}"
-    there_is = f"The student of step {state.step} is in {folders}"
+    student = f"The student of step {state.step} is in {folders}"
     if is_resumable:
-        return f"{there_is}; the same command continues the run from its checkpoint"
+        return f"{student}; the same command continues the run from its checkpoint"
     return (
-        f"{there_is}. A run with {folders.start_option} and another --output_dir starts from its weights, but "
+        f"{student}. A run with {folders.start_option} and another --output_dir starts from its weights, but "
         "otherwise anew: at step 1, with a new optimizer and learning-rate schedule, and with the same rows in the "
         "same order unless train.seed is another"
     )

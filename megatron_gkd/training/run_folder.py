@@ -1,4 +1,4 @@
-"""The output folder of a run: kept for one run at a time, with `exit.json` on how the last one ended."""
+"""The output folder of a run: locked by one run at a time, with the reason of the last exit in `exit.json`."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ ENDED_BY_SECOND_SIGINT = 130  # as shells have it
 class RunFolder:
     """The folder of one run. A context manager, which all ranks must enter together, in a world of processes.
 
-    Only rank 0 writes. `exit.json` has the exit code (torchrun hides it), the reason in words, and the newest step; it
-    is deleted when the next run begins.
+    Only rank 0 writes. `exit.json` has the exit code (torchrun hides it), the reason as text, and the newest step; it
+    is deleted when the next run starts.
 
     Args:
         path: recipe key `output.output_dir`.
@@ -41,17 +41,17 @@ class RunFolder:
         self.step: Callable[[], int] = lambda: 0
 
     def __enter__(self) -> RunFolder:
-        run_on_main(self._take)
+        run_on_main(self._acquire)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is None:
-            self._give_up(0, "finished")
+            self._release(0, "finished")
         else:
             code = error.exit_code if isinstance(error, GkdError) else 1
-            self._give_up(code, str(error) if isinstance(error, GkdError) else f"{type(error).__name__}: {error}")
+            self._release(code, str(error) if isinstance(error, GkdError) else f"{type(error).__name__}: {error}")
 
     def leave(self, signal_name: str, is_second: bool) -> None:
         """End this process at once, by a signal before the first step or by a second SIGINT. Callable by any thread."""
@@ -59,12 +59,12 @@ class RunFolder:
             code, reason = ENDED_BY_SECOND_SIGINT, "second SIGINT: ended at once"
         else:
             code, reason = Interrupted.exit_code, f"{signal_name} before the first step: nothing has changed"
-        self._give_up(code, reason)
+        self._release(code, reason)
         if self._is_main:
             print(reason, file=sys.stderr)
         leave_process(code)
 
-    def _take(self) -> None:
+    def _acquire(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -73,14 +73,14 @@ class RunFolder:
         self._is_mine = True
         (self.path / EXIT_FILE).unlink(missing_ok=True)
 
-    def _give_up(self, code: int, reason: str) -> None:
+    def _release(self, code: int, reason: str) -> None:
         if not self._is_mine:
             return
         ended = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         record = {"code": code, "reason": reason, "step": self.step(), "ended": ended}
         try:
             replace_text(self.path / EXIT_FILE, json.dumps(record, indent=1) + "\n")
-        except OSError as error:  # of a full disk, for example: the exit code still says it
+        except OSError as error:  # for example of a full disk: the exit code has the reason too
             print(f"{self.path / EXIT_FILE}: can't be written ({error})", file=sys.stderr)
         self._lock.release()
         self._is_mine = False

@@ -1,12 +1,10 @@
-"""From a recipe and its teacher to a cache of what the teacher says of each row."""
+"""The command that writes the teacher's log-probabilities of each row into a cache."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-
-import megatron_gkd.runtime.preload  # noqa: F401  isort: skip  (before anything that imports Megatron-Core)
 
 import numpy as np
 import torch
@@ -20,63 +18,71 @@ from megatron_gkd.data.microbatch import Microbatch
 from megatron_gkd.data.microbatch_planner import MicrobatchPlanner
 from megatron_gkd.data.order import PADDING_ROW
 from megatron_gkd.data.sample import Sample
+from megatron_gkd.errors import UserError
 from megatron_gkd.reporting.progress import Progress
 from megatron_gkd.runtime import portability
 from megatron_gkd.runtime.agreement import run_on_all
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.teachers.base import TeacherSource
-from megatron_gkd.teachers.cache.entries import cached_rows
+from megatron_gkd.teachers.cache.entries import build_cached_rows
 from megatron_gkd.teachers.cache.keys import dataset_keys
 from megatron_gkd.teachers.cache.manifest import Manifest
 from megatron_gkd.teachers.cache.shards import CachedRow, write_shard
-from megatron_gkd.teachers.cache.writer import open_for_writing, plan_shards, refuse_unlike_twins
+from megatron_gkd.teachers.cache.writer import open_for_writing, plan_shards, require_consistent_tags
 from megatron_gkd.training.build_teacher import build_teacher
 from megatron_gkd.training.setup import Models, open_models, open_rows, pad_token_id, world_of
 
 
 def score(recipe: Recipe, output: str, shard_rows: int) -> None:
-    """Write the cache of the recipe's data sets into the folder `output`, or what is missing there.
+    """Write the cache of the recipe's data sets into the folder `output`, or the rows that are missing there.
 
-    The folder must be one that every process sees. Each data-parallel replica writes files of its own, of at most
-    `shard_rows` rows; which rows were scored together, and so every bit, follows from the data, the recipe and
-    `shard_rows` alone. (Replicas that share experts also compute some rows together with others' rows.)
+    Every process must see the folder. Each data-parallel replica writes its own files, of at most `shard_rows` rows.
+    Which rows are scored together, and so every bit, depends on the data, the recipe and `shard_rows` alone. (Replicas
+    that share experts also compute some rows together with those of other replicas.)
     """
     with world_of(recipe) as mesh:
         models = open_models(recipe, mesh)
-        splits = ["train", *(["validation"] if recipe.data.val_dataset else [])]
-        rows = _Rows([open_rows(recipe, mesh, models, split)[0] for split in splits])
+        datasets = [open_rows(recipe, models, "train")[0]]
+        if recipe.data.val_dataset:
+            datasets.append(open_rows(recipe, models, "validation")[0])
+        rows = _ConcatenatedRows(datasets)
         teacher = build_teacher(recipe, mesh, models.student, models.teachers)
+        if teacher is None:
+            raise UserError("teacher.teacher_kind = none: there is no teacher whose scores a cache could hold")
         scorer = Scorer(recipe, mesh, rows, teacher, manifest_of(recipe, models), pad_token_id(models))
         write_cache(Path(output).expanduser(), scorer, shard_rows)
 
 
 def write_cache(folder: Path, scorer: Scorer, shard_rows: int) -> None:
-    """Write what `folder` lacks of the scorer's rows. All ranks must call it."""
+    """Write the scorer's rows that are missing in `folder`. All ranks must call it."""
     rows, manifest, mesh = scorer.rows, scorer.manifest, scorer.mesh
     cache = open_for_writing(folder, manifest)
     keys = dataset_keys(rows)
     if scorer.recipe.teacher.teachers:
-        refuse_unlike_twins(keys, [rows[row].tag for row in range(len(rows))])
+        require_consistent_tags(keys, [rows[row].tag for row in range(len(rows))])
     shards = plan_shards(keys, rows.num_labels, cache, shard_rows=shard_rows, k=manifest.k)
     done, total = len(cache), len(cache) + sum(map(len, shards))
     with Progress(total, mesh.is_main, description="scoring", unit="row") as progress:
         for first in range(0, len(shards), mesh.dp.size()):
-            together = shards[first : first + mesh.dp.size()]
-            _write(folder, manifest, keys, scorer.score(together))
-            done += sum(map(len, together))
+            next_shards = shards[first : first + mesh.dp.size()]
+            _write(folder, manifest, keys, scorer.score(next_shards))
+            done += sum(map(len, next_shards))
             progress.update(done, {})
         progress.message(f"teacher cache {folder}: {total} rows, the {manifest.k} most likely tokens of each label")
 
 
 def manifest_of(recipe: Recipe, models: Models) -> Manifest:
+    """Return the manifest of the cache that `recipe` describes."""
+    if recipe.distill.gkd_logits_topk is None:
+        raise UserError("distill.gkd_logits_topk = null: must be the number of tokens that a cache holds of each label")
     teachers = recipe.teacher.all.values()
     named = [(teacher.teacher_model, teacher.teacher_adapters, *teacher.teacher_model_server) for teacher in teachers]
     names = [name for one in named for name in one if name]
-    # A server tells log-probabilities at temperature 1, from which the tail at another does not follow.
-    served = any(teacher.source == "server" for teacher in teachers)
+    # A server returns log-probabilities at temperature 1, from which the tail at another can't be computed.
+    is_served = any(teacher.source == "server" for teacher in teachers)
     return Manifest(
         k=recipe.distill.gkd_logits_topk,
-        temperature=1.0 if served else recipe.distill.temperature,
+        temperature=1.0 if is_served else recipe.distill.temperature,
         tokenizer=hash_tokenizer(models.tokenizer),
         teacher=", ".join(names),
         vocab_size=models.vocab_size,
@@ -91,8 +97,8 @@ def _write(folder: Path, manifest: Manifest, keys: np.ndarray, scored: dict[int,
     run_on_all(write, os_error=f"{folder}: can't be written to")
 
 
-class _Rows:
-    """Data sets one after the other, each row numbered over all of them."""
+class _ConcatenatedRows:
+    """Data sets one after the other, with one numbering of all rows."""
 
     def __init__(self, datasets: Sequence[SampleDataset]) -> None:
         self._datasets = datasets
@@ -110,9 +116,15 @@ class _Rows:
 
 
 class Scorer:
-    """Shards of rows in, their entries out, on the rank of each replica that writes.
+    """Score shards of rows; the rank of each replica that writes gets their entries.
 
-    rows: each has its number as `row_id`.
+    Args:
+        recipe: of the command.
+        mesh: of the teacher.
+        rows: their numbers are their `row_id`.
+        teacher: scores the rows.
+        manifest: of the cache.
+        pad_token_id: id of padding.
     """
 
     def __init__(
@@ -135,25 +147,31 @@ class Scorer:
 
     @torch.no_grad()
     def score(self, shards: Sequence[np.ndarray]) -> dict[int, CachedRow]:
-        """Of this replica's shard (at most one for each), by rows and in their order. All ranks call it together."""
+        """Return the entries of this replica's shard by row number, in order. All ranks must call it together.
+
+        `shards`: row numbers, at most one shard for each replica.
+        """
         number = self.mesh.dp.rank()
         mine = shards[number].tolist() if number < len(shards) else []
-        found: dict[int, CachedRow] = {}
+        entries: dict[int, CachedRow] = {}
         with self.teacher.resident():
             # All replicas make as many calls, and as many forward passes in each: they may share experts.
             for start in range(0, max(map(len, shards)), self.rows_of_call):
-                found |= self._call(mine[start : start + self.rows_of_call])
-        return {row: found[row] for row in mine} if found else {}
+                entries |= self._score_batch(mine[start : start + self.rows_of_call])
+        return {row: entries[row] for row in mine} if entries else {}
 
-    def _call(self, rows: list[int]) -> dict[int, CachedRow]:
+    def _score_batch(self, rows: list[int]) -> dict[int, CachedRow]:
         microbatches = list(self._microbatches(rows))
         signals = self.teacher.score(microbatches)
         if not self.mesh.is_last_stage:
             return {}
-        found = {}
+        found: dict[int, CachedRow] = {}
         for microbatch, signal in zip(microbatches, signals, strict=True):
-            entries = cached_rows(signal, microbatch, self.manifest, self.mesh, self.chunk_tokens)
-            found |= zip((sample.row_id for sample in microbatch.samples), entries or (), strict=entries is not None)
+            if signal is None:
+                raise ValueError("the last pipeline stage has no signal for a microbatch")
+            entries = build_cached_rows(signal, microbatch, self.manifest, self.mesh, self.chunk_tokens)
+            if entries is not None:
+                found |= zip((sample.row_id for sample in microbatch.samples), entries, strict=True)
         return found
 
     def _microbatches(self, rows: list[int]) -> Iterator[Microbatch]:

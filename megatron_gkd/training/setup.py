@@ -1,4 +1,4 @@
-"""What every command begins with: a world of processes, its mesh, the checkpoints, and the rows."""
+"""The start of every command that needs processes: their world, its mesh, the checkpoints, and the rows."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import megatron_gkd.runtime.preload  # noqa: F401  isort: skip  (before anything that imports Megatron-Core)
-
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
@@ -18,7 +16,9 @@ from megatron_gkd.config.schema import Recipe
 from megatron_gkd.data.dataset import TokenizedDataset, build_dataset
 from megatron_gkd.data.report import DataReport
 from megatron_gkd.data.sample import PAD_TOKEN_ID
+from megatron_gkd.data.tokenizing import RowOptions
 from megatron_gkd.models.checkpoint import Checkpoint
+from megatron_gkd.reporting.logging import log_to_console
 from megatron_gkd.reporting.phases import phase
 from megatron_gkd.runtime import portability
 from megatron_gkd.runtime.mesh import Layout, Mesh, destroy_mesh, initialize_mesh
@@ -29,25 +29,27 @@ from megatron_gkd.training.build_teacher import open_teachers, shared_vocab_size
 
 @contextlib.contextmanager
 def world_of(recipe: Recipe) -> Iterator[Mesh]:
-    """Lay the recipe's mesh over the world that the launcher describes; without a launcher, over this process alone.
+    """Connect the processes that the launcher has started, build the recipe's mesh over them, and log to the console.
 
-    After an exception the groups stay: NCCL would wait for ranks that are still at work. `cli.run` ends the process.
+    Without a launcher the world is this process alone. After an exception the groups stay: NCCL would wait for ranks
+    that are still at work. `cli.run` ends the process.
     """
     portability.select_device(int(os.environ.get("LOCAL_RANK", "0")))
     options: dict[str, Any] = {"backend": portability.backend(), "timeout": datetime.timedelta(minutes=30)}
     if "RANK" not in os.environ:
         options |= _world_of_one_process()
-    is_main = os.environ.get("RANK") == "0"
-    with phase(f"Connecting {os.environ['WORLD_SIZE']} processes", is_main=is_main):
+    rank = int(os.environ["RANK"])
+    with phase(f"Connecting {os.environ['WORLD_SIZE']} processes", is_main=rank == 0):
         dist.init_process_group(**options)
         mesh = initialize_mesh(Layout.from_section(recipe.parallel), recipe.train.seed)
-    yield mesh
+    with log_to_console(recipe.output.log_level, recipe.output.log_ranks, rank):
+        yield mesh
     destroy_mesh()
     dist.destroy_process_group()
 
 
 def _world_of_one_process() -> dict[str, Any]:
-    """Return the arguments of a process group at a free port: a fixed one would be taken by another run on the host."""
+    """Return the arguments of a process group at a free port: another run on the host may have a fixed one."""
     store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
     alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
     os.environ.update({name: str(value) for name, value in alone.items()})  # libraries read them
@@ -59,9 +61,10 @@ class Models:
     """The recipe's checkpoints, on every rank's disk.
 
     Attributes:
-        teachers: the local ones, by their places in the recipe.
-        tokenizer: the student's.
-        vocab_size: ids that all of them have logits for.
+        student: the student's checkpoint.
+        teachers: the local teachers' checkpoints, by their keys in the recipe.
+        tokenizer: the student's tokenizer.
+        vocab_size: number of ids that all of them have logits for.
     """
 
     student: Checkpoint
@@ -71,7 +74,11 @@ class Models:
 
 
 def open_models(recipe: Recipe, mesh: Mesh) -> Models:
-    """UserError for a model that isn't supported, or a tokenizer that differs from the student's."""
+    """Open the checkpoints of student and teachers. All ranks must call it.
+
+    Raises:
+        UserError: a model is not supported, or its tokenizer differs from the student's.
+    """
     nodes = Nodes.from_world()
     with phase(f"Opening the student {recipe.student.model}", is_main=mesh.is_main):
         student = Checkpoint.open(recipe.student.model, nodes)
@@ -80,23 +87,27 @@ def open_models(recipe: Recipe, mesh: Mesh) -> Models:
 
 
 def open_rows(
-    recipe: Recipe, mesh: Mesh, models: Models, split: Literal["train", "validation"], *, prompts: bool = False
+    recipe: Recipe, models: Models, split: Literal["train", "validation"], *, prompts: bool = False
 ) -> tuple[TokenizedDataset, DataReport]:
     """Return the rows of a split as the student's tokens.
 
     Args:
-        recipe: says also which rows the student may answer: those of "train" where lmbda > 0.
-        prompts: rows of "train" may be prompts alone, for a model to answer.
+        recipe: its rows of "train" leave room for a completion where lmbda > 0.
+        models: their tokenizer and vocabulary.
+        split: the rows to read.
+        prompts: whether rows of "train" may be prompts alone, for a model to complete.
     """
-    is_answered = split == "train" and (prompts or recipe.distill.lmbda > 0)
+    is_completed = split == "train" and (prompts or recipe.distill.lmbda > 0)
     return build_dataset(
         recipe.data,
         split,
         models.tokenizer,
-        prompts=prompts,
-        prompt_limits=prompt_limits(recipe) if is_answered else None,
-        tag_key=recipe.teacher.teacher_tag_key,
-        vocab_size=models.vocab_size,
+        RowOptions(
+            allows_prompts=prompts,
+            prompt_limits=prompt_limits(recipe) if is_completed else None,
+            tag_key=recipe.teacher.teacher_tag_key,
+            vocab_size=models.vocab_size,
+        ),
         nodes=Nodes.from_world(),
     )
 

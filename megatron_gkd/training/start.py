@@ -1,4 +1,4 @@
-"""Gather what a run starts with, for its report before the first step."""
+"""Collect the facts about a run for its report before the first step."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ class Schedule:
     """The steps of a run.
 
     Attributes:
-        train_iters: all of them.
+        train_iters: number of steps of the whole run.
         epoch_length: training rows in one epoch, by the weights of their files.
-        point: the checkpoint that the run is resumed from.
+        point: the checkpoint that the run is resumed from; None for a new run.
     """
 
     train_iters: int
@@ -60,8 +60,8 @@ def describe_start(
     Args:
         recipe: of the run.
         models: its checkpoints.
-        student: on this rank.
-        rows: of each split, by `training` and `validation`.
+        student: the model on this rank.
+        rows: the rows of `training` and `validation`.
         schedule: its steps.
     """
     parameters = trainable = models.student.num_parameters
@@ -164,7 +164,7 @@ def _name(teacher: OneTeacher) -> str:
     match teacher.source:
         case "server":
             return ", ".join(teacher.teacher_model_server)
-        case "cache":
+        case "cache" if teacher.teacher_cache is not None:
             return Manifest.read(teacher.teacher_cache).teacher
         case "self":
             return "self"

@@ -57,8 +57,8 @@ class StepPrompts:
         }
 
     def _build_request(self, step: int, position: int, sample: Sample) -> SampleRequest:
-        max_length = self.config.max_length
-        room = max_response_length(sample, max_length, self.teacher_max_length or max_length)
+        limit = self.config.max_length
+        max_length = max_response_length(sample, limit, self.teacher_max_length or limit)
         # The seed depends neither on the rank that samples the row nor on the other rows.
         sequence = np.random.SeedSequence([self.lambda_schedule.seed, step - 1, position])
-        return SampleRequest(extract_prompt(sample), int(sequence.generate_state(1, np.uint64)[0] >> 1), room)
+        return SampleRequest(extract_prompt(sample), int(sequence.generate_state(1, np.uint64)[0] >> 1), max_length)

@@ -1,24 +1,45 @@
-"""The model in training: DDP-wrapped chunks, their optimizer, and one step over a global batch."""
+"""The model in training: DDP-wrapped chunks with their optimizer, and the work of one step over a global batch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
+from megatron_gkd.config.schema import ParallelSection, TrainSection
 from megatron_gkd.data.microbatch import Microbatch
 from megatron_gkd.models.megatron_model import MegatronModel, hidden_states
-from megatron_gkd.models.pipeline import forward_backward
+from megatron_gkd.models.pipeline import Pipeline
 from megatron_gkd.teachers.base import TeacherSignal
-from megatron_gkd.training.loss import SUMS, Objective
+from megatron_gkd.training.loss import SUMS, MicrobatchMetrics, Objective
 from megatron_gkd.training.optimizer import build_optimizer, build_scheduler, step_if_finite
+
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
 
 class Student:
-    """`parallel` and `train` are the recipe's sections."""
+    """The model in training.
 
-    def __init__(self, model: MegatronModel, objective: Objective, parallel, train, train_iters: int) -> None:
+    Args:
+        model: the model to train.
+        objective: its loss.
+        parallel: the recipe's section.
+        train: the recipe's section.
+        train_iters: number of steps of the learning-rate schedule.
+
+    Attributes:
+        token_divergence: of the newest global batch, on the last pipeline stage: for each microbatch [N], one value for
+            each of its labels on this rank.
+    """
+
+    def __init__(
+        self,
+        model: MegatronModel,
+        objective: Objective,
+        parallel: ParallelSection,
+        train: TrainSection,
+        train_iters: int,
+    ) -> None:
         self.model, self.objective, self.mesh = model, objective, model.mesh
         self.overlaps_param_gather = parallel.overlap_param_gather
         ddp_config = DistributedDataParallelConfig(
@@ -36,10 +57,9 @@ class Student:
         self.scheduler = build_scheduler(self.optimizer, train, train_iters)
         self._connect_schedule(parallel)
         self.token_divergence: list[torch.Tensor] = []
-        """Of the newest global batch, on the last pipeline stage: [N] a microbatch, one for each of its labels here."""
 
-    def _connect_schedule(self, parallel) -> None:
-        """What Megatron's schedules read from the model's configuration."""
+    def _connect_schedule(self, parallel: ParallelSection) -> None:
+        """Set what Megatron's schedules read from the model's configuration."""
         config = self.model.config
         config.finalize_model_grads_func = finalize_model_grads
         config.grad_scale_func = self.optimizer.scale_loss
@@ -49,6 +69,7 @@ class Student:
 
     @property
     def learning_rate(self) -> float:
+        """The learning rate of the next update."""
         return max(group["lr"] for group in self.optimizer.param_groups)
 
     def compute_gradients(
@@ -58,7 +79,16 @@ class Student:
         *,
         force_all_reduce: bool = False,
     ) -> dict[str, float]:
-        """Forward and backward over a global batch, down to reduced gradients. Returns the totals of `SUMS`."""
+        """Run forward and backward over a global batch, and reduce the gradients. All ranks must call it.
+
+        Args:
+            microbatches: this rank's part of the global batch.
+            signals: the teacher's signal for each microbatch; None without a teacher or on earlier stages.
+            force_all_reduce: leave whole gradients on every rank, even with the distributed optimizer.
+
+        Returns:
+            The totals of `SUMS` over the global batch, the same on all ranks.
+        """
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -66,7 +96,7 @@ class Student:
 
     @torch.no_grad()
     def evaluate(self, microbatches: Sequence[Microbatch], signals: Sequence[TeacherSignal | None]) -> dict[str, float]:
-        """The totals of `SUMS` over a global batch, in eval mode, without gradients."""
+        """Return the totals of `SUMS` over a global batch, in eval mode. All ranks must call it."""
         for chunk in self.chunks:
             chunk.eval()
         try:
@@ -76,32 +106,43 @@ class Student:
                 chunk.train()
 
     def update(self) -> float:
-        """Clip, step the optimizer and the learning rate. All ranks must call it.
+        """Clip the gradient, and step the optimizer and the learning rate. All ranks must call it.
 
         Returns:
-            The gradient's norm before clipping; NaN if it is not finite, in which case the parameters are not changed.
+            The gradient norm before clipping; NaN if it is not finite, in which case the parameters are not changed.
         """
         grad_norm = step_if_finite(self.optimizer)
         self.scheduler.step(1)
         return grad_norm
 
     def skip_update(self) -> None:
-        """Step the learning rate alone: its schedule counts steps, whatever becomes of them."""
+        """Step the learning rate alone: its schedule counts all steps."""
         self.scheduler.step(1)
 
     def gather_parameters(self) -> None:
-        """Complete what an overlapped parameter gather has left open, before the weights are read."""
+        """Complete an overlapped parameter gather, before the weights are read."""
         if self.overlaps_param_gather:
             for chunk in self.chunks:
                 chunk.start_param_sync(force_sync=True)
 
-    def _totals(self, microbatches, signals, **options) -> dict[str, float]:
+    def _totals(
+        self,
+        microbatches: Sequence[Microbatch],
+        signals: Sequence[TeacherSignal | None],
+        *,
+        backward: bool,
+        force_all_reduce: bool = False,
+    ) -> dict[str, float]:
         head = self.model.head_weight
 
-        def loss(hidden, index):
+        def loss(hidden: torch.Tensor, index: int) -> tuple[torch.Tensor, torch.Tensor, MicrobatchMetrics]:
+            if head is None:
+                raise ValueError("only the last pipeline stage, which has the head, computes a loss")
             return self.objective(hidden, head, microbatches[index], signals[index])
 
-        records = forward_backward(self.chunks, microbatches, hidden_states, loss, self.mesh, **options)
+        records = Pipeline(self.chunks, self.mesh).forward_backward(
+            microbatches, hidden_states, loss, backward=backward, force_all_reduce=force_all_reduce
+        )
         sums = torch.zeros(len(SUMS), dtype=torch.float64, device=microbatches[0].labels.device)
         for record in records:
             sums += record.sums

@@ -26,13 +26,12 @@ from statistics import median
 if not __package__:  # run by its path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import megatron_gkd.runtime.preload  # noqa: F401  isort: skip  (before anything that imports Megatron-Core)
-
 import numpy as np
 import torch
 import torch.distributed as dist
 from transformers import Qwen3Config
 
+import megatron_gkd.runtime.preload  # noqa: F401  (before any import of Megatron-Core)
 from benchmarks.environment import describe, file_stem, version
 from benchmarks.report import Section, headline
 from megatron_gkd.config.schema import Recipe

@@ -41,7 +41,7 @@ def run_case(case: Case, plan: Plan, stopwatch: Stopwatch) -> dict:
 
 
 def _exact_gradient(case: Case, student: Tensor, teacher: Tensor) -> Tensor:
-    """Of the mean divergence by the first CHECKED_ROWS rows."""
+    """Return the fp64 gradient of the mean divergence by the first CHECKED_ROWS rows."""
     rows = student[:CHECKED_ROWS].detach().double().requires_grad_()
     value = reference.divergence(rows, teacher[:CHECKED_ROWS].double(), beta=case.beta).sum() / case.tokens
     return torch.autograd.grad(value, rows)[0]

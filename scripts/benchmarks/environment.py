@@ -17,7 +17,7 @@ PACKAGES = ("triton", "liger-kernel", "trl", "ms-swift")
 
 
 def describe(device: torch.device) -> dict:
-    """Device, date, versions and load, as JSON can hold them."""
+    """Return device, date, versions and load, for JSON."""
     return {
         "device": device_name(device),
         "device_type": device.type,

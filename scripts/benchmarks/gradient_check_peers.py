@@ -53,7 +53,7 @@ def ours(beta: float) -> Loss:
 
 
 def plain_all_reduce(beta: float) -> Loss:
-    """The way it is often written: a log-softmax whose sum is all-reduced in place, under autograd."""
+    """Build the loss as it is often written: a log-softmax whose sum is all-reduced in place, under autograd."""
 
     def log_softmax(z: Tensor) -> Tensor:
         maximum = z.detach().amax(-1, keepdim=True)
@@ -121,7 +121,7 @@ PEERS = {"ms-swift": ms_swift, "nvidia-modelopt": modelopt, "verl": verl}
 
 
 def builders(sites: list[str]) -> dict[str, Callable[[float], Loss]]:
-    """One for each contestant by name; every version of a peer that sys.path and `sites` have."""
+    """Return the contestants by name: every version of a peer that sys.path and `sites` have."""
     found: dict[str, Callable[[float], Loss]] = {OURS: ours, "plain all_reduce": plain_all_reduce}
     for name, build in PEERS.items():
         versions = {}
@@ -143,7 +143,7 @@ def _unavailable(missing: Unavailable, beta: float) -> Loss:
 
 
 def inputs() -> tuple[Tensor, Tensor]:
-    """Logits of student and teacher over the whole vocabulary, fp32: different, but not wildly."""
+    """Return fp32 logits of student and teacher over the whole vocabulary: different, but not wildly."""
     generator = torch.Generator().manual_seed(0)
     teacher, noise = (torch.randn(TOKENS, COLUMNS, generator=generator) for _ in range(2))
     return 3 * teacher + noise, 3 * teacher
@@ -171,7 +171,7 @@ def run_rank(rank: int, rendezvous: str, sites: list[str], betas: tuple[float, .
 
 
 def check(sites: list[str], betas: tuple[float, ...] = BETAS) -> list[dict]:
-    """A record for each contestant and beta: cosine and relative error of the whole gradient, relative loss error."""
+    """Return for each contestant and beta the cosine and relative error of the whole gradient, and the loss error."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
     with tempfile.TemporaryDirectory() as folder:
         arguments = (f"file://{folder}/rendezvous", sites, betas, folder)
@@ -197,7 +197,7 @@ def check(sites: list[str], betas: tuple[float, ...] = BETAS) -> list[dict]:
 
 
 def section(records: list[dict]) -> Section:
-    """A row for each figure; a contestant without any has one that says why."""
+    """Return the table: a row for each measurement, or one with the reason for a contestant without any."""
     rows = []
     for name in dict.fromkeys(record["contestant"] for record in records):
         mine = [record for record in records if record["contestant"] == name]

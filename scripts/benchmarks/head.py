@@ -42,13 +42,13 @@ class HeadCase:
 
     @property
     def operations(self) -> int:
-        """Of the four products: logits of both models, gradient of hidden states, gradient of the head."""
+        """The operations of the four products: logits of both models, gradients of hidden states and head."""
         return 4 * 2 * self.tokens * self.hidden * self.vocab
 
 
 @dataclass(frozen=True)
 class Heads:
-    """[N, H] and [V, H] of student and teacher. The student's want gradients."""
+    """Hidden states [N, H] and heads [V, H] of student and teacher. The student's need gradients."""
 
     student_hidden: Tensor
     student_weight: Tensor
@@ -57,7 +57,7 @@ class Heads:
 
     @classmethod
     def of(cls, case: HeadCase, device: torch.device) -> Heads:
-        """The logits have standard deviation 3, those of student and teacher differ by about 1."""
+        """Draw inputs whose logits have standard deviation 3, and whose student and teacher differ by about 1."""
         generator = torch.Generator(device).manual_seed(0)
         dtype = DTYPES[case.dtype]
 
@@ -123,7 +123,7 @@ def products(heads: Heads) -> Work:
 
 
 def run_case(case: HeadCase, plan: Plan, stopwatch: Stopwatch) -> dict:
-    """As ``divergence.run_case``; the gradient that is checked is that of the hidden states."""
+    """Measure one case, as ``divergence.run_case`` does, and check the gradient of the hidden states."""
     heads = Heads.of(case, stopwatch.device)
     exact = _exact_gradient(case, heads)
     wanted = (heads.student_hidden, heads.student_weight)

@@ -81,7 +81,10 @@ def parse() -> argparse.Namespace:
 
 
 def chosen_cases(options: argparse.Namespace, device: torch.device) -> list[cases.Case]:
-    """The default, the full grid, or the combinations of what was named, other values as in the first default case."""
+    """Return the default cases, the full grid, or the combinations of the options.
+
+    Values that no option names are those of the first default case.
+    """
     if options.full:
         return cases.full_grid()
     defaults = cases.default_cases(device)

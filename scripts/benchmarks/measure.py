@@ -19,18 +19,18 @@ OURS = "megatron_gkd"
 
 
 class Work:
-    """Steps without autograd, timed one by one. Whoever builds it has compiled what it needs."""
+    """Steps without autograd, timed one by one. What they need is compiled before."""
 
     def __init__(self, *steps: Callable[[], object], error: Callable[[], float] | None = None) -> None:
         self.steps = steps
         self._error = error
 
     def error(self) -> float | None:
-        """How far off the result of the steps is, where that is asked."""
+        """Return the relative error of the result; None where none is measured."""
         return None if self._error is None else self._error()
 
     def release(self) -> None:
-        """Drop what the steps made."""
+        """Drop the results of the steps."""
 
 
 class TrainingWork(Work):
@@ -61,7 +61,7 @@ class Sample:
 
 @dataclass
 class Result:
-    """What became of one contestant. `status` is "ok" or says why there is nothing to show."""
+    """The measurements of one contestant. `status` is "ok", or the reason why there are none."""
 
     status: str = "ok"
     install: str = ""  # the command that would make it available
@@ -69,7 +69,7 @@ class Result:
     samples: list[Sample] = field(default_factory=list)
 
     def record(self) -> dict:
-        """As JSON: one number a repetition. `first_s` is the seconds of the first step (the forward pass)."""
+        """Return one number a repetition, for JSON. `first_s` is the seconds of the first step (the forward pass)."""
         return {
             "status": self.status,
             "install": self.install,
@@ -81,9 +81,12 @@ class Result:
 
 
 def compete(builders: Mapping[str, Callable[[], Work]], plan: Plan, stopwatch: Stopwatch) -> dict:
-    """Every contestant's record, and the seconds of a copy that takes its turn with them.
+    """Measure the contestants in turn.
 
-    A peer that isn't available, fails, or for which memory doesn't suffice, is left out and says so; ours must run.
+    A peer that isn't available, fails, or needs too much memory has the reason as its status; ours must run.
+
+    Returns:
+        The record of each contestant, and the seconds of a copy that is measured between them.
     """
     copy = Copy(stopwatch)
     results: dict[str, Result] = {}
@@ -116,7 +119,7 @@ def compete(builders: Mapping[str, Callable[[], Work]], plan: Plan, stopwatch: S
 
 
 def _release(device: torch.device) -> None:
-    """Give back what a contestant leaves in caches, lest the next one run out of memory for it."""
+    """Free what a contestant leaves in caches, or the next one may run out of memory."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -135,5 +138,5 @@ def _sample(work: Work, stopwatch: Stopwatch) -> Sample:
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """|actual - expected| / |expected| in the Euclidean norm, in fp64."""
+    """Return |actual - expected| / |expected| in the Euclidean norm, in fp64."""
     return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()

@@ -17,8 +17,8 @@ class PeakMemory:
     """Context manager; afterwards `growth` is the peak less the start, in bytes, or None where it can't be measured.
 
     On CUDA it counts the caching allocator's tensors. On Linux's CPU it is the resident set of the process: it also
-    sees scratch memory that never was a tensor. What malloc keeps of freed memory is given back to the system first,
-    lest the work be done in it unseen.
+    sees scratch memory that never was a tensor. What malloc keeps of freed memory is returned to the system first,
+    because work in it would not be counted.
     """
 
     growth: int | None = None

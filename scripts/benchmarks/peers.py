@@ -19,7 +19,7 @@ EXECUTED_IMPORTS = {"torch", *sys.stdlib_module_names}
 
 
 class Unavailable(Exception):
-    """A peer that can't run here: why, and the command that would change it (or "")."""
+    """A peer that can't run here: the reason, and the command that installs it (or "")."""
 
     def __init__(self, reason: str, install: str = "") -> None:
         super().__init__(reason)
@@ -27,7 +27,11 @@ class Unavailable(Exception):
 
 
 def installed(name: str, sites: Sequence[str] | None = None) -> metadata.Distribution:
-    """The package `name` as found in the folders `sites` (default: sys.path). Unavailable where there is none."""
+    """Return the package `name` as found in the folders `sites` (default: sys.path).
+
+    Raises:
+        Unavailable: there is none.
+    """
     found = next(iter(metadata.distributions(name=name, **({} if sites is None else {"path": list(sites)}))), None)
     if found is None:
         raise Unavailable("not installed", f"pip install --no-deps {name}")
@@ -35,7 +39,7 @@ def installed(name: str, sites: Sequence[str] | None = None) -> metadata.Distrib
 
 
 def definitions(package: metadata.Distribution, path: str, *names: str, **provided: Any) -> SimpleNamespace:
-    """The definitions called `names` in the package's file `path`, in a namespace that also holds what is `provided`.
+    """Return the definitions called `names` in the package's file `path`, in a namespace that also holds `provided`.
 
     A name is that of a function, a class or a variable at the top level, or `Class.method` for a static method, which
     is then called `method`. No names: everything but the other imports. Unavailable where this version of the package
@@ -58,7 +62,7 @@ def definitions(package: metadata.Distribution, path: str, *names: str, **provid
 
 
 def _is_executed(node: ast.Import | ast.ImportFrom) -> bool:
-    """Whether all that the statement imports is torch's or the standard library's."""
+    """Return whether all that the statement imports is torch's or the standard library's."""
     modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
     return not getattr(node, "level", 0) and all(module.split(".")[0] in EXECUTED_IMPORTS for module in modules)
 

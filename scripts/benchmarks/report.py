@@ -78,42 +78,42 @@ def markdown(run: dict) -> str:
 
 
 def seconds(case: dict, name: str, key: str = "total_s") -> float | None:
-    """Median seconds of a contestant; None where it didn't run."""
+    """Return the median seconds of a contestant; None where it didn't run."""
     samples = case["contestants"][name][key]
     return median(samples) if samples else None
 
 
 def ratio(case: dict, name: str, base: str, key: str = "total_s") -> float | None:
-    """How many times as long as `base` the contestant takes; None where either didn't run."""
+    """Return how many times as long as `base` the contestant takes; None where either didn't run."""
     mine, theirs = seconds(case, name, key), seconds(case, base, key)
     return None if mine is None or theirs is None else mine / theirs
 
 
 def copy_rate(case: dict) -> float:
-    """Bytes per second, read and written."""
+    """Return the bytes read and written per second."""
     return case["copy"]["moved_bytes"] / median(case["copy"]["seconds"])
 
 
 def share_of_copy(case: dict, name: str) -> float | None:
-    """The rate at which the contestant got through the bytes that have to move, over that of a copy."""
+    """Return the rate at which the contestant moves the bytes that must move, over the rate of a copy."""
     mine = seconds(case, name)
     return None if mine is None else case["total_bytes"] / mine / copy_rate(case)
 
 
 def kernel_rate(case: dict, kernel: str) -> float | None:
-    """Bytes per second, read and written."""
+    """Return the bytes read and written per second."""
     taken = seconds(case, kernel)
     return None if taken is None else case["moved_bytes"][kernel] / taken
 
 
 def extra_bytes(case: dict, name: str) -> float | None:
-    """Peak growth of memory beyond the results; None where that was not measured."""
+    """Return the peak growth of memory beyond the results; None where that was not measured."""
     peaks = [peak for peak in case["contestants"][name]["peak_bytes"] if peak is not None]
     return max(0, median(peaks) - case["result_bytes"]) if peaks else None
 
 
 def milliseconds(value: float) -> str:
-    """Of seconds, in three digits or more."""
+    """Return seconds as milliseconds, in three digits or more."""
     return f"{value * 1e3:.3g}" if value < 1 else f"{value * 1e3:.0f}"
 
 

@@ -33,11 +33,11 @@ class Target:
     text: str
     goal: float
     meets: Callable[[float, float], bool]  # AT_LEAST or AT_MOST
-    measure: Callable[[dict], float | None]  # of a run; None where the run doesn't tell
+    measure: Callable[[dict], float | None]  # of a run; None where the run has no such figure
     form: str = "{:.2f}"
 
     def row(self, run: dict) -> tuple[str, str, str, str]:
-        """Text, goal, what was measured, verdict."""
+        """Return text, goal, measured value and verdict."""
         goal = ("≥ " if self.meets is AT_LEAST else "≤ ") + self.form.format(self.goal)
         measured = self.measure(run)
         if measured is None:
@@ -52,7 +52,7 @@ def _find(cases: list[dict], **wanted: object) -> dict | None:
 
 
 def _of_case(figure: Callable[[dict], float | None], section: str, **wanted: object) -> Callable[[dict], float | None]:
-    """The figure of that case of a run, None where the run has no such case."""
+    """Return the function that reads the figure of one case from a run; None where the run has no such case."""
 
     def measure(run: dict) -> float | None:
         case = _find(run.get(section, []), **wanted)

@@ -40,7 +40,7 @@ class Stopwatch:
         self._flush = torch.ones(FLUSH_BYTES[device.type], dtype=torch.int8, device=device)
 
     def laps(self, *steps: Callable[[], object]) -> list[float]:
-        """Run the steps in order; seconds of each. A GPU is handed all of them before the first one ends."""
+        """Run the steps in order and return the seconds of each. On a GPU all are launched before the first ends."""
         self._flush.zero_()
         if self.device.type == "cuda":
             marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(steps) + 1)]
@@ -73,7 +73,7 @@ class Copy:
 
 
 def in_turn(runs: Mapping[str, Callable[[], Sample]], plan: Plan) -> dict[str, list[Sample]]:
-    """What the repetitions of each run returned. One of each follows one of each, so that drift hits all alike."""
+    """Repeat the runs in turn, so that drift affects all alike, and return the results of each."""
     samples: dict[str, list[Sample]] = {name: [] for name in runs}
     spent = dict.fromkeys(runs, 0.0)
     for turn in range(plan.repeats):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "gpu_check.sh"
-# Answers for torch with a GPU, notes what it is asked to run, and fails to build.
+# Behaves as a Python that has torch with a GPU, records what it has to run, and fails to build.
 FAKE_PYTHON = """\
 #!/bin/sh
 case "$1" in

@@ -1,4 +1,4 @@
-"""The comparison of gradients over two processes tells right from wrong."""
+"""The comparison of gradients over two processes finds wrong ones."""
 
 import pytest
 from benchmarks import gradient_check_peers
@@ -12,7 +12,7 @@ def test_ours_is_exact_and_autograd_through_all_reduce_is_not():
         exact, plain = found[OURS, beta], found["plain all_reduce", beta]
         assert exact["gradient_error"] < 1e-5 and exact["loss_error"] < 1e-5
         assert exact["cosine"] == pytest.approx(1.0, abs=1e-6)
-        assert plain["loss_error"] < 1e-5  # so that the loss alone would not tell
+        assert plain["loss_error"] < 1e-5  # the loss alone does not show it
         assert plain["gradient_error"] > 0.1 and plain["cosine"] < 0.99
     for record in records:
         assert "cosine" in record or record["reason"]

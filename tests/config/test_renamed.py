@@ -58,6 +58,7 @@ def test_former_names_in_a_list_of_teachers(workspace):
     ]
 
 
+@pytest.mark.filterwarnings("ignore::megatron_gkd.config.renamed.DeprecatedKey")
 def test_a_value_is_checked_under_the_new_name(workspace):
     assert workspace.problems("--attn", "unfused") == [
         "train.attention_backend = unfused: must be one of auto, flash, fused, sdpa"

@@ -164,7 +164,7 @@ class Kernels:
         moments: bool = True,
         untempered: bool = False,
     ) -> Tensor:
-        """[N, 4 (10 with moments) (+ 1 untempered)]"""
+        """Return the statistics [N, 4 (10 with moments) (+ 1 untempered)]."""
         columns = (10 if moments else 4) + untempered
         out = torch.full((len(student), columns), -12345.0)
         scales = LOG2_E / temperature, LOG2_E if untempered else 0.0
@@ -192,7 +192,7 @@ class Kernels:
         mask: Tensor | None = None,
         temperature: float = 1.0,
     ) -> Tensor:
-        """[N, 2]"""
+        """Return the sums [N, 2]."""
         out = torch.full((len(student), 2), -12345.0)
         params = SumsParams(
             Logits.from_tensors(student, teacher),
@@ -220,7 +220,10 @@ class Kernels:
         temperature: float = 1.0,
         cross_entropy: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> None:
-        """Into `out` [N, width]. `cross_entropy`: weights [N], untempered normalizers [2, N], labels int64 [N]."""
+        """Write the gradient into `out` [N, width].
+
+        `cross_entropy`: weights [N], untempered normalizers [2, N], labels int64 [N].
+        """
         label_weight, untempered, label = cross_entropy or (None, None, None)
         shift, bias = (None, None) if untempered is None else untempered
         params = GradientParams(
@@ -256,6 +259,6 @@ def _pointer(x: Tensor | None) -> int | None:
 
 
 def normalizers_of(statistics: Tensor) -> Tensor:
-    """[N, 4], of what the first pass wrote about a whole vocabulary."""
+    """Return the normalizers [N, 4] of the statistics of a whole vocabulary."""
     maxima, sums = statistics[:, 0:4:2], statistics[:, 1:4:2]
     return torch.stack([torch.where(maxima == -torch.inf, 0, maxima), sums.log2()], -1).flatten(1).contiguous()

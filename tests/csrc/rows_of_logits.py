@@ -17,7 +17,7 @@ class Layout:
     gap: int
 
     def place(self, values: Tensor, dtype: torch.dtype, *, around: float = torch.nan) -> Tensor:
-        """A view [N, V] of `values`, in a buffer that holds `around` elsewhere."""
+        """Return a view [N, V] of `values`, in a buffer that holds `around` elsewhere."""
         rows, columns = values.shape
         stride = -(-columns // 8) * 8 + self.gap
         buffer = torch.full((self.offset + rows * stride + 8,), around, dtype=dtype)
@@ -38,14 +38,14 @@ LAYOUTS = {
 
 
 def elements_around(view: Tensor) -> Tensor:
-    """A copy of everything in the view's buffer that is not the view."""
+    """Return a copy of everything in the view's buffer that is not the view."""
     outside = torch.ones(view.untyped_storage().nbytes() // view.element_size(), dtype=torch.bool)
     outside.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(False)
     return view.as_strided(outside.shape, (1,), 0)[outside]
 
 
 def random_logits(rows: int, columns: int, seed: int = 0, scale: float = 3.0) -> tuple[Tensor, Tensor]:
-    """Student and teacher, related."""
+    """Return related logits of student and teacher."""
     generator = torch.Generator().manual_seed(seed)
     student, noise = torch.randn(2, rows, columns, generator=generator) * scale
     return student, student + 0.5 * noise

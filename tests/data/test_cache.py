@@ -91,6 +91,6 @@ def test_a_second_process_waits_for_the_first(cache, tmp_path):
 
 def test_a_cache_that_cannot_be_written_to_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=f"^data.dataset_cache_dir = {tmp_path}/file: cannot be written to") as error:
+    with pytest.raises(UserError, match=f"^data.dataset_cache_dir = {tmp_path}/file: cannot be written") as error:
         CacheFolder(tmp_path / "file" / "key").build(write("x"))
     assert "\n" not in str(error.value)

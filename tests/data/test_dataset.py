@@ -3,6 +3,7 @@ import os
 import socket
 import sys
 from pathlib import Path
+from types import MappingProxyType
 
 import datasets
 import numpy as np
@@ -16,7 +17,8 @@ from megatron_gkd.data.prompt import PromptLimits, extract_prompt, max_response_
 from megatron_gkd.data.report import DataReport
 from megatron_gkd.data.sample import IGNORED_LABEL
 from megatron_gkd.data.teacher_view import teacher_view
-from megatron_gkd.errors import UserError
+from megatron_gkd.data.tokenizing import RowOptions
+from megatron_gkd.errors import RunStopped, UserError
 from megatron_gkd.reporting import phases
 from megatron_gkd.runtime.nodes import Nodes
 
@@ -78,7 +80,7 @@ class TestSamples:
         data = section(write_jsonl([chat("q", "a")] * 2, "validation.jsonl"))
         data.val_dataset, data.dataset = data.dataset, []
         assert len(build(data, tokenizer, "validation")[0]) == 2
-        with pytest.raises(UserError, match="data.dataset names no file"):
+        with pytest.raises(UserError, match=r"data.dataset names no file"):
             build(data, tokenizer)
 
     def test_all_turns_and_template_arguments_come_from_the_recipe(
@@ -107,11 +109,10 @@ class TestDroppedRows:
 
     def test_bad_rows_are_an_error_that_names_the_first(self, section, write_jsonl, chat, tokenizer):
         path = write_jsonl([chat("q", "a"), '{"messages": [}', chat("q"), {"prompt": 1}])
-        with pytest.raises(UserError) as error:
+        with pytest.raises(RunStopped) as error:
             build(section(path), tokenizer)
         assert str(error.value) == (
-            f"{path}, line 2: not JSON: Expecting value at column 15 "
-            "(3 bad rows in all; data_errors: skip leaves them out)"
+            f"{path}, line 2: not JSON: Expecting value at column 15 (3 bad rows in all; data_errors: skip drops them)"
         )
 
     def test_bad_rows_can_be_skipped_and_are_counted(self, section, write_jsonl, chat, tokenizer):
@@ -126,7 +127,7 @@ class TestDroppedRows:
 
     def test_prompts_alone_are_rows_where_the_student_may_answer_them(self, section, write_jsonl, chat, tokenizer):
         path = write_jsonl([chat("q", "a"), chat("q"), {"prompt": "p q"}])
-        dataset, _ = build_dataset(section(path), "train", tokenizer, prompts=True)
+        dataset, _ = build_dataset(section(path), "train", tokenizer, RowOptions(allows_prompts=True))
         answered, conversation, text = (dataset[index] for index in range(3))
         assert dataset.num_labels.tolist()[1:] == [0, 0]
         assert (
@@ -135,12 +136,12 @@ class TestDroppedRows:
             == conversation.input_ids.tolist()
         )
         assert tokenizer.decode(text.input_ids) == "p q"
-        with pytest.raises(UserError, match="no assistant turn"):  # and not from the cache
+        with pytest.raises(RunStopped, match="no assistant turn"):  # and not from the cache
             build(section(path), tokenizer)
 
     def test_a_bad_row_of_a_table_is_named_by_its_number(self, section, tokenizer, tmp_path, chat):
         datasets.Dataset.from_list([chat("q", "a"), chat("q")]).to_parquet(tmp_path / "rows.parquet")
-        with pytest.raises(UserError, match=r"rows.parquet, row 2: no assistant turn"):
+        with pytest.raises(RunStopped, match=r"rows.parquet, row 2: no assistant turn"):
             build(section(tmp_path / "rows.parquet"), tokenizer)
 
     @pytest.mark.parametrize(
@@ -153,7 +154,7 @@ class TestDroppedRows:
     )
     def test_a_source_that_yields_nothing_is_an_error(self, section, write_jsonl, tokenizer, rows, message):
         path = write_jsonl(rows)
-        with pytest.raises(UserError, match=f"^{path}: {message}"):
+        with pytest.raises(RunStopped, match=f"^{path}: {message}"):
             build(section(path, data_errors="skip"), tokenizer)
 
 
@@ -164,8 +165,8 @@ class TestRoomForACompletion:
 
     def build(self, section, write_jsonl, tokenizer, strategy, rows):
         data = section(write_jsonl(rows), max_length=16, truncation_strategy=strategy)
-        options = dict(prompts=True, prompt_limits=self.LIMITS)
-        dataset, report = build_dataset(data, "train", tokenizer, **options)
+        options = RowOptions(allows_prompts=True, prompt_limits=self.LIMITS)
+        dataset, report = build_dataset(data, "train", tokenizer, options)
         for index in range(len(dataset)):
             assert 0 < max_response_length(dataset[index], 16, 16)
         return dataset, report
@@ -214,7 +215,7 @@ class TestRoomForACompletion:
         whole, _ = build(data, tokenizer)
         limit = len(extract_prompt(whole[0])) - 5
         limits = PromptLimits(limit, limit)
-        dataset, _ = build_dataset(data, "train", tokenizer, prompt_limits=limits)
+        dataset, _ = build_dataset(data, "train", tokenizer, RowOptions(prompt_limits=limits))
         assert extract_prompt(dataset[0]).tolist() == extract_prompt(whole[0]).tolist()[5:]
         assert dataset[0].teacher_prompt.tolist() == whole[0].teacher_prompt.tolist()[5:]
         view = teacher_view(dataset[0])
@@ -258,7 +259,7 @@ class TestPreprocessor:
         )
 
     def test_an_unknown_one_is_an_error(self, section, write_jsonl, chat, tokenizer):
-        with pytest.raises(UserError, match="preprocessor 'nobody' is not registered"):
+        with pytest.raises(RunStopped, match="preprocessor 'nobody' is not registered"):
             build(section(write_jsonl([chat("q", "a")]), preprocessor="nobody"), tokenizer)
 
 
@@ -318,7 +319,7 @@ class TestCache:
         class Slow:
             is_fast = False
 
-        with pytest.raises(UserError, match="tokenizer Slow: a fast tokenizer"):
+        with pytest.raises(RunStopped, match="tokenizer Slow: a fast tokenizer"):
             build(section(write_jsonl([chat("q", "a")])), Slow())
 
 
@@ -452,11 +453,13 @@ class TestTwoNodes:
 
 
 class TestRowsOfTokenIds:
-    ROW = {"prompt_token_ids": [5, 6, 7], "response_token_ids": [8, 9], "prompt": "text", "response": "other text"}
+    ROW = MappingProxyType(
+        {"prompt_token_ids": [5, 6, 7], "response_token_ids": [8, 9], "prompt": "text", "response": "other text"}
+    )
 
     def test_they_are_taken_as_they_are(self, section, write_jsonl, chat, tokenizer):
         with_view = {**self.ROW, "teacher_prompt_token_ids": [4, 5, 6, 7]}
-        rows = [self.ROW, chat("q", "a"), with_view, {**self.ROW, "masked": True}]
+        rows = [dict(self.ROW), chat("q", "a"), with_view, {**self.ROW, "masked": True}]
         dataset, report = build(section(write_jsonl(rows)), tokenizer)
         assert report == DataReport(rows_read=4, rows_used=3, dropped={"masked": 1})
         assert dataset[0].input_ids.tolist() == [5, 6, 7, 8, 9]
@@ -465,8 +468,7 @@ class TestRowsOfTokenIds:
 
     def test_ids_of_another_vocabulary_are_refused(self, section, write_jsonl, tokenizer):
         path = write_jsonl([{**self.ROW, "response_token_ids": [8, 200_000]}])
-        with pytest.raises(UserError, match=f"foreign token id: 200000 is .* 0 to {len(tokenizer) - 1}"):
+        with pytest.raises(RunStopped, match=f"foreign token id: 200000 is .* 0 to {len(tokenizer) - 1}"):
             build(section(path), tokenizer)
-        options = dict(prompts=False, vocab_size=200_001)
-        dataset, _ = build_dataset(section(path), "train", tokenizer, **options)
+        dataset, _ = build_dataset(section(path), "train", tokenizer, RowOptions(vocab_size=200_001))
         assert dataset[0].input_ids.tolist() == [5, 6, 7, 8, 200_000]

@@ -60,5 +60,5 @@ def test_a_file_that_cannot_be_run(plugin, text, name, message):
 
 
 def test_a_missing_file(tmp_path):
-    with pytest.raises(UserError, match="external_plugins: .*missing.py: no such file"):
+    with pytest.raises(UserError, match=r"external_plugins: .*missing.py: no such file"):
         load_plugins([str(tmp_path / "missing.py")])

@@ -1,6 +1,6 @@
 import pytest
 
-from megatron_gkd.data.rows import BadRow, Completion, Conversation, TokenIds, parse_row
+from megatron_gkd.data.rows import BadRow, Conversation, PlainText, TokenIds, parse_row
 
 USER = {"role": "user", "content": "hi"}
 ASSISTANT = {"role": "assistant", "content": "hello"}
@@ -13,18 +13,18 @@ def test_a_conversation_ends_with_its_last_assistant_turn():
 
 
 def test_prompt_and_response_are_text_or_messages():
-    assert parse_row({"prompt": "a", "response": "b", "extra": 1}) == Completion("a", "b")
+    assert parse_row({"prompt": "a", "response": "b", "extra": 1}) == PlainText("a", "b")
     assert parse_row({"prompt": [USER], "response": "hello"}) == Conversation([USER, ASSISTANT])
 
 
 def test_a_prompt_alone_is_a_row_where_that_is_allowed():
-    assert parse_row({"messages": [USER]}, prompts=True) == Conversation([USER])
-    assert parse_row({"prompt": [USER], "tools": "[]"}, prompts=True) == Conversation([USER])
-    assert parse_row({"prompt": "hi"}, prompts=True) == Completion("hi", None)
-    assert parse_row({"messages": [USER, ASSISTANT, USER]}, prompts=True) == Conversation([USER, ASSISTANT])
+    assert parse_row({"messages": [USER]}, allows_prompts=True) == Conversation([USER])
+    assert parse_row({"prompt": [USER], "tools": "[]"}, allows_prompts=True) == Conversation([USER])
+    assert parse_row({"prompt": "hi"}, allows_prompts=True) == PlainText("hi", None)
+    assert parse_row({"messages": [USER, ASSISTANT, USER]}, allows_prompts=True) == Conversation([USER, ASSISTANT])
     for row in ({"messages": []}, {"prompt": "a", "response": " "}):
         with pytest.raises(BadRow):
-            parse_row(row, prompts=True)
+            parse_row(row, allows_prompts=True)
 
 
 def test_tools_may_be_json_text_and_null_counts_as_absent():
@@ -93,4 +93,4 @@ def test_what_is_wrong_with_a_row_is_said(row, message):
 def test_token_ids_come_before_the_text_beside_them():
     row = {"prompt": "a", "response": "b", "prompt_token_ids": [1, 2], "response_token_ids": [3], "masked": True}
     assert parse_row(row) == TokenIds([1, 2], [3], masked=True)
-    assert parse_row({"prompt_token_ids": [1]}, prompts=True) == TokenIds([1], None)
+    assert parse_row({"prompt_token_ids": [1]}, allows_prompts=True) == TokenIds([1], None)

@@ -11,7 +11,7 @@ from world import start_process
 
 from megatron_gkd.data import shards
 from megatron_gkd.data.dataset import build_dataset
-from megatron_gkd.errors import UserError
+from megatron_gkd.errors import RunStopped
 from megatron_gkd.reporting import phases
 
 COUNT, SHARD_ROWS = 40, 4
@@ -101,7 +101,7 @@ def _elsewhere(section, tmp_path):
 
 def test_a_killed_worker_is_one_line_and_costs_unfinished_shards_only(data, tokenizer, tmp_path):
     section = data("time.sleep(0.5); " + DIE, workers=2)
-    with pytest.raises(UserError, match="^data.preprocessing_num_workers = 2: a process that tokenizes was killed"):
+    with pytest.raises(RunStopped, match=r"^data.preprocessing_num_workers = 2: a process that tokenizes was killed"):
         build_dataset(section, "train", tokenizer)
     finished = {int(file.stem) for file in Path(section.dataset_cache_dir).glob("*.unfinished/parts/*.json")}
     assert {0, 1, 2, 3, 4} <= finished and 5 not in finished
@@ -143,9 +143,7 @@ def _is_alive(pid):
 def test_bad_rows_of_all_shards_are_counted_and_nothing_is_kept(data, tokenizer, tmp_path):
     section = data("pass")
     section.preprocessor, section.external_plugins = None, []
-    with pytest.raises(
-        UserError, match=r"line 1: no messages.* \(40 bad rows in all; data_errors: skip leaves them out"
-    ):
+    with pytest.raises(RunStopped, match=r"line 1: no messages.* \(40 bad rows in all; data_errors: skip drops them"):
         build_dataset(section, "train", tokenizer)
     assert not list(Path(section.dataset_cache_dir).iterdir())
 

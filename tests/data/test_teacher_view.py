@@ -8,11 +8,12 @@ from megatron_gkd.data.prompt import replace_response
 from megatron_gkd.data.rows import BadRow, parse_row
 from megatron_gkd.data.sample import FROM_DATASET, IGNORED_LABEL, Sample, shift_labels
 from megatron_gkd.data.teacher_view import teacher_view
-from megatron_gkd.errors import UserError
+from megatron_gkd.data.tokenizing import RowOptions
+from megatron_gkd.errors import RunStopped
 
 
 def build(section, tokenizer, **options):
-    return build_dataset(section, "train", tokenizer, **options)
+    return build_dataset(section, "train", tokenizer, RowOptions(**options))
 
 
 def sample(trained, teacher_prompt=None):
@@ -71,7 +72,7 @@ def read(section, write_jsonl, tokenizers):
     """`read(row, **options)`: the row's sample, what the student and what the teacher reads of it, as text."""
 
     def run(row, template="chatml", prompts=False, **options):
-        dataset, _ = build(section(write_jsonl([row]), **options), tokenizers[template], prompts=prompts)
+        dataset, _ = build(section(write_jsonl([row]), **options), tokenizers[template], allows_prompts=prompts)
         found = dataset[0]
         assert labels_of(teacher_view(found)) == labels_of(found)
         return found, *(tokenizers[template].decode(view.input_ids) for view in (found, teacher_view(found)))
@@ -109,7 +110,7 @@ class TestRows:
 
     def test_a_prompt_alone(self, section, write_jsonl, tokenizer, chat):
         rows = [chat("q", teacher_prompt="q: a"), {"prompt": "q", "teacher_prompt": "a"}, chat("q")]
-        dataset, _ = build(section(write_jsonl(rows)), tokenizer, prompts=True)
+        dataset, _ = build(section(write_jsonl(rows)), tokenizer, allows_prompts=True)
         found = [dataset[index].teacher_prompt for index in range(3)]
         assert tokenizer.decode(found[0]) == "<|im_start|>user\nq: a<|im_end|>\n<|im_start|>assistant\n"
         assert tokenizer.decode(found[1]) == "a" and found[2] is None
@@ -134,7 +135,9 @@ class TestRows:
 
     def test_a_conversation_without_a_user(self, read):
         messages = [{"role": "system", "content": "s"}, {"role": "assistant", "content": "a"}]
-        with pytest.raises(UserError, match="no user message: teacher_prompt has none to stand in for"):
+        with pytest.raises(
+            RunStopped, match="no user message: teacher_prompt replaces the last user message, and there is none"
+        ):
             read({"messages": messages, "teacher_prompt": "b"})
 
     def test_a_turn_that_is_trained_on_behind_it(self, read):
@@ -144,14 +147,14 @@ class TestRows:
             {"role": "tool", "content": "t"},
             {"role": "assistant", "content": "b"},
         ]
-        with pytest.raises(UserError, match="teacher_prompt: with loss_on: all no other turn may follow it"):
+        with pytest.raises(RunStopped, match="teacher_prompt: with loss_on: all, the last turn alone may follow it"):
             read({"messages": messages, "teacher_prompt": "a longer q"}, loss_on="all")
 
     def test_a_template_that_renders_the_response_by_the_prompt(self, read, chat, tokenizers, monkeypatch):
         counting = "message.content }}{{ messages[0].content | length if message.role == 'assistant' }}"
         template = tokenizers["chatml"].chat_template.replace("message.content }}", counting, 1)
         monkeypatch.setattr(tokenizers["chatml"], "chat_template", template)
-        with pytest.raises(UserError, match="teacher_prompt: the response is made of other tokens behind it"):
+        with pytest.raises(RunStopped, match="teacher_prompt: the response is tokenized differently after it"):
             read(chat("q", "a", teacher_prompt="longer"))
 
 
@@ -202,9 +205,9 @@ class TestTags:
     @pytest.mark.parametrize("tag", [None, ""])
     def test_a_row_without_a_tag(self, section, write_jsonl, chat, tokenizer, tag):
         path = write_jsonl([chat("q", "a", subject="math"), chat("q", "b", subject=tag)])
-        with pytest.raises(UserError, match="line 2: no tag: a row needs subject, which says what teacher it has"):
+        with pytest.raises(RunStopped, match="line 2: no tag: a row needs subject, which says what teacher it has"):
             build(section(path), tokenizer, tag_key="subject")
 
     def test_a_tag_is_text(self, section, write_jsonl, chat, tokenizer):
-        with pytest.raises(UserError, match="wrong type: subject must be a string, but is a number"):
+        with pytest.raises(RunStopped, match="wrong type: subject must be a string, but is a number"):
             build(section(write_jsonl([chat("q", "a", subject=3)])), tokenizer, tag_key="subject")

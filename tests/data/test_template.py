@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from megatron_gkd.data.rows import BadRow, Completion, parse_row
+from megatron_gkd.data.rows import BadRow, PlainText, parse_row
 from megatron_gkd.data.sample import IGNORED_LABEL
 from megatron_gkd.data.template import RowRenderer
 
@@ -123,7 +123,7 @@ def test_characters_of_several_tokens(render, chat):
 
 def test_plain_text_gets_an_end_token_and_no_template(tokenizers, trained_text):
     tokenizer = tokenizers[None]
-    input_ids, labels = RowRenderer(tokenizer)(Completion("the question: ", "the answer"))
+    input_ids, labels = RowRenderer(tokenizer)(PlainText("the question: ", "the answer"))
     check_shifted(input_ids, labels)
     assert tokenizer.decode(input_ids) == "the question: the answer<|im_end|>"
     assert trained_text(tokenizer, labels) == "the answer<|im_end|>"
@@ -132,10 +132,10 @@ def test_plain_text_gets_an_end_token_and_no_template(tokenizers, trained_text):
 def test_plain_text_starts_with_bos_where_the_tokenizer_adds_it(tokenizers):
     tokenizer = copy.deepcopy(tokenizers[None])
     tokenizer.bos_token = "<s>"
-    without = RowRenderer(tokenizer)(Completion("a", "b"))[0].tolist()
+    without = RowRenderer(tokenizer)(PlainText("a", "b"))[0].tolist()
     bos = tokenizer.bos_token_id
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
-    assert RowRenderer(tokenizer)(Completion("a", "b"))[0].tolist() == [bos, *without]
+    assert RowRenderer(tokenizer)(PlainText("a", "b"))[0].tolist() == [bos, *without]
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_plain_text_starts_with_bos_where_the_tokenizer_adds_it(tokenizers):
         (
             "chatml",
             {"messages": [{"role": "assistant", "content": "a"}]},
-            r"chat template: messages\[0\] is the assistant's",
+            r"chat template: messages\[0\] is an assistant turn",
         ),
         (
             None,
@@ -154,7 +154,7 @@ def test_plain_text_starts_with_bos_where_the_tokenizer_adds_it(tokenizers):
         (
             "chatml",
             {"prompt": [{"role": "refused", "content": "q"}], "response": "a"},
-            "chat template: it refuses the row: TemplateError: unknown role",
+            "chat template: it fails for this row: TemplateError: unknown role",
         ),
         ("chatml", {"prompt": "\ud800", "response": "a"}, r"not Unicode: the text holds '\\ud800'"),
     ],

@@ -18,7 +18,7 @@ class Point:
 
     Attributes:
         kind: of work that is interrupted.
-        name: says what, within the kind; see `find`.
+        name: of the place, within the kind; see `find`.
         target: the function, as `module:name` or `module:Class.name`.
         moment: before its call, inside it, after it; or with only a part of what it writes or removes.
         only: text in its first argument, in calls that count.
@@ -73,7 +73,7 @@ POINTS = (
     _point("publishing", "between manifest and rename", f"{_FOLDER}:publish", only="unfinished", in_main=True),
     _point("publishing", "the link last made, not put in its place", "pathlib:Path.replace", only="last.new",
            in_main=True),
-    _point("publishing", "renamed, older ones not deleted", f"{_FOLDER}:CheckpointFolder.forget_old", in_main=True),
+    _point("publishing", "renamed, older ones not deleted", f"{_FOLDER}:CheckpointFolder.remove_old", in_main=True),
     _point("publishing", "an older one half deleted", "shutil:rmtree", "half removed", only="checkpoints/step-",
            in_main=True),
     _point("publishing", "just published", f"{_FOLDER}:CheckpointFolder.publish", "after", in_main=True),
@@ -86,14 +86,14 @@ POINTS = (
     _point("records", "before the rows of a bad step", "training.bad_steps:BadSteps.record", needs="bad steps"),
     _point("rollout", "in a forward pass", "rollout.megatron.engine:MegatronEngine._forward", "inside", most_calls=6,
            needs="embedded engine"),
-    _point("rollout", "before the completions' exchange", "training.completion_sampler:CompletionSampler.gather", most_calls=3,
-           needs="rollouts"),
+    _point("rollout", "before the completions' exchange", "training.completion_sampler:CompletionSampler.gather",
+           most_calls=3, needs="rollouts"),
     _point("rollout", "while servers sample", "rollout.vllm.server:VllmServerEngine._complete", "inside",
            needs="servers"),
-    _point("rollout", "in the writing of weights", "rollout.vllm.weight_folder:WeightFolder.write", "inside", in_main=True,
-           needs="servers"),
-    _point("rollout", "weights written, not loaded", "rollout.vllm.weight_folder:WeightFolder.write", "after", in_main=True,
-           needs="servers"),
+    _point("rollout", "in the writing of weights", "rollout.vllm.weight_folder:WeightFolder.write", "inside",
+           in_main=True, needs="servers"),
+    _point("rollout", "weights written, not loaded", "rollout.vllm.weight_folder:WeightFolder.write", "after",
+           in_main=True, needs="servers"),
     _point("rollout", "a server paused", "rollout.vllm.client:StudentServer.pause", "after", in_main=True,
            needs="servers"),
     _point("rollout", "a server resumed, without its label", "rollout.vllm.client:StudentServer.set_label",
@@ -106,11 +106,11 @@ POINTS = (
     _point("resume", "before leftovers are removed", f"{_FOLDER}:CheckpointFolder.remove_leftovers", in_main=True,
            phase="resume"),
     _point("resume", "in the verification", f"{_SAVING}loader:find_damage", "inside", phase="resume"),
-    _point("resume", "student not built", "training.run:build_student", phase="resume"),
-    _point("resume", "before the load", "training.run:load", phase="resume"),
+    _point("resume", "student not built", "training.assemble:build_student", phase="resume"),
+    _point("resume", "before the load", "training.assemble:load", phase="resume"),
     _point("resume", "weights loaded, moments not", f"{_OPTIMIZER}.load_state_dict", phase="resume"),
-    _point("resume", "in the load", "training.run:load", "inside", seconds=0.1, phase="resume"),
-    _point("resume", "before the records are cut", "training.run:Reporter", phase="resume"),
+    _point("resume", "in the load", "training.assemble:load", "inside", seconds=0.1, phase="resume"),
+    _point("resume", "before the records are cut", "training.run:open_reporter", phase="resume"),
     _point("resume", "metrics.jsonl not replaced by its cut copy", "pathlib:Path.replace",
            only="metrics.jsonl.unfinished", in_main=True, phase="resume"),
     _point("resume", "records cut, nothing trained", f"{_TRAINER}.restore", phase="resume"),

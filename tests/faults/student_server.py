@@ -20,7 +20,7 @@ class StudentServer:
         self.vllm = FakeVllm()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
         self._http.daemon_threads, self._http.vllm = True, self.vllm
-        self._http.handle_error = lambda *arguments: None  # the trainer was killed and reads no answer
+        self._http.handle_error = lambda *arguments: None  # the trainer was killed and reads no response
 
     @property
     def url(self) -> str:

@@ -35,7 +35,7 @@ def failure_folders():
     return set(glob.glob(os.path.join(tempfile.gettempdir(), "megatron-gkd-*")))
 
 
-def test_success_is_0_and_says_nothing(tmp_path):
+def test_success_is_0_without_output(tmp_path):
     body = """
     print("hello of", rank, os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"], os.environ["GROUP_WORLD_SIZE"])
     """
@@ -61,7 +61,7 @@ def test_a_mistake_of_the_user_in_one_rank_is_one_line_and_2(tmp_path):
     assert failure_folders() <= before
 
 
-def test_what_stops_all_ranks_is_printed_once_without_a_rank(tmp_path):
+def test_a_shared_failure_is_printed_once_without_a_rank(tmp_path):
     code, err = run(tmp_path, 'time.sleep(1 - rank)\nraise RunStopped("stopped after step 2 of 4\\nsaved")')
     assert (code, err) == (2, "stopped after step 2 of 4\nsaved\n")
 
@@ -81,7 +81,7 @@ def test_an_unexpected_exception_has_one_traceback_and_hides_no_cause(tmp_path):
     assert lines[-1] == "rank 0 of 2 stopped, or lost the connection, after that"
 
 
-def test_a_killed_rank_is_named_and_takes_the_others_along(tmp_path):
+def test_a_killed_rank_is_named_and_ends_the_others(tmp_path):
     body = """
     if rank == 1:
         import subprocess
@@ -115,8 +115,8 @@ def test_a_signal_reaches_each_rank_once_and_75_is_kept(tmp_path, signum):
         os.kill(launcher.pid, signum)
     assert finish(launcher) == 75
     assert [notes(tmp_path, "signal", rank) for rank in (0, 1)] == [[signum.name], [signum.name]]
-    said = "SIGINT: stopping after this step; a second Ctrl-C ends at once\n" if signum == signal.SIGINT else ""
-    assert (tmp_path / "launcher.err").read_text() == said
+    note = "SIGINT: stopping after this step; a second Ctrl-C ends at once\n" if signum == signal.SIGINT else ""
+    assert (tmp_path / "launcher.err").read_text() == note
 
 
 @pytest.mark.parametrize("signum", [signal.SIGUSR1, signal.SIGINT])
@@ -162,7 +162,7 @@ def test_ranks_end_with_a_launcher_that_is_killed(tmp_path):
     wait_for(lambda: not any(map(is_alive, pids(tmp_path))), 10)
 
 
-def test_a_failure_is_tried_again_and_a_mistake_is_not(tmp_path):
+def test_a_failure_is_restarted_and_a_mistake_is_not(tmp_path):
     body = """
     if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         raise KeyError("once")

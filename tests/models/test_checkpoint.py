@@ -9,7 +9,7 @@ from checkpoints import tiny_checkpoint
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from megatron_gkd.errors import UserError
+from megatron_gkd.errors import RunStopped, UserError
 from megatron_gkd.models.checkpoint import Checkpoint
 
 
@@ -114,7 +114,7 @@ def test_a_missing_tensor_is_named(name, hint, copy):
     save_file(tensors, path / "model.safetensors")
     with pytest.raises(UserError) as error:
         Checkpoint.open(str(path))
-    assert str(error.value) == f"{path}: no safetensors file has {name}, which config.json asks for{hint}"
+    assert str(error.value) == f"{path}: no safetensors file has {name}, which config.json requires{hint}"
 
 
 def test_a_buffer_of_old_releases_is_no_parameter(copy):
@@ -163,11 +163,11 @@ def test_several_files_with_an_index_are_one_checkpoint(copy):
         (lambda path: (path / "model.safetensors.index.json").write_text("{"), "model.safetensors.index.json: not an "),
         (lambda path: shutil.copy(path / "a.safetensors", path / "c.safetensors"), "c.safetensors: not part of the "),
         (lambda path: shutil.copy(path / "a.safetensors", path / "b.safetensors"), "b.safetensors: lm_head.weight is "
-         "in it, but model.safetensors.index.json says a.safetensors"),
+         "in it, but model.safetensors.index.json has a.safetensors"),
         (lambda path: save_file({}, path / "a.safetensors"), "a.safetensors: lm_head.weight is not in it, but "),
     ],
 )  # fmt: skip
-def test_files_that_do_not_go_together_are_refused(damage, message, copy):
+def test_inconsistent_files_are_refused(damage, message, copy):
     path = copy("qwen3")
     split(path)
     damage(path)
@@ -186,7 +186,7 @@ def test_a_broken_generation_config_is_named(copy):
 def test_a_directory_without_weights_is_refused(copy):
     path = copy("qwen3")
     (path / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="no \\*.safetensors file"):
+    with pytest.raises(UserError, match=r"no \*\.safetensors file"):
         Checkpoint.open(str(path))
 
 
@@ -194,12 +194,12 @@ def test_a_directory_without_a_tokenizer_is_refused(copy):
     path = copy("qwen3")
     for file in path.glob("*token*"):
         file.unlink()
-    with pytest.raises(UserError, match="no tokenizer"):
+    with pytest.raises(UserError, match="has no tokenizer"):
         Checkpoint.open(str(path)).tokenizer()
 
 
-def test_a_hub_model_that_cannot_be_fetched_is_one_line(monkeypatch):
+def test_a_failed_download_is_one_line(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(UserError, match="nobody/nothing: neither a local directory nor a hub model") as error:
+    with pytest.raises(RunStopped, match="nobody/nothing: neither a local directory nor a hub model") as error:
         Checkpoint.open("nobody/nothing")
     assert "\n" not in str(error.value).split("(")[0]

@@ -1,4 +1,4 @@
-"""What a run exports, transformers opens, and it is the model that was trained."""
+"""Exports can be opened by transformers and are the model that was trained."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def train_and_export(rank, world_size, model, teacher, directory, changes):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen2_tied", "qwen3", "qwen3_tied", "qwen3_moe"])
-def test_an_untrained_model_comes_back_bit_by_bit(family, gloo_world, tmp_path):
+def test_an_untrained_model_is_exported_bit_by_bit(family, gloo_world, tmp_path):
     source, directory = tiny_checkpoint(family), tmp_path / "export"
     changes = {"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}}
     gloo_world(2).run(export_untrained, source, directory, changes)
@@ -94,7 +94,7 @@ def train_with_a_tokenizer_that_can_not_be_saved(rank, world_size, recipe):
     from megatron_gkd.config.schema import Recipe
     from megatron_gkd.errors import UserError
     from megatron_gkd.runtime.mesh import Layout, destroy_mesh, initialize_mesh
-    from megatron_gkd.training.run import _train
+    from megatron_gkd.training.run import run
     from megatron_gkd.training.run_folder import RunFolder
 
     def refuse(self, directory):
@@ -105,7 +105,7 @@ def train_with_a_tokenizer_that_can_not_be_saved(rank, world_size, recipe):
     saved, PreTrainedTokenizerBase.save_pretrained = PreTrainedTokenizerBase.save_pretrained, refuse
     try:
         with RunFolder(Path(recipe.output.output_dir), is_main=rank == 0) as folder:
-            _train(recipe, mesh, folder)
+            run(recipe, mesh, folder)
     except UserError as error:
         return str(error)
     finally:
@@ -113,7 +113,7 @@ def train_with_a_tokenizer_that_can_not_be_saved(rank, world_size, recipe):
         destroy_mesh()
 
 
-def test_what_can_not_be_exported_ends_the_run_before_its_first_step(gloo_world, tmp_path):
+def test_a_checkpoint_that_cannot_be_exported_is_refused_before_the_first_step(gloo_world, tmp_path):
     source, output = tiny_checkpoint("qwen3"), tmp_path / "run"
     (tmp_path / "rows.jsonl").write_text('{"prompt": "w1", "response": "w2"}\n')
     recipe = {
@@ -177,7 +177,7 @@ def export_into_a_file(rank, world_size, model, directory):
     return str(error.value)
 
 
-def test_a_place_that_can_not_be_written_to_is_the_same_line_in_all_ranks(gloo_world, tmp_path):
+def test_an_unwritable_folder_is_the_same_error_in_all_ranks(gloo_world, tmp_path):
     (tmp_path / "file").write_text("")
     messages = gloo_world(2).run(export_into_a_file, tiny_checkpoint("qwen3", seed=2), tmp_path / "file/hf", timeout=60)
     assert messages[0] == messages[1]

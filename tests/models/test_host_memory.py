@@ -1,4 +1,4 @@
-"""Page-locked memory comes in allocations that rounding to powers of two does not enlarge."""
+"""Page-locked memory is allocated in sizes that torch does not round up."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ GIB = 1 << 30
 
 
 @pytest.mark.parametrize("num_bytes", [0, 1, 1000, SMALLEST_PIECE, GIB - 1, GIB, GIB + 1, int(16.3 * GIB), 7 * GIB - 5])
-def test_what_torch_rounds_up_is_little(num_bytes):
+def test_torch_rounds_the_allocations_up_by_little(num_bytes):
     sizes = _piece_sizes(num_bytes, LARGEST_PIECE)
     rounded = [1 << (size - 1).bit_length() for size in sizes]  # as torch's allocator of page-locked memory rounds
     assert max(rounded, default=0) <= GIB
@@ -39,7 +39,7 @@ def test_bytes_may_lie_across_several_allocations(largest, monkeypatch):
 
 
 @pytest.mark.parametrize("largest", [0, 8, 48])
-def test_a_limit_that_is_no_power_of_two(largest):
+def test_a_limit_that_is_no_power_of_two_is_refused(largest):
     with pytest.raises(ValueError, match=f"largest_piece is {largest}; it must be a power of two from 16"):
         HostMemory(100, largest)
 

@@ -1,4 +1,4 @@
-"""Offloaded weights come back bit by bit, and neither building nor keeping them takes more memory than they need."""
+"""Offloaded weights are restored bit by bit, and offloading needs no memory beside them."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a, b)
 
 
-def test_weights_take_memory_only_while_resident_and_come_back_unchanged(monkeypatch):
+def test_weights_need_memory_only_while_resident_and_do_not_change(monkeypatch):
     model = module()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     allocations = Allocations(monkeypatch)
@@ -75,7 +75,7 @@ def test_weights_take_memory_only_while_resident_and_come_back_unchanged(monkeyp
 
 
 @pytest.mark.parametrize("largest_piece", [16, 64, 1024, 1 << 30])
-def test_every_kind_of_parameter_comes_back_bit_by_bit(largest_piece):
+def test_every_kind_of_parameter_is_restored_bit_by_bit(largest_piece):
     parameters = parameters_of_all_kinds()
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     offloaded = OffloadedWeights([*parameters.values(), parameters["bf16"]], largest_piece)
@@ -91,7 +91,7 @@ def test_every_kind_of_parameter_comes_back_bit_by_bit(largest_piece):
         assert device_bytes(parameters.values()) == 0
 
 
-def test_nothing_to_offload():
+def test_a_model_without_parameters_can_be_offloaded():
     offloaded = OffloadedWeights([])
     with offloaded.resident():
         assert offloaded.num_bytes == 0
@@ -120,10 +120,10 @@ def test_contiguous_parameters_are_moved_without_a_copy_on_the_device(monkeypatc
     assert allocations.peak == sum(parameter.nbytes for parameter in [torch.empty(502, 8)])
 
 
-def test_weights_that_come_back_wrong_are_noticed():
+def test_damaged_weights_are_found():
     offloaded = OffloadedWeights(module().parameters())
     next(offloaded._host.parts(3, 1)).add_(1)
-    with pytest.raises(RuntimeError, match="came back wrong"):
+    with pytest.raises(RuntimeError, match="are damaged"):
         with offloaded.resident():
             pass
 

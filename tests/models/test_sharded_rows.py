@@ -1,4 +1,4 @@
-"""Rows that lie distributed over ranks take a share of the memory and come back as they were."""
+"""Rows that are distributed over ranks take a share of the memory and are gathered unchanged."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ def test_the_shared_ids_are_those_of_the_smaller_embedding():
     assert shared_vocab_size(small, large) == shared_vocab_size(large, small) == 99
 
 
-def test_a_tokenizer_with_more_tokens_at_the_end_is_of_the_family():
+def test_a_tokenizer_with_more_tokens_at_the_end_is_accepted():
     require_same_tokenizer(tiny_tokenizer(), tiny_tokenizer())
 
 
@@ -40,7 +40,7 @@ def lay_out(rank, world_size, old_rows, new_rows):
 
 
 @pytest.mark.parametrize(("old_rows", "new_rows"), [(5, 5), (5, 3), (5, 7), (5, 11)])
-def test_a_head_is_cut_anew(old_rows, new_rows, gloo_world):
+def test_a_head_is_resharded(old_rows, new_rows, gloo_world):
     cut = torch.cat(gloo_world(2).run(lay_out, old_rows, new_rows))
     kept = min(2 * old_rows, 2 * new_rows)
     assert torch.equal(cut[:kept], torch.arange(2 * kept, dtype=torch.float32).view(-1, 2))

@@ -1,4 +1,4 @@
-"""What the bridge would leave out in silence ends the load, on all ranks."""
+"""Tensors and parameters that mcore-bridge would ignore end the load on all ranks."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def reads(rank, world_size, path, layout):
     from megatron_gkd.models.megatron_model import BuildOptions
     from megatron_gkd.reporting import phases
     from megatron_gkd.runtime.mesh import Layout, destroy_mesh, initialize_mesh
-    from megatron_gkd.training.load_model import load_model
+    from megatron_gkd.training.build import load_model
 
     mesh, seconds = initialize_mesh(Layout(**layout), seed=1), (phases.ANNOUNCE_AFTER_S, phases.LINE_EVERY_S)
     try:
@@ -114,14 +114,14 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 def test_a_tensor_that_no_rank_reads_is_an_error(gloo_world):
     path = tiny_checkpoint("llama", attention_bias=True)
     names = [f"model.layers.{layer}.self_attn.o_proj.bias" for layer in range(3)]
-    message = f"{path}: model.safetensors: the model has no place for {', '.join(names)} and 1 more"
+    message = f"{path}: model.safetensors: the model has no parameter for {', '.join(names)} and 1 more"
     assert gloo_world(2).run(load, path, PP2) == [message, message]
 
 
-def test_a_layer_too_many_is_an_error(gloo_world, changed):
+def test_a_surplus_layer_is_an_error(gloo_world, changed):
     path = changed(tiny_checkpoint("llama"), {}, num_hidden_layers=2)
     first, second = gloo_world(2).run(load, path, PP2)
-    assert first == second and f"{path}: model.safetensors: the model has no place for model.layers.2." in first
+    assert first == second and f"{path}: model.safetensors: the model has no parameter for model.layers.2." in first
 
 
 def test_a_parameter_that_nothing_fills_is_an_error(gloo_world, changed):
@@ -146,7 +146,7 @@ def test_weights_that_are_not_finite_are_an_error(value, gloo_world, changed):
 
 
 @pytest.mark.parametrize("difference", [0.0, 1e-3])
-def test_a_tied_head_may_be_there_as_a_copy(difference, gloo_world, changed):
+def test_a_tied_head_may_be_stored_as_a_copy(difference, gloo_world, changed):
     source = tiny_checkpoint("qwen3_tied")
     head = load_file(source / "model.safetensors")[EMBEDDING].clone()
     head[98, 31] += difference

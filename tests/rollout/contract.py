@@ -1,10 +1,10 @@
-"""What every rollout engine must do. Its tests derive from `RolloutEngineContract` and add a fixture of answers.
+"""The contract of rollout engines. An engine's tests derive from `RolloutEngineContract` and add a fixture of results.
 
     class TestMyEngine(RolloutEngineContract):
         @pytest.fixture(scope="class")
         @classmethod
-        def answers(cls):
-            return answer(MyEngine(CHECKPOINT(), ...))          # or the same in every rank of a world
+        def results(cls):
+            return run_requests(MyEngine(CHECKPOINT(), ...))          # or the same in every rank of a world
 
 The engine samples from `CHECKPOINT()` (qwen3, vocabulary 99, EOS 2), in fp32.
 """
@@ -66,19 +66,19 @@ WRONG = {
 }
 
 
-def answer(engine: RolloutEngine, named_tensors=()) -> dict[str, list[Completion] | str]:
-    """The engine's answers to all requests, and what it says to wrong ones."""
-    answers = {}
+def run_requests(engine: RolloutEngine, named_tensors=()) -> dict[str, list[Completion] | str]:
+    """Return the engine's completions for all requests, and its messages for wrong ones."""
+    results = {}
     with engine.resident():
         engine.load_weights(named_tensors, version=VERSION)
         for name, request in REQUESTS.items():
-            answers[name] = engine.generate(request.prompts, request.sampling, request.seeds)
+            results[name] = engine.generate(request.prompts, request.sampling, request.seeds)
         for name, request in WRONG.items():
             try:
-                answers[name] = engine.generate(request.prompts, request.sampling, request.seeds)
+                results[name] = engine.generate(request.prompts, request.sampling, request.seeds)
             except ValueError as error:
-                answers[name] = str(error)
-    return answers
+                results[name] = str(error)
+    return results
 
 
 @functools.cache
@@ -109,63 +109,63 @@ def tokens_of(completions: list[Completion]) -> list[list[int]]:
 class RolloutEngineContract:
     @pytest.fixture(scope="class")
     @classmethod
-    def answers(cls) -> dict[str, list[Completion] | str]:
-        raise NotImplementedError("an engine's tests give their own")
+    def results(cls) -> dict[str, list[Completion] | str]:
+        raise NotImplementedError("an engine's tests define it")
 
     @pytest.mark.parametrize("name", ["greedy", "greedy by top-k"])
-    def test_greedy_tokens_are_those_of_transformers(self, answers, name):
+    def test_greedy_tokens_are_those_of_transformers(self, results, name):
         request = REQUESTS[name]
-        assert tokens_of(answers[name]) == transformers_greedy(CHECKPOINT(), request.prompts, 16)
+        assert tokens_of(results[name]) == transformers_greedy(CHECKPOINT(), request.prompts, 16)
 
-    def test_one_prompt_or_none_are_a_batch_too(self, answers):
-        assert tokens_of(answers["one prompt"]) == tokens_of(answers["greedy"])[:1]
-        assert answers["no prompt"] == []
+    def test_one_prompt_or_none_are_a_batch_too(self, results):
+        assert tokens_of(results["one prompt"]) == tokens_of(results["greedy"])[:1]
+        assert results["no prompt"] == []
 
-    def test_a_completion_may_have_one_token(self, answers):
-        assert tokens_of(answers["one token"]) == [tokens[:1] for tokens in tokens_of(answers["greedy"])]
-        assert {completion.finish_reason for completion in answers["one token"]} == {"length"}
+    def test_a_completion_may_have_one_token(self, results):
+        assert tokens_of(results["one token"]) == [tokens[:1] for tokens in tokens_of(results["greedy"])]
+        assert {completion.finish_reason for completion in results["one token"]} == {"length"}
 
     @pytest.mark.parametrize("name", ["greedy", "drawn", "filtered", "EOS ignored"])
-    def test_log_probs_are_those_of_the_untempered_model(self, answers, name):
-        for prompt, completion in zip(REQUESTS[name].prompts, answers[name], strict=True):
+    def test_log_probs_are_those_of_the_untempered_model(self, results, name):
+        for prompt, completion in zip(REQUESTS[name].prompts, results[name], strict=True):
             expected = transformers_log_probs(CHECKPOINT(), prompt, completion.token_ids)
             assert completion.log_probs == pytest.approx(expected, abs=1e-4)
 
-    def test_the_same_seeds_give_the_same_tokens_whatever_else_is_in_the_batch(self, answers):
-        assert tokens_of(answers["drawn in another batch"]) == tokens_of(answers["drawn"])[:7]
+    def test_the_same_seeds_give_the_same_tokens_whatever_else_is_in_the_batch(self, results):
+        assert tokens_of(results["drawn in another batch"]) == tokens_of(results["drawn"])[:7]
 
-    def test_other_seeds_give_other_tokens(self, answers):
-        pairs = zip(tokens_of(answers["drawn by other seeds"]), tokens_of(answers["drawn"]), strict=True)
+    def test_other_seeds_give_other_tokens(self, results):
+        pairs = zip(tokens_of(results["drawn by other seeds"]), tokens_of(results["drawn"]), strict=True)
         assert all(other != drawn for other, drawn in pairs)
 
-    def test_an_eos_ends_a_completion_and_is_its_last_token(self, answers):
-        stopped = [c for c in answers["drawn"] if c.finish_reason == "stop"]
-        assert stopped and len(stopped) < len(answers["drawn"])
-        for completion in answers["drawn"]:
+    def test_an_eos_ends_a_completion_and_is_its_last_token(self, results):
+        stopped = [c for c in results["drawn"] if c.finish_reason == "stop"]
+        assert stopped and len(stopped) < len(results["drawn"])
+        for completion in results["drawn"]:
             assert EOS not in completion.token_ids[:-1]
             assert (completion.token_ids[-1] == EOS) == (completion.finish_reason == "stop")
             assert completion.finish_reason == "stop" or len(completion.token_ids) == DRAWN.max_completion_length
 
-    def test_an_ignored_eos_is_a_token_like_any_other(self, answers):
+    def test_an_ignored_eos_is_a_token_like_any_other(self, results):
         """And what came before it is what comes where it counts."""
-        assert any(EOS in tokens[:-1] for tokens in tokens_of(answers["EOS ignored"]))
-        for going_on, ended in zip(answers["EOS ignored"], answers["drawn"], strict=True):
+        assert any(EOS in tokens[:-1] for tokens in tokens_of(results["EOS ignored"]))
+        for going_on, ended in zip(results["EOS ignored"], results["drawn"], strict=True):
             assert len(going_on.token_ids) == DRAWN.max_completion_length and going_on.finish_reason == "length"
             assert going_on.token_ids[: len(ended.token_ids)] == ended.token_ids
 
-    def test_stop_tokens_end_a_completion(self, answers):
+    def test_stop_tokens_end_a_completion(self, results):
         stops = set(REQUESTS["stop tokens"].sampling.stop_token_ids)
-        assert any(completion.finish_reason == "stop" for completion in answers["stop tokens"])
-        for completion in answers["stop tokens"]:
+        assert any(completion.finish_reason == "stop" for completion in results["stop tokens"])
+        for completion in results["stop tokens"]:
             assert not stops & set(completion.token_ids[:-1])
             assert (completion.token_ids[-1] in stops) == (completion.finish_reason == "stop")
 
-    def test_stop_strings_end_a_completion_with_the_token_that_completes_them(self, answers):
+    def test_stop_strings_end_a_completion_with_the_token_that_completes_them(self, results):
         """Also within a token, over two of them, and in a special token; what came before is what comes without."""
         stops = REQUESTS["stop strings"].sampling.stop
         tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT())
         ends = set()
-        for going_on, ended in zip(answers["EOS ignored"], answers["stop strings"], strict=True):
+        for going_on, ended in zip(results["EOS ignored"], results["stop strings"], strict=True):
             texts = [tokenizer.decode(going_on.token_ids[: i + 1]) for i in range(len(going_on.token_ids))]
             found = [[stop for stop in stops if stop in text] for text in texts]
             length = next((i + 1 for i, hits in enumerate(found) if hits), len(texts))
@@ -175,32 +175,32 @@ class RolloutEngineContract:
         assert ends == set(stops)
 
     @pytest.mark.parametrize("name", ["few ids", "few ids, greedy"])
-    def test_ids_that_other_models_lack_are_never_drawn(self, answers, name):
+    def test_ids_that_other_models_lack_are_never_drawn(self, results, name):
         """But they may be in the prompts, which the model reads."""
         free = {"few ids": "EOS ignored", "few ids, greedy": "greedy"}[name]
-        assert any(token >= 40 for tokens in tokens_of(answers[free]) for token in tokens)
-        drawn = {token for tokens in tokens_of(answers[name]) for token in tokens}
+        assert any(token >= 40 for tokens in tokens_of(results[free]) for token in tokens)
+        drawn = {token for tokens in tokens_of(results[name]) for token in tokens}
         assert max(drawn) < 40 and len(drawn) > 5
 
-    def test_filters_leave_only_likely_tokens(self, answers):
+    def test_filters_leave_only_likely_tokens(self, results):
         """No token is drawn that has 5 likelier ones."""
-        for prompt, completion in zip(REQUESTS["filtered"].prompts, answers["filtered"], strict=True):
+        for prompt, completion in zip(REQUESTS["filtered"].prompts, results["filtered"], strict=True):
             ids = torch.tensor([prompt + completion.token_ids])
             with torch.no_grad():
                 logits = transformers_model(CHECKPOINT())(ids).logits[0, len(prompt) - 1 : -1]
             drawn = logits.gather(1, torch.tensor(completion.token_ids)[:, None])
             assert ((logits > drawn + 1e-4).sum(-1) < 5).all()
 
-    def test_every_completion_names_the_version_of_the_weights(self, answers):
-        completions = [completion for name in REQUESTS for completion in answers[name]]
+    def test_every_completion_has_the_version_of_the_weights(self, results):
+        completions = [completion for name in REQUESTS for completion in results[name]]
         assert {completion.version for completion in completions} == {VERSION}
 
-    def test_every_token_has_a_log_prob(self, answers):
+    def test_every_token_has_a_log_prob(self, results):
         for name in REQUESTS:
-            for completion in answers[name]:
+            for completion in results[name]:
                 assert len(completion.log_probs) == len(completion.token_ids) > 0
                 assert all(log_prob <= 0 for log_prob in completion.log_probs)
 
     @pytest.mark.parametrize("message", WRONG)
-    def test_wrong_prompts_are_refused(self, answers, message):
-        assert message in answers[message]
+    def test_wrong_prompts_are_refused(self, results, message):
+        assert message in results[message]

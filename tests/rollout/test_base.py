@@ -8,7 +8,7 @@ from megatron_gkd.rollout.base import Sampling
 
 
 @pytest.mark.parametrize(
-    "changes, message",
+    ("changes", "message"),
     [
         ({"max_completion_length": 0}, "max_completion_length is 0; it must be at least 1"),
         ({"temperature": -0.5}, r"temperature is -0.5; it must be 0 \(greedy\) or in \[0.01, 1000\]"),

@@ -24,5 +24,5 @@ def test_one_rank_may_hold_an_odd_number():
 
 
 def test_a_sequence_that_cannot_be_cut_is_refused():
-    with pytest.raises(ValueError, match="a sequence of 6 tokens cannot be cut in 4 equal chunks"):
+    with pytest.raises(ValueError, match="a sequence of 6 tokens cannot be split into 4 equal chunks"):
         context_parallel_indices(torch.tensor([0, 4, 10]), 0, 2)

@@ -1,4 +1,4 @@
-"""Ranks that wait for one of them: without a limit while it lives, and not at all when it has failed or died."""
+"""Ranks wait for one of them without a limit while it is alive, and stop when it has failed or died."""
 
 import os
 import signal
@@ -43,7 +43,7 @@ class Ranks:
 
     def collect(self, count):
         """Return what `count` ranks have returned, or the type and text of their errors, by ranks."""
-        found = dict(answer[:1] + (answer[1:],) for answer in (self.results.get(timeout=60) for _ in range(count)))
+        found = {rank: tuple(rest) for rank, *rest in (self.results.get(timeout=60) for _ in range(count))}
         for process in self.processes:
             process.join(timeout=20)
         return found
@@ -66,7 +66,7 @@ def _work_twice_on_main(nodes, rank):
     return first, nodes.on_main(lambda: (rank, [None]))
 
 
-def test_what_rank_0_has_done_is_known_to_all_however_long_it_took(ranks):
+def test_all_ranks_get_the_result_of_rank_0_however_long_it_takes(ranks):
     assert ranks.run(_work_twice_on_main) == [(({"by": 0}, (0, [None])),)] * 3
 
 
@@ -91,7 +91,7 @@ def _fail_in(nodes, rank, failing, error):
 
 @pytest.mark.parametrize(("failing", "where"), [(0, ""), (2, f"rank 2 on {HOST}: ")])
 @pytest.mark.parametrize(("error", "text"), [(UserError("bad row"), "bad row"), (OSError("full"), "OSError: full")])
-def test_what_fails_in_one_rank_is_raised_in_all(ranks, failing, where, error, text):
+def test_a_failure_of_one_rank_is_raised_in_all(ranks, failing, where, error, text):
     answers = ranks.run(_fail_in, failing, error, leaders=(0, 2))
     shared = ("RunStopped", where + text)
     assert answers[failing] == (("OSError", "full") if isinstance(error, OSError) else shared)
@@ -107,7 +107,7 @@ def _fail_while_another_works(nodes, rank, seconds):
     nodes.on_leaders(work)
 
 
-def test_a_failure_is_not_kept_until_others_have_finished(ranks):
+def test_a_failure_is_raised_before_the_others_finish(ranks):
     ranks.start(_fail_while_another_works, 60, world_size=4, leaders=(0, 1, 2))
     start = time.monotonic()
     assert ranks.results.get(timeout=50)[0] in (2, 3)
@@ -140,7 +140,7 @@ def _stay_away(nodes, rank):
     return rank == 2 or nodes.on_main(lambda: 1)
 
 
-def test_a_rank_that_never_comes_ends_the_wait(ranks):
+def test_a_rank_that_never_calls_ends_the_wait(ranks):
     ranks.start(_stay_away, limits={"BEAT_EVERY_S": 0.1, "ARRIVE_WITHIN_S": 0.5, "READ_WITHIN_S": 0.5})
     answers = ranks.collect(3)
     assert answers[2] == (True,)
@@ -156,7 +156,7 @@ def _leave_with_the_store(number, port, results):
         results.put(str(error))
 
 
-def test_the_store_goes_with_rank_0():
+def test_the_end_of_rank_0_ends_the_others():
     results = process_queue()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

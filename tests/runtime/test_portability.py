@@ -1,4 +1,4 @@
-"""What Megatron-Core asks of CUDA is answered by the CPU, and only one module knows."""
+"""Megatron-Core's calls of CUDA run on the CPU, and only one module looks for a GPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def portable():
     import megatron_gkd.runtime.preload  # noqa: F401
 
 
-def test_only_one_module_asks_for_the_device():
+def test_only_one_module_looks_for_a_gpu():
     root = Path(megatron_gkd.__file__).parent
     asking = re.compile(r"cuda\.is_available|\.is_cuda|device\.type|_has_cuda|device_count")
     # The loss goes by where its tensors are, which is another question.
@@ -27,7 +27,7 @@ def test_only_one_module_asks_for_the_device():
     assert found == {"runtime/portability.py"}
 
 
-def test_whatever_names_cuda_lands_on_the_cpu():
+def test_tensors_for_cuda_are_on_the_cpu():
     tensors = [
         torch.zeros(2, device="cuda"),
         torch.zeros(2, device="cuda:1"),
@@ -54,7 +54,7 @@ def test_streams_and_events_are_always_done():
     torch.cuda.synchronize()
 
 
-def test_a_forked_random_state_leaves_the_outer_one_alone_and_goes_on_itself():
+def test_a_forked_random_state_advances_without_the_outer_one():
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 
     def three():

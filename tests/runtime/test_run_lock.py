@@ -1,4 +1,4 @@
-"""A folder is one run's at a time; what killed runs have left does not count."""
+"""A folder is locked for one run at a time; locks of killed runs are stale."""
 
 import json
 import os
@@ -71,7 +71,7 @@ def test_another_process_with_the_same_number_is_no_owner(path, changes):
 @pytest.mark.parametrize(
     "content", ["", "{", "[]", json.dumps(owner(host="elsewhere")), json.dumps(owner(boot="before"))]
 )
-def test_a_lock_that_nobody_renews_is_stale(path, content, monkeypatch):
+def test_a_lock_that_is_not_renewed_is_stale(path, content, monkeypatch):
     monkeypatch.setattr(run_lock, "WATCH_S", 0.3)
     path.write_text(content)
     RunLock(path).acquire()
@@ -101,7 +101,7 @@ def test_the_owner_renews_it(path, monkeypatch):
     lock.release()
 
 
-def test_of_many_that_start_at_once_one_wins(path):
+def test_one_of_many_simultaneous_starts_gets_the_lock(path):
     path.write_text(json.dumps(owner(started=1.0)))
     locks, refused = [RunLock(path) for _ in range(16)], []
 
@@ -119,7 +119,7 @@ def test_of_many_that_start_at_once_one_wins(path):
     assert len(refused) == 15
 
 
-def test_a_folder_that_can_not_be_written_to(tmp_path):
+def test_an_unwritable_folder_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=f"^output.output_dir = {tmp_path}/file: can't be written to") as error:
         RunLock(tmp_path / "file" / "run.lock").acquire()

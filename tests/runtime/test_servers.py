@@ -1,4 +1,4 @@
-"""Responses with status 200 that are not a vLLM server's: one line for each, from the clients of both kinds."""
+"""Responses with status 200 that are not a vLLM server's give one line each, in both clients."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_gkd.errors import UserError
-from megatron_gkd.rollout.vllm.client import ServerNeeds, StudentServer
-from megatron_gkd.rollout.vllm.weight_folder import WeightFolder, hand_over
+from megatron_gkd.errors import GkdError
+from megatron_gkd.rollout.vllm.client import StudentServer
+from megatron_gkd.rollout.vllm.handshake import ServerRequirements
+from megatron_gkd.rollout.vllm.weight_folder import WeightFolder, load_from_folder
 from megatron_gkd.rollout.vllm.weight_transfer import WeightTransfer
 from megatron_gkd.runtime.servers import exchange
 from megatron_gkd.teachers.server.client import TeacherRequirements, TeacherServer
-from megatron_gkd.teachers.server.response import Question
+from megatron_gkd.teachers.server.response import ScoreRequest
 from megatron_gkd.teachers.server.tokenizer import Probe
 
 URL = "http://server:8000"
@@ -62,21 +63,21 @@ REQUEST = {"prompt": [5, 6], "max_tokens": 4}
 
 
 def use_student(http: httpx.Client, folder) -> None:
-    server = StudentServer(URL, http, 0.0, hand_over)
-    server.hello(ServerNeeds(64))
+    server = StudentServer(URL, http, 0.0, load_from_folder)
+    server.wait_until_ready(ServerRequirements(64))
     server.load(WeightFolder(folder, {"a": (2,)}).write([("a", torch.zeros(2))], version=4))
     server.complete(REQUEST)
 
 
 def use_student_of_transfer(http: httpx.Client, folder) -> None:
     transfer = WeightTransfer("gloo", {"a": (2,)}, (), 1.0)
-    transfer.load([("a", torch.zeros(2))], 1, [StudentServer(URL, http, 0.0, transfer.hand_over)])
+    transfer.load([("a", torch.zeros(2))], 1, [StudentServer(URL, http, 0.0, transfer.send_to)])
 
 
 def use_teacher(http: httpx.Client, folder) -> None:
     server = TeacherServer(URL, http, TeacherRequirements(1, 63, [PROBE]))
-    server.hello(patience=0.0)
-    server.score(Question(np.array([5, 6, 7]), np.array([0, 1])))
+    server.handshake(max_downtime=0.0)
+    server.score(ScoreRequest(np.array([5, 6, 7]), np.array([0, 1])))
 
 
 @pytest.fixture
@@ -85,7 +86,7 @@ def vllm() -> Vllm:
 
 
 def failure_of(use: Callable, vllm: Vllm, folder) -> str:
-    with httpx.Client(transport=httpx.MockTransport(vllm)) as http, pytest.raises(UserError) as error:
+    with httpx.Client(transport=httpx.MockTransport(vllm)) as http, pytest.raises(GkdError) as error:
         use(http, folder)
     return str(error.value)
 
@@ -110,7 +111,7 @@ GARBAGE = {
     "nested objects": b'{"x":' * 10**5,
 }
 NOT_A_COMMANDS = {"nothing": b"", "an empty object": b"{}", "an error": b'{"error": {"message": "no", "code": 400}}'}
-"""These say nothing that a route without a result could not say."""
+"""Responses that are also valid for a route without a result."""
 ROUTES = {
     use_student: ["/v1/models", "/server_info", "/weight_info", "/reset_prefix_cache", "/v1/completions"],
     use_student_of_transfer: ["/get_world_size"],
@@ -124,7 +125,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("use", "path", "name"), CASES, ids=lambda part: getattr(part, "__name__", part))
-def test_what_is_not_a_vllm_servers_is_one_line(use, path, name, vllm, tmp_path):
+def test_a_response_that_is_not_of_vllm_is_one_line(use, path, name, vllm, tmp_path):
     vllm.path, vllm.content = path, (GARBAGE | NOT_A_COMMANDS)[name]
     message = failure_of(use, vllm, tmp_path)
     assert message.startswith(f"{URL}{path}: the response is not that of a vLLM server (") and "\n" not in message
@@ -132,7 +133,7 @@ def test_what_is_not_a_vllm_servers_is_one_line(use, path, name, vllm, tmp_path)
 
 
 @pytest.mark.parametrize("use", [use_student, use_teacher])
-def test_content_that_can_not_be_decompressed_is_one_line(use, vllm, tmp_path):
+def test_content_that_cannot_be_decompressed_is_one_line(use, vllm, tmp_path):
     vllm.path, vllm.content, vllm.headers = "/v1/models", b"no gzip", {"Content-Encoding": "gzip"}
     message = failure_of(use, vllm, tmp_path)
     assert message.startswith(f"{URL}/v1/models: DecodingError: ") and "\n" not in message
@@ -142,7 +143,7 @@ def test_content_that_can_not_be_decompressed_is_one_line(use, vllm, tmp_path):
 def test_a_refusal_is_one_line(status):
     page = "<html>\n<h1>elsewhere</h1>\n</html>"
     http = httpx.Client(transport=httpx.MockTransport(lambda _: httpx.Response(status, text=page)))
-    with pytest.raises(UserError) as error:
+    with pytest.raises(GkdError) as error:
         exchange(http, "GET", f"{URL}/v1/models")
     assert str(error.value) == f"{URL}/v1/models: {status}: <html> <h1>elsewhere</h1> </html>"
 
@@ -173,11 +174,11 @@ COMPLETIONS = [
     ([use_student], ("choices", 0, "logprobs", "token_logprobs", [-1.0, 3.5]), "--logprobs-mode raw_logprobs"),
     ([use_student], ("choices", 0, "logprobs", "token_logprobs", [-1.0, "x"]), "not that of a vLLM server"),
     ([use_teacher], ("choices", 0, "prompt_logprobs", None), "not that of a vLLM server"),
-    ([use_teacher], ("choices", 0, "prompt_logprobs", []), "has 0 positions of 3"),
+    ([use_teacher], ("choices", 0, "prompt_logprobs", []), "has 0 positions; the request has 3"),
     ([use_teacher], ("choices", 0, "prompt_logprobs", [None, 1, 2]), "no log-probabilities at position 0"),
     ([use_teacher], ("choices", 0, "prompt_logprobs", [None, [], {}]), "no log-probabilities at position 0"),
     ([use_teacher], ("choices", 0, "prompt_token_ids", None), "not that of a vLLM server"),
-    ([use_teacher], ("choices", 0, "prompt_token_ids", [1, 2, 3]), "about other token ids"),
+    ([use_teacher], ("choices", 0, "prompt_token_ids", [1, 2, 3]), "other token ids than the request"),
 ]
 
 
@@ -197,7 +198,7 @@ def test_a_completion_of_wrong_content_is_one_line(use, change, problem, vllm, t
     assert message.startswith(f"{URL}/v1/completions: ") and problem in message and "\n" not in message
 
 
-def test_what_vllm_says_is_accepted(vllm, tmp_path):
+def test_the_responses_of_vllm_are_accepted(vllm, tmp_path):
     for use in (use_student, use_teacher):
         with httpx.Client(transport=httpx.MockTransport(vllm)) as http:
             use(http, tmp_path)

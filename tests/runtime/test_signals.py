@@ -1,4 +1,4 @@
-"""Signals end a process at once before the training, and wait for the end of a step in it."""
+"""Signals end a process at once before training, and at the end of a step in training."""
 
 import os
 import signal
@@ -40,14 +40,14 @@ def events():
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
-def test_the_first_one_ends_a_process_that_does_not_train_yet(number, events):
+def test_the_first_signal_ends_a_process_before_training(number, events):
     with StopSignals(events):
         os.kill(os.getpid(), number)
         events.wait_for(1)
     assert events.calls == [(number.name, False)]
 
 
-def test_in_training_the_first_one_is_noted(events):
+def test_the_first_signal_is_noted_in_training(events):
     with StopSignals(events) as signals:
         signals.defer()
         assert signals.received is None
@@ -69,7 +69,7 @@ def test_one_keystroke_is_one_signal_and_a_second_one_ends_the_process(events):
     assert events.calls == [("SIGINT", True)]
 
 
-def test_handlers_are_put_back_and_ignored_signals_stay_ignored(events):
+def test_handlers_are_restored_and_ignored_signals_stay_ignored(events):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
@@ -92,7 +92,7 @@ def _block_in_c(ready):
         lock.acquire()
 
 
-def test_a_main_thread_that_is_blocked_does_not_matter():
+def test_signals_are_received_while_the_main_thread_is_blocked():
     ready = process_queue()
     process = start_process(_block_in_c, ready)
     os.kill(ready.get(timeout=60), signal.SIGTERM)

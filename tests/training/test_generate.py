@@ -1,4 +1,4 @@
-"""Answers to a data set's prompts: the same file under every layout, and after a kill; as rows to train on."""
+"""Responses to a dataset's prompts: the same file under every layout, and after a kill; as rows to train on."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from megatron_gkd.rollout.base import Sampling
 from megatron_gkd.training.generated_file import GeneratedFile
 
 COUNT, N = 24, 2
-EOS = range(3, 9)  # so that some answers end
+EOS = range(3, 9)  # so that some responses end
 ROLLOUT = {"max_completion_length": 9, "rollout_temperature": 1.3}
 CHECKPOINT = functools.partial(tiny_checkpoint, "qwen3_tied", seed=2, num_hidden_layers=2)
 
@@ -73,12 +73,12 @@ def read(path):
 
 @pytest.fixture(scope="module")
 def whole(gloo_world, tmp_path_factory):
-    path = tmp_path_factory.mktemp("generated") / "answers.jsonl"
+    path = tmp_path_factory.mktemp("generated") / "responses.jsonl"
     gloo_world(1).run(write, CHECKPOINT(), {}, path)
     return path
 
 
-def test_every_prompt_has_its_answers_in_order_by_seeds_of_their_own(whole):
+def test_every_prompt_has_its_responses_in_order_with_seeds_of_their_own(whole):
     rows = read(whole)
     assert [(row["row"], row["number"]) for row in rows] == [(row, number) for row in range(COUNT) for number in (0, 1)]
     data = RandomRows(count=COUNT)
@@ -93,13 +93,13 @@ def test_every_prompt_has_its_answers_in_order_by_seeds_of_their_own(whole):
 
 
 @pytest.mark.parametrize("layout", ["TP2xPP2", "CP2xDP2, packed"])
-def test_the_same_file_under_every_layout(layout, gloo_world, whole, tmp_path):
+def test_every_layout_writes_the_same_file(layout, gloo_world, whole, tmp_path):
     world_size, changes = DENSE[layout]
-    gloo_world(world_size).run(write, CHECKPOINT(), changes, tmp_path / "answers.jsonl")
-    assert (tmp_path / "answers.jsonl").read_bytes() == whole.read_bytes()
+    gloo_world(world_size).run(write, CHECKPOINT(), changes, tmp_path / "responses.jsonl")
+    assert (tmp_path / "responses.jsonl").read_bytes() == whole.read_bytes()
 
 
-def test_rows_of_ids_become_samples_as_they_are(whole):
+def test_rows_of_ids_become_samples_with_these_ids(whole):
     render = RowRenderer(tiny_tokenizer(), vocab_size=99)
     for row in read(whole):
         input_ids, labels = render(parse_row(row))
@@ -109,8 +109,8 @@ def test_rows_of_ids_become_samples_as_they_are(whole):
 
 
 @pytest.mark.parametrize("truncated", ["mask", "drop"])
-def test_truncated_answers_are_masked_or_left_out(truncated, gloo_world, whole, tmp_path):
-    path = tmp_path / "answers.jsonl"
+def test_truncated_responses_are_masked_or_left_out(truncated, gloo_world, whole, tmp_path):
+    path = tmp_path / "responses.jsonl"
     gloo_world(1).run(write, CHECKPOINT(), {"rollout": {"truncated_completions": truncated}}, path)
     kept = read(whole)
     expected = [row | ({"masked": True} if row["finish_reason"] == "length" else {}) for row in kept]
@@ -120,8 +120,8 @@ def test_truncated_answers_are_masked_or_left_out(truncated, gloo_world, whole, 
     assert {row["finish_reason"] for row in kept} == {"stop", "length"}
 
 
-def test_a_run_that_is_killed_goes_on_to_the_same_file(whole, tmp_path):
-    broken = tmp_path / "answers.jsonl"
+def test_a_killed_run_is_continued_to_the_same_file(whole, tmp_path):
+    broken = tmp_path / "responses.jsonl"
     longer = 200  # so that it is killed in the middle
     world = World(1)
     try:
@@ -145,17 +145,15 @@ def test_a_run_that_is_killed_goes_on_to_the_same_file(whole, tmp_path):
 
 
 def _run_until_killed(world, path, count):
-    try:
+    with pytest.raises(RuntimeError, match="died with exit code -9"):
         world.run(write, CHECKPOINT(), {}, path, count=count)
-    except RuntimeError as error:
-        assert "died with exit code -9" in str(error)
 
 
 ALL = Sampling(max_completion_length=9)
 
 
-def answer_by_servers(rank, world_size, checkpoint, folder):
-    """Answers of the student by servers that hold other weights, one of which is paused; and what these hold then."""
+def generate_by_servers(rank, world_size, checkpoint, folder):
+    """Generate with servers that have other weights, one of which is paused; return the weights that they have then."""
     from megatron_gkd.models.checkpoint import Checkpoint
     from megatron_gkd.runtime.mesh import Layout, destroy_mesh, initialize_mesh
     from megatron_gkd.training.generation_engine import build_generation_engine
@@ -168,9 +166,9 @@ def answer_by_servers(rank, world_size, checkpoint, folder):
     rollout |= {"vllm_server_max_downtime_s": 0.2}
     recipe = recipe_of({}).model_copy(update={"rollout": RolloutSection(**rollout)})
     mesh = initialize_mesh(Layout.from_section(recipe.parallel), recipe.train.seed)
-    client = httpx.Client
+    client = httpx.Client(transport=transport(fakes))
     try:
-        with mock.patch.object(httpx, "Client", lambda **_: client(transport=transport(fakes))):
+        with mock.patch.object(httpx, "Client", return_value=client):
             models = SimpleNamespace(student=Checkpoint.open(str(checkpoint)))
             engine = build_generation_engine("student", recipe, mesh, models)
         engine.generate([[5, 6]] * 8, ALL, list(range(8)))
@@ -180,8 +178,8 @@ def answer_by_servers(rank, world_size, checkpoint, folder):
     return {host: fake.weights for host, fake in fakes.items()}
 
 
-def test_servers_get_the_students_weights_before_they_answer(gloo_world, tmp_path):
-    held = gloo_world(1).run(answer_by_servers, CHECKPOINT(), tmp_path)[0]
+def test_servers_get_the_students_weights_before_they_generate(gloo_world, tmp_path):
+    held = gloo_world(1).run(generate_by_servers, CHECKPOINT(), tmp_path)[0]
     expected = load_file(CHECKPOINT() / "model.safetensors")
     for weights in held.values():
         assert expected.items() and weights.keys() >= expected.keys()
@@ -190,7 +188,7 @@ def test_servers_get_the_students_weights_before_they_answer(gloo_world, tmp_pat
 
 
 def verify_chunks(rank, world_size, checkpoint, path, url, swapped):
-    """Write chunks of answers while another server takes the place of the teacher's; the error."""
+    """Write chunks of responses while another server replaces the teacher's; return the error."""
     from megatron_gkd.models.checkpoint import Checkpoint
     from megatron_gkd.models.megatron_model import BuildOptions, MegatronModel
     from megatron_gkd.rollout.megatron.engine import MegatronEngine
@@ -224,8 +222,8 @@ def verify_chunks(rank, world_size, checkpoint, path, url, swapped):
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_no_answer_of_a_server_that_has_another_model_since_is_written(world_size, gloo_world, tmp_path):
-    path, swapped = tmp_path / "answers.jsonl", tmp_path / "swapped"
+def test_no_response_of_a_server_that_has_another_model_since_is_written(world_size, gloo_world, tmp_path):
+    path, swapped = tmp_path / "responses.jsonl", tmp_path / "swapped"
     with FakeServer(CHECKPOINT()) as server, ThreadPoolExecutor(1) as pool:
         arguments = (CHECKPOINT(), path, server.url, swapped)
         call = pool.submit(gloo_world(world_size).run, verify_chunks, *arguments)
@@ -239,9 +237,9 @@ def test_no_answer_of_a_server_that_has_another_model_since_is_written(world_siz
     assert [row["row"] for row in read(path)[::N]] == list(range(7))
 
 
-def test_a_teachers_server_of_another_tokenizer_is_refused_before_it_answers(gloo_world, tmp_path):
+def test_a_teacher_server_with_another_tokenizer_is_refused_before_it_generates(gloo_world, tmp_path):
     with FakeServer(CHECKPOINT(), tiny_tokenizer(prefix="v")) as server:
-        arguments = (CHECKPOINT(), tmp_path / "answers.jsonl", server.url, tmp_path / "swapped")
+        arguments = (CHECKPOINT(), tmp_path / "responses.jsonl", server.url, tmp_path / "swapped")
         (message,) = gloo_world(1).run(verify_chunks, *arguments)
     assert message.startswith(f"{server.url}: its tokenizer is not the student's")
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from checkpoints import tiny_checkpoint
-from training_layouts import build
+from training_layouts import build, trainer_of
 
 from megatron_gkd.config.schema import TeacherSection
 from megatron_gkd.errors import UserError
@@ -27,7 +26,7 @@ TOTALS = {
 }
 
 
-def test_sound_totals_pass():
+def test_valid_totals_pass():
     Guards(99, has_teacher=True).check(3, TOTALS, [])
     Guards(99, has_teacher=True).check(3, TOTALS | {"teacher_entropy": 45.95, "forward_kl": -1e-4}, [])  # 10 ln 99
     Guards(99, has_teacher=True).check(3, dict.fromkeys(TOTALS, 0.0), [])
@@ -36,12 +35,18 @@ def test_sound_totals_pass():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"teacher_entropy": 47.0}, "mean entropy is 4.7 nats; of 99 tokens it is 0 to 4.595"),
+        (
+            {"teacher_entropy": 47.0},
+            "mean entropy is 4.7 nats, which no distribution over 99 tokens has .allowed are 0 to 4.595",
+        ),
         ({"teacher_entropy": -1.0}, "mean entropy is -0.1 nats"),
         ({"teacher_entropy": float("nan")}, "mean entropy is nan nats"),
-        ({"forward_kl": -1.0}, "forward_kl is -0.1 nats; it is at least 0 where probabilities add up to 1"),
+        (
+            {"forward_kl": -1.0},
+            "forward_kl is -0.1 nats, which is negative: the probabilities of the teacher or the student do not",
+        ),
         ({"reverse_kl": -1.0}, "reverse_kl is -0.1 nats"),
-        ({"tokens": 0.0, "dropped_tokens": 12.0}, "says nothing of any of the 12 response tokens"),
+        ({"tokens": 0.0, "dropped_tokens": 12.0}, "has no distribution for any of the 12 response tokens"),
     ],
 )
 def test_impossible_totals_are_refused(change, message):
@@ -53,8 +58,6 @@ def test_impossible_totals_are_refused(change, message):
 def train_by_itself(rank, world_size, model, step, broken, prompted_rank):
     """What ends the step, if anything does, and the step's record."""
     from megatron_gkd.runtime.mesh import destroy_mesh
-    from megatron_gkd.training.exports import Exports
-    from megatron_gkd.training.trainer import Trainer
 
     _, student, teacher, batches = build(model, model, {})
     if broken:
@@ -64,9 +67,7 @@ def train_by_itself(rank, world_size, model, step, broken, prompted_rank):
         first = microbatches[0]
         sample = replace(first.samples[0], teacher_prompt=np.array([5]))
         microbatches[0] = replace(first, samples=(sample, *first.samples[1:]))
-    records = []
-    options = {"train_iters": 3, "eval_interval": None, "exports": Exports(Path("unused")), "teacher_is_student": True}
-    trainer = Trainer(student, teacher, batches, None, SimpleNamespace(step=records.append), **options)
+    trainer, records = trainer_of(student, teacher, batches, Path("unused"), teacher_is_student=True)
     try:
         trainer.train_step(step, microbatches)
     except UserError as error:
@@ -77,7 +78,7 @@ def train_by_itself(rank, world_size, model, step, broken, prompted_rank):
 
 
 def test_a_teacher_that_is_the_student_must_agree_with_it_at_first(gloo_world):
-    """Later it has learnt, and where the teacher has a prompt of its own, on whatever rank, it judges otherwise."""
+    """In later steps the student has changed, and with a prompt of its own, on any rank, the teacher differs."""
     model = tiny_checkpoint("qwen3", seed=2)
 
     def run(step=1, broken=True, prompted_rank=None):
@@ -93,7 +94,7 @@ def test_a_teacher_that_is_the_student_must_agree_with_it_at_first(gloo_world):
         assert all(len(records) == 1 and records[0]["divergence"] > 1e-3 for records in ranks)
 
 
-def test_which_teachers_begin_as_the_student(tmp_path):
+def test_teachers_that_start_as_the_student(tmp_path):
     import megatron_gkd.runtime.preload  # noqa: F401  isort: skip
     from megatron_gkd.models.checkpoint import Checkpoint
     from megatron_gkd.training.build_teacher import begins_as_student

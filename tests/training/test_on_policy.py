@@ -1,4 +1,4 @@
-"""Steps in which the student answers: the same samples, loss and gradient under every layout, for every mix of rows."""
+"""On-policy steps: the same samples, loss and gradient under every layout, for every mix of rows."""
 
 from __future__ import annotations
 
@@ -128,8 +128,10 @@ def test_completions_have_the_divergence_of_each_token(one_process):
     for record in one_process("dense", *ALWAYS):
         completions = record["completions"]
         assert len(completions) == 4
-        told = [value for completion in completions for value in completion["token_divergence"]]
-        assert len(told) == record["tokens"] and sum(told) == pytest.approx(record["totals"]["divergence"], rel=1e-4)
+        values = [value for completion in completions for value in completion["token_divergence"]]
+        assert len(values) == record["tokens"] and sum(values) == pytest.approx(
+            record["totals"]["divergence"], rel=1e-4
+        )
         for completion in completions:
             assert (
                 len(completion["token_divergence"]) == completion["completion_length"] == len(completion["token_ids"])
@@ -138,7 +140,7 @@ def test_completions_have_the_divergence_of_each_token(one_process):
             assert completion["divergence"] == pytest.approx(np.mean(completion["token_divergence"]), abs=1e-5)
 
 
-def test_the_engine_and_the_trainer_agree_about_the_samples(one_process):
+def test_the_engine_and_the_trainer_compute_the_same_log_probs(one_process):
     for record in one_process("dense", 1.0, "step"):
         assert record["totals"]["dataset_tokens"] == 0 and record["tokens"] == record["totals"]["tokens"]
         assert -record["log_prob"] == pytest.approx(record["totals"]["student_cross_entropy"], rel=1e-5)
@@ -175,8 +177,8 @@ class SingleRank:
 
 
 CONFIG = BatchConfig(
-    global_batch_size=8, micro_batch_size=1, packing=False, max_length=64, dp_rank=0, dp_size=1, cp_rank=0, cp_size=1, pad_multiple=1,
-    pad_token_id=0,
+    global_batch_size=8, micro_batch_size=1, packing=False, max_length=64, dp_rank=0, dp_size=1, cp_rank=0, cp_size=1,
+    pad_multiple=1, pad_token_id=0,
 )  # fmt: skip
 
 
@@ -193,7 +195,7 @@ def build_rollouts(monkeypatch, rows=None, schedule=(1.0, "step"), config=CONFIG
     return Rollouts(RepeatingEngine(), prompts, RolloutOptions(**options), dp or SingleRank())
 
 
-def test_samples_carry_the_answers_and_seeds_differ(monkeypatch):
+def test_samples_have_the_completions_and_seeds_differ(monkeypatch):
     rollouts = build_rollouts(monkeypatch)
     microbatches, report = rollouts.microbatches(1)
     assert (report.student_rows, report.dataset_rows, report.tokens) == (8, 0, 32)
@@ -223,10 +225,10 @@ def test_rows_mix_and_keep_their_place(monkeypatch):
     assert sum(bool(microbatch.from_dataset.any()) for microbatch in microbatches) == report.dataset_rows
 
 
-def test_a_completion_is_cut_to_the_longest_sequence(monkeypatch):
+def test_a_completion_is_truncated_to_the_longest_sequence(monkeypatch):
     config = replace(CONFIG, max_length=10)
     rows = RandomRows(count=8, longest=20)
-    microbatches, report = build_rollouts(monkeypatch, rows, config=config).microbatches(1)
+    microbatches, _ = build_rollouts(monkeypatch, rows, config=config).microbatches(1)
     assert max(microbatch.total_length for microbatch in microbatches) <= 10
 
 
@@ -239,14 +241,14 @@ def test_samples_of_older_weights_than_allowed_are_refused(monkeypatch):
     assert rollouts.microbatches(3)[1].record()["staleness"] == 1
 
 
-def test_an_id_that_the_teacher_can_not_read_is_never_trained_on(monkeypatch):
+def test_an_id_that_the_teacher_lacks_is_an_error(monkeypatch):
     """Even if a server ignores which ids it may draw."""
     rollouts = build_rollouts(monkeypatch, sampling=Sampling(max_completion_length=4, vocab_size=20))
     with pytest.raises(RolloutFailed, match=r"drew the token id \d\d; student and teacher share 0 to 19"):
         rollouts.microbatches(1)
 
 
-def test_only_steps_that_come_and_that_the_student_answers_are_early(monkeypatch):
+def test_only_on_policy_steps_of_the_run_are_sampled_early(monkeypatch):
     rollouts = build_rollouts(monkeypatch, schedule=(0.5, "step"))
     assert not any(rollouts.is_early(step) for step in range(1, 21))
     rollouts = build_rollouts(monkeypatch, schedule=(0.5, "step"), steps_ahead=1, num_steps=20)
@@ -255,16 +257,16 @@ def test_only_steps_that_come_and_that_the_student_answers_are_early(monkeypatch
     assert any(map(is_on_policy, range(21, 41))) and not any(map(rollouts.is_early, range(21, 41)))
 
 
-def test_a_completion_leaves_room_for_what_the_teacher_reads(monkeypatch):
+def test_a_completion_is_truncated_to_the_teachers_sequence(monkeypatch):
     config = replace(CONFIG, max_length=24)
     rows = RandomRows(count=8, longest=15)
     rows.teacher_prompts = [np.arange(4, 4 + 17)] * 4 + [None] * 4
     rollouts = build_rollouts(monkeypatch, rows, config=config, teacher_max_length=20)
     samples = [sample for microbatch in rollouts.microbatches(1)[0] for sample in microbatch.samples]
-    answers = {sample.row_id: int((sample.labels != -100).sum()) for sample in samples}
-    assert answers == {row: 3 if row < 4 else 4 for row in range(8)}
+    lengths = {sample.row_id: int((sample.labels != -100).sum()) for sample in samples}
+    assert lengths == {row: 3 if row < 4 else 4 for row in range(8)}
     rollouts = build_rollouts(monkeypatch, rows, config=config, teacher_max_length=17)
-    with pytest.raises(UserError, match="teacher_max_length = 17: the teacher_prompt of row 0 .* 17 tokens, which"):
+    with pytest.raises(UserError, match=r"teacher_max_length = 17: the teacher_prompt of row 0 .* 17 tokens, which"):
         rollouts.microbatches(2)
 
 
@@ -272,15 +274,15 @@ def test_a_prompt_that_leaves_no_room_is_an_error(monkeypatch):
     config = replace(CONFIG, max_length=5)
     rows = RandomRows(count=8, longest=40)
     with pytest.raises(
-        UserError, match="^data.max_length = 5: the prompt of row . of .* leaves no room for a completion"
+        UserError, match=r"^data.max_length = 5: the prompt of row . of .* leaves no room for a completion"
     ):
         build_rollouts(monkeypatch, rows, config=config).microbatches(1)
 
 
-def test_a_row_without_a_response_that_the_student_does_not_answer_is_an_error(monkeypatch):
+def test_a_dataset_row_without_a_response_is_an_error(monkeypatch):
     rows = RandomRows(count=8)
     rows.num_labels = np.zeros(8, dtype=np.int64)
-    with pytest.raises(UserError, match="the dataset has no response, and in this step the student does not answer it"):
+    with pytest.raises(UserError, match="dataset has no response, and in this step the student does not respond to it"):
         build_rollouts(monkeypatch, rows, schedule=(0.5, "row")).microbatches(1)
 
 
@@ -298,11 +300,11 @@ def test_a_row_that_only_one_replica_samples_is_refused_by_all_before_any_sample
     rows = RandomRows(count=8)
     rows.teacher_prompts[3] = np.arange(70)
     rollouts = build_rollouts(monkeypatch, rows, dp=Replica())
-    with pytest.raises(UserError, match="data.teacher_max_length = 64: the teacher_prompt of row 3 of the dataset"):
+    with pytest.raises(UserError, match=r"data.teacher_max_length = 64: the teacher_prompt of row 3 of the dataset"):
         rollouts.microbatches(1)
     rows.teacher_prompts[3] = None
     rollouts = build_rollouts(monkeypatch, rows, schedule=(0.5, "row"), dp=Replica())
     rows.num_labels = np.zeros(8, dtype=np.int64)
-    with pytest.raises(UserError, match="in this step the student does not answer it"):
+    with pytest.raises(UserError, match="in this step the student does not respond to it"):
         rollouts.microbatches(1)
     assert not rollouts.engine.calls

@@ -38,14 +38,12 @@ def environment(**values):
 
 def rows_of(rank, data, split="train", prompts=False, **sections):
     """The rows that `open_rows` gives to this rank, and the counts."""
-    import torch.distributed as dist
 
     from megatron_gkd.training.setup import open_rows
 
     recipe = recipe_of(sections | {"data": data})
-    mesh = SimpleNamespace(is_main=dist.get_rank() == 0)
     models = SimpleNamespace(tokenizer=tiny_tokenizer(), vocab_size=68)
-    dataset, report = open_rows(recipe, mesh, models, split, prompts=prompts)
+    dataset, report = open_rows(recipe, models, split, prompts=prompts)
     return [dataset[row].input_ids.tolist() for row in range(len(dataset))], report.summary()
 
 
@@ -135,7 +133,7 @@ def test_nodes_that_share_nothing_have_the_same_rows(gloo_world, write, tmp_path
 
 
 @pytest.mark.parametrize("leftover", [False, True])
-def test_every_node_downloads_what_it_lacks(gloo_world, tmp_path, leftover):
+def test_every_node_downloads_missing_files(gloo_world, tmp_path, leftover):
     """A leftover of an earlier download that was killed is no model."""
     hub, nodes = tmp_path / "hub", [str(tmp_path / f"node{node}") for node in range(2)]
     shutil.copytree(tiny_checkpoint("qwen3", seed=1), hub / "models/name")
@@ -171,7 +169,7 @@ def limits_of(rank, world_size, rollout):
 
 
 class TestPromptsThatFillTheSequence:
-    LONG = [{"prompt_token_ids": [5] * 62, "response_token_ids": [6, 7]}]
+    LONG = ({"prompt_token_ids": [5] * 62, "response_token_ids": [6, 7]},)
 
     @pytest.fixture
     def count(self, gloo_world, write, tmp_path):

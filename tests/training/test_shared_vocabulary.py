@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from types import SimpleNamespace
 
 import pytest
 from checkpoints import tiny_checkpoint
@@ -45,9 +46,9 @@ def open_the_rows(rank, world_size, data, tmp_path):
     from megatron_gkd.errors import GkdError
     from megatron_gkd.training.setup import open_rows
 
-    with opened(data, tmp_path) as (recipe, mesh, found):
+    with opened(data, tmp_path) as (recipe, _mesh, found):
         try:
-            open_rows(recipe, mesh, found, "train")
+            open_rows(recipe, found, "train")
         except GkdError as error:
             return str(error)
 
@@ -67,9 +68,9 @@ def test_rows_with_ids_that_the_teacher_lacks_are_refused_by_file_and_line(row, 
     data = tmp_path / "rows.jsonl"
     rows = [{"prompt": "w1", "response": "w2"}, row]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (told,) = gloo_world(1).run(open_the_rows, data, tmp_path)
+    (message,) = gloo_world(1).run(open_the_rows, data, tmp_path)
     expected = f"{data}, line 2: foreign token id: {foreign} is none of the ids that all models of the run have"
-    assert told is None if foreign is None else told.startswith(f"{expected}, which are 0 to {IDS - 1}")
+    assert message is None if foreign is None else message.startswith(f"{expected}, which are 0 to {IDS - 1}")
 
 
 def pad_token_of(rank, world_size, data, tmp_path):
@@ -90,7 +91,8 @@ def sample_and_train(rank, world_size, parallel):
     from megatron_gkd.data.lambda_schedule import LambdaSchedule
     from megatron_gkd.data.order import SampleOrder
     from megatron_gkd.runtime.mesh import destroy_mesh
-    from megatron_gkd.training.build import build_rollouts
+    from megatron_gkd.training.assemble import build_rollouts
+    from megatron_gkd.training.prepare import PreparedRun
 
     changes = {"parallel": parallel, "distill": {"lmbda": 1.0}}
     rows = RandomRows(count=8, vocab_size=IDS)
@@ -98,17 +100,18 @@ def sample_and_train(rank, world_size, parallel):
     short = recipe.rollout.model_copy(update={"max_completion_length": 20})
     recipe = recipe.model_copy(update={"rollout": short})
     mesh, student, teacher, _ = build(*models(), changes, rows)
-    rollouts = build_rollouts(
-        recipe,
-        mesh,
-        student,
-        student.model.checkpoint,
-        LambdaSchedule(1.0, "step", seed=7),
-        rows,
-        SampleOrder(rows.sizes, [1.0], seed=1234, shuffle=True),
-        BatchConfig.from_recipe(recipe, mesh, pad_token_id=0),
-        3,
+    prepared = PreparedRun(
+        point=None,
+        models=SimpleNamespace(student=student.model.checkpoint),
+        vocab_size=IDS,
+        rows={"training": (rows, None)},
+        order=SampleOrder(rows.sizes, [1.0], seed=1234, shuffle=True),
+        batch_config=BatchConfig.from_recipe(recipe, mesh, pad_token_id=0),
+        lambda_schedule=LambdaSchedule(1.0, "step", seed=7),
+        train_iters=3,
+        identity={},
     )
+    rollouts = build_rollouts(recipe, mesh, prepared, student, teacher)
     rollouts.load_weights(student, 0)
     microbatches, report = rollouts.microbatches(1)
     with teacher.resident():

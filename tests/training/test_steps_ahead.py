@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from dataclasses import replace
-from types import SimpleNamespace
 from unittest import mock
 
 import httpx
@@ -14,27 +14,28 @@ from checkpoints import tiny_checkpoint
 from fake_vllm import FakeVllm, transport
 from layouts import DENSE, PP2, TP2
 from rows import RandomRows
-from training_layouts import build, recipe_of
+from training_layouts import build, recipe_of, trainer_of
 
 from megatron_gkd.data.lambda_schedule import LambdaSchedule
 from megatron_gkd.data.sample import FROM_STUDENT
 
 STEPS = 4
-SEED = 29  # with lambda 0.6 the student answers in steps 1, 3 and 4
+SEED = 29  # with lambda 0.6 steps 1, 3 and 4 are on-policy
 
 
 def rollouts_over_fake_servers(mesh, student, changes, folder, before, on_sample=None):
     from megatron_gkd.data.batch_config import BatchConfig
     from megatron_gkd.data.order import SampleOrder
     from megatron_gkd.rollout.base import Sampling
-    from megatron_gkd.rollout.vllm.server import ServerOptions, VllmServerEngine
+    from megatron_gkd.rollout.vllm.server import VllmServerEngine
+    from megatron_gkd.rollout.vllm.server_options import RolloutServerOptions
     from megatron_gkd.training.on_policy import RolloutOptions, Rollouts
     from megatron_gkd.training.step_prompts import StepPrompts
 
     rows = RandomRows(count=24)
     fakes = {"one": FakeVllm(before), "two": FakeVllm(before)}
-    with mock.patch.object(httpx, "Client", lambda **_: real_client(transport=transport(fakes))):
-        options = ServerOptions(("http://one:1", "http://two:1"), folder, max_length=64)
+    with mock.patch.object(httpx, "Client", return_value=httpx.Client(transport=transport(fakes))):
+        options = RolloutServerOptions(("http://one:1", "http://two:1"), folder, max_length=64)
         engine = VllmServerEngine(mesh, student.model.checkpoint, options)
     prompts = StepPrompts(
         rows,
@@ -46,17 +47,12 @@ def rollouts_over_fake_servers(mesh, student, changes, folder, before, on_sample
     return Rollouts(engine, prompts, options, mesh.dp, on_sample)
 
 
-real_client = httpx.Client
-
-
 def train_ahead(rank, world_size, student, teacher, changes, folder):
     """The steps' records; the samples that were announced, and on one rank of each replica those that it trained on.
 
-    No server answers prompts that were sent ahead before the step in between trains.
+    No server completes prompts that were sent ahead before the step in between trains.
     """
     from megatron_gkd.runtime.mesh import destroy_mesh
-    from megatron_gkd.training.exports import Exports
-    from megatron_gkd.training.trainer import Trainer
 
     mesh, student, teacher, batches = build(student, teacher, changes)
     gate = threading.Event()
@@ -84,19 +80,8 @@ def train_ahead(rank, world_size, student, teacher, changes, folder):
         return compute_gradients(microbatches, signals)
 
     rollouts.begin, student.compute_gradients = begin_behind_gate, open_gate
-    records, trained = [], []
-    reporter = SimpleNamespace(step=records.append, message=lambda text: None)
-    trainer = Trainer(
-        student,
-        teacher,
-        batches,
-        None,
-        reporter,
-        rollouts=rollouts,
-        train_iters=STEPS,
-        eval_interval=None,
-        exports=Exports(folder),
-    )
+    trained = []
+    trainer, records = trainer_of(student, teacher, batches, folder, rollouts=rollouts, train_iters=STEPS)
     for step in range(1, STEPS + 1):
         trainer.train_step(step, None if rollouts.prompts.is_on_policy(step) else batches.step(step))
     rollouts.close()
@@ -132,15 +117,15 @@ def train_by_hand(rank, world_size, student, teacher, changes, folder):
     return records
 
 
-def test_one_step_ahead_is_what_it_would_be_by_hand(gloo_world, tmp_path):
+def test_one_step_ahead_equals_the_same_steps_in_sequence(gloo_world, tmp_path):
     """Under a layout in which every kind of rank waits for every other: nobody waits for ever."""
     student = tiny_checkpoint("qwen3_tied", seed=2, num_hidden_layers=2)
     teacher = tiny_checkpoint("qwen3", seed=1, num_hidden_layers=2, hidden_size=48)
     changes = {"parallel": TP2 | PP2, "train": {"lr_decay_style": "constant"}}
     ranks = gloo_world(8).run(train_ahead, student, teacher, changes, tmp_path / "ahead")
     by_hand = gloo_world(8).run(train_by_hand, student, teacher, changes, tmp_path / "by hand")[0]
-    assert sorted(sum((announced for _, announced, _ in ranks), [])) == sorted(
-        sum((trained for *_, trained in ranks), [])
+    assert sorted(itertools.chain.from_iterable(announced for _, announced, _ in ranks)) == sorted(
+        itertools.chain.from_iterable(trained for *_, trained in ranks)
     )
     assert [bool(announced) for _, announced, _ in ranks] == [bool(trained) for *_, trained in ranks]
     for records, *_ in ranks:

@@ -1,12 +1,10 @@
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from checkpoints import tiny_checkpoint
 from safetensors.torch import load_file
-from training_layouts import build
+from training_layouts import build, trainer_of
 
 from megatron_gkd.training.exports import Exports
 
@@ -14,15 +12,12 @@ from megatron_gkd.training.exports import Exports
 def train_on_an_infinite_teacher(rank, world_size, model, directory):
     from megatron_gkd.errors import RunStopped
     from megatron_gkd.runtime.mesh import destroy_mesh
-    from megatron_gkd.training.trainer import Trainer
 
-    mesh, student, teacher, batches = build(model, model, {"parallel": {"pipeline_model_parallel_size": world_size}})
+    _mesh, student, teacher, batches = build(model, model, {"parallel": {"pipeline_model_parallel_size": world_size}})
     if teacher.head_weight is not None:
         teacher.head_weight[5] = float("nan")
     before = {name: tensor.clone() for name, tensor in student.model.named_tensors()}
-    trainer = Trainer(
-        student, teacher, batches, None, None, train_iters=3, eval_interval=None, exports=Exports(directory)
-    )
+    trainer, _ = trainer_of(student, teacher, batches, directory, reporter=None)
     with pytest.raises(RunStopped, match="step 1: the loss is nan"):
         trainer.run()
     unchanged = all((tensor == before[name]).all() for name, tensor in student.model.named_tensors())
@@ -38,9 +33,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_on_every_rank_before_the_update(
 def signals_at_each_microbatch(rank, world_size, model, directory):
     """How many signals of the step there still are when the loss of each microbatch is computed, and after the step."""
     from megatron_gkd.runtime.mesh import destroy_mesh
-    from megatron_gkd.training.trainer import Trainer
 
-    mesh, student, teacher, batches = build(model, model, {})
+    _mesh, student, teacher, batches = build(model, model, {})
     score, objective = teacher.score, student.objective
     scored, left = [], []
 
@@ -54,9 +48,7 @@ def signals_at_each_microbatch(rank, world_size, model, directory):
 
     count.vocab_size = objective.vocab_size
     teacher.score, student.objective = keep, count
-    reporter = SimpleNamespace(step=lambda record: None)
-    exports = Exports(directory)
-    trainer = Trainer(student, teacher, batches, None, reporter, train_iters=3, eval_interval=None, exports=exports)
+    trainer, _ = trainer_of(student, teacher, batches, directory)
     microbatches = next(iter(batches))
     trainer.train_step(1, microbatches)
     destroy_mesh()
@@ -69,14 +61,13 @@ def test_the_signal_of_a_finished_microbatch_takes_no_memory(gloo_world, tmp_pat
     assert count > 1 and left == list(reversed(range(count)))
 
 
-def train_until_the_teacher_is_gone(rank, world_size, model, directory, scorings):
-    """What each rank is told; the student as it was then, from the main rank."""
+def train_until_the_teacher_fails(rank, world_size, model, directory, scorings):
+    """Return each rank's message, and the student's weights at that time."""
     from megatron_gkd.config.schema import OutputSection
     from megatron_gkd.errors import GkdError
+    from megatron_gkd.reporting.reporter import open_reporter
     from megatron_gkd.runtime.mesh import destroy_mesh
     from megatron_gkd.teachers.base import TeacherFailed
-    from megatron_gkd.training.metrics import Reporter
-    from megatron_gkd.training.trainer import Trainer
 
     mesh, student, teacher, batches = build(model, model, {"parallel": {"pipeline_model_parallel_size": world_size}})
     score, left = teacher.score, iter(range(scorings))
@@ -88,9 +79,8 @@ def train_until_the_teacher_is_gone(rank, world_size, model, directory, scorings
 
     teacher.score = score_until
     output = OutputSection(output_dir=str(directory), tensorboard=False)
-    with Reporter(directory, 3, output, is_main=mesh.is_main) as reporter:
-        exports = Exports(directory)
-        trainer = Trainer(student, teacher, batches, None, reporter, train_iters=3, eval_interval=None, exports=exports)
+    with open_reporter(output, 3, is_main=mesh.is_main) as reporter:
+        trainer, _ = trainer_of(student, teacher, batches, directory, reporter=reporter)
         with pytest.raises(GkdError) as error:
             trainer.run()
     weights = {name: tensor.clone() for name, tensor in student.model.named_tensors()}
@@ -98,13 +88,13 @@ def train_until_the_teacher_is_gone(rank, world_size, model, directory, scorings
     return str(error.value), weights
 
 
-def test_a_teacher_that_is_gone_ends_the_run_on_every_rank_with_what_was_learnt(gloo_world, tmp_path):
+def test_a_teacher_that_fails_ends_the_run_on_every_rank_and_the_student_is_exported(gloo_world, tmp_path):
     model = tiny_checkpoint("qwen3", seed=2)
-    (told, weights), (also_told, _) = gloo_world(2).run(train_until_the_teacher_is_gone, model, tmp_path, 2)
+    (message, weights), (other_message, _) = gloo_world(2).run(train_until_the_teacher_fails, model, tmp_path, 2)
     export = tmp_path / "hf-step-000002"
     assert (
-        told
-        == also_told
+        message
+        == other_message
         == (
             "stopped after step 2 of 3: http://teacher:8000: no answer for 300 s\n"
             f"The student of step 2 is in {export}. A run with --model {export} and another --output_dir starts from "
@@ -118,10 +108,10 @@ def test_a_teacher_that_is_gone_ends_the_run_on_every_rank_with_what_was_learnt(
 
 
 def test_before_the_first_step_there_is_nothing_to_export(gloo_world, tmp_path):
-    (told, _), _ = gloo_world(2).run(
-        train_until_the_teacher_is_gone, tiny_checkpoint("qwen3", seed=2), tmp_path, scorings=0
+    (message, _), _ = gloo_world(2).run(
+        train_until_the_teacher_fails, tiny_checkpoint("qwen3", seed=2), tmp_path, scorings=0
     )
-    assert told.startswith("stopped after step 0 of 3: ") and told.endswith("so nothing is exported")
+    assert message.startswith("stopped after step 0 of 3: ") and message.endswith("so nothing is exported")
     assert not list(tmp_path.glob("hf*"))
 
 
@@ -138,9 +128,9 @@ def test_only_the_newest_step_exports_are_kept(tmp_path):
         exports.of_step(step).checkpoint.mkdir()
     exports.claim(exports.final(), is_main=True)
     exports.final().checkpoint.mkdir()
-    exports.forget_old(is_main=False)
+    exports.remove_old(is_main=False)
     assert len(list(tmp_path.iterdir())) == 5
-    exports.forget_old(is_main=True)
+    exports.remove_old(is_main=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "hf-step-000010", "hf-step-000011"]
 
 
@@ -152,7 +142,7 @@ def test_a_resumed_run_deletes_old_exports_of_its_own(tmp_path):
     resumed.restore(first.made)
     resumed.claim(resumed.of_step(2), is_main=True)
     resumed.of_step(2).checkpoint.mkdir()
-    resumed.forget_old(is_main=True)
+    resumed.remove_old(is_main=True)
     assert [path.name for path in tmp_path.iterdir()] == ["hf-step-000002"]
 
 
@@ -162,7 +152,7 @@ def test_adapters_and_merged_checkpoints_are_kept_alike(tmp_path):
         exports.claim(folders, is_main=True)
         for folder in folders:
             folder.mkdir()
-    exports.forget_old(is_main=True)
+    exports.remove_old(is_main=True)
     names = ["adapters", "adapters-step-000002", "hf", "hf-step-000002"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     adapters, hf = tmp_path / "adapters", tmp_path / "hf"
@@ -172,15 +162,13 @@ def test_adapters_and_merged_checkpoints_are_kept_alike(tmp_path):
 
 def export_some_steps(rank, world_size, model, directory, steps):
     from megatron_gkd.runtime.mesh import destroy_mesh
-    from megatron_gkd.training.trainer import Trainer
 
     _, student, _, batches = build(model, None, {"teacher": {"teacher_kind": "none"}})
     exports = Exports(directory, interval=1, total_limit=1)
-    reporter = SimpleNamespace(message=lambda text: None)
-    trainer = Trainer(student, None, batches, None, reporter, train_iters=3, eval_interval=None, exports=exports)
+    trainer, _ = trainer_of(student, None, batches, directory, exports=exports)
     for step in steps:
         trainer.export(exports.of_step(step))
-        exports.forget_old(student.mesh.is_main)
+        exports.remove_old(is_main=student.mesh.is_main)
     trainer.export(exports.final())
     destroy_mesh()
 

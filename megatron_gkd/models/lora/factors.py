@@ -1,4 +1,4 @@
-"""The factors A and B of a chunk's adapters: what they are called in the whole model, and how they are sharded."""
+"""Enumerate the factors A and B of a chunk's adapters, with their names in the whole model and their sharding."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from mcore_bridge.tuners.lora import LoraParallelLinear
 from torch import Tensor, nn
+
+from mcore_bridge.tuners.lora import LoraParallelLinear
+from megatron.core.models.gpt import GPTModel
 
 ADAPTER = "default"  # the name that PEFT gives to a model's one adapter
 
@@ -18,11 +20,12 @@ class Factor:
 
     Attributes:
         layer: the adapted layer's name in the whole model.
-        expert: the expert's number in the whole model; None of a dense layer.
+        kind: A, which the layer's input is multiplied by, or B.
+        expert: the expert's number in the whole model; None for a dense layer.
         parameter: this rank's share.
         key: the parameter's name in the chunk's state dict.
-        sharded_dim: the dimension that tensor parallelism divides; None: every rank has the whole.
-        has_halves: the rows are those of gate and up, one after the other, and each half is divided.
+        sharded_dim: the dimension that tensor parallelism splits; None if every rank has the whole factor.
+        has_halves: whether the rows are those of gate and up, one after the other, each of which is split.
     """
 
     layer: str
@@ -40,6 +43,7 @@ class Factor:
         return f"{self.layer}{expert}.lora_{self.kind}"
 
     def whole_shape(self, tp_size: int) -> list[int]:
+        """Return the shape of the whole factor."""
         return [n * tp_size if dim == self.sharded_dim else n for dim, n in enumerate(self.parameter.shape)]
 
     def shard_of(self, whole: Tensor, tp_rank: int, tp_size: int) -> Tensor:
@@ -51,8 +55,8 @@ class Factor:
         return whole.unflatten(0, (2, tp_size, -1))[:, tp_rank].flatten(0, 1)
 
 
-def global_name(chunk: nn.Module, name: str) -> str:
-    """Return the name in the whole model of a module below `chunk.decoder.layers`, whose numbers are the chunk's."""
+def global_name(chunk: GPTModel, name: str) -> str:
+    """Return the name in the whole model of a module in `chunk.decoder.layers`, which the chunk numbers from 0."""
     prefix, number, rest = name.removeprefix("decoder.").split(".", 2)
     return f"decoder.{prefix}.{chunk.decoder.layers[int(number)].layer_number - 1}.{rest}"
 
@@ -67,18 +71,20 @@ def lora_modules(chunk: nn.Module) -> Iterator[tuple[str, LoraParallelLinear]]:
 def weights_of(linear: nn.Module) -> list[nn.Parameter]:
     """Return the weight of a linear layer, or those of its experts."""
     count = getattr(linear, "num_gemms", None)
-    return [linear.weight] if count is None else [getattr(linear, f"weight{index}") for index in range(count)]
+    names = ["weight"] if count is None else [f"weight{index}" for index in range(count)]
+    return [linear.get_parameter(name) for name in names]
 
 
-def factors_of(chunks: Sequence[nn.Module], expert_rank: int) -> Iterator[Factor]:
-    """Yield all factors on this rank. `expert_rank`: its place in the expert-parallel group."""
+def factors_of(chunks: Sequence[GPTModel], expert_rank: int) -> Iterator[Factor]:
+    """Yield all factors on this rank, whose place in the expert-parallel group is `expert_rank`."""
     for chunk in chunks:
         for name, module in lora_modules(chunk):
             yield from _factors(global_name(chunk, name), name, module, expert_rank)
 
 
 def _factors(layer: str, name: str, module: LoraParallelLinear, expert_rank: int) -> Iterator[Factor]:
-    for kind, linear in (("A", module.lora_A[ADAPTER]), ("B", module.lora_B[ADAPTER])):
+    linears: dict[Literal["A", "B"], nn.Module] = {"A": module.lora_A[ADAPTER], "B": module.lora_B[ADAPTER]}
+    for kind, linear in linears.items():
         sharded_dim = None
         if not module.is_grouped and (kind == "A") == module.is_parallel_a:  # experts' tensor parallelism is 1
             sharded_dim = 1 if kind == "A" else 0

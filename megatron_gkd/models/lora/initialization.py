@@ -1,7 +1,7 @@
-"""The factors' first values, which depend on the seed and on the factor's name in the whole model alone.
+"""Initialize the factors with values that depend only on the seed and the factor's name in the whole model.
 
-Drawn by each rank for itself they would depend on the layout, and the first layers of all pipeline stages would begin
-alike, since the stages' generators do.
+If each rank drew its own values, they would depend on the layout, and the first layers of all pipeline stages would
+begin with equal ones, as the stages' generators do.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megatron_gkd.models.lora.options import LoraOptions
 
 @torch.no_grad()
 def initialize_factors(factors: Iterable[Factor], options: LoraOptions, tp_rank: int, tp_size: int) -> None:
-    """Give every factor its share of the whole one, which is drawn on the host."""
+    """Set every factor to its share of the whole factor, which is drawn on the host."""
     for factor in factors:
         if factor.kind == "B" and options.b_std == 0:
             factor.parameter.zero_()

@@ -1,4 +1,4 @@
-"""Adapters into the chunks of a built model, whose own weights are frozen."""
+"""Insert adapters into the chunks of a built model and freeze the model's own weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
-from mcore_bridge.tuners.lora import LoraParallelLinear
 from torch import nn
 
 from megatron_gkd.checkpoint_format.lora_layers import AdaptedLayer, BaseLayer, LoraProblem, can_be_adapted
@@ -16,16 +15,19 @@ from megatron_gkd.models.lora.initialization import initialize_factors
 from megatron_gkd.models.lora.options import LoraOptions
 from megatron_gkd.runtime.mesh import Mesh
 
+from mcore_bridge.tuners.lora import LoraParallelLinear
+from megatron.core.models.gpt import GPTModel
+
 
 @dataclass(frozen=True)
 class Adapters:
     """The adapters of one model.
 
     Attributes:
-        layers: the adapted layers of the whole model, on whatever rank, in the model's order.
-        base_layers: all layers of the whole model that could be.
-        options: what they were made with.
-        factors: those on this rank.
+        layers: the adapted layers of the whole model, on any rank, in the model's order.
+        base_layers: all layers of the whole model that can be adapted.
+        options: the options that they were built with.
+        factors: the factors on this rank.
     """
 
     layers: tuple[AdaptedLayer, ...]
@@ -34,10 +36,10 @@ class Adapters:
     factors: tuple[Factor, ...]
 
 
-def inject_adapters(chunks: Sequence[nn.Module], mesh: Mesh, options: LoraOptions, num_experts: int) -> Adapters:
-    """Freeze the chunks, and put new adapters around the layers that the options choose. All ranks must call it.
+def inject_adapters(chunks: Sequence[GPTModel], mesh: Mesh, options: LoraOptions, num_experts: int) -> Adapters:
+    """Freeze the chunks and put new adapters around the layers that the options choose. All ranks must call it.
 
-    Call it after the weights are read and before shards are marked, experts prepared and buffers made.
+    Call it after the weights are read, and before shards are marked, experts prepared and buffers built.
 
     Raises:
         UserError: in all ranks; the options do not suit the model.
@@ -50,7 +52,7 @@ def inject_adapters(chunks: Sequence[nn.Module], mesh: Mesh, options: LoraOption
             raise LoraProblem(
                 "target_modules: experts take no adapters with parallel.expert_tensor_parallel_size > 1; set it to 1"
             )
-    except LoraProblem as problem:  # the same in all ranks, which have the same names
+    except LoraProblem as problem:  # equal in all ranks, which have the same names
         raise UserError(f"lora.{problem}") from problem
     for chunk in chunks:
         chunk.requires_grad_(False)
@@ -69,12 +71,12 @@ def _adaptable(chunk: nn.Module) -> list[str]:
 
 
 def _all_layers(names: list[str], mesh: Mesh, num_experts: int) -> tuple[BaseLayer, ...]:
-    """Return the layers of all pipeline stages, in the model's order: some stages may have none that is chosen."""
+    """Return the layers of all pipeline stages in the model's order."""
     parts: list[list[str]] = [[] for _ in range(mesh.pp.size())]
     dist.all_gather_object(parts, names, group=mesh.pp)
-    found = [name for part in parts for name in part]
-    found.sort(key=lambda name: int(name.split(".")[2]))  # stable: within a layer the order stays
-    return tuple(BaseLayer.from_name(name, num_experts) for name in found)
+    # The sort is stable: within a layer the order stays.
+    ordered = sorted((name for part in parts for name in part), key=lambda name: int(name.split(".")[2]))
+    return tuple(BaseLayer.from_name(name, num_experts) for name in ordered)
 
 
 def _wrap(chunk: nn.Module, name: str, layer: AdaptedLayer, options: LoraOptions) -> None:
@@ -98,8 +100,8 @@ def _wrap(chunk: nn.Module, name: str, layer: AdaptedLayer, options: LoraOptions
 def _mark_experts(chunk: nn.Module) -> None:
     """Mark all factors of experts as sharded: the ranks of a tensor-parallel group have different experts' tokens.
 
-    mcore-bridge 1.6.5 (tuners/lora.py) makes fc1's A and fc2's B with `parallel_mode=None`, which counts as replicated:
-    the norm of the gradient would take them from tensor-parallel rank 0 only.
+    mcore-bridge 1.6.5 (tuners/lora.py) builds fc1's A and fc2's B with `parallel_mode=None`, which counts as
+    replicated: the gradient's norm would include them from tensor-parallel rank 0 only.
     """
     for _, module in lora_modules(chunk):
         if module.is_grouped:

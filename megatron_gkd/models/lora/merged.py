@@ -1,8 +1,8 @@
-"""Exports of a model with adapters: the merged weights, unless the base's are asked for.
+"""Export a model with adapters: the merged weights, or those of the base.
 
-mcore-bridge exports the base's weights of a model with adapters, without a warning; and PEFT's `merge` and `unmerge`
-leave rounding errors in the base. Here a layer's parameters point to a merged copy while that layer is exported, so
-that one layer is copied at a time and the base's memory is never written.
+mcore-bridge exports the base's weights of a model with adapters, without a warning; PEFT's `merge` and `unmerge` leave
+rounding errors in the base. Here a layer's parameters point to a merged copy while that layer is exported, so that one
+layer is copied at a time and the base's memory is never written.
 """
 
 from __future__ import annotations
@@ -18,21 +18,25 @@ from megatron_gkd.models.lora.factors import ADAPTER, lora_modules, weights_of
 
 
 class MergingExport:
-    """Makes a bridge export merged weights from now on, whoever calls it.
+    """Replaces a method of a bridge, so that all its exports have merged weights.
+
+    Args:
+        bridge: mcore-bridge's, of the model.
 
     Attributes:
-        is_merging: false inside of `base_weights`.
-        dtype: of the merged weights; None: the base's. fp32 keeps what the base's type would round away.
+        is_merging: false inside `base_weights`.
+        dtype: the dtype of the merged weights; None for that of the base. fp32 keeps what the base's dtype rounds away.
     """
 
     def __init__(self, bridge: Any) -> None:
-        self.is_merging, self.dtype = True, None
+        self.is_merging = True
+        self.dtype: torch.dtype | None = None
         self._bridge, self._set_layer_state = bridge, bridge._set_layer_state
         bridge._set_layer_state = self._export_layer
 
     @contextlib.contextmanager
     def base_weights(self) -> Iterator[None]:
-        """The bridge exports the base's weights inside."""
+        """Export the base's weights inside."""
         self.is_merging = False
         try:
             yield
@@ -40,8 +44,8 @@ class MergingExport:
             self.is_merging = True
 
     @contextlib.contextmanager
-    def of_dtype(self, dtype: torch.dtype | None) -> Iterator[None]:
-        """The bridge exports adapted layers in `dtype` inside."""
+    def in_dtype(self, dtype: torch.dtype | None) -> Iterator[None]:
+        """Export adapted layers in `dtype` inside."""
         before, self.dtype = self.dtype, dtype
         try:
             yield
@@ -49,13 +53,15 @@ class MergingExport:
             self.dtype = before
 
     def _export_layer(self, layer: nn.Module | None, hf_state: Any, prefix: str, index: int, to_mcore: bool) -> Any:
-        is_merged = self.is_merging and not to_mcore and not self._bridge._peft_format and layer is not None
-        with _merged(layer, self.dtype) if is_merged else contextlib.nullcontext():
+        if layer is None or to_mcore or self._bridge._peft_format or not self.is_merging:
+            return self._set_layer_state(layer, hf_state, prefix, index, to_mcore)
+        with _merged(layer, self.dtype):
             return self._set_layer_state(layer, hf_state, prefix, index, to_mcore)
 
 
 @contextlib.contextmanager
 def _merged(layer: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """Let the parameters of the adapted layers in `layer` point to merged copies inside."""
     saved: list[tuple[nn.Parameter, Tensor]] = []
     try:
         for _, module in lora_modules(layer):

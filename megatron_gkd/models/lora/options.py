@@ -1,4 +1,4 @@
-"""How a model's adapters are made."""
+"""Options of a model's adapters."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class LoraOptions:
 
     Attributes:
         rules: which layers are adapted, with which ranks and scales.
-        dropout: of the adapters' input, in training.
-        initialization: of the factors A; B begins as zeros.
-        dtype: of the factors; None: the base's.
-        seed: of the initialization.
-        adapters: folder of PEFT adapters to begin with, whose ranks and scales `rules` must have.
-        b_std: half width of a uniform distribution that B begins with. For tests: with B = 0, A has no gradient.
+        dropout: probability of dropout of the adapters' input in training.
+        initialization: distribution of the initial factors A; B is initialized with zeros.
+        dtype: dtype of the factors; None for the base's.
+        seed: seed of the initialization.
+        adapters: folder of PEFT adapters to start from, whose ranks and scales `rules` must have.
+        b_std: half width of a uniform distribution to initialize B from. For tests: with B = 0, A has no gradient.
     """
 
     rules: LayerRules = field(default_factory=LayerRules)

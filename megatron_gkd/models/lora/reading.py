@@ -1,4 +1,4 @@
-"""PEFT adapters from a folder into a model that has new ones, under any layout."""
+"""Read PEFT adapters from a folder into a model that has new ones, under any layout."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from mcore_bridge import ModelConfig
 from safetensors import safe_open
-from torch import nn
 
 from megatron_gkd.checkpoint_format.adapter_files import WEIGHTS, AdapterFiles, AdapterProblem, factor_name
 from megatron_gkd.checkpoint_format.fingerprint import weights_fingerprint
@@ -19,9 +17,12 @@ from megatron_gkd.models.lora.injection import Adapters
 from megatron_gkd.runtime.agreement import run_on_all
 from megatron_gkd.runtime.quiet import hidden_stderr
 
+from mcore_bridge import ModelConfig
+from megatron.core.models.gpt import GPTModel
+
 
 def read_adapters(
-    chunks: Sequence[nn.Module], config: ModelConfig, adapters: Adapters, checkpoint: Checkpoint, folder: Path
+    chunks: Sequence[GPTModel], config: ModelConfig, adapters: Adapters, checkpoint: Checkpoint, folder: Path
 ) -> None:
     """Read the adapters in `folder` into `adapters`. All ranks of the world must call it.
 
@@ -53,16 +54,18 @@ def read_adapters(
 
 
 def _require_shared_factors(folder: Path, layers: Sequence[AdaptedLayer]) -> None:
-    """AdapterProblem where modules that are one matrix here have different factors A."""
+    """Raise AdapterProblem if modules that are one matrix in Megatron have different factors A."""
     with safe_open(folder / WEIGHTS, framework="pt") as file:
         for layer in layers:
             experts: dict[str, list[str]] = {}
             for hf_name in layer.base.hf_names:
                 experts.setdefault(hf_name.rpartition(".")[0], []).append(hf_name)
             for first, *others in experts.values():
-                whole = file.get_tensor(factor_name(first, "A")) if others else None
+                if not others:
+                    continue
+                expected = file.get_tensor(factor_name(first, "A"))
                 for other in others:
-                    if not torch.equal(whole, file.get_tensor(factor_name(other, "A"))):
+                    if not torch.equal(expected, file.get_tensor(factor_name(other, "A"))):
                         raise AdapterProblem(
                             f"the factors A of {first} and {other} differ; {describe_joined(layer.base)}. Merge the "
                             "adapters into their base, or train them with equal factors A"

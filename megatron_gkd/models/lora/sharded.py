@@ -1,7 +1,7 @@
-"""The factors as Megatron's sharded tensors, for checkpoints that any layout reads.
+"""Describe the factors as Megatron's sharded tensors, for checkpoints that any layout can load.
 
-mcore-bridge's own `sharded_state_dict` (1.6.5, tuners/lora.py) cuts fc1's B without its halves, gate and up, and gives
-replicated factors the replica number 0 on every tensor-parallel rank.
+mcore-bridge's own `sharded_state_dict` (1.6.5, tuners/lora.py) splits fc1's B without regard to its halves, gate and
+up, and gives replicated factors the replica number 0 on every tensor-parallel rank.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
-from megatron.core.utils import make_sharded_tensor_for_checkpoint, make_tp_sharded_tensor_for_checkpoint
-
 from megatron_gkd.models.lora.factors import Factor
 from megatron_gkd.runtime.mesh import Mesh
+
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+from megatron.core.utils import make_sharded_tensor_for_checkpoint, make_tp_sharded_tensor_for_checkpoint
 
 
 def sharded_factors(factors: Iterable[Factor], mesh: Mesh) -> dict[str, Any]:

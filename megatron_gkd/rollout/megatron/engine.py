@@ -15,13 +15,12 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from megatron_gkd.data.microbatch import padded_length
 from megatron_gkd.models.megatron_model import MegatronModel, hidden_states, in_eval_mode
-from megatron_gkd.models.pipeline import forward_only
+from megatron_gkd.models.pipeline import Pipeline
 from megatron_gkd.ops.vocabulary import VocabShard
 from megatron_gkd.rollout.base import Completion, Sampling, check_prompts
 from megatron_gkd.rollout.megatron.decode_batch import DecodeBatch, DecodeInputs, DecodeSequence
@@ -29,6 +28,8 @@ from megatron_gkd.rollout.megatron.kv_cache import KeyValueCache
 from megatron_gkd.rollout.megatron.sampling import fold_to_int64, sample
 from megatron_gkd.rollout.stop_strings import StopStringDetector, get_fast_tokenizer
 from megatron_gkd.runtime import portability
+
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
 
 class MegatronEngine:
@@ -156,7 +157,7 @@ class MegatronEngine:
             cache.begin(microbatch)
             return hidden_states(chunk, microbatch)
 
-        return forward_only(self.model.chunks, inputs, forward, self._take_newest, self.mesh)
+        return Pipeline(self.model.chunks, self.mesh).forward_only(inputs, forward, self._take_newest)
 
     def _take_newest(self, hidden: Tensor, inputs: DecodeInputs) -> Tensor:
         states = hidden.squeeze(0)
@@ -176,7 +177,7 @@ class MegatronEngine:
             seeds = torch.tensor([sequence.seed for sequence in sequences], device=logits.device)
             positions = torch.tensor([len(sequence.token_ids) for sequence in sequences], device=logits.device)
             vocab_size = sampling.excluded_ids(self.model.checkpoint.vocab_size).start
-            shard = VocabShard.of(logits.shape[1], mesh.tp, vocab_size)
+            shard = VocabShard.from_group(logits.shape[1], mesh.tp, vocab_size)
             drawn[0], drawn[1] = sample(logits, seeds, positions, sampling, shard)
         if mesh.pp.size() > 1:
             dist.broadcast(drawn, src=mesh.last_stage_rank, group=mesh.pp)

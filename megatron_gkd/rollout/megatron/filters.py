@@ -60,7 +60,7 @@ def apply_top_p(scores_nV: Tensor, top_p: float, shard: VocabShard) -> Tensor:
 
 
 def _integer_weights(scores_nV: Tensor, shard: VocabShard) -> Tensor:
-    """Return each row's probabilities in int64, up to a factor: as fine as leaves room for the sum of all."""
+    """Return each row's probabilities in int64, up to a factor: the largest for which the sum of all fits."""
     largest_n = shard.gather(scores_nV.amax(-1)).amax(0)
     scale = 2 ** (62 - shard.vocab_size.bit_length())
     return ((scores_nV - largest_n[:, None]).exp() * scale).round().long()

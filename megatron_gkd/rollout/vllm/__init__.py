@@ -1,1 +1,1 @@
-"""Sampling by vLLM: in the training processes, or by servers."""
+"""Sample with vLLM: in the training processes, or on servers."""

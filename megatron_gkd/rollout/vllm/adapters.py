@@ -1,4 +1,4 @@
-"""The student's adapters to vLLM servers that serve its base (`rollout.weight_sync: lora`).
+"""Send the student's adapters to vLLM servers that serve its base (`rollout.weight_sync: lora`).
 
 Each version is a folder of PEFT files, which a server loads at run time under a name of its own: prefix caches and
 requests know adapters by their names, so nothing computed with another version can be taken for this one's.
@@ -16,11 +16,18 @@ from torch import Tensor
 
 from megatron_gkd.checkpoint_format.adapter_files import CONFIG, WEIGHTS
 from megatron_gkd.rollout.vllm.client import StudentServer
-from megatron_gkd.rollout.vllm.weight_folder import VERSION_PREFIX, Shapes, SharedWeights, WeightFolder, explain_refusal
+from megatron_gkd.rollout.vllm.weight_folder import (
+    VERSION_PREFIX,
+    Shapes,
+    SharedWeights,
+    WeightFolder,
+    explain_refusal,
+    shared_weights_of,
+)
 
 
 class AdapterFolder(WeightFolder):
-    """Writes one version of the adapters after another into `root`.
+    """Write one version of the adapters after another into `root`.
 
     Args:
         root: made if missing. Folders in it whose name begins with "weights-" belong to this class.
@@ -28,7 +35,7 @@ class AdapterFolder(WeightFolder):
         config: adapter_config.json.
     """
 
-    def __init__(self, root: Path, expected: Shapes, config: Mapping[str, Any]):
+    def __init__(self, root: Path, expected: Shapes, config: Mapping[str, Any]) -> None:
         super().__init__(root, expected)
         self.config = config
 
@@ -40,13 +47,13 @@ class AdapterFolder(WeightFolder):
 
 
 def adapter_name(weights: SharedWeights) -> str:
-    """Return what a server calls this version of the adapters."""
+    """Return the name of this version of the adapters on a server."""
     return weights.directory.name
 
 
-def hand_over_adapters(server: StudentServer) -> None:
-    """The `hand_over` of servers that see the folder: any rank may do it. Other versions are unloaded."""
-    weights: SharedWeights = server.wanted
+def load_adapters_from_folder(server: StudentServer) -> None:
+    """Let a server that sees the folder load the wanted adapters, and unload other versions: any rank may do it."""
+    weights = shared_weights_of(server)
     weights.validate()
     server.pause()
     for name in server.served_adapters():

@@ -1,8 +1,8 @@
-"""Sampling by vLLM in the training processes: weights from rank to rank's own engine, without a copy on disk.
+"""Sample with vLLM in the training processes: weights go from a rank to its own engine, without a copy on disk.
 
-Each engine has one rank, or `tensor_parallel_size` neighbouring ranks. The prompts of all replicas are dealt out among
-all engines of the world, and every replica gets its completions back. Whatever goes wrong in one rank is raised in all
-of them together.
+Each engine has one rank, or `tensor_parallel_size` consecutive ranks. The prompts of all replicas are dealt out among
+all engines of the world, and every replica gets its completions back. A failure of one rank is raised in all of them
+together.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -28,14 +28,27 @@ _PARTS = ("weights", "kv_cache")
 T = TypeVar("T")
 
 
-class VllmColocatedEngine:
-    """All ranks make it together. It keeps no process group of `mesh`.
+@dataclass(frozen=True)
+class _PromptRequest:
+    """One prompt of a replica. `index` is its place in the replica's request."""
 
-    `checkpoint` is what the student began as: new weights have its names and shapes, and its EOS ends completions.
-    `vllm` is this rank's, started with `options`.
+    replica: int
+    index: int
+    prompt: Sequence[int]
+    seed: int
+
+
+class VllmColocatedEngine:
+    """Rollout engine with vLLM in the training processes. All ranks make it together.
+
+    Args:
+        mesh: of the ranks; the engine keeps no process group of it.
+        checkpoint: what the student began as: new weights have its names and shapes, and its EOS ends completions.
+        options: how vLLM runs.
+        vllm: this rank's, started with `options`.
     """
 
-    def __init__(self, mesh: Mesh, checkpoint: Checkpoint, options: ColocatedOptions, vllm: VllmProcess):
+    def __init__(self, mesh: Mesh, checkpoint: Checkpoint, options: ColocatedOptions, vllm: VllmProcess) -> None:
         self.checkpoint, self.options, self.vllm = checkpoint, options, vllm
         self.replica = mesh.dp.rank()
         self.is_leader = mesh.is_leader
@@ -49,18 +62,22 @@ class VllmColocatedEngine:
 
     @classmethod
     def start(cls, mesh: Mesh, checkpoint: Checkpoint, options: ColocatedOptions) -> VllmColocatedEngine:
-        """Start vLLM on all ranks. RolloutFailed if it can't be on any."""
-        vllm, problem = None, None
+        """Start vLLM on all ranks.
+
+        Raises:
+            RolloutFailed: on all ranks; vLLM can't be started on one.
+        """
+        problem: Exception | None = None
         try:
             vllm = VllmProcess(checkpoint, options)
         except Exception as error:
-            problem = _failure(error)
+            problem = _build_failure(error)
         _all_gather(None, problem)
         return cls(mesh, checkpoint, options, vllm)
 
     @contextlib.contextmanager
     def resident(self) -> Iterator[None]:
-        """VLLM has its memory inside, and gives it up afterwards as `sleep_level` says."""
+        """Allocate vLLM's memory for the context, and free it at the end as `sleep_level` says."""
         self._wake_up(_PARTS)
         try:
             yield
@@ -68,51 +85,56 @@ class VllmColocatedEngine:
             self._sleep()
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """As `RolloutEngine.load_weights`; wakes the weights up, which stay so until the end of `resident`.
+        """Load a version, in memory that stays allocated until the end of `resident`; see `RolloutEngine.load_weights`.
 
         Raises:
-            RolloutFailed: they are not the checkpoint's in names and shapes, or vLLM can't load them. Nothing can be
-                generated until others are loaded.
+            RolloutFailed: the tensors are not the checkpoint's in names and shapes, or vLLM can't load them. Nothing
+                can be generated until others are loaded.
         """
         self.version = None
         self._wake_up(("weights",))
-        tensors = _Expected(named_tensors, self.expected)
+        tensors = _ExpectedTensors(named_tensors, self.expected)
         problem: Exception | None = None
         try:
             self.vllm.load(tensors)
         except Exception as error:
-            problem = _failure(error)
+            problem = _build_failure(error)
         for _ in tensors:  # making one takes all ranks
             pass
         try:
-            check_shapes(tensors.found, self.expected, self.optional)
+            check_shapes(tensors.shapes, self.expected, self.optional)
         except GkdError as error:
-            problem = _failure(error)
+            problem = _build_failure(error)
         _all_gather(None, problem)
         self.version = version
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Completion]:
-        """As `RolloutEngine.generate`. `RolloutFailed` if a prompt leaves no room for a token, or vLLM fails."""
+        """Generate one completion a prompt; see `RolloutEngine.generate`.
+
+        Raises:
+            RolloutFailed: a prompt leaves no room for a token, or vLLM fails.
+        """
         problem: Exception | None = None
         try:
             check_prompts(prompts, seeds, self.checkpoint.vocab_size)
             self._check_ready(prompts)
         except (ValueError, RolloutFailed) as error:
             problem = error
-        asked = list(zip(prompts, seeds, strict=False)) if self.is_leader else []
-        requests = [
-            (replica, index, prompt, seed)
-            for replica, part in _all_gather((self.replica, asked), problem)
-            for index, (prompt, seed) in enumerate(part)
+        own = [
+            _PromptRequest(self.replica, index, prompt, seed)
+            for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=False))
         ]
-        completions: list[tuple[int, int, Completion]] = []
+        requests = [request for part in _all_gather(own if self.is_leader else [], problem) for request in part]
+        completions: list[tuple[_PromptRequest, Completion]] = []
         try:
             completions = self._complete(requests[self.engine :: self.num_engines], sampling)
         except Exception as error:
-            problem = _failure(error)
-        answers = _all_gather(completions if self.place == 0 else [], problem)
-        found = {index: done for part in answers for replica, index, done in part if replica == self.replica}
-        return [found[index] for index in range(len(prompts))]
+            problem = _build_failure(error)
+        # One rank of each engine returns the completions; the prompts stay where they are.
+        results = [(request.replica, request.index, completion) for request, completion in completions]
+        parts = _all_gather(results if self.place == 0 else [], problem)
+        by_index = {index: done for part in parts for replica, index, done in part if replica == self.replica}
+        return [by_index[index] for index in range(len(prompts))]
 
     def _check_ready(self, prompts: Sequence[Sequence[int]]) -> None:
         if self.version is None or self.asleep:
@@ -122,27 +144,29 @@ class VllmColocatedEngine:
         for index, prompt in enumerate(prompts):
             if len(prompt) >= self.options.max_model_len:
                 raise RolloutFailed(
-                    f"prompt {index} of {len(prompt)} tokens leaves no room for an answer in "
+                    f"prompt {index} of {len(prompt)} tokens leaves no room for a completion in "
                     f"rollout.vllm_max_model_len = {self.options.max_model_len}"
                 )
 
     def _complete(
-        self, requests: Sequence[tuple[int, int, Sequence[int], int]], sampling: Sampling
-    ) -> list[tuple[int, int, Completion]]:
-        """Of (replica, index, prompt, seed), the replica, the index and the completion."""
+        self, requests: Sequence[_PromptRequest], sampling: Sampling
+    ) -> list[tuple[_PromptRequest, Completion]]:
+        version = self.version
+        if version is None:  # `_check_ready` has found it out, on this rank or another
+            return []
         eos = () if sampling.ignore_eos else self.checkpoint.eos_token_ids
-        generated = self.vllm.generate(
-            [prompt for _, _, prompt, _ in requests],
-            [seed for *_, seed in requests],
+        sampled = self.vllm.generate(
+            [request.prompt for request in requests],
+            [request.seed for request in requests],
             [
-                min(sampling.max_completion_length, self.options.max_model_len - len(prompt))
-                for _, _, prompt, _ in requests
+                min(sampling.max_completion_length, self.options.max_model_len - len(request.prompt))
+                for request in requests
             ],
             replace(sampling, stop_token_ids=tuple(sorted({*sampling.stop_token_ids, *eos}))),
         )
         return [
-            (replica, index, Completion(one.token_ids, one.log_probs, one.finish_reason, self.version))
-            for (replica, index, *_), one in zip(requests, generated, strict=True)
+            (request, Completion(one.token_ids, one.log_probs, one.finish_reason, version))
+            for request, one in zip(requests, sampled, strict=True)
         ]
 
     def _wake_up(self, parts: Sequence[str]) -> None:
@@ -160,22 +184,31 @@ class VllmColocatedEngine:
                 self.version = None  # what wakes up is memory without content
 
 
-class _Expected:
-    """Passes on tensors whose name and shape are as expected, and notes all: a wrong one would leave vLLM half-way."""
+class _ExpectedTensors:
+    """Pass on the tensors whose name and shape are as expected: a wrong one would leave vLLM half-way.
 
-    def __init__(self, named_tensors: Iterable[tuple[str, Tensor]], expected: Shapes):
+    Attributes:
+        shapes: of all tensors so far.
+    """
+
+    def __init__(self, named_tensors: Iterable[tuple[str, Tensor]], expected: Shapes) -> None:
         self.tensors, self.expected = iter(named_tensors), expected
-        self.found: Shapes = {}
+        self.shapes: Shapes = {}
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in self.tensors:
-            self.found[name] = tuple(tensor.shape)
-            if self.expected.get(name) == self.found[name]:
+            self.shapes[name] = tuple(tensor.shape)
+            if self.expected.get(name) == self.shapes[name]:
                 yield name, tensor.detach()
 
 
 def _all_gather(value: T, problem: Exception | None) -> list[T]:
-    """The values of all ranks; or `problem` is raised, and RolloutFailed with its words on the other ranks."""
+    """Return the values of all ranks.
+
+    Raises:
+        Exception: `problem`, if there is one.
+        RolloutFailed: another rank has a problem; with its message.
+    """
     everything: list = [None] * dist.get_world_size()
     dist.all_gather_object(everything, (value, None) if problem is None else (None, str(problem)))
     if problem is not None:
@@ -186,8 +219,11 @@ def _all_gather(value: T, problem: Exception | None) -> list[T]:
     return [value for value, _ in everything]
 
 
-def _failure(error: Exception) -> RolloutFailed:
-    if isinstance(error, GkdError):
-        return RolloutFailed(str(error))
-    told = "".join(traceback.format_exception(error)).strip()
-    return RolloutFailed(f"vLLM failed in rank {dist.get_rank()}:\n{told}")
+def _build_failure(error: Exception) -> RolloutFailed:
+    """Return what a rank raises because of `error`, which is its cause."""
+    text = str(error)
+    if not isinstance(error, GkdError):
+        text = f"vLLM failed in rank {dist.get_rank()}:\n{''.join(traceback.format_exception(error)).strip()}"
+    failure = RolloutFailed(text)
+    failure.__cause__ = error
+    return failure

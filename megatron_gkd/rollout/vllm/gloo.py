@@ -8,12 +8,17 @@ from __future__ import annotations
 import datetime
 import os
 import socket
+from typing import Any
 
 import torch.distributed as dist
 
 
 def address_towards(host: str, port: int) -> str:
-    """The address of this machine that `host` sees. OSError if there is no way to it."""
+    """Return the address of this machine that `host` sees.
+
+    Raises:
+        OSError: there is no route to it.
+    """
     family, kind, protocol, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind, protocol) as probe:
         probe.connect(target)  # sends nothing
@@ -21,24 +26,34 @@ def address_towards(host: str, port: int) -> str:
 
 
 def open_store(timeout: float) -> dist.TCPStore:
-    """A new meeting point at a free port of this machine. `timeout` in seconds."""
+    """Open a new store at a free port of this machine, for ranks to find each other. `timeout` is in seconds."""
     seconds = datetime.timedelta(seconds=timeout)
     return dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=seconds)
 
 
 def join_store(host: str, port: int, timeout: float) -> dist.TCPStore:
+    """Connect to the store that another process has opened. `timeout` is in seconds."""
     return dist.TCPStore(host, port, is_master=False, timeout=datetime.timedelta(seconds=timeout))
 
 
-def gloo_group(store: dist.Store, rank: int, size: int, address: str, timeout: float) -> dist.ProcessGroupGloo:
-    """Blocks until all `size` ranks are there. Others reach this one at `address`, unless GLOO_SOCKET_IFNAME is set.
+def gloo_group(store: dist.Store, rank: int, size: int, address: str, timeout: float) -> Any:
+    """Create a process group, waiting until all `size` ranks are there.
 
-    Each exchange, and the meeting, may take `timeout` seconds.
+    Args:
+        store: where the ranks find each other.
+        rank: of this process.
+        size: number of ranks.
+        address: at which others reach this one, unless GLOO_SOCKET_IFNAME is set.
+        timeout: seconds for each exchange, and for the connection.
+
+    Returns:
+        A ProcessGroupGloo; torch has no types for its methods.
     """
-    options = dist.ProcessGroupGloo._Options()
+    gloo: Any = dist.ProcessGroupGloo
+    options = gloo._Options()
     options._timeout = datetime.timedelta(seconds=timeout)
     if "GLOO_SOCKET_IFNAME" in os.environ:
-        options._devices = [dist.ProcessGroupGloo.create_default_device()]
+        options._devices = [gloo.create_default_device()]
     else:
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
-    return dist.ProcessGroupGloo(store, rank, size, options)
+        options._devices = [gloo.create_device(hostname=address)]
+    return gloo(store, rank, size, options)

@@ -1,4 +1,4 @@
-"""How vLLM is kept from drawing ids that not every model of the run can read."""
+"""vLLM's `logit_bias`, by which ids that not every model of the run can read are excluded."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ from megatron_gkd.errors import UserError
 from megatron_gkd.rollout.base import Sampling
 
 _BIAS = -100.0  # the lowest that vLLM takes; in fp32 nothing is left of such a token's probability
-_MOST_IDS = 1024  # that vLLM's GPU sampler has room for, in `logit_bias` as in `allowed_token_ids`
+_MAX_IDS = 1024  # that vLLM's GPU sampler has room for, in `logit_bias` as in `allowed_token_ids`
 
 
 def logit_bias(sampling: Sampling, vocab_size: int) -> dict[int, float] | None:
-    """Return vLLM's sampling parameter of that name for a model of `vocab_size` ids; None where all may be drawn.
+    """Return vLLM's sampling parameter for a model of `vocab_size` ids; None if all ids may be drawn.
 
-    Raises UserError if there are more excluded ids than vLLM has room for.
+    Raises:
+        UserError: more ids are excluded than vLLM has room for.
     """
     excluded = sampling.excluded_ids(vocab_size)
-    if len(excluded) > _MOST_IDS:
+    if len(excluded) > _MAX_IDS:
         raise UserError(
             f"rollout.engine: the model that samples has {vocab_size} ids, and student and teacher share "
-            f"{excluded.start}; vLLM can exclude at most {_MOST_IDS} ids. Use engine = megatron, or give both models "
+            f"{excluded.start}; vLLM can exclude at most {_MAX_IDS} ids. Use engine = megatron, or give both models "
             "as many embedding rows"
         )
     return dict.fromkeys(excluded, _BIAS) or None

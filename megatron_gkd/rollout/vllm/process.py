@@ -1,7 +1,7 @@
-"""vLLM inside a training process, as a guest: what it does to the process is undone before training goes on.
+"""vLLM inside a training process: what it changes in the process is restored before training goes on.
 
-It joins the world that torchrun describes and that is initialised already ("external launcher"): every rank has an
-engine, or neighbouring ranks share one by tensor parallelism, all running the same requests.
+It joins the world that is initialized already ("external launcher"): every rank has an engine, or consecutive ranks
+share one by tensor parallelism, all running the same requests.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor
 from megatron_gkd.errors import UserError
 from megatron_gkd.models.checkpoint import Checkpoint
 from megatron_gkd.rollout.base import Sampling
+from megatron_gkd.rollout.vllm.completion_response import Sampled
 from megatron_gkd.rollout.vllm.logit_bias import logit_bias
 from megatron_gkd.rollout.vllm.tied_head import repack_tied_head
 from megatron_gkd.runtime import portability
@@ -29,7 +30,7 @@ from megatron_gkd.runtime import portability
 # Before vLLM is imported; what the user has set stays.
 _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",  # every rank would tell the same
+    "VLLM_LOGGING_LEVEL": "ERROR",  # every rank would log the same
 }
 
 
@@ -40,10 +41,10 @@ class ColocatedOptions:
     Attributes:
         dtype: of its weights and activations.
         max_model_len: tokens of a prompt and its completion together.
-        tensor_parallel_size: neighbouring ranks that share an engine.
+        tensor_parallel_size: consecutive ranks that share an engine.
         gpu_memory_utilization: share of a device's whole memory for its weights, activations and cache.
         kv_cache_memory_bytes: of the cache of keys and values on each rank, instead of what that share leaves.
-        sleep_level: what it gives up between rollouts: 0 nothing; 1 the cache, with the weights in host memory; 2 both.
+        sleep_level: what it frees between rollouts: 0 nothing; 1 the cache, with the weights in host memory; 2 both.
         enforce_eager: no CUDA graphs and no compilation. On CPUs always.
     """
 
@@ -56,28 +57,23 @@ class ColocatedOptions:
     enforce_eager: bool = False
 
 
-@dataclass(frozen=True)
-class Generated:
-    """As in `Completion`, without a version."""
-
-    token_ids: list[int]
-    log_probs: list[float]
-    finish_reason: str
-
-
 class VllmProcess:
-    """This rank's vLLM, with weights that mean nothing until the first `load`. All ranks make it together.
+    """This rank's vLLM, whose weights are arbitrary until the first `load`. All ranks make it together.
+
+    Args:
+        checkpoint: of the model's architecture.
+        options: how vLLM runs.
 
     Raises:
         UserError: vLLM is not installed, or can't be started with these options.
     """
 
-    def __init__(self, checkpoint: Checkpoint, options: ColocatedOptions):
+    def __init__(self, checkpoint: Checkpoint, options: ColocatedOptions) -> None:
         if importlib.util.find_spec("vllm") is None:
             raise UserError("rollout.engine = vllm: vLLM is not installed beside the trainer; pip install vllm")
         self.on_host, self.vocab_size = portability.builds_on_host(), checkpoint.vocab_size
         self.can_sleep = options.sleep_level > 0 and not self.on_host
-        with _guest():
+        with _isolated():
             for name, value in _ENVIRONMENT.items():
                 os.environ.setdefault(name, value)
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process, not in one of its own
@@ -110,8 +106,8 @@ class VllmProcess:
             gc.unfreeze()
 
     def load(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Whole tensors under their Hugging Face names; the same on every rank, which takes its share."""
-        with _guest():
+        """Load whole tensors under their Hugging Face names; the same on every rank, which takes its share."""
+        with _isolated():
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named_tensors)})
             if self.on_host:
                 self.llm.apply_model(repack_tied_head)
@@ -121,11 +117,10 @@ class VllmProcess:
 
     def generate(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], max_tokens: Sequence[int], sampling: Sampling
-    ) -> list[Generated]:
-        """In order. Only `stop_token_ids` and `stop` of `sampling` end a completion early.
+    ) -> list[Sampled]:
+        """Generate one completion a prompt, in order. Only `stop_token_ids` and `stop` end a completion early.
 
-        Ranks of one engine call together. Token ids in, token ids out: text is made only where stop strings have to be
-        found in it.
+        Ranks of one engine call it together. Token ids in, token ids out: text is decoded only to find stop strings.
         """
         from vllm import SamplingParams
 
@@ -150,28 +145,33 @@ class VllmProcess:
             )
             for seed, limit in zip(seeds, max_tokens, strict=True)
         ]
-        with _guest():
+        with _isolated():
             requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-            return [_generated(out.outputs[0]) for out in self.llm.generate(requests, parameters, use_tqdm=False)]
+            return [_read_output(out.outputs[0]) for out in self.llm.generate(requests, parameters, use_tqdm=False)]
 
     def sleep(self, level: int) -> None:
-        """Give device memory up, until `wake_up`. Nothing on a CPU."""
+        """Free device memory, until `wake_up`; see `ColocatedOptions.sleep_level`. On a CPU it does nothing."""
         if self.can_sleep:
-            with _guest():
+            with _isolated():
                 self.llm.sleep(level=level)
 
     def wake_up(self, parts: Sequence[str]) -> None:
-        """`parts` of "weights" and "kv_cache" have their memory again."""
+        """Allocate the memory of `parts`, of "weights" and "kv_cache", again."""
         if self.can_sleep:
-            portability.empty_cache()  # vLLM maps memory by itself, and torch's cache is none of it
-            with _guest():
+            portability.empty_cache()  # vLLM maps memory by itself, and does not use torch's cache
+            with _isolated():
                 self.llm.wake_up(tags=list(parts))
 
 
 def require_head_dim(checkpoint: Checkpoint, allowed: Sequence[int]) -> None:
-    """Raise UserError if attention heads of the checkpoint's size are not `allowed`; nothing is checked if none is.
+    """Check that vLLM has a kernel for the checkpoint's attention heads: it would fail at the first sample.
 
-    vLLM itself finds out at the first sample.
+    Args:
+        checkpoint: of the model.
+        allowed: the sizes that have one; none: nothing is checked.
+
+    Raises:
+        UserError: there is no kernel.
     """
     config = checkpoint.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -193,27 +193,27 @@ def _head_dims_on_cpus() -> list[int]:
 
 
 def _communicate_by_gloo() -> None:
-    """Not by shared memory, which has one name for all runs on a machine and outlives those that are killed."""
+    """Keep vLLM from shared memory, which has one name for all runs on a machine and outlives those that are killed."""
     from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 
     CpuCommunicator._all_group_ranks_share_shm_group_name = lambda self: False
 
 
-def _generated(output: Any) -> Generated:
+def _read_output(output: Any) -> Sampled:
     if output.finish_reason not in ("stop", "length"):
         raise RuntimeError(f"vLLM ended a completion by {output.finish_reason!r}")
     token_ids = list(output.token_ids)
     log_probs = [entry[token].logprob for entry, token in zip(output.logprobs, token_ids, strict=True)]
-    return Generated(token_ids, log_probs, output.finish_reason)
+    return Sampled(token_ids, log_probs, output.finish_reason)
 
 
-# What vLLM replaces in torch, on CPUs, and leaves so.
+# What vLLM replaces in torch, on CPUs.
 _FUNCTIONS = ((torch, "set_num_threads"), (torch, "Event"), (torch.cuda, "Stream"))
 
 
 @contextlib.contextmanager
-def _guest() -> Iterator[None]:
-    """Afterwards random states, threads, torch's functions and the environment (but for vLLM's own) are as before."""
+def _isolated() -> Iterator[None]:
+    """Restore random states, threads, torch's functions and the environment (but for vLLM's own) at the end."""
     random_states = random.getstate(), np.random.get_state(), torch.get_rng_state(), torch.cuda.get_rng_state()
     functions = [(owner, name, getattr(owner, name)) for owner, name in _FUNCTIONS]
     threads, dtype, environment = torch.get_num_threads(), torch.get_default_dtype(), dict(os.environ)

@@ -1,154 +1,133 @@
-"""Sampling by vLLM servers of their own: token ids over HTTP, weights through a folder or a group of processes.
+"""Sample with vLLM servers: token ids over HTTP, weights through a folder or a group of processes.
 
-One rank of each model replica talks to the servers and tells the others of its replica; the world's first rank gives
-all servers new weights. Whatever goes wrong in one rank is raised in all of them together. Threads talk to servers, and
-never to other ranks: only `load_weights` and the end of a generation are collectives, in the calling thread.
+One rank of each model replica, its leader, sends requests and broadcasts the completions to its replica; the world's
+main rank sends all servers new weights. A failure of one rank is raised in all of them together. Threads communicate
+with servers, and never with other ranks: only `load_weights` and the end of a generation are collectives, in the
+calling thread.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 import httpx
 from torch import Tensor
 
-from megatron_gkd.errors import UserError
+from megatron_gkd.errors import ServiceError, UserError
 from megatron_gkd.models.checkpoint import Checkpoint
 from megatron_gkd.rollout.base import Completion, OnCompletion, RolloutFailed, Sampling, check_prompts
-from megatron_gkd.rollout.vllm import weight_folder as vllm_weights
-from megatron_gkd.rollout.vllm.adapters import AdapterFolder, adapter_name, hand_over_adapters
-from megatron_gkd.rollout.vllm.client import Sampled, ServerNeeds, StudentRequirements, StudentServer, Weights
+from megatron_gkd.rollout.vllm.adapters import AdapterFolder, adapter_name, load_adapters_from_folder
+from megatron_gkd.rollout.vllm.client import StudentServer, Weights
+from megatron_gkd.rollout.vllm.completion_response import Sampled
+from megatron_gkd.rollout.vllm.handshake import Handshake
 from megatron_gkd.rollout.vllm.logit_bias import logit_bias
-from megatron_gkd.rollout.vllm.weight_folder import Shapes, WeightFolder
-from megatron_gkd.rollout.vllm.weight_transfer import Keeper, WeightTransfer, wait_for_first_rank
+from megatron_gkd.rollout.vllm.server_options import RolloutServerOptions
+from megatron_gkd.rollout.vllm.weight_folder import SharedWeights, WeightFolder, load_from_folder
+from megatron_gkd.rollout.vllm.weight_transfer import HealthMonitor, WeightTransfer, wait_for_main_rank
 from megatron_gkd.runtime.agreement import run_on_all, run_on_main
 from megatron_gkd.runtime.background import in_background, parallel_map
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.runtime.servers import ServedModel, open_client
 
-_MOST_ROUNDS = 5  # in which a prompt is asked that a server answered with other weights than the student's
-
-T = TypeVar("T")
+_MAX_ROUNDS = 5  # of requests for a prompt that a server completes with other weights than the student's
 
 
 @dataclass(frozen=True)
-class ServedAdapters:
-    """The adapters that servers are given.
+class _GenerationRequest:
+    """The prompts of one generation, for the threads that complete them."""
 
-    Attributes:
-        config: adapter_config.json.
-        shapes: of the factors by PEFT's names.
-    """
-
-    config: Mapping[str, Any]
-    shapes: Shapes
-
-    @property
-    def rank(self) -> int:
-        return max([int(self.config["r"]), *self.config["rank_pattern"].values()])
-
-
-@dataclass(frozen=True)
-class ServerOptions:
-    """The servers, and how they are asked.
-
-    Attributes:
-        urls: of the servers' roots; prompts are dealt to them in turn.
-        weight_sync_dir: the folder for weights; they see it under the same path.
-        max_length: tokens of a prompt and its completion together.
-        weight_sync: how they get weights: through that folder, sent over nccl or gloo, or adapters alone ("lora"),
-            through that folder as well.
-        adapters: what "lora" gives them; None with others.
-        needs_fp32: they must compute in fp32.
-        concurrency: requests of one replica at the same time, over all servers.
-        timeout: seconds that one answer may take.
-        patience: seconds that a server may be gone before the run stops.
-    """
-
-    urls: tuple[str, ...]
-    weight_sync_dir: Path
-    max_length: int
-    weight_sync: Literal["folder", "nccl", "gloo", "lora"] = "folder"
-    adapters: ServedAdapters | None = None
-    needs_fp32: bool = False
-    concurrency: int = 64
-    timeout: float = 600.0
-    patience: float = 300.0
+    prompts: Sequence[Sequence[int]]
+    sampling: Sampling
+    seeds: Sequence[int]
+    version: int
+    on_completion: OnCompletion | None
 
 
 class VllmServerEngine:
-    """Waits until the servers answer. All ranks must make it together; `RolloutFailed` if a server does not serve.
+    """Rollout engine over vLLM servers. All ranks must make it together; it waits until the servers respond.
 
-    `checkpoint` is what the student began as: new weights have its names and shapes, and its EOS ends completions.
+    Args:
+        mesh: of the ranks.
+        checkpoint: what the student began as: new weights have its names and shapes, and its EOS ends completions.
+        options: the servers, and how they are used.
+
+    Raises:
+        RolloutFailed: a server can not be used.
     """
 
     server_kind: type[StudentServer] = StudentServer
 
-    def __init__(self, mesh: Mesh, checkpoint: Checkpoint, options: ServerOptions):
+    def __init__(self, mesh: Mesh, checkpoint: Checkpoint, options: RolloutServerOptions) -> None:
         self.mesh, self.checkpoint, self.options = mesh, checkpoint, options
         self.weights: Weights | None = None
-        # On the last stage, where a teacher behind servers is asked: it can begin with what is finished.
         self.http: httpx.Client | None = None
         self.servers: list[StudentServer] = []
         self.sync: WeightFolder | WeightTransfer | None = self._build_sync() if mesh.is_main else None
-        self._keeper: Keeper | None = None
-        if self.mesh.is_leader or mesh.is_main:
+        self._monitor: HealthMonitor | None = None
+        if mesh.is_leader or mesh.is_main:
             self.http = open_client(options.timeout, options.concurrency)
-            self.servers = [
-                self.server_kind(url, self.http, options.patience, self._hand_over()) for url in options.urls
-            ]
-        needs = ServerNeeds(
-            options.max_length,
-            transfer_backend=options.weight_sync if options.weight_sync in ("nccl", "gloo") else None,
-            lora_rank=None if options.adapters is None else options.adapters.rank,
-            needs_fp32=options.needs_fp32,
-        )
+            sender = self._build_sender()
+            self.servers = [self.server_kind(url, self.http, options.max_downtime, sender) for url in options.urls]
+        requirements = options.requirements()
         self.models: list[ServedModel] = run_on_main(
-            lambda: parallel_map(lambda server: server.hello(needs), self.servers), RolloutFailed
+            lambda: parallel_map(lambda server: server.wait_until_ready(requirements), self.servers), RolloutFailed
         )
-        for server, model in zip(self.servers, self.models, strict=False):  # none where no server is asked
-            server.requirements = StudentRequirements(needs, model)
+        for server, model in zip(self.servers, self.models, strict=False):  # other ranks have no servers
+            server.handshake = Handshake(requirements, model)
 
-    def _build_sync(self) -> WeightFolder | WeightTransfer:
+    def _build_sync(self) -> WeightFolder | WeightTransfer | None:
+        """Build what sends weights from the main rank; None if the servers' weights never change."""
+        options, expected = self.options, self.checkpoint.shapes
         optional = ("lm_head.weight",) if self.checkpoint.config.tie_word_embeddings else ()
-        expected = self.checkpoint.shapes
-        adapters = self.options.adapters
-        if adapters is not None:
-            return AdapterFolder(self.options.weight_sync_dir, adapters.shapes, adapters.config)
-        if self.options.weight_sync == "folder":
-            return WeightFolder(self.options.weight_sync_dir, expected, optional)
-        return WeightTransfer(self.options.weight_sync, expected, optional, self.options.timeout)
+        if options.adapters is not None:
+            return AdapterFolder(options.weight_sync_dir, options.adapters.shapes, options.adapters.config)
+        if options.transfer_backend is None:
+            return WeightFolder(options.weight_sync_dir, expected, optional)
+        return WeightTransfer(options.transfer_backend, expected, optional, options.timeout)
 
-    def _hand_over(self) -> Callable[[StudentServer], None]:
+    def _build_sender(self) -> Callable[[StudentServer], None]:
+        """Build this rank's `send_weights` of a `StudentServer`."""
         if self.options.adapters is not None:
-            return hand_over_adapters
-        if self.options.weight_sync == "folder":
-            return vllm_weights.hand_over
-        return self.sync.hand_over if self.mesh.is_main else wait_for_first_rank
+            return load_adapters_from_folder
+        if self.options.transfer_backend is None:
+            return load_from_folder
+        return self.sync.send_to if isinstance(self.sync, WeightTransfer) else wait_for_main_rank
 
     def resident(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context that does nothing: the servers keep running."""
         return contextlib.nullcontext()
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """As `RolloutEngine.load_weights`. `RolloutFailed` if a server can't load them, or is gone for too long."""
-        if not self.mesh.is_main:
+        """Let all servers load a version; see `RolloutEngine.load_weights`.
+
+        Raises:
+            RolloutFailed: a server can't load it, or is gone for too long.
+        """
+        if self.sync is None:
             for _ in named_tensors:  # making one takes all ranks
                 pass
-        self.weights = run_on_main(lambda: self.sync.load(named_tensors, version, self.servers), RolloutFailed)
+        self.weights = run_on_main(lambda: self._send_weights(named_tensors, version), RolloutFailed)
         for server in self.servers:
             server.wanted = self.weights
-        if self.mesh.is_main and self._keeper is None and isinstance(self.sync, WeightTransfer):
-            self._keeper = Keeper(self.servers)
+        if self._monitor is None and isinstance(self.sync, WeightTransfer):
+            self._monitor = HealthMonitor(self.servers)
+
+    def _send_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> Weights:
+        if self.sync is None:
+            raise RuntimeError("the main rank has no folder and no connection for weights")
+        return self.sync.load(named_tensors, version, self.servers)
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Completion]:
-        """As `RolloutEngine.generate`. `RolloutFailed` if a server is gone for too long, or refuses a request."""
+        """Generate one completion a prompt; see `RolloutEngine.generate`.
+
+        Raises:
+            RolloutFailed: a server is gone for too long, or refuses a request.
+        """
         return self.start(prompts, sampling, seeds).result()
 
     def start(
@@ -158,57 +137,54 @@ class VllmServerEngine:
         seeds: Sequence[int],
         on_completion: OnCompletion | None = None,
     ) -> ServerGeneration:
-        """As `BackgroundEngine.start`."""
+        """Start to generate in the background; see `BackgroundEngine.start`."""
         check_prompts(prompts, seeds, self.checkpoint.vocab_size)
         version = 0 if self.weights is None else self.weights.version
-        work = functools.partial(self._complete, prompts, sampling, seeds, version, on_completion)
-        return ServerGeneration(self, in_background(work) if self.mesh.is_leader else None)
+        request = _GenerationRequest(prompts, sampling, seeds, version, on_completion)
+        return ServerGeneration(self, in_background(lambda: self._complete(request)) if self.mesh.is_leader else None)
 
     def close(self) -> None:
-        """Stop looking after the servers. They keep the weights that they have."""
-        if self._keeper is not None:
-            self._keeper.close()
+        """Stop monitoring the servers. They keep the weights that they have."""
+        if self._monitor is not None:
+            self._monitor.close()
         if isinstance(self.sync, WeightTransfer):
             self.sync.close()
 
-    def _complete(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        seeds: Sequence[int],
-        version: int,
-        on_completion: OnCompletion | None,
-    ) -> tuple[list[Completion], float]:
-        """The completions, and how many seconds they took."""
-        served = self.models
-        if self.options.adapters is not None:
-            served = [replace(model, name=adapter_name(self.weights)) for model in served]
-        first = self.mesh.dp.rank()  # replicas with few prompts do not all ask the same servers
+    def _complete(self, request: _GenerationRequest) -> tuple[list[Completion], float]:
+        """Return the completions, and how many seconds they took."""
+        models = self.models
+        if self.options.adapters is not None and isinstance(self.weights, SharedWeights):
+            name = adapter_name(self.weights)
+            models = [replace(model, name=name) for model in models]
+        first = self.mesh.dp.rank()  # replicas with few prompts do not all use the same servers
 
         def complete(index: int) -> Completion:
             turn = (first + index) % len(self.servers)
-            request = self._request(served[turn], prompts[index], sampling, seeds[index])
-            completion = self._ask(self.servers[turn], request, version)
-            if on_completion is not None:
-                on_completion(index, completion)
+            body = self._build_body(models[turn], request.prompts[index], request.sampling, request.seeds[index])
+            completion = self._complete_prompt(self.servers[turn], body, request.version)
+            if request.on_completion is not None:
+                request.on_completion(index, completion)
             return completion
 
         start = time.perf_counter()
-        completions = parallel_map(complete, range(len(prompts)), self.options.concurrency)
+        completions = parallel_map(complete, range(len(request.prompts)), self.options.concurrency)
         return completions, time.perf_counter() - start
 
-    def _ask(self, server: StudentServer, request: dict[str, Any], version: int) -> Completion:
-        for _ in range(_MOST_ROUNDS):
-            label, sampled = server.complete(request)
+    def _complete_prompt(self, server: StudentServer, body: dict[str, Any], version: int) -> Completion:
+        for _ in range(_MAX_ROUNDS):
+            label, sampled = server.complete(body)
             if server.still_has(label):
-                return self._completion(server, sampled, request, version)
-        raise UserError(
-            f"{server.url}: lost the student's weights {_MOST_ROUNDS} times while it answered the same prompt; look "
+                return self._build_completion(server, sampled, body, version)
+        raise ServiceError(
+            f"{server.url}: lost the student's weights {_MAX_ROUNDS} times while it completed the same prompt; look "
             "into its log, and whether another run uses it"
         )
 
-    def _request(self, model: ServedModel, prompt: Sequence[int], sampling: Sampling, seed: int) -> dict[str, Any]:
-        """To /v1/completions. It names what a server would otherwise take from the model's generation_config.json."""
+    def _build_body(self, model: ServedModel, prompt: Sequence[int], sampling: Sampling, seed: int) -> dict[str, Any]:
+        """Build a request to /v1/completions.
+
+        It names all parameters that a server would otherwise take from the model's generation_config.json.
+        """
         eos = () if sampling.ignore_eos else self.checkpoint.eos_token_ids
         bias = logit_bias(sampling, self.checkpoint.vocab_size)
         return {
@@ -223,7 +199,7 @@ class VllmServerEngine:
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
             "seed": seed % 2**63,  # vLLM takes -1 for none
-            "ignore_eos": True,  # which tokens are EOS is for the student's checkpoint to say, not for the server
+            "ignore_eos": True,  # the student's checkpoint has the EOS, which the server's may not have
             "stop_token_ids": sorted({*sampling.stop_token_ids, *eos}),
             "stop": list(sampling.stop),
             "include_stop_str_in_output": True,
@@ -232,30 +208,41 @@ class VllmServerEngine:
             "return_token_ids": True,
         } | ({} if bias is None else {"logit_bias": bias})
 
-    def _completion(self, server: StudentServer, sampled: Sampled, request: dict[str, Any], version: int) -> Completion:
-        token_ids, allowed = sampled.token_ids, self.checkpoint.vocab_size
-        if sampled.finish_reason == "length" and len(token_ids) < request["max_tokens"]:
+    def _build_completion(
+        self, server: StudentServer, sampled: Sampled, body: dict[str, Any], version: int
+    ) -> Completion:
+        token_ids, vocab_size = sampled.token_ids, self.checkpoint.vocab_size
+        if sampled.finish_reason == "length" and len(token_ids) < body["max_tokens"]:
             raise UserError(
-                f"{server.url}: ended a completion at {len(token_ids)} tokens where {request['max_tokens']} were "
-                "asked for: its generation_config.json has max_new_tokens; start it with --generation-config vllm"
+                f"{server.url}: ended a completion at {len(token_ids)} tokens where {body['max_tokens']} were "
+                "requested: its generation_config.json has max_new_tokens; start it with --generation-config vllm"
             )
-        if max(token_ids) >= allowed:
+        if max(token_ids) >= vocab_size:
             raise UserError(
-                f"{server.url}: sampled the token id {max(token_ids)}; the student's are 0 to {allowed - 1}: does it "
-                "serve the student's architecture?"
+                f"{server.url}: sampled the token id {max(token_ids)}; the student's are 0 to {vocab_size - 1}: does "
+                "it serve the student's architecture?"
             )
         return Completion(token_ids, sampled.log_probs, sampled.finish_reason, version)
 
 
 class ServerGeneration:
-    """Completions that servers are at work on. `answer` is the leader rank's; it has them with the seconds they took."""
+    """Completions that servers are generating.
 
-    def __init__(self, engine: VllmServerEngine, answer: Future[tuple[list[Completion], float]] | None):
+    Args:
+        engine: of the servers.
+        future: on the leader rank, the completions and the seconds that they took; None on other ranks.
+    """
+
+    def __init__(self, engine: VllmServerEngine, future: Future[tuple[list[Completion], float]] | None) -> None:
         self.seconds = 0.0
-        self._engine, self._answer = engine, answer
+        self._engine, self._future = engine, future
 
     def result(self) -> list[Completion]:
-        """As `Generation.result`. `RolloutFailed` on all ranks if any replica's can't be had."""
-        answer = run_on_all(lambda: None if self._answer is None else self._answer.result(), RolloutFailed)
-        completions, self.seconds = self._engine.mesh.broadcast_from_leader(answer)
+        """Wait for the completions; see `Generation.result`.
+
+        Raises:
+            RolloutFailed: on all ranks; the completions of a replica can't be generated.
+        """
+        result = run_on_all(lambda: None if self._future is None else self._future.result(), RolloutFailed)
+        completions, self.seconds = self._engine.mesh.broadcast_from_leader(result)
         return completions

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
 
 
-def repack_tied_head(model: nn.Module) -> None:
-    """On CPUs vLLM multiplies by a packed copy of the head, which a new embedding that it is tied to does not reach."""
+def repack_tied_head(model: Any) -> None:
+    """Renew the packed copy of a tied head, by which vLLM multiplies on CPUs, from the embedding's new weights."""
     head, embedding = getattr(model, "lm_head", None), getattr(model.model, "embed_tokens", None)
-    if head is not None and head.weight is embedding.weight:
+    if head is not None and embedding is not None and head.weight is embedding.weight:
         head.quant_method.process_weights_after_loading(head)

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_gkd.errors import UserError
+from megatron_gkd.errors import ServiceError, UserError
 from megatron_gkd.rollout.vllm.client import StudentServer, Weights
 from megatron_gkd.runtime.background import parallel_map
 from megatron_gkd.runtime.disk import publish
@@ -22,7 +22,7 @@ from megatron_gkd.runtime.servers import ServerDown
 Shapes = dict[str, tuple[int, ...]]
 
 VERSION_PREFIX = "weights-"  # of the folders' names
-_MOST_BYTES = 5 * 10**9  # of a file, which is in host memory before it is written
+_MAX_FILE_BYTES = 5 * 10**9  # a file is in host memory before it is written
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class SharedWeights(Weights):
     """One version of the student's weights on disk.
 
     Attributes:
-        directory: absolute, with safetensors files, and what says how to read them; its name was never used before.
+        directory: absolute, with safetensors files and their configuration; its name was never used before.
         shapes: of the tensors in `directory`, by their Hugging Face names.
     """
 
@@ -38,32 +38,37 @@ class SharedWeights(Weights):
     shapes: Shapes
 
     def validate(self) -> None:
-        """UserError unless `directory` holds exactly these tensors: a server that reads anything else is lost."""
-        found = tensor_shapes(self.directory)
-        if found != self.shapes:
-            raise UserError(f"{self.directory}: not what was written there: {_differences(found, self.shapes)}")
+        """Check that `directory` holds exactly these tensors: a server that reads anything else needs a restart.
+
+        Raises:
+            UserError: it does not.
+        """
+        shapes = tensor_shapes(self.directory)
+        if shapes != self.shapes:
+            raise UserError(f"{self.directory}: not what was written there: {_differences(shapes, self.shapes)}")
 
 
 class WeightFolder:
-    """Writes one version after another into `root`.
+    """Write one version after another into `root`.
 
     Args:
         root: made if missing. Folders in it whose name begins with "weights-" belong to this class.
         expected: names and shapes that every version has to have.
-        optional: names in `expected` that may be missing, for being copies of others.
+        optional: names in `expected` that may be missing, because they are copies of others.
     """
 
-    def __init__(self, root: Path, expected: Shapes, optional: Iterable[str] = ()):
+    def __init__(self, root: Path, expected: Shapes, optional: Iterable[str] = ()) -> None:
         self.root, self.expected, self.optional = root.absolute(), expected, frozenset(optional)
         self.run = secrets.token_hex(4)
 
     def write(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> SharedWeights:
-        """Exhausts `named_tensors`, come what may: other ranks take part in making them.
+        """Write a version. `named_tensors` is exhausted even after an error: other ranks take part in making them.
 
-        Raises UserError for tensors that are not the expected ones, and if they can't be written.
+        Raises:
+            UserError: the tensors are not the expected ones, or can't be written.
         """
         label = f"{self.run}-{version}"
-        # A name of its own in every run: a network file system may still remember what an old one held.
+        # A name of its own in every run: a network file system may still cache the content of an old one.
         directory = self.root / f"{VERSION_PREFIX}{version:06d}-{self.run}"
         unfinished = directory.with_name(directory.name + ".unfinished")
         named_tensors = iter(named_tensors)
@@ -91,22 +96,30 @@ class WeightFolder:
     def load(
         self, named_tensors: Iterable[tuple[str, Tensor]], version: int, servers: Sequence[StudentServer]
     ) -> SharedWeights:
-        """Write them and have all servers load them. `named_tensors` is exhausted, come what may."""
+        """Write a version and let all servers load it. `named_tensors` is exhausted even after an error."""
         weights = self.write(named_tensors, version)
         parallel_map(lambda server: server.load(weights), servers)
-        self.forget_all_but(weights)
+        self.remove_all_but(weights)
         return weights
 
-    def forget_all_but(self, weights: SharedWeights) -> None:
+    def remove_all_but(self, weights: SharedWeights) -> None:
         """Delete all other versions, and what interrupted runs have left."""
         for path in self.root.glob(f"{VERSION_PREFIX}*"):
             if path != weights.directory:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def hand_over(server: StudentServer) -> None:
-    """The `hand_over` of servers that see the folder: any rank may do it."""
-    weights: SharedWeights = server.wanted
+def shared_weights_of(server: StudentServer) -> SharedWeights:
+    """Return the wanted weights of a server that loads them from a folder."""
+    weights = server.wanted_weights
+    if not isinstance(weights, SharedWeights):
+        raise TypeError(f"{server.url}: its weights are no SharedWeights: {weights}")
+    return weights
+
+
+def load_from_folder(server: StudentServer) -> None:
+    """Let a server that sees the folder load its wanted weights: any rank may do it."""
+    weights = shared_weights_of(server)
     weights.validate()
     server.pause()
     call = {"method": "reload_weights", "kwargs": {"weights_path": str(weights.directory)}}
@@ -120,17 +133,21 @@ def hand_over(server: StudentServer) -> None:
 
 @contextlib.contextmanager
 def explain_refusal(server: StudentServer, problem: str) -> Iterator[None]:
-    """Raise UserError with `problem` and the server's words where a server that is up refuses new weights."""
+    """Raise ServiceError with `problem` and the server's message if a server that is up refuses new weights."""
     try:
         yield
     except ServerDown as error:
-        if not server.is_up():  # it went down, for this reason or another; its successor gets its chance
+        if not server.is_up():  # it went down, for this reason or another; it may be restarted
             raise
-        raise UserError(f"{server.url}: {problem} It says: {error}") from error
+        raise ServiceError(f"{server.url}: {problem} Its message: {error}") from error
 
 
 def check_shapes(shapes: Shapes, expected: Shapes, optional: Collection[str] = ()) -> None:
-    """UserError unless these are the expected tensors, and all of them but for `optional` ones."""
+    """Check that these are the expected tensors, and all of them but for `optional` ones.
+
+    Raises:
+        UserError: they are not.
+    """
     expected = {name: shape for name, shape in expected.items() if name in shapes or name not in optional}
     if shapes != expected:
         raise UserError(
@@ -139,7 +156,11 @@ def check_shapes(shapes: Shapes, expected: Shapes, optional: Collection[str] = (
 
 
 def tensor_shapes(directory: Path) -> Shapes:
-    """Of all tensors in a folder of safetensors files. UserError if there are none, or one can't be read."""
+    """Return the shapes of all tensors in a folder of safetensors files.
+
+    Raises:
+        UserError: there are no files, or one can't be read.
+    """
     files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise UserError(f"{directory}: no *.safetensors file there")
@@ -154,11 +175,11 @@ def tensor_shapes(directory: Path) -> Shapes:
 
 
 def _shards(named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    """The tensors on the CPU, as many at a time as a file may hold."""
+    """Yield the tensors on the CPU, as many at a time as a file may hold."""
     shard: dict[str, Tensor] = {}
     size = 0
     for name, tensor in named_tensors:
-        if shard and size + tensor.nbytes > _MOST_BYTES:
+        if shard and size + tensor.nbytes > _MAX_FILE_BYTES:
             yield shard
             shard, size = {}, 0
         shard[name] = tensor.detach().cpu().contiguous()
@@ -167,7 +188,7 @@ def _shards(named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, T
         yield shard
 
 
-def _differences(found: Shapes, expected: Shapes, most: int = 3) -> str:
-    names = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
-    told = [f"{name} is {found.get(name, 'missing')} and should be {expected.get(name, 'absent')}" for name in names]
-    return "; ".join(told[:most]) + (f"; and {len(told) - most} more" if len(told) > most else "")
+def _differences(shapes: Shapes, expected: Shapes, most: int = 3) -> str:
+    names = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
+    texts = [f"{name} is {shapes.get(name, 'missing')} and should be {expected.get(name, 'absent')}" for name in names]
+    return "; ".join(texts[:most]) + (f"; and {len(texts) - most} more" if len(texts) > most else "")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from vllm.distributed.weight_transfer import WeightTransferEngine, WeightTransferEngineFactory
@@ -22,7 +23,15 @@ from megatron_gkd.rollout.vllm.tied_head import repack_tied_head
 
 @dataclass
 class GlooInitInfo(WeightTransferInitInfo):
-    """Where the group meets, the rank of the server's first worker in it, and seconds that an exchange may take."""
+    """How to join the group.
+
+    Attributes:
+        master_address: of the store where the ranks find each other.
+        master_port: of the store.
+        rank_offset: the rank of the server's first worker in the group.
+        world_size: number of ranks.
+        timeout: seconds that an exchange may take.
+    """
 
     master_address: str
     master_port: int
@@ -41,27 +50,30 @@ class GlooUpdateInfo(WeightTransferUpdateInfo):
 
 
 class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
-    """What vLLM's nccl engine does, over gloo, with one buffer an update."""
+    """vLLM's nccl engine over gloo, with one buffer an update."""
 
     init_info_cls, update_info_cls = GlooInitInfo, GlooUpdateInfo
+    _group: Any = None
 
     def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
+        """Join the group."""
         parallel = self.parallel_config
         rank = init_info.rank_offset + parallel.data_parallel_index * parallel.world_size + parallel.rank
-        meeting = (init_info.master_address, init_info.master_port)
-        store = gloo.join_store(*meeting, init_info.timeout)
-        self._group = gloo.gloo_group(
-            store, rank, init_info.world_size, gloo.address_towards(*meeting), init_info.timeout
-        )
+        store_address = (init_info.master_address, init_info.master_port)
+        store = gloo.join_store(*store_address, init_info.timeout)
+        address = gloo.address_towards(*store_address)
+        self._group = gloo.gloo_group(store, rank, init_info.world_size, address, init_info.timeout)
 
     def start_weight_update(self) -> None:
+        """Prepare the model for new weights."""
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict) -> None:
-        # The base class also waits for an accelerator.
+        """Receive a buffer. The base class would also wait for an accelerator."""
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: GlooUpdateInfo) -> None:
+        """Receive a buffer and load its tensors."""
         dtypes = [getattr(torch, name) for name in update_info.dtype_names]
         sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in zip(update_info.shapes, dtypes, strict=True)]
         buffer = torch.empty(sum(sizes), dtype=torch.uint8)
@@ -70,15 +82,17 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         self.model.load_weights((name, part.view(dtype).view(shape)) for name, part, dtype, shape in parts)
 
     def finish_weight_update(self) -> None:
+        """Make the model ready to sample from the new weights."""
         finalize_layerwise_reload(self.model, self.model_config)
         repack_tied_head(self.model)
 
     def shutdown(self) -> None:
+        """Leave the group."""
         self._group = None
 
 
 class WorkerExtension:
-    """Nothing of its own: importing it, which every worker does, makes the backend known."""
+    """Register the backend: every worker imports this class's module. It has no methods of its own."""
 
 
 WeightTransferEngineFactory.register_engine("gloo", GlooWeightTransferEngine)

@@ -40,9 +40,9 @@ def install_fallback() -> bool:
     if importlib.util.find_spec("transformer_engine") is not None:
         return False
 
-    import megatron.core.extensions.transformer_engine as extension
-
     from megatron_gkd.runtime.transformer_engine import attention, linear, norm
+
+    import megatron.core.extensions.transformer_engine as extension
 
     classes: dict[str, type] = {
         "TENorm": norm.TENorm,
@@ -76,7 +76,7 @@ def choose_attention(attn: str, dtype: torch.dtype) -> str:
     means that of torch.
 
     Raises:
-        UserError: Transformer Engine's attention is asked for, and it can't run here.
+        UserError: Transformer Engine's attention is requested, and it can't run here.
     """
     if attn == "auto":
         return "sdpa" if dtype == torch.float32 else "auto"
@@ -96,9 +96,9 @@ def choose_attention(attn: str, dtype: torch.dtype) -> str:
 @contextlib.contextmanager
 def torch_attention() -> Iterator[None]:
     """Build models inside with torch's attention, even where the real Transformer Engine is installed."""
-    import megatron.core.extensions.transformer_engine_spec_provider as spec_provider
-
     from megatron_gkd.runtime.transformer_engine.attention import TEDotProductAttention
+
+    import megatron.core.extensions.transformer_engine_spec_provider as spec_provider
 
     installed = spec_provider.TEDotProductAttention
     spec_provider.TEDotProductAttention = TEDotProductAttention
@@ -114,12 +114,13 @@ def _is_fallback_installed() -> bool:
 
 def _replace_in_megatron(classes: dict[str, type], fused_mlp: type) -> None:
     """Set `classes` in all modules of Megatron-Core that import these names under `try` at import time."""
+    from packaging.version import Version
+
     import megatron.core.extensions.transformer_engine_spec_provider as spec_provider
     import megatron.core.models.gpt.gpt_layer_specs as layer_specs
     import megatron.core.models.gpt.moe_module_specs  # noqa: F401  (imports names to be replaced below)
     import megatron.core.transformer.transformer_block as transformer_block
     import megatron.core.utils as core_utils
-    from packaging.version import Version
 
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.core"):

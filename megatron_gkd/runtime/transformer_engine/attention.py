@@ -18,16 +18,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.bias import CausalBias, causal_lower_right
+
+from megatron_gkd.runtime.context_parallel import context_parallel_indices
+
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
-from torch.nn.attention.bias import CausalBias, causal_lower_right
-
-from megatron_gkd.runtime.context_parallel import context_parallel_indices
 
 
 class TEDotProductAttention(MegatronModule):

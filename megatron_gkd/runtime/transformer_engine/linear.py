@@ -11,6 +11,10 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_gkd.runtime.transformer_engine.norm import Norm, new_parameter, normalize
+
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
@@ -18,9 +22,6 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megatron.core.utils import divide
-from torch import Tensor, nn
-
-from megatron_gkd.runtime.transformer_engine.norm import Norm, new_parameter, normalize
 
 Offsets = tuple[tuple[int, int, int], ...]
 """Of a sharded tensor, by Megatron's convention: (axis, this rank's number, number of ranks)."""

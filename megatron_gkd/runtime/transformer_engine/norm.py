@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
+
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 class Norm(nn.Module):

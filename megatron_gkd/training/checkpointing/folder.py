@@ -1,4 +1,4 @@
-"""The folder of a run's training checkpoints: which are whole, whether their files are intact, and which are kept.
+"""The folder of a run's training checkpoints: which are complete, whether their files are intact, and which are kept.
 
 Needs neither torch nor Megatron. A checkpoint is written as ``step-000012.unfinished`` and renamed to ``step-000012``
 when all its files and their manifest are on disk: what has no manifest under its final name is no checkpoint.
@@ -29,32 +29,38 @@ _STEP = re.compile(r"step-(\d+)")
 
 @dataclass(frozen=True)
 class CheckpointFolder:
-    """`path` is ``output_dir/checkpoints``; it need not exist."""
+    """The checkpoints of a run.
+
+    Attributes:
+        path: ``output_dir/checkpoints``, which may not exist yet.
+    """
 
     path: Path
 
     def final(self, step: int) -> Path:
+        """Return the folder of the finished checkpoint of `step`."""
         return self.path / f"step-{step:06d}"
 
     def unfinished(self, step: int, attempt: int = 0) -> Path:
-        """Return a folder of this attempt alone: the thread of one that was given up may still write into its own."""
+        """Return the folder of one attempt to save `step`: the thread of an abandoned attempt may still write."""
         return self.path / f"step-{step:06d}.{attempt}{_UNFINISHED}"
 
     def steps(self) -> list[int]:
-        """Return the steps of the whole checkpoints, rising."""
+        """Return the steps of the complete checkpoints, in ascending order."""
         return [step for step in self.published_steps() if (self.final(step) / MANIFEST).is_file()]
 
     def published_steps(self) -> list[int]:
-        """Return the steps that have a folder under its final name, rising; one may have lost its manifest since."""
+        """Return the steps that have a finished folder, in ascending order, even if its manifest is missing now."""
         matches = (_STEP.fullmatch(path.name) for path in self.path.glob("step-*"))
         return sorted(int(match[1]) for match in matches if match)
 
     def newest(self) -> Path | None:
+        """Return the folder of the newest complete checkpoint; None where there is none."""
         steps = self.steps()
         return self.final(steps[-1]) if steps else None
 
     def prepare(self, step: int, run: dict[str, Any], attempt: int = 0) -> Path:
-        """Make a folder for the checkpoint of `step`, with `run`, plain values, as ``run.json`` in it."""
+        """Create the folder of one attempt to save `step`, with the plain values `run` as ``run.json`` in it."""
         folder = self.unfinished(step, attempt)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -62,7 +68,7 @@ class CheckpointFolder:
         return folder
 
     def publish(self, step: int, digests: dict[str, list], attempt: int = 0) -> Path:
-        """Write the manifest of what `prepare` gave and move it to its place, in which a former one is deleted."""
+        """Write the manifest of the folder from `prepare` and move it to its final name; an earlier one is deleted."""
         unfinished, final = self.unfinished(step, attempt), self.final(step)
         manifest = unfinished / MANIFEST
         manifest.write_text(json.dumps({"step": step, "files": digests}, indent=1, sort_keys=True) + "\n")
@@ -72,9 +78,9 @@ class CheckpointFolder:
         return final
 
     def set_aside_after(self, step: int) -> list[Path]:
-        """Rename the checkpoints of steps after `step`: a run that went back to it has abandoned them.
+        """Rename the checkpoints of steps after `step`, which a run that was resumed from it has abandoned.
 
-        Otherwise they would count as the newest ones. Returns their new places.
+        Otherwise they would be the newest ones. Returns their new paths.
         """
         places = []
         for later in self.published_steps():
@@ -85,20 +91,20 @@ class CheckpointFolder:
         return places
 
     def remove_leftovers(self) -> list[Path]:
-        """Delete what interrupted saves have left. Returns what it was."""
+        """Delete and return the folders that interrupted saves have left."""
         leftovers = [path for path in self.path.glob(f"step-*{_UNFINISHED}") if path.is_dir()]
         for path in leftovers:
             shutil.rmtree(path, ignore_errors=True)
         return leftovers
 
-    def forget_old(self, most: int, keep: int | None = None) -> None:
+    def remove_old(self, most: int, keep: int | None = None) -> None:
         """Delete all but the newest `most` checkpoints and that of step `keep`."""
         for step in self.steps()[:-most]:
             if step != keep:
                 self._delete(self.final(step))
 
     def _delete(self, path: Path) -> None:
-        # Not a checkpoint any more before its files are deleted, whenever this is interrupted.
+        # Renamed first, so that an interruption never leaves a checkpoint with some of its files.
         doomed = path.with_name(path.name + _UNFINISHED)
         shutil.rmtree(doomed, ignore_errors=True)
         path.rename(doomed)
@@ -106,12 +112,16 @@ class CheckpointFolder:
 
 
 def checkpoint_folder(recipe: Recipe) -> CheckpointFolder:
-    """Return the folder of a recipe's run."""
+    """Return the checkpoints of a recipe's run."""
     return CheckpointFolder(Path(recipe.output.output_dir) / "checkpoints")
 
 
 def read_run(path: Path) -> dict[str, Any]:
-    """Return the plain values that a checkpoint was saved with. UserError if one of them is missing."""
+    """Return the plain values in a checkpoint.
+
+    Raises:
+        UserError: the file can't be read, or a value is missing.
+    """
     try:
         run = json.loads((path / RUN).read_text(encoding="utf-8"))
         missing = [key for key in _RUN_KEYS if key not in run]
@@ -124,25 +134,29 @@ def read_run(path: Path) -> dict[str, Any]:
 
 
 def digest(path: Path) -> list:
-    """Return [bytes, SHA-256] of a file that is on disk then."""
+    """Flush a file to disk and return its [bytes, SHA-256]."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
         return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
 
 
 def read_manifest(path: Path) -> dict[str, list]:
-    """Return [bytes, SHA-256] of each file of a checkpoint. UserError if there is no manifest, or it can't be read."""
+    """Return [bytes, SHA-256] of each file of a checkpoint.
+
+    Raises:
+        UserError: the manifest is missing or can't be read.
+    """
     try:
         files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
         return {name: [int(expected[0]), str(expected[1])] for name, expected in sorted(files.items())}
     except FileNotFoundError as error:
-        raise UserError(f"{path}: no {MANIFEST} there, so it is no whole checkpoint") from error
+        raise UserError(f"{path}: no {MANIFEST} there, so the checkpoint is incomplete") from error
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise UserError(f"{path / MANIFEST}: can't be read ({type(error).__name__}: {error})") from error
 
 
 def find_misfit(file: Path, size: int) -> str | None:
-    """Return one line if a file is missing or has another size, which takes no time to see."""
+    """Return one line if a file is missing or has another size than `size` bytes."""
     if not file.is_file():
         return f"{file}: missing"
     if file.stat().st_size != size:
@@ -151,7 +165,7 @@ def find_misfit(file: Path, size: int) -> str | None:
 
 
 def damages(path: Path, rank: int = 0, world_size: int = 1) -> Iterator[str]:
-    """Compare this rank's share of the files with the manifest. Yields one line for each that differs."""
+    """Compare this rank's share of the files with the manifest, and yield one line for each that differs."""
     try:
         files = list(read_manifest(path).items())
     except UserError as error:

@@ -1,4 +1,4 @@
-"""What must be the same for a run to be continued, and what may change."""
+"""The identity of a run: the settings and data that must be equal for it to be resumed."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def recipe_identity(recipe: Recipe) -> dict[str, Any]:
 
 
 def data_identity(dataset: TokenizedDataset, tokenizer: PreTrainedTokenizerBase, train_iters: int) -> dict[str, Any]:
-    """Return what the recipe's keys do not tell: the rows, the tokenizer with its template, and the number of steps."""
+    """Return what the recipe's keys do not determine: rows, tokenizer with its template, and number of steps."""
     rows = hashlib.blake2b(digest_size=16)
     for column in (dataset.lengths, dataset.num_labels, dataset.teacher_lengths):
         rows.update(column.tobytes())
@@ -86,7 +86,7 @@ def data_identity(dataset: TokenizedDataset, tokenizer: PreTrainedTokenizerBase,
 
 
 def base_identity(path: Path) -> dict[str, Any]:
-    """Return what a checkpoint of adapters says of the weights under them, which it does not hold.
+    """Return the fingerprint of the base weights, which a checkpoint of adapters does not contain.
 
     All ranks of the world must call it; rank 0 reads the files in `path`.
     """
@@ -94,9 +94,9 @@ def base_identity(path: Path) -> dict[str, Any]:
 
 
 def differences(found: Mapping[str, Any], saved: Mapping[str, Any], where: str) -> list[str]:
-    """Compare a run with the one that was saved, over the keys that both know. Returns a line for each difference.
+    """Compare a run with the saved one, over the keys that both have. Return a line for each difference.
 
-    A longer run may be continued where the learning rate does not depend on the number of steps.
+    The number of steps may change where the learning rate does not depend on it.
     """
     saved = {current_key(key): value for key, value in saved.items()}  # of an older release
     constant = found.get("train.lr_decay_style", saved.get("train.lr_decay_style")) == "constant"

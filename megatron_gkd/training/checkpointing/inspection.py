@@ -1,4 +1,4 @@
-"""Which checkpoints a run has, and whether they are intact, without torch or Megatron."""
+"""The command that lists and verifies the checkpoints of a run, without torch or Megatron."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ _COLUMNS = ("step", "size", "saved", "layout", "optimizer", "state")
 
 
 @dataclass(frozen=True)
-class RunFolder:
+class InspectedRun:
     """The checkpoints of one run.
 
     Attributes:
-        name: as the user gave it.
-        step: of the one checkpoint that `name` is the path of; None where it is the run's.
+        name: the path that the user gave.
+        folder: the checkpoints.
+        step: the step of the checkpoint that `name` is the path of; None where it is the path of a run.
     """
 
     name: str
@@ -39,8 +40,8 @@ class RunFolder:
     step: int | None = None
 
     @classmethod
-    def find(cls, name: str) -> RunFolder:
-        """Find the checkpoints that a path means: a run's `output_dir`, its `checkpoints`, or one of these."""
+    def find(cls, name: str) -> InspectedRun:
+        """Find the checkpoints at a path: a run's `output_dir`, its `checkpoints`, or one checkpoint."""
         path = Path(name)
         if (path / "checkpoints").is_dir():
             return cls(name, CheckpointFolder(path / "checkpoints"))
@@ -55,13 +56,14 @@ class RunFolder:
 
     @property
     def output_dir(self) -> Path:
+        """The output folder of the run."""
         return self.folder.path.parent
 
     def choose(self, wanted: str | None) -> int:
-        """Return the step that `wanted` names: a number, `best` or `last`; None: that of the path, else the newest.
+        """Return the step that `wanted` names: a number, `best` or `last`; None: that of the path, or the newest.
 
         Raises:
-            UserError: there is no whole checkpoint of it.
+            UserError: there is no complete checkpoint of it.
         """
         steps, marks = self.folder.steps(), Marks(self.folder)
         if wanted is None and self.step is not None:
@@ -83,8 +85,8 @@ class RunFolder:
         return found
 
 
-def list_checkpoints(run: RunFolder) -> str:
-    """Return a table of all that there is, whole or not."""
+def list_checkpoints(run: InspectedRun) -> str:
+    """Return a table of all checkpoints, complete or not."""
     marks = Marks(run.folder)
     rows = []
     for path in sorted(run.folder.path.glob("step-*"), key=lambda path: (_step_of(path) or 0, path.name)):
@@ -101,8 +103,12 @@ def list_checkpoints(run: RunFolder) -> str:
     )
 
 
-def verify_checkpoints(run: RunFolder, steps: Sequence[int]) -> tuple[list[str], list[str]]:
-    """Compare all files with the manifests. Returns a line on each intact checkpoint, and one on each damaged file."""
+def verify_checkpoints(run: InspectedRun, steps: Sequence[int]) -> tuple[list[str], list[str]]:
+    """Compare all files with the manifests.
+
+    Returns:
+        A line for each intact checkpoint, and a line for each damaged file.
+    """
     intact, damaged = [], []
     for path in map(run.folder.final, steps):
         found = list(damages(path))
@@ -114,7 +120,7 @@ def verify_checkpoints(run: RunFolder, steps: Sequence[int]) -> tuple[list[str],
 
 
 def layout_in_words(layout: Any) -> str:
-    """Return `TP2+SP x PP2 x DP2, 8 processes` of what ``state.layout_of`` gives."""
+    """Return the text of a layout from ``state.layout_of``: `TP2+SP x PP2 x DP2, 8 processes`."""
     if not isinstance(layout, Mapping) or not isinstance(layout.get("processes"), int):
         return "unknown"
     sizes = {"TP": "tensor", "PP": "pipeline", "VPP": "virtual_pipeline", "CP": "context", "EP": "expert"}
@@ -139,7 +145,7 @@ def _row(path: Path, marks: Marks) -> Sequence[str]:
     saved = datetime.datetime.fromtimestamp(newest).strftime("%Y-%m-%d %H:%M")
     state = _state(path)
     if state == "whole":
-        state = ", ".join([state, *marks.of(step)])
+        state = ", ".join([state, *([] if step is None else marks.of(step))])
     size = _size(sum(file.stat().st_size for file in files))
     return "" if step is None else str(step), size, saved, layout, optimizer, state
 
@@ -167,7 +173,7 @@ def _state(path: Path) -> str:
 
 
 def _size(count: int) -> str:
-    """Return a number of bytes in words."""
+    """Return a number of bytes as text."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= factor:
             return f"{count / factor:.1f} {unit}"

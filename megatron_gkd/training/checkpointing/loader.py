@@ -1,4 +1,4 @@
-"""Reading checkpoints into a run that has just been built."""
+"""Load checkpoints into a run that has just been built."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_gkd.errors import RunStopped
@@ -20,19 +18,22 @@ from megatron_gkd.training.checkpointing.folder import CheckpointFolder, find_da
 from megatron_gkd.training.checkpointing.state import Saved, layout_of, model_state, set_random_states
 from megatron_gkd.training.checkpointing.workarounds import apply_workarounds, separate_steps
 
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.validation import StrictHandling
+
 _LONGEST_REASON = 200  # characters; some list all tensors of the model
 _NO_WEIGHTS = re.compile(r"optimizer\.|average\d+\.|random$")  # these keys need not be wanted
 
 
 def verify(path: Path) -> str | None:
-    """Compare all files with the manifest, each rank its share. Returns the first damage on every rank."""
+    """Compare all files with the manifest, each rank its share. Return the first damage, on every rank."""
     with phase(f"Verifying the checkpoint {path}", is_main=dist.get_rank() == 0):
         return first_problem(find_damage(path, dist.get_rank(), dist.get_world_size()))
 
 
 def newest_intact(folder: CheckpointFolder) -> tuple[Path | None, list[str]]:
-    """Return the newest checkpoint whose files are all as they were written, and what is wrong with newer ones."""
-    problems = []
+    """Return the newest intact checkpoint, and a line for each newer, damaged one. All ranks must call it."""
+    problems: list[str] = []
     for step in reversed(folder.published_steps()):
         problem = verify(folder.final(step))
         if problem is None:
@@ -45,10 +46,13 @@ def newest_intact(folder: CheckpointFolder) -> tuple[Path | None, list[str]]:
 def load(saved: Saved, path: Path, step: int) -> None:
     """Load a verified checkpoint into a new student, after its teacher is built. All ranks must call it.
 
-    step: that it was saved after.
+    Args:
+        saved: the parts to load into.
+        path: the checkpoint.
+        step: the step that it was saved after.
 
     Raises:
-        RunStopped: in all ranks, if it is of another model.
+        RunStopped: in all ranks; it is of another model.
     """
     apply_workarounds()
     student = saved.student
@@ -70,7 +74,8 @@ def load(saved: Saved, path: Path, step: int) -> None:
 def load_weights(saved: Saved, path: Path) -> None:
     """Load the student's weights alone from a verified checkpoint, into a new student. All ranks must call it.
 
-    RunStopped in all ranks if it is of another model.
+    Raises:
+        RunStopped: in all ranks; it is of another model.
     """
     saved.student.gather_parameters()
     load_model(saved.student.model, path)
@@ -81,7 +86,8 @@ def load_weights(saved: Saved, path: Path) -> None:
 def load_model(model: MegatronModel, path: Path) -> None:
     """Load the weights of a verified checkpoint into a model. All ranks must call it.
 
-    RunStopped in all ranks if it is of another model.
+    Raises:
+        RunStopped: in all ranks; it is of another model.
     """
     _require_same_kind(model, path, read_run(path))
     _set_weights(model, _read(path, {"model": model_state(model)}).get("model", {}))
@@ -94,20 +100,20 @@ def _read(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
                 found, left, lacking = dist_checkpointing.load(wanted, str(path), strict=StrictHandling.RETURN_ALL)
         except (Exception, CheckpointException) as error:  # torch's is a BaseException
             raise RunStopped(f"{path}: can't be loaded into this model ({_reason(error)})") from error
-        # Megatron says nothing of tensors that are left over: an untied head would be ignored by a tied model.
-        strange = sorted(lacking) or sorted(key for key in left if not _NO_WEIGHTS.match(key))
-        if strange:
+        # Megatron does not report tensors that are left over: a tied model would ignore an untied head.
+        unmatched = sorted(lacking) or sorted(key for key in left if not _NO_WEIGHTS.match(key))
+        if unmatched:
             where = "not there" if lacking else "not in the model"
             raise RunStopped(
-                f"{path}: can't be loaded into this model: {strange[0]} is {where} (tensors: {len(strange)})"
+                f"{path}: can't be loaded into this model: {unmatched[0]} is {where} (tensors: {len(unmatched)})"
             )
         return found
 
     return run_on_all(load, RunStopped)
 
 
-def _reason(error: Exception) -> str:
-    """Return a short line: torch collects the errors of all ranks with their tracebacks."""
+def _reason(error: BaseException) -> str:
+    """Return the first cause on one short line: torch collects the errors of all ranks with their tracebacks."""
     while isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     text = " ".join(f"{type(error).__name__}: {error}".split())
@@ -115,7 +121,7 @@ def _reason(error: Exception) -> str:
 
 
 def _require_same_kind(model: MegatronModel, path: Path, run: dict[str, Any]) -> None:
-    """RunStopped, in all ranks, if the checkpoint is of adapters and the model has none, or vice versa."""
+    """Raise RunStopped, in all ranks, if only one of checkpoint and model has adapters."""
     has, holds = model.adapters is not None, run.get("only_adapters", False)
     if has != holds:
         kinds = {True: "of adapters (tuner_type = lora)", False: "of all parameters (tuner_type = full)"}
@@ -123,7 +129,7 @@ def _require_same_kind(model: MegatronModel, path: Path, run: dict[str, Any]) ->
 
 
 def _set_weights(model: MegatronModel, state: dict[str, Any]) -> None:
-    """Take over what was loaded in the place of `model_state`: nothing on a pipeline stage without adapters."""
+    """Set the weights that were loaded for `model_state`: none on a pipeline stage without adapters."""
     if model.adapters is not None:
         for factor in model.adapters.factors:
             factor.parameter.copy_(state["adapters"][factor.name])

@@ -1,6 +1,6 @@
-"""Which checkpoints are a run's best and last, and the links that name them.
+"""The best and the last checkpoint of a run, and the links that name them.
 
-Both follow from the checkpoints alone, so that they survive a resume. Needs neither torch nor Megatron.
+Both depend on the checkpoints alone, so that they survive a resume. Needs neither torch nor Megatron.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ BEST, LAST = "best", "last"
 
 @dataclass
 class Marks:
-    """The links `best` and `last` in a folder of checkpoints, each to a checkpoint beside it."""
+    """The links `best` and `last` in a folder of checkpoints, each to one of its checkpoints."""
 
     folder: CheckpointFolder
     _has_failed: bool = field(default=False, init=False)
 
     def best(self) -> int | None:
-        """Return the step with the lowest validation divergence, the first of equals; None where no step has one.
+        """Return the first step with the lowest validation divergence; None where no step has one.
 
-        It is the divergence at the very step of the checkpoint, or the loss where there is no teacher.
+        It is the divergence at the step of the checkpoint, or the loss where there is no teacher.
         """
         scores = {step: score for step in self.folder.steps() if (score := self._score(step)) is not None}
         return min(scores, key=scores.__getitem__, default=None)
@@ -37,18 +37,18 @@ class Marks:
         return max(self.folder.steps(), default=None)
 
     def of(self, step: int) -> list[str]:
-        """Return the names that a step has: none, one or both."""
+        """Return the names of a step: none, one or both."""
         return [name for name, marked in ((BEST, self.best()), (LAST, self.last())) if marked == step]
 
     def update(self) -> Iterator[str]:
-        """Point the links at their checkpoints. Yields a line if they can't be made, the first time only."""
+        """Update the links. Yield a line if they can't be written, the first time only."""
         try:
             for name, step in ((BEST, self.best()), (LAST, self.last())):
                 _point(self.folder.path / name, None if step is None else self.folder.final(step))
         except OSError as error:
             if not self._has_failed:
                 self._has_failed = True
-                yield f"{self.folder.path}: the links {BEST} and {LAST} can't be kept ({error}); training goes on"
+                yield f"{self.folder.path}: the links {BEST} and {LAST} can't be kept ({error}); training continues"
 
     def _score(self, step: int) -> float | None:
         try:
@@ -59,7 +59,7 @@ class Marks:
 
 
 def _point(link: Path, target: Path | None) -> None:
-    """Make `link` a relative link to `target` beside it, in one step; without a target there is to be no link."""
+    """Make `link` a relative link to `target` beside it, in one step; without a target remove it."""
     if target is None:
         link.unlink(missing_ok=True)
         return

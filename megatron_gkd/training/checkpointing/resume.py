@@ -1,4 +1,4 @@
-"""From where a run goes on."""
+"""The checkpoint that a run is resumed from."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ from megatron_gkd.training.checkpointing.loader import newest_intact, verify
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """A whole checkpoint of this run, and the plain values in it.
+    """A complete checkpoint of this run.
 
     Attributes:
-        warnings: what is wrong with newer checkpoints, a line each.
+        path: its folder.
+        run: the plain values in it.
+        warnings: a line for each newer, damaged checkpoint.
     """
 
     path: Path
@@ -31,17 +33,18 @@ class ResumePoint:
 
     @property
     def step(self) -> int:
+        """The newest step in the checkpoint."""
         return self.run["progress"]["step"]
 
     def require_same(self, identity: dict[str, Any]) -> None:
-        """RunStopped, in all ranks, if the run is another than the one that was saved. All ranks must call it."""
+        """Raise RunStopped, in all ranks, if the run differs from the saved one. All ranks must call it."""
         lines = differences(identity, self.run["identity"], str(self.path))
         hint = "\nContinue with what it was trained with, or start anew: train.resume = never"
         raise_together("\n".join(lines) + hint if lines else None, RunStopped)
 
 
 def find_resume_point(recipe: Recipe) -> ResumePoint | None:
-    """Find the checkpoint that `train.resume` means, before anything is built; None to start at step 1.
+    """Find the checkpoint that `train.resume` names, before anything is built; None to start at step 1.
 
     All ranks must call it.
 
@@ -72,7 +75,7 @@ def find_resume_point(recipe: Recipe) -> ResumePoint | None:
 
 
 def _read_resumable(path: Path) -> dict[str, Any]:
-    """Return the plain values of a checkpoint that has all that a run needs. RunStopped, in all ranks, otherwise."""
+    """Return the plain values of a checkpoint; raise RunStopped, in all ranks, if it lacks what a run needs."""
 
     def read() -> dict[str, Any]:
         run = read_run(path)
@@ -87,9 +90,10 @@ def _read_resumable(path: Path) -> dict[str, Any]:
 
 
 def find_checkpoint(wanted: str) -> Path:
-    """Return the checkpoint at a path, or the newest one of the run at it. All ranks must call it.
+    """Return the checkpoint at a path, or the newest one of the run at that path. All ranks must call it.
 
-    RunStopped, in all ranks, if it is not whole.
+    Raises:
+        RunStopped: in all ranks; it is damaged or incomplete.
     """
     path = Path(wanted)
     path = CheckpointFolder(path / "checkpoints").newest() or CheckpointFolder(path).newest() or path

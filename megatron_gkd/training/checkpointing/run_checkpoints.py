@@ -1,10 +1,10 @@
-"""When a run saves itself, and what it says of itself then."""
+"""The checkpoints of a run: when one is saved, and the plain values in it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,35 +17,42 @@ class RunCheckpoints:
     """The checkpoints of one run. All ranks must make the same calls.
 
     Attributes:
+        saver: writes the checkpoints.
+        saved: the parts of the run that have tensors.
         interval: recipe key `output.save_interval`.
         identity: what must be the same to continue; see ``identity``.
-        progress: returns the run's plain values, the same on all ranks.
-        saved_step: the newest step that a save began for.
-        validation: the newest validation's step and divergence, or loss where there is no teacher.
+        saved_step: the newest step that a save was started for.
+        validation: the newest validation's step, and its divergence, or its loss where there is no teacher.
     """
 
     saver: Saver
     saved: Saved
     interval: int
     identity: dict[str, Any]
-    progress: Callable[[], dict[str, Any]] = field(default=dict)
     saved_step: int = 0
     validation: tuple[int, float | None] = (0, None)
 
     def path_of(self, step: int) -> Path:
+        """Return the folder of the checkpoint of `step`."""
         return self.saver.folder.final(step)
 
     def is_due(self, step: int) -> bool:
+        """Return whether there is a checkpoint after `step`."""
         return step % self.interval == 0
 
-    def save(self, step: int) -> bool:
-        """Save the run as it is after `step`, once. Returns False if that failed, which is reported."""
+    def save(self, step: int, progress: Callable[[], dict[str, Any]]) -> bool:
+        """Save the run as it is after `step`, once. Returns False if that failed, which is reported.
+
+        Args:
+            step: the newest step.
+            progress: returns the run's plain values, the same on all ranks. Called if there is anything to save.
+        """
         if step == self.saved_step:
             return True
         validated_step, score = self.validation
         run = self.saved.description() | {
             "identity": self.identity,
-            "progress": self.progress(),
+            "progress": progress(),
             "validation": score if validated_step == step and score is not None and math.isfinite(score) else None,
         }
         if not self.saver.save(step, self.saved.to_write(), run):
@@ -54,7 +61,7 @@ class RunCheckpoints:
         return True
 
     def poll(self) -> None:
-        """Publish what has been written meanwhile."""
+        """Publish the save under way if it is written."""
         self.saver.poll()
 
     def finish(self) -> bool:

@@ -1,21 +1,21 @@
-"""Writing checkpoints in the background, without a process that could hang the run when it dies.
+"""Write checkpoints in the background, without a process that could block the run when it dies.
 
-Megatron's writer starts processes and waits for them without a bound. Here each rank copies its share to host memory,
-and a thread of its own writes the copy. Once the threads of all ranks are done, the main threads exchange what was
-written (a collective, at the end of a step) and publish the checkpoint.
+Megatron's writer starts processes and waits for them without a time limit. Here each rank copies its share to host
+memory, and a thread of its own writes the copy. Once the threads of all ranks are done, the main threads exchange the
+names and digests of the files (a collective, at the end of a step) and publish the checkpoint.
 """
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from megatron_gkd.reporting.logging import LOGGER
 from megatron_gkd.runtime.agreement import holds_everywhere
 from megatron_gkd.training.checkpointing.folder import CheckpointFolder, digest
 from megatron_gkd.training.checkpointing.marks import Marks
@@ -32,14 +32,13 @@ class _Save:
 
 
 class Saver:
-    """Saves a run's state, at most one step at a time. All ranks must make the same calls.
+    """Save the state of a run, at most one step at a time, and log each save. All ranks must make the same calls.
 
     Args:
-        folder: where to.
-        is_asynchronous: `save` returns once this rank's share is copied; else once the checkpoint is whole.
-        most: checkpoints to keep; None: all.
-        report: takes one line about each save, on every rank.
-        seconds: that a save may take before it is given up.
+        folder: the run's checkpoints.
+        is_asynchronous: whether `save` returns once this rank's share is copied, or once the checkpoint is complete.
+        most: number of newest checkpoints to keep; None: all.
+        seconds: longest duration of a save before it is abandoned.
     """
 
     def __init__(
@@ -48,11 +47,10 @@ class Saver:
         *,
         is_asynchronous: bool = True,
         most: int | None = None,
-        report: Callable[[str], None] = lambda line: None,
         seconds: float = 1800.0,
     ) -> None:
         self.folder, self.is_asynchronous, self.most = folder, is_asynchronous, most
-        self.report, self.seconds = report, seconds
+        self.seconds = seconds
         self.longest: float | None = None
         """Seconds of the longest save so far, from its snapshot to its publication."""
         self._save: _Save | None = None
@@ -70,7 +68,7 @@ class Saver:
         Waits for a save that is under way.
 
         Returns:
-            False if it failed, which was reported: training can go on.
+            False if it failed, which is logged: training can continue.
         """
         self.finish()
         self._attempt += 1
@@ -83,7 +81,7 @@ class Saver:
         return True if self.is_asynchronous else self.finish()
 
     def poll(self) -> None:
-        """Publish the save under way if all ranks have written their share. At the end of each step."""
+        """Publish the save under way if all ranks have written their share. To be called at the end of each step."""
         save = self._save
         if save is not None and holds_everywhere(not save.write.is_alive()):
             self._publish(save)
@@ -91,7 +89,7 @@ class Saver:
             self._give_up(save)
 
     def finish(self) -> bool:
-        """Wait for the save under way, at most as long as one may take. Returns False if it failed."""
+        """Wait for the save under way, until its time limit. Returns False if it failed."""
         save = self._save
         if save is None:
             return True
@@ -101,20 +99,20 @@ class Saver:
         return self._give_up(save)
 
     def keep_order(self) -> None:
-        """Update `best` and `last`, and delete old checkpoints. What fails here leaves the checkpoints whole.
+        """Update `best` and `last`, and delete old checkpoints. A failure here leaves the checkpoints whole.
 
-        A run that is killed just after it has published its last checkpoint leaves it to the end of the next launch.
+        A run that is killed just after it has published its last checkpoint does this at the end of the next launch.
         """
         step = self._marks.last()
         if dist.get_rank() != 0 or step is None:
             return
         for problem in self._marks.update():
-            self.report(f"warning: step {step}: {problem}")
+            LOGGER.warning(f"step {step}: {problem}")
         try:
             if self.most is not None:
-                self.folder.forget_old(self.most, keep=self._marks.best())
+                self.folder.remove_old(self.most, keep=self._marks.best())
         except OSError as error:
-            self.report(f"warning: step {step}: an old checkpoint can't be deleted ({error}); training goes on")
+            LOGGER.warning(f"step {step}: an old checkpoint can't be deleted ({error}); training continues")
 
     def _unfinished(self, step: int) -> Path:
         return self.folder.unfinished(step, self._attempt)
@@ -127,7 +125,7 @@ class Saver:
         except SaveFailed as error:
             return self._failed(save.step, str(error))
         self.longest = max(self.longest or 0.0, time.monotonic() - save.started)
-        self.report(f"checkpoint {self.folder.final(save.step)}")
+        LOGGER.info(f"checkpoint {self.folder.final(save.step)}")
         self.keep_order()
         return True
 
@@ -138,7 +136,9 @@ class Saver:
             raise OSError(f"{unseen[0]} was written by another rank into a folder that this one does not see")
         own = [path for path in unfinished.iterdir() if path.name not in digests]
         for path in self.folder.set_aside_after(step):
-            self.report(f"{path.parent}: the checkpoint of a later step, of what was abandoned, is now {path.name}")
+            LOGGER.info(
+                f"{path.parent}: the checkpoint of a later step, from before the run was resumed, is now {path.name}"
+            )
         self.folder.publish(step, digests | {path.name: digest(path) for path in own}, self._attempt)
 
     def _give_up(self, save: _Save) -> bool:
@@ -148,5 +148,5 @@ class Saver:
     def _failed(self, step: int, problem: str) -> bool:
         if dist.get_rank() == 0:
             shutil.rmtree(self._unfinished(step), ignore_errors=True)
-        self.report(f"warning: step {step}: the checkpoint could not be saved: {problem}; training goes on")
+        LOGGER.warning(f"step {step}: the checkpoint could not be saved: {problem}; training continues")
         return False

@@ -1,7 +1,7 @@
-"""One save of a sharded state dict with Megatron's writer, in phases after each of which all ranks agree.
+"""One save of a sharded state dict with Megatron's writer, in phases that all ranks complete or fail together.
 
 ``dist_checkpointing.save`` raises an error on the rank that has it, while the others wait for that rank in the next
-collective (``docs/upstream_defects.md``). Here a phase has no collective after the work that can fail, and what fails
+collective (``docs/upstream_defects.md``). Here a phase has no collective after the work that can fail, and a failure
 on one rank is raised on all of them. Nothing here starts a process.
 """
 
@@ -16,6 +16,15 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem
+
+import megatron_gkd.runtime.preload  # noqa: F401  (before any import of Megatron-Core)
+from megatron_gkd.errors import GkdError
+from megatron_gkd.runtime.agreement import run_on_all
+from megatron_gkd.training.checkpointing.folder import digest
+
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -27,19 +36,13 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from megatron.core.dist_checkpointing.validation import determine_global_metadata, validate_sharding_integrity
-from torch.distributed.checkpoint import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import WriteItem
-
-from megatron_gkd.runtime.agreement import run_on_all
-from megatron_gkd.training.checkpointing.folder import digest
 
 T = TypeVar("T")
 Bucket = tuple[str, str, tuple[list, list]]  # file, its name, (bytes, tensors) that it gets
 
 
-class SaveFailed(Exception):
-    """A save failed on some rank. All ranks raise it together; the message is one line."""
+class SaveFailed(GkdError):
+    """A save failed on some rank. All ranks raise it together, with a message of one line."""
 
 
 def on_all(work: Callable[[], T]) -> T:
@@ -64,13 +67,13 @@ def on_main(work: Callable[[], T]) -> T | None:
 
 
 class ShardedWrite:
-    """Writes this rank's share of `state` into `folder`, in a thread that copies of the tensors are given to.
+    """Write this rank's share of `state` into `folder`, in a thread that gets copies of the tensors.
 
     All ranks must make the same calls: `finish` once `is_alive` is false everywhere.
 
     Args:
-        state: a sharded state dict; changed by this.
-        folder: exists, and all ranks see it.
+        state: a sharded state dict, which is changed.
+        folder: an existing folder that all ranks see.
 
     Raises:
         SaveFailed: in all ranks.
@@ -95,11 +98,11 @@ class ShardedWrite:
         return self._thread.is_alive()
 
     def join(self, seconds: float) -> None:
-        """Wait for this rank's thread, at most for so long."""
+        """Wait for this rank's thread for at most `seconds`."""
         self._thread.join(seconds)
 
     def finish(self) -> dict[str, list]:
-        """Write what is known when all ranks have written. Returns [bytes, SHA-256] of the shards, by their names.
+        """Write the metadata, when all ranks have written. Return [bytes, SHA-256] of the shards, by name.
 
         Raises:
             SaveFailed: in all ranks.
@@ -114,11 +117,11 @@ class ShardedWrite:
             torch.save(common, file)
 
     def _plan(self, sharded: dict[str, Any]) -> tuple[Metadata | None, list[Bucket]]:
-        """Return what ``.metadata`` will hold, on the main rank, and what this rank writes."""
+        """Return the content of ``.metadata``, on the main rank, and the files that this rank writes."""
         planner = _SnapshotPlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
         is_main = dist.get_rank() == 0
 
-        def plan_share():
+        def plan_share() -> SavePlan:
             main_replicas, *_ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
             planner.set_up_planner(mcore_to_pyt_state_dict(main_replicas), is_coordinator=is_main)
             self._writer.set_up_storage_writer(is_main)
@@ -141,7 +144,8 @@ class ShardedWrite:
     def _run(self) -> None:
         try:
             for index, bucket in enumerate(self._buckets):
-                outcome, done = queue.SimpleQueue(), queue.Queue()
+                outcome: queue.SimpleQueue[tuple[int, list | Exception]] = queue.SimpleQueue()
+                done: queue.Queue[int] = queue.Queue()
                 done.put(index)
                 FileSystemWriterAsync.write_preloaded_data(
                     [self._writer.transforms], index, bucket, outcome, done, True
@@ -166,9 +170,10 @@ class ShardedWrite:
 
 
 class _SnapshotPlanner(MCoreSavePlanner):
-    """Gives the writer copies in host memory: the step after this one changes the tensors themselves."""
+    """Give the writer copies in host memory: the next step changes the tensors themselves."""
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
+        """Return a copy of the data of `write_item`."""
         data = super().resolve_data(write_item)
         return data.detach().to("cpu", copy=True) if isinstance(data, torch.Tensor) else data
 
@@ -180,7 +185,7 @@ def _gather(value: T) -> list[T]:
 
 
 def one_line(error: BaseException) -> str:
-    """Return the last line of what caused `error`, or its type's name where it has no text."""
+    """Return the last line of the first cause of `error`, or its type's name where it has no text."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = str(error).strip().splitlines() or [type(error).__name__]

@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a run, as Megatron's sharded state dict."""
+"""The tensors of a checkpoint, as Megatron's sharded state dict."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor, nn
 
 from megatron_gkd.models.lora.sharded import sharded_factors
@@ -25,6 +22,10 @@ from megatron_gkd.training.checkpointing.workarounds import (
 )
 from megatron_gkd.training.student import Student
 
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
 FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
@@ -33,6 +34,7 @@ class Saved:
     """The parts of a run whose tensors are saved.
 
     Attributes:
+        student: the model in training and its optimizer.
         averages: the moving averages of self-teachers.
         with_optimizer: recipe key `output.save_optim`.
     """
@@ -46,7 +48,7 @@ class Saved:
         return self._tensors(is_loading=False, same_layout=True)
 
     def description(self) -> dict[str, Any]:
-        """Return what loading has to know of it, for ``run.json``."""
+        """Return the plain values that loading needs, for ``run.json``."""
         return {
             "layout": layout_of(self.student.mesh),
             "with_optimizer": self.with_optimizer,
@@ -80,7 +82,7 @@ class Saved:
         return model_state(self.student.model)
 
     def _average_state(self, model: dict[str, Any]) -> dict[str, dict[str, Any]]:
-        """Return the averages in fp32, sharded as the parameters that they are of."""
+        """Return the averages in fp32, sharded as their parameters."""
         state: dict[str, dict[str, Any]] = {}
         for number, average in enumerate(self.averages):
             held = average.by_parameter()
@@ -91,7 +93,7 @@ class Saved:
         return state
 
     def load_averages(self, found: dict[str, dict[str, Tensor]]) -> None:
-        """Take over what was loaded in the place of ``_average_state``."""
+        """Set the averages that were loaded for ``_average_state``."""
         for number, average in enumerate(self.averages):
             held = average.by_parameter()
             shards = enumerate(_shards_of(held, self.model_state()))
@@ -99,15 +101,20 @@ class Saved:
 
 
 def model_state(model: MegatronModel) -> dict[str, Any]:
-    """Return the sharded state dict of a model's weights: of its adapters alone, if it has any."""
+    """Return the sharded state dict of a model's trained weights: its adapters, or all weights."""
     if model.adapters is not None:
         return {"adapters": sharded_factors(model.adapters.factors, model.mesh)}
     with model.mesh.virtual_stages(model.config.virtual_pipeline_model_parallel_size):
-        return {f"model{index}": chunk.sharded_state_dict() for index, chunk in enumerate(model.chunks)}
+        return {f"model{index}": _sharded_state(chunk) for index, chunk in enumerate(model.chunks)}
+
+
+def _sharded_state(chunk: Any) -> dict[str, Any]:
+    """Return the sharded state dict of a Megatron module; Megatron has no types."""
+    return chunk.sharded_state_dict()
 
 
 def _in_place_of(shard: Any, data: Tensor, prefix: str) -> Any:
-    """Return a shard that lies like `shard`, of another tensor. A factory of shards has no dtype of its own."""
+    """Return a copy of `shard` with another tensor. A factory of shards has no dtype of its own."""
     dtype = {"dtype": data.dtype} if hasattr(shard, "dtype") else {}
     return replace(shard, key=f"{prefix}.{shard.key}", data=data, **dtype)
 
@@ -126,11 +133,12 @@ def random_states() -> dict[str, Any]:
 
 
 def set_random_states(states: dict[str, Any]) -> None:
+    """Set all random states of this rank from `random_states`."""
     torch.set_rng_state(states["torch"])
     portability.set_random_state(states["device"])
     get_cuda_rng_tracker().set_states(states["tracker"])
 
 
 def layout_of(mesh: Mesh) -> dict[str, Any]:
-    """Return what decides how tensors and random states are spread over the ranks."""
+    """Return what determines the distribution of tensors and random states over the ranks."""
     return {"processes": dist.get_world_size(), **vars(mesh.layout)}

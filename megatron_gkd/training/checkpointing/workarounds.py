@@ -1,6 +1,7 @@
-"""Workarounds for defects of Megatron-Core's distributed optimizer in checkpoints (seen in 0.16.1; read in 0.19.2).
+"""Workarounds for defects of Megatron-Core's optimizers in checkpoints; see ``docs/upstream_defects.md``.
 
-Two of them are silent: without the repair a run goes on with a wrong optimizer state.
+All are needed with the versions 0.16.1 to 0.19.2. Two defects give no error: without the workaround a resumed run has a
+wrong optimizer state.
 """
 
 from __future__ import annotations
@@ -12,17 +13,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
+import megatron_gkd.runtime.preload  # noqa: F401  (before any import of Megatron-Core)
 from megatron_gkd.runtime import portability
+
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 _MARK = "_megatron_gkd_repaired"
 
 
 def apply_workarounds() -> None:
-    """Repair the class. Idempotent."""
+    """Patch the class `DistributedOptimizer`. Idempotent."""
     if getattr(DistributedOptimizer, _MARK, False):
         return
     setattr(DistributedOptimizer, _MARK, True)
@@ -31,7 +34,7 @@ def apply_workarounds() -> None:
 
 
 def adam_states(optimizer: MegatronOptimizer) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    """Yield the parameters of torch's Adam with their states. Other implementations have no `step` to a parameter."""
+    """Yield the parameters of torch's Adam with their states. Other implementations have no `step` per parameter."""
     for part in _parts(optimizer):
         adam = getattr(part, "optimizer", None)
         if isinstance(adam, torch.optim.Adam | torch.optim.AdamW):
@@ -39,7 +42,7 @@ def adam_states(optimizer: MegatronOptimizer) -> Iterator[tuple[Tensor, dict[str
 
 
 def fill_empty_states(optimizer: MegatronOptimizer) -> None:
-    """Give parameters that were never updated a state: `DistributedOptimizer.state_dict` asserts that there is one."""
+    """Add a state to parameters that were never updated: `DistributedOptimizer.state_dict` asserts that it exists."""
     for parameter, state in adam_states(optimizer):
         if not state:
             state["step"] = torch.tensor(0.0)
@@ -47,7 +50,7 @@ def fill_empty_states(optimizer: MegatronOptimizer) -> None:
 
 
 def agree_on_step(optimizer: MegatronOptimizer) -> float:
-    """Return how many updates Adam has made, on ranks without parameters too. All ranks must call it."""
+    """Return the number of Adam's updates, on ranks without parameters too. All ranks must call it."""
     own = max((float(state["step"]) for _, state in adam_states(optimizer) if state), default=0.0)
     step = torch.tensor(own, dtype=torch.float64, device=portability.device())
     dist.all_reduce(step, op=dist.ReduceOp.MAX)
@@ -56,7 +59,7 @@ def agree_on_step(optimizer: MegatronOptimizer) -> float:
 
 @contextlib.contextmanager
 def with_step_of_others(optimizer: MegatronOptimizer, step: float) -> Iterator[None]:
-    """Ranks whose share of the distributed optimizer is empty report `step` inside.
+    """Let ranks whose share of the distributed optimizer is empty report `step` inside the context.
 
     A pipeline stage without adapters has no parameters, and few adapters are not enough for all data-parallel ranks.
     `DistributedOptimizer.state_dict` asserts that there is a parameter with a step; and what is common to all ranks is
@@ -98,7 +101,7 @@ def _state_with_step(state_dict: Callable[[], dict[str, Any]], step: float) -> d
 
 
 def separate_steps(optimizer: MegatronOptimizer) -> None:
-    """Give each parameter a `step` of its own.
+    """Give each parameter its own `step` tensor.
 
     `load_state_dict` puts one tensor into all states, and torch's Adam would then count it once for every parameter.
     """
@@ -107,10 +110,10 @@ def separate_steps(optimizer: MegatronOptimizer) -> None:
 
 
 def _keep_own_step() -> None:
-    """Loading sets `step` from tensors that have none (fully_reshardable: KeyError)."""
+    """Keep `step` when tensors without it are loaded (fully_reshardable: KeyError)."""
     original = DistributedOptimizer._set_main_param_and_optimizer_states
 
-    def with_own_step(self, parameter, tensors):
+    def with_own_step(self: DistributedOptimizer, parameter: Tensor, tensors: dict[str, Tensor]) -> None:
         own = self._get_main_param_and_optimizer_states(parameter)
         original(self, parameter, {**tensors, **{name: value for name, value in own.items() if name == "step"}})
 
@@ -118,14 +121,14 @@ def _keep_own_step() -> None:
 
 
 def _restore_bucket_padding() -> None:
-    """Saving gathers buffers without the padding between buckets, and then looks parameters up as if it were there.
+    """Put the padding between buckets back into gathered buffers, in which parameters are found as if it were there.
 
-    Moments and master weights are shifted wherever a buffer has several padded buckets.
+    Without it moments and master weights are shifted wherever a buffer has several padded buckets.
     """
     gather = DistributedOptimizer.get_parameter_state_dp_zero
     sharded = DistributedOptimizer.sharded_param_state_fully_reshardable
 
-    def padded(self, **options):
+    def padded(self: DistributedOptimizer, **options: Any) -> dict[Any, Any] | None:
         state = gather(self, **options)
         if state is None:
             return None
@@ -135,7 +138,7 @@ def _restore_bucket_padding() -> None:
                     tensors[name] = _with_padding(tensors[name], buffer)
         return state
 
-    def repaired(self, *args, **kwargs):
+    def repaired(self: DistributedOptimizer, *args: Any, **kwargs: Any) -> Any:
         self.get_parameter_state_dp_zero = lambda **options: padded(self, **options)
         try:
             return sharded(self, *args, **kwargs)
@@ -145,7 +148,7 @@ def _restore_bucket_padding() -> None:
     DistributedOptimizer.sharded_param_state_fully_reshardable = repaired
 
 
-def _with_padding(packed: Tensor, buffer) -> Tensor:
+def _with_padding(packed: Tensor, buffer: Any) -> Tensor:
     if packed.numel() == buffer.numel:
         return packed  # no copy of what may be many gigabytes
     whole, start = torch.zeros(buffer.numel, dtype=packed.dtype), 0

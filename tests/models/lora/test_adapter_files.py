@@ -1,4 +1,4 @@
-"""PEFT adapters of other makers: those that fit are read, and each that does not is refused in one line."""
+"""PEFT adapters of other trainers are read if they fit, and refused in one line otherwise."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_files_that_are_missing_or_damaged(folder):
     assert problem_with(folder).startswith("adapter_model.safetensors can't be read (")
 
 
-def test_ranks_and_scales_of_their_own_are_written_by_name():
+def test_different_ranks_and_scales_are_written_by_name():
     rules = LayerRules(rank=4, alpha=8, rank_pattern={"layers.1.mlp.down_proj": 2}, alpha_pattern={"o_proj": 3})
     config = adapter_config(rules.choose(LAYERS), LAYERS, "student", 4)
     assert (config["r"], config["lora_alpha"]) == (4, 8)

@@ -1,4 +1,4 @@
-"""What a model with adapters exports, from every layout: PEFT adapters, merged weights, and never its base unasked."""
+"""Exports of a model with adapters, from every layout: PEFT adapters, merged weights and base weights."""
 
 from __future__ import annotations
 

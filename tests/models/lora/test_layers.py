@@ -1,4 +1,4 @@
-"""Which layers get adapters, with which rank and scale, from their names."""
+"""The layers that get adapters, with their ranks and scales, by name."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ ATTENTION = ("self_attention.linear_qkv", "self_attention.linear_proj")
         (MIXTURE, ["linear_fc2"], parts("mlp.experts.linear_fc2")),
     ],
 )
-def test_names(layers, targets, expected):
+def test_layers_by_name(layers, targets, expected):
     assert chosen(layers, *targets) == expected
 
 
@@ -88,7 +88,7 @@ def test_regular_expressions(regex, expected):
          "reads with the same rank and alpha"),
     ],
 )  # fmt: skip
-def test_what_can_not_be_is_refused_by_name(layers, rules, problem):
+def test_impossible_rules_are_refused_by_name(layers, rules, problem):
     with pytest.raises(LoraProblem) as error:
         LayerRules(**rules).choose(layers)
     assert str(error.value) == problem

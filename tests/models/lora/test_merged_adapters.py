@@ -1,4 +1,4 @@
-"""Adapters that are merged into a checkpoint as it is read: the model that transformers and PEFT make of them."""
+"""Adapters that are merged into a checkpoint give the model that transformers and PEFT build from them."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_it_is_the_model_of_transformers_and_peft(layout, of_peft, of_mixture, gloo_world):
+def test_the_logits_are_those_of_transformers_and_peft(layout, of_peft, of_mixture, gloo_world):
     family, layout = LAYOUTS[layout]
     path, adapters = tiny_checkpoint(family, seed=2), of_mixture if family == "qwen3_moe" else of_peft
     expected = logits_of_transformers(path, adapters)
@@ -144,7 +144,7 @@ def teacher_of(rank, world_size, path, adapters):
     return kinds
 
 
-def test_a_teacher_with_adapters_is_a_model_of_its_own(of_peft, gloo_world):
+def test_a_teacher_with_adapters_differs_from_its_base(of_peft, gloo_world):
     (kinds,) = gloo_world(1).run(teacher_of, tiny_checkpoint("qwen3_tied", seed=2), of_peft)
     assert kinds == [("SelfTeacher", True, None), ("LocalTeacher", False, of_peft)]
 

@@ -1,4 +1,4 @@
-"""Adapters that only their numbers, or the weights under them, show to be of another model."""
+"""Adapters of another model are refused, even if only their values or their base differ."""
 
 from __future__ import annotations
 

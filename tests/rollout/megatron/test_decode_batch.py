@@ -37,7 +37,7 @@ def test_an_empty_batch_gives_padding():
     assert len(inputs.last_tokens) == len(inputs.decode_positions) == 0
 
 
-def test_room_ends_with_the_rows_or_with_the_padded_prompts_of_one_pass():
+def test_room_is_limited_by_the_rows_and_by_the_padded_prompts_of_one_pass():
     row = DecodeSequence(9, [1] * 6, seed=0)
     assert batch_of(5, size=2).has_room(row)
     assert not batch_of(5, 5, size=2).has_room(row)

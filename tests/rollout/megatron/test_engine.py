@@ -15,7 +15,7 @@ from rollout.contract import (
     REQUESTS,
     Request,
     RolloutEngineContract,
-    answer,
+    run_requests,
     tokens_of,
     transformers_greedy,
     transformers_model,
@@ -68,16 +68,16 @@ def open_engine(checkpoint, layout, limits):
     return MegatronEngine(MegatronModel.load(Checkpoint.open(str(checkpoint)), mesh, options), [EOS], **limits)
 
 
-def answers_of(rank, world_size, layout, limits):
+def results_of(rank, world_size, layout, limits):
     from megatron_gkd.runtime.mesh import destroy_mesh
 
-    answers = answer(open_engine(CHECKPOINT(), layout, limits))
+    results = run_requests(open_engine(CHECKPOINT(), layout, limits))
     destroy_mesh()
-    return answers
+    return results
 
 
 def completions_of(rank, world_size, checkpoint, layout, limits, requests):
-    """Of each data-parallel replica's own list of requests."""
+    """Return the completions of this data-parallel replica's own list of requests."""
     from megatron_gkd.runtime.mesh import destroy_mesh
 
     engine = open_engine(checkpoint, layout, limits)
@@ -90,23 +90,23 @@ def completions_of(rank, world_size, checkpoint, layout, limits, requests):
 class TestMegatronEngine(RolloutEngineContract):
     @pytest.fixture(scope="class", params=ENGINES)
     @classmethod
-    def answers(cls, request, gloo_world):
+    def results(cls, request, gloo_world):
         world_size, layout, limits = ENGINES[request.param]
-        first, *others = gloo_world(world_size).run(answers_of, layout, limits)
+        first, *others = gloo_world(world_size).run(results_of, layout, limits)
         assert all(other == first for other in others), "every rank has the same completions"
         return first
 
-    def test_the_layout_does_not_change_what_is_drawn(self, answers, one_process):
+    def test_the_layout_does_not_change_what_is_drawn(self, results, one_process):
         for name in REQUESTS:
-            assert tokens_of(answers[name]) == tokens_of(one_process[name]), name
+            assert tokens_of(results[name]) == tokens_of(one_process[name]), name
 
     @pytest.fixture(scope="class")
     @classmethod
     def one_process(cls, gloo_world):
-        return gloo_world(1).run(answers_of, {}, {})[0]
+        return gloo_world(1).run(results_of, {}, {})[0]
 
-    def test_log_probs_are_over_the_ids_that_may_be_drawn(self, answers):
-        for prompt, completion in zip(REQUESTS["few ids"].prompts, answers["few ids"], strict=True):
+    def test_log_probs_are_over_the_ids_that_may_be_drawn(self, results):
+        for prompt, completion in zip(REQUESTS["few ids"].prompts, results["few ids"], strict=True):
             ids = torch.tensor([prompt + completion.token_ids])
             with torch.no_grad():
                 logits = transformers_model(CHECKPOINT())(ids).logits[0, len(prompt) - 1 : -1, :40].double()
@@ -153,7 +153,7 @@ def test_replicas_that_share_experts_may_have_prompts_of_their_own_or_none(layou
 
 
 def generate_wrongly(rank, world_size):
-    """What the model is like after a `generate` that failed half-way, and the engine's answer to the next request."""
+    """Return the state of the model after a `generate` that fails half-way, and the completions of the next one."""
     from megatron_gkd.rollout.megatron.engine import MegatronEngine
     from megatron_gkd.runtime.mesh import destroy_mesh
 
@@ -179,18 +179,18 @@ def generate_wrongly(rank, world_size):
     found = {
         "modes": [layer.mlp.training for layer in layers] + [layer.self_attention.training for layer in layers],
         "attention": [vars(layer.self_attention.core_attention).keys() & {"forward"} for layer in layers],
-        "answer": tokens_of(engine.generate(request.prompts, request.sampling, request.seeds)),
+        "completions": tokens_of(engine.generate(request.prompts, request.sampling, request.seeds)),
         "too long": str(error.value),
     }
     destroy_mesh()
     return found
 
 
-def test_an_error_leaves_the_model_as_it_was(gloo_world):
+def test_an_error_restores_the_model(gloo_world):
     found = gloo_world(1).run(generate_wrongly)[0]
     assert found["modes"] == [False] + 7 * [True]
     assert found["attention"] == 4 * [set()]
-    assert found["answer"] == transformers_greedy(CHECKPOINT(), REQUESTS["greedy"].prompts, 16)
+    assert found["completions"] == transformers_greedy(CHECKPOINT(), REQUESTS["greedy"].prompts, 16)
     assert found["too long"] == (
         "the longest prompt (13 tokens) and max_completion_length (16) do not fit into max_batch_tokens (27)"
     )

@@ -1,4 +1,4 @@
-"""What the client makes of answers that a healthy vLLM server does not give, or not on demand."""
+"""The client's treatment of responses that a healthy vLLM server does not send, or not on demand."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ import pytest
 import torch
 
 from megatron_gkd.errors import ServiceError, UserError
-from megatron_gkd.rollout.vllm.adapters import AdapterFolder, adapter_name, hand_over_adapters
-from megatron_gkd.rollout.vllm.client import Sampled, ServerNeeds, StudentRequirements, StudentServer
-from megatron_gkd.rollout.vllm.weight_folder import WeightFolder, hand_over
+from megatron_gkd.rollout.vllm.adapters import AdapterFolder, adapter_name, load_adapters_from_folder
+from megatron_gkd.rollout.vllm.client import StudentServer
+from megatron_gkd.rollout.vllm.completion_response import Sampled
+from megatron_gkd.rollout.vllm.handshake import Handshake, ServerRequirements
+from megatron_gkd.rollout.vllm.weight_folder import WeightFolder, load_from_folder
 
-ANSWER = {"finish_reason": "stop", "token_ids": [5], "logprobs": {"token_logprobs": [-1.0]}}
+CHOICE = {"finish_reason": "stop", "token_ids": [5], "logprobs": {"token_logprobs": [-1.0]}}
 SAMPLED = Sampled([5], [-1.0], "stop")
 REQUEST = {"max_tokens": 4}
 
 
 class Scripted:
-    """Answers like a vLLM server, except where `failures` has another answer for the next requests to a path."""
+    """Respond like a vLLM server, except if `failures` has another response for the next requests to a path."""
 
     def __init__(self):
         self.label = "default"
@@ -50,14 +52,14 @@ class Scripted:
         model_config = {"logprobs_mode": self.logprobs_mode, "dtype": self.dtype}
         models = [{"id": self.model, "max_model_len": self.max_model_len, "parent": None}]
         models += [{"id": name, "max_model_len": None, "parent": self.model} for name in self.adapters]
-        answers = {
+        responses = {
             "/v1/models": {"data": models},
             "/server_info": {"vllm_config": {"model_config": model_config, "lora_config": self.lora_config}},
             "/weight_info": {"weight_version": self.label},
             "/reset_prefix_cache": {"success": True},
-            "/v1/completions": {"choices": [ANSWER]},
+            "/v1/completions": {"choices": [CHOICE]},
         }
-        return httpx.Response(200, json=answers.get(path, {}))
+        return httpx.Response(200, json=responses.get(path, {}))
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +75,7 @@ def scripted():
 @pytest.fixture
 def server(scripted):
     http = httpx.Client(transport=httpx.MockTransport(scripted))
-    return StudentServer("http://server:8000/", http, 0.2, hand_over)
+    return StudentServer("http://server:8000/", http, 0.2, load_from_folder)
 
 
 @pytest.fixture
@@ -90,9 +92,9 @@ DOWN = [
 ]
 
 
-def test_hello_waits_for_a_server_that_is_still_starting(server, scripted):
+def test_the_handshake_waits_for_a_server_that_is_still_starting(server, scripted):
     scripted.failures["/v1/models"] = DOWN[:3]
-    model = server.hello(ServerNeeds(64))
+    model = server.wait_until_ready(ServerRequirements(64))
     assert (model.name, model.max_model_len) == ("tiny", 64) and scripted.calls.count("/v1/models") == 4
 
 
@@ -102,7 +104,7 @@ def test_past_the_limit_there_is_a_clear_error(failure, server, scripted):
     with pytest.raises(
         ServiceError, match=r"http://server:8000/v1/models: .*for 0.2 s \(rollout.vllm_server_max_downtime_s\)"
     ):
-        server.hello(ServerNeeds(64))
+        server.wait_until_ready(ServerRequirements(64))
 
 
 @pytest.mark.parametrize(
@@ -117,7 +119,7 @@ def test_past_the_limit_there_is_a_clear_error(failure, server, scripted):
 def test_a_server_that_can_not_serve_is_refused(change, message, server, scripted):
     vars(scripted).update(change)
     with pytest.raises(UserError, match=message):
-        server.hello(ServerNeeds(64))
+        server.wait_until_ready(ServerRequirements(64))
 
 
 STEPS = ["/pause", "/collective_rpc", "/reset_prefix_cache", "/resume", "/update_weight_version"]
@@ -127,7 +129,7 @@ def test_new_weights_come_while_nothing_runs_and_old_keys_and_values_go(server, 
     server.load(weights)
     assert scripted.calls == ["/weight_info", *STEPS]
     assert scripted.label.startswith(f"{weights.label}.")
-    assert server.complete(REQUEST) == (scripted.label, SAMPLED) == (server.current_label(), SAMPLED)
+    assert server.complete(REQUEST) == (scripted.label, SAMPLED) == (server.ensure_current(), SAMPLED)
 
 
 @pytest.mark.parametrize("path", STEPS)
@@ -143,9 +145,9 @@ def test_a_prefix_cache_in_use_is_reset_again(server, scripted, weights):
     assert scripted.calls.count("/reset_prefix_cache") == 2
 
 
-def test_a_server_that_lives_but_can_not_load_is_an_error_at_once(server, scripted, weights):
+def test_a_server_that_is_up_but_can_not_load_is_an_error_at_once(server, scripted, weights):
     scripted.failures["/collective_rpc"] = [httpx.Response(500, text="no such file")]
-    with pytest.raises(UserError, match=r"can't load .*\(rollout.weight_sync_dir\).*no such file"):
+    with pytest.raises(ServiceError, match=r"can't load .*\(rollout.weight_sync_dir\).*no such file"):
         server.load(weights)
     assert "/resume" not in scripted.calls
 
@@ -153,7 +155,7 @@ def test_a_server_that_lives_but_can_not_load_is_an_error_at_once(server, script
 def test_bad_weights_are_never_sent(server, scripted, weights):
     for file in weights.directory.iterdir():
         file.unlink()
-    with pytest.raises(UserError, match="no .*safetensors file there"):
+    with pytest.raises(UserError, match=r"no .*safetensors file there"):
         server.load(weights)
     assert scripted.calls == ["/weight_info"]
 
@@ -163,7 +165,7 @@ def test_bad_weights_are_never_sent(server, scripted, weights):
     [*DOWN, httpx.Response(200, json={"choices": [{"finish_reason": "abort"}]})],
     ids=lambda failure: getattr(failure, "text", None) or str(failure),
 )
-def test_a_failed_completion_is_asked_again(failure, server, scripted, weights):
+def test_a_failed_completion_is_requested_again(failure, server, scripted, weights):
     server.load(weights)
     scripted.failures["/v1/completions"] = [failure] * 2
     assert server.complete(REQUEST) == (scripted.label, SAMPLED)
@@ -176,15 +178,15 @@ def test_a_restarted_server_is_given_the_weights_again_under_another_label(serve
     scripted.label = "default"
     scripted.failures["/v1/completions"] = [httpx.ReadError("reset")]
     label, _ = server.complete(REQUEST)
-    assert label == scripted.label == server.current_label() != before
+    assert label == scripted.label == server.ensure_current() != before
     assert scripted.calls.count("/collective_rpc") == 2
 
 
-def test_an_answer_of_a_server_that_was_restarted_unnoticed_is_told_by_its_label(server, scripted, weights):
+def test_the_label_shows_that_a_server_was_restarted_before_it_responded(server, scripted, weights):
     server.load(weights)
     scripted.label = "default"
     label, _ = server.complete(REQUEST)
-    assert label != server.current_label() and scripted.label == server.current_label()
+    assert label != server.ensure_current() and scripted.label == server.ensure_current()
 
 
 def test_a_request_that_is_refused_is_an_error_at_once(server, scripted, weights):
@@ -203,8 +205,8 @@ def test_a_request_that_is_refused_is_an_error_at_once(server, scripted, weights
     ],
 )
 def test_a_server_that_comes_back_as_another_is_refused(change, message, server, scripted, weights):
-    """The label says that it has lost the weights; so the handshake is made again before it gets them."""
-    server.requirements = StudentRequirements(ServerNeeds(64), server.hello(ServerNeeds(64)))
+    """Its label shows that it has lost the weights, so the handshake is repeated before it gets them."""
+    server.handshake = Handshake(ServerRequirements(64), server.wait_until_ready(ServerRequirements(64)))
     server.load(weights)
     scripted.label, before = "default", scripted.calls.count("/collective_rpc")
     vars(scripted).update(change)
@@ -215,7 +217,7 @@ def test_a_server_that_comes_back_as_another_is_refused(change, message, server,
 
 
 def test_new_weights_alone_need_no_other_handshake(server, scripted, weights, tmp_path):
-    server.requirements = StudentRequirements(ServerNeeds(64), server.hello(ServerNeeds(64)))
+    server.handshake = Handshake(ServerRequirements(64), server.wait_until_ready(ServerRequirements(64)))
     server.load(weights)
     folder = WeightFolder(tmp_path / "next", {"a": (2,)})
     folder.run = weights.label.rpartition("-")[0]
@@ -234,9 +236,9 @@ def adapters(tmp_path):
 def lora_server(scripted):
     scripted.lora_config = {"max_lora_rank": 8}
     http = httpx.Client(transport=httpx.MockTransport(scripted))
-    server = StudentServer("http://server:8000/", http, 0.2, hand_over_adapters)
-    needs = ServerNeeds(64, lora_rank=8)
-    server.requirements = StudentRequirements(needs, server.hello(needs))
+    server = StudentServer("http://server:8000/", http, 0.2, load_adapters_from_folder)
+    needs = ServerRequirements(64, lora_rank=8)
+    server.handshake = Handshake(needs, server.wait_until_ready(needs))
     return server
 
 
@@ -273,9 +275,9 @@ def test_a_server_that_was_started_anew_is_given_the_adapters_again(lora_server,
 def test_a_server_that_can_not_take_adapters_is_refused(change, needs, message, server, scripted):
     vars(scripted).update(change)
     with pytest.raises(UserError, match=message):
-        server.hello(ServerNeeds(64, **needs))
+        server.wait_until_ready(ServerRequirements(64, **needs))
     scripted.lora_config, scripted.dtype = {"max_lora_rank": 16}, "torch.float32"
-    assert server.hello(ServerNeeds(64, **needs)).name == "tiny"
+    assert server.wait_until_ready(ServerRequirements(64, **needs)).name == "tiny"
 
 
 def test_a_server_without_runtime_loading_is_refused(lora_server, scripted, adapters):

@@ -18,7 +18,7 @@ from rollout.contract import (
     REQUESTS,
     Request,
     RolloutEngineContract,
-    answer,
+    run_requests,
     tokens_of,
     transformers_greedy,
 )
@@ -104,15 +104,15 @@ def differences(before, after):
     return [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]
 
 
-def answers_of(rank, world_size, checkpoint):
-    return answer(engine_of_one_rank(checkpoint), weights_of(checkpoint))
+def results_of(rank, world_size, checkpoint):
+    return run_requests(engine_of_one_rank(checkpoint), weights_of(checkpoint))
 
 
 class TestVllmColocatedEngine(RolloutEngineContract):
     @pytest.fixture(scope="class")
     @classmethod
-    def answers(cls, gloo_world):
-        return gloo_world(1).run(answers_of, CHECKPOINT())[0]
+    def results(cls, gloo_world):
+        return gloo_world(1).run(results_of, CHECKPOINT())[0]
 
 
 def load_one_after_another(rank, world_size, checkpoints, reset):
@@ -154,14 +154,14 @@ def load_bad_tensors(rank, world_size, checkpoint, other):
     for spoil in BAD.values():
         tensors = dict(weights_of(other))
         spoil(tensors)
-        given = iter(tensors.items())
+        named_tensors = iter(tensors.items())
         with pytest.raises(RolloutFailed) as refused:
-            engine.load_weights(given, version=1)
+            engine.load_weights(named_tensors, version=1)
         with pytest.raises(RolloutFailed) as none_there:
             generate(engine, REQUESTS["greedy"])
         engine.load_weights(weights_of(checkpoint), version=2)
         again = generate(engine, REQUESTS["greedy"])
-        found.append((str(refused.value), str(none_there.value), len(list(given)), again))
+        found.append((str(refused.value), str(none_there.value), len(list(named_tensors)), again))
     return found
 
 
@@ -186,7 +186,7 @@ def refuse(rank, world_size, checkpoint):
 
 def test_completions_end_at_the_longest_sequence(gloo_world):
     message, length, reason = gloo_world(1).run(refuse, CHECKPOINT())[0]
-    assert message == "prompt 1 of 256 tokens leaves no room for an answer in rollout.vllm_max_model_len = 256"
+    assert message == "prompt 1 of 256 tokens leaves no room for a completion in rollout.vllm_max_model_len = 256"
     assert (length, reason) == (6, "length")
 
 
@@ -205,7 +205,7 @@ def sleep_between(rank, world_size, checkpoint):
     return found
 
 
-def test_it_wakes_up_to_generate(gloo_world):
+def test_vllm_wakes_up_to_generate(gloo_world):
     expected = transformers_greedy(CHECKPOINT(), REQUESTS["greedy"].prompts, 16)
     assert gloo_world(1).run(sleep_between, CHECKPOINT())[0] == 2 * [(False, expected)]
 

@@ -8,25 +8,26 @@ from rollout.contract import CHECKPOINT, GREEDY
 from safetensors.torch import load_file
 
 from megatron_gkd.rollout.base import RolloutFailed
-from megatron_gkd.rollout.vllm.process import ColocatedOptions, Generated
+from megatron_gkd.rollout.vllm.completion_response import Sampled
+from megatron_gkd.rollout.vllm.process import ColocatedOptions
 
 
 class FakeVllm:
-    """Answers a prompt by its own tokens and the seed, and writes down what it was asked."""
+    """Complete a prompt with its own tokens and the seed, and record the requests."""
 
     def __init__(self, can_sleep=False, fails_at=None):
-        self.can_sleep, self.fails_at, self.calls, self.given = can_sleep, fails_at, [], []
+        self.can_sleep, self.fails_at, self.calls, self.num_tensors = can_sleep, fails_at, [], []
 
     def load(self, named_tensors):
         self.calls.append("load")
-        self.given.append(len(list(named_tensors)))
+        self.num_tensors.append(len(list(named_tensors)))
 
     def generate(self, prompts, seeds, max_tokens, sampling):
         if self.fails_at in seeds:
             raise MemoryError("no room")
         self.calls.append([list(prompt) for prompt in prompts])
-        answers = [[*prompt, seed][:most] for prompt, seed, most in zip(prompts, seeds, max_tokens, strict=True)]
-        return [Generated(tokens, [-1.0] * len(tokens), "length") for tokens in answers]
+        completions = [[*prompt, seed][:most] for prompt, seed, most in zip(prompts, seeds, max_tokens, strict=True)]
+        return [Sampled(tokens, [-1.0] * len(tokens), "length") for tokens in completions]
 
     def sleep(self, level):
         self.calls.append(f"sleep {level}")
@@ -52,7 +53,7 @@ def weights_of(checkpoint):
 
 
 def deal(rank, world_size, checkpoint, layout, tensor_parallel_size, prompts_of):
-    """What this rank's vLLM was asked; this rank's replica and completions."""
+    """Return the requests of this rank's vLLM, this rank's replica, and its completions."""
     vllm = FakeVllm()
     engine = open_engine(vllm, checkpoint, layout, tensor_parallel_size=tensor_parallel_size)
     engine.load_weights(weights_of(checkpoint), version=4)
@@ -65,7 +66,7 @@ FIVE, TWO = [[50], [51], [52], [53], [54]], [[60], [61]]
 
 
 @pytest.mark.parametrize(
-    ("layout", "tensor_parallel_size", "prompts_of", "asked"),
+    ("layout", "tensor_parallel_size", "prompts_of", "requested"),
     [
         ({"tensor": 2}, 1, [FIVE, TWO], [[[50], [54]], [[51], [60]], [[52], [61]], [[53]]]),
         ({"tensor": 2}, 2, [FIVE, TWO], [[[50], [52], [54], [61]], [[51], [53], [60]]]),
@@ -74,18 +75,25 @@ FIVE, TWO = [[50], [51], [52], [53], [54]], [[60], [61]]
         ({"tensor": 2}, 1, [[], TWO], [TWO[:1], TWO[1:], [], []]),
         ({}, 2, [TWO, [], [], []], [TWO[:1], TWO[1:]]),
     ],
-    ids=["TP2xDP2", "TP2xDP2, two engines", "PP2xDP2, one engine", "TP2xCP2", "one replica asks", "DP4, two engines"],
+    ids=[
+        "TP2xDP2",
+        "TP2xDP2, two engines",
+        "PP2xDP2, one engine",
+        "TP2xCP2",
+        "one replica has prompts",
+        "DP4, two engines",
+    ],
 )
-def test_all_engines_share_all_prompts(layout, tensor_parallel_size, prompts_of, asked, gloo_world):
+def test_all_engines_share_all_prompts(layout, tensor_parallel_size, prompts_of, requested, gloo_world):
     ranks = gloo_world(4).run(deal, CHECKPOINT(), layout, tensor_parallel_size, prompts_of)
-    assert [calls for calls, _, _ in ranks] == [part for part in asked for _ in range(tensor_parallel_size)]
+    assert [calls for calls, _, _ in ranks] == [part for part in requested for _ in range(tensor_parallel_size)]
     assert {replica for _, replica, _ in ranks} == set(range(len(prompts_of)))
     for _, replica, completions in ranks:
         assert completions == [([*prompt, 10 * replica + i], 4) for i, prompt in enumerate(prompts_of[replica])]
 
 
 def fail(rank, world_size, checkpoint):
-    """The messages of three failures, each of which befalls one rank or one replica alone."""
+    """Return the messages of three failures, each of one rank or one replica alone."""
     engine = open_engine(FakeVllm(fails_at=7), checkpoint)
     engine.load_weights(weights_of(checkpoint), version=1)
     messages = []
@@ -104,7 +112,7 @@ def test_a_failure_anywhere_is_raised_everywhere(gloo_world):
     assert [text.split("\n")[0] for _, text in first] == [
         "vLLM failed in rank 1:",
         "prompt 1 has the token id 99; allowed are 0 to 98",
-        "prompt 1 of 256 tokens leaves no room for an answer in rollout.vllm_max_model_len = 256",
+        "prompt 1 of 256 tokens leaves no room for a completion in rollout.vllm_max_model_len = 256",
     ]
     assert first[0][1].endswith("MemoryError: no room")
     assert [text for _, text in second] == [text for _, text in first]
@@ -113,31 +121,31 @@ def test_a_failure_anywhere_is_raised_everywhere(gloo_world):
 
 
 def follow(rank, world_size, checkpoint, level):
-    """The calls in two steps, and what becomes of a request before and after them."""
+    """Return the calls in two steps, and the failures of requests before and after them."""
     vllm = FakeVllm(can_sleep=True)
     engine = open_engine(vllm, checkpoint, sleep_level=level)
     refused = []
 
-    def ask():
+    def try_to_generate():
         try:
             engine.generate([[5]], GREEDY, [0])
         except RolloutFailed as error:
             refused.append(str(error))
 
-    ask()
+    try_to_generate()
     for step in range(2):
         engine.load_weights(weights_of(checkpoint), version=step)
         with engine.resident():
-            ask()
-    ask()
+            try_to_generate()
+    try_to_generate()
     with engine.resident():
-        ask()
-    return vllm.calls, len(refused), vllm.given
+        try_to_generate()
+    return vllm.calls, len(refused), vllm.num_tensors
 
 
 @pytest.mark.parametrize("level", [0, 1, 2])
-def test_it_sleeps_but_between_new_weights_and_the_last_sample(level, gloo_world):
-    calls, refused, given = gloo_world(1).run(follow, CHECKPOINT(), level)[0]
+def test_vllm_is_awake_only_from_new_weights_to_the_last_sample(level, gloo_world):
+    calls, refused, num_tensors = gloo_world(1).run(follow, CHECKPOINT(), level)[0]
     step = ["load", [[5]]]
     if level == 0:
         assert calls == [*step, *step, [[5]], [[5]]] and refused == 1, "only without any weights"
@@ -147,4 +155,4 @@ def test_it_sleeps_but_between_new_weights_and_the_last_sample(level, gloo_world
     again = [[[5]]] if level == 1 else []  # level 2 has lost the weights
     assert calls == [sleep, *step, *step, "wake weights kv_cache", *again, sleep]
     assert refused == (2 if level == 1 else 3)
-    assert len(set(given)) == 1 and given[0] == len(weights_of(CHECKPOINT()))
+    assert len(set(num_tensors)) == 1 and num_tensors[0] == len(weights_of(CHECKPOINT()))

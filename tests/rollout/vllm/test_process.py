@@ -19,7 +19,7 @@ def test_a_size_of_heads_without_a_kernel_is_refused():
     require_head_dim(checkpoint, [])
 
 
-def test_a_size_of_heads_that_follows_from_the_others_is_known():
+def test_the_size_of_heads_may_follow_from_other_sizes():
     checkpoint = Checkpoint.open(str(tiny_checkpoint("llama")))
     checkpoint.config.head_dim = None
     checkpoint.config.hidden_size, checkpoint.config.num_attention_heads = 96, 4

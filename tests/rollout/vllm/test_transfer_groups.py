@@ -1,4 +1,4 @@
-"""The group over NCCL, as far as one machine can tell; over gloo it is tested with the transfer."""
+"""The group over NCCL, as far as one machine can test it; over gloo it is tested with the transfer."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from megatron_gkd.rollout.vllm.transfer_groups import NcclGroup
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_nccl_without_a_gpu_is_refused():
-    with pytest.raises(UserError, match="rollout.weight_sync = nccl: torch finds no CUDA device here"):
+    with pytest.raises(UserError, match=r"rollout.weight_sync = nccl: torch finds no CUDA device here"):
         NcclGroup(2)
 
 
 def receive(connection):
     """As vLLM's worker does: join, add up one number, and receive each buffer."""
     with torch.cuda.device(1):
-        invitation, sizes = connection.recv()
-        comm = nccl.init_rank(invitation["world_size"], base64.b64decode(invitation["nccl_unique_id_b64"]), 1)
+        init_info, sizes = connection.recv()
+        comm = nccl.init_rank(init_info["world_size"], base64.b64decode(init_info["nccl_unique_id_b64"]), 1)
         nccl.all_reduce([torch.zeros(1, device=1)], comms=[comm])
         received = [torch.empty(size, dtype=torch.uint8, device=1) for size in sizes]
         for buffer in received:
@@ -43,7 +43,7 @@ def test_what_is_broadcast_over_nccl_arrives():
     ours, theirs = multiprocessing.get_context("spawn").Pipe()
     worker = multiprocessing.get_context("spawn").Process(target=receive, args=(theirs,))
     worker.start()
-    ours.send((group.invitation(), [data.numel() for data in sent]))
+    ours.send((group.init_info(), [data.numel() for data in sent]))
     group.join()
     for data in sent:
         group.broadcast(data)
@@ -55,7 +55,7 @@ def test_what_is_broadcast_over_nccl_arrives():
 
 @pytest.mark.gpu
 def test_one_rank_alone_joins_and_broadcasts():
-    """That is, torch's binding takes what it is given."""
+    """torch's binding takes these arguments."""
     group = NcclGroup(1)
     group.join()
     group.broadcast(torch.arange(16, dtype=torch.uint8, device="cuda"))

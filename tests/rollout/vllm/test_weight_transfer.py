@@ -1,4 +1,4 @@
-"""Weights to several servers at once, through real gloo groups, by fake servers that fail when they are told to."""
+"""Weights to several servers at once, through real gloo groups, to fake servers that fail on demand."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from fake_vllm import FakeVllm, transport
 
 from megatron_gkd.errors import ServiceError, UserError
 from megatron_gkd.rollout.vllm import weight_transfer
-from megatron_gkd.rollout.vllm.client import ServerNeeds, StudentServer
-from megatron_gkd.rollout.vllm.weight_transfer import Keeper, WeightTransfer, buffers, wait_for_first_rank
+from megatron_gkd.rollout.vllm.client import StudentServer
+from megatron_gkd.rollout.vllm.handshake import ServerRequirements
+from megatron_gkd.rollout.vllm.weight_transfer import HealthMonitor, WeightTransfer, pack_buffers, wait_for_main_rank
 
 SHAPES = {"a": (3, 5), "b": (7,), "c": (2, 2), "lm_head.weight": (3, 5)}
 
@@ -27,7 +28,7 @@ def same(found, expected):
 def small_buffers_and_pauses(monkeypatch):
     """Every tensor comes in a buffer of its own."""
     monkeypatch.setattr(weight_transfer, "_BUFFER_BYTES", 1)
-    monkeypatch.setattr(buffers, "__defaults__", (1,))
+    monkeypatch.setattr(pack_buffers, "__defaults__", (1,))
     monkeypatch.setattr("megatron_gkd.runtime.servers._FIRST_PAUSE", 1e-3)
 
 
@@ -50,7 +51,7 @@ def transfer():
 
 @pytest.fixture
 def servers(fakes, http, transfer):
-    return [StudentServer(f"http://{host}:8000", http, 2.0, transfer.hand_over) for host in fakes]
+    return [StudentServer(f"http://{host}:8000", http, 2.0, transfer.send_to) for host in fakes]
 
 
 def times(fake, path):
@@ -64,7 +65,7 @@ def test_buffers_hold_tensors_of_one_dtype_up_to_their_size():
         "c": torch.randn(3).bfloat16(),
         "d": torch.randn(40).bfloat16(),
     }
-    found = list(buffers(named.items(), most_bytes=40))
+    found = list(pack_buffers(named.items(), max_bytes=40))
     assert [buffer.names for buffer in found] == [["a", "b"], ["c"], ["d"]]
     assert found[0].update_info() == {"names": ["a", "b"], "dtype_names": ["float32"] * 2, "shapes": [[4], [2, 3]]}
     for buffer in found:
@@ -82,11 +83,11 @@ def test_all_workers_of_all_servers_get_all_tensors(servers, fakes, transfer):
             assert times(fake, "/reset_prefix_cache") == version
 
 
-def test_a_restarted_server_is_sent_the_same_again_alone(servers, fakes, transfer):
+def test_only_a_restarted_server_is_sent_the_weights_again(servers, fakes, transfer):
     transfer.load(weights_of(1).items(), 1, servers)
     first, second = fakes.values()
     second.restart()
-    assert servers[1].current_label() == second.label
+    assert servers[1].ensure_current() == second.label
     assert same(second.weights, weights_of(1))
     assert times(first, "/update_weights") == 3 and times(first, "/init_weight_transfer_engine") == 1
 
@@ -116,10 +117,10 @@ def test_a_server_that_goes_down_meanwhile_delays_only_itself(path, servers, fak
     assert taken == ["a", "b", "c"], "other ranks take part in making each of them, once"
     assert all(same(fake.weights, weights_of(3)) for fake in fakes.values())
     assert times(fakes["127.0.0.1"], "/update_weights") == 3
-    assert all(server.current_label() == fake.label for server, fake in zip(servers, fakes.values(), strict=True))
+    assert all(server.ensure_current() == fake.label for server, fake in zip(servers, fakes.values(), strict=True))
 
 
-def test_what_a_broken_update_has_left_is_cleared_away(servers, fakes, http, transfer):
+def test_the_tensors_of_an_incomplete_update_are_discarded(servers, fakes, http, transfer):
     """A trainer dies between two tensors; the next one must not have its first tensor taken for its last."""
     dead = WeightTransfer("gloo", SHAPES, ("lm_head.weight",), timeout=10)
 
@@ -128,7 +129,7 @@ def test_what_a_broken_update_has_left_is_cleared_away(servers, fakes, http, tra
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        dead.load(half(), 0, [StudentServer(server.url, http, 1.0, dead.hand_over) for server in servers])
+        dead.load(half(), 0, [StudentServer(server.url, http, 1.0, dead.send_to) for server in servers])
     assert {fake.label for fake in fakes.values()} == {"unfinished"}
     transfer.load(weights_of(4).items(), 4, servers)
     assert all(same(fake.weights, weights_of(4)) for fake in fakes.values())
@@ -148,13 +149,13 @@ def test_unexpected_tensors_are_never_served(named_tensors, message, servers, fa
     assert not any(times(fake, "/resume") for fake in fakes.values())
 
 
-def test_a_server_that_lives_but_can_not_take_them_is_an_error_at_once(servers, fakes, transfer):
+def test_a_server_that_is_up_but_can_not_receive_weights_is_an_error_at_once(servers, fakes, transfer):
     def refuse(update_info):
         raise RuntimeError("KeyError: a")
 
     fakes["localhost"].update_weights = refuse
     with pytest.raises(
-        UserError, match="http://localhost:8000: can't be sent the student's weights over gloo.*KeyError"
+        ServiceError, match=r"http://localhost:8000: can't be sent the student's weights over gloo.*KeyError"
     ):
         transfer.load(weights_of(1).items(), 1, servers)
 
@@ -162,26 +163,26 @@ def test_a_server_that_lives_but_can_not_take_them_is_an_error_at_once(servers, 
 def test_another_backend_than_the_recipes_is_refused(servers):
     message = """gloo, not rollout.weight_sync = nccl; start it with --weight-transfer-config '{"backend": "nccl"}'"""
     with pytest.raises(UserError, match=message):
-        servers[0].hello(ServerNeeds(64, "nccl"))
-    assert servers[0].hello(ServerNeeds(64, "gloo")).name == "fake"
+        servers[0].wait_until_ready(ServerRequirements(64, "nccl"))
+    assert servers[0].wait_until_ready(ServerRequirements(64, "gloo")).name == "fake"
 
 
-def test_other_ranks_wait_until_the_first_has_sent_them_again(servers, fakes, http, transfer):
-    other = StudentServer(servers[1].url, http, 10.0, wait_for_first_rank)
+def test_other_ranks_wait_until_the_main_rank_has_sent_the_weights_again(servers, fakes, http, transfer):
+    other = StudentServer(servers[1].url, http, 10.0, wait_for_main_rank)
     other.wanted = transfer.load(weights_of(1).items(), 1, servers)
     fakes["localhost"].restart()
-    keeper = Keeper(servers)
+    monitor = HealthMonitor(servers)
     try:
-        assert other.current_label() == fakes["localhost"].label
+        assert other.ensure_current() == fakes["localhost"].label
     finally:
-        keeper.close()
+        monitor.close()
     assert same(fakes["localhost"].weights, weights_of(1)) and times(fakes["127.0.0.1"], "/update_weights") == 3
 
 
-def test_other_ranks_do_not_wait_for_ever(servers, http, transfer):
-    other = StudentServer(servers[1].url, http, 0.05, wait_for_first_rank)
+def test_other_ranks_wait_no_longer_than_the_limit(servers, http, transfer):
+    other = StudentServer(servers[1].url, http, 0.05, wait_for_main_rank)
     other.wanted = transfer.load(weights_of(1).items(), 1, servers[:1])
     with pytest.raises(
-        ServiceError, match="has not got the student's weights of version 1 again yet; all attempts failed for 0.05"
+        ServiceError, match=r"does not have the student's weights of version 1 again yet; all attempts failed for 0.05"
     ):
-        other.current_label()
+        other.ensure_current()

@@ -177,12 +177,12 @@ def test_without_the_optimizer_a_new_run_starts_from_the_weights(gloo_world, tmp
 
 def resume_with_and_without_padding(rank, world_size, model, directory):
     """Save a student whose buffers have several padded buckets, with Megatron's own gathering, and with the repair."""
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
     from megatron_gkd.runtime.mesh import destroy_mesh
     from megatron_gkd.training.checkpointing import workarounds
     from megatron_gkd.training.checkpointing.loader import load
     from megatron_gkd.training.checkpointing.state import Saved
+
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     def states_of(student):
         states = [state[name].clone() for _, state in workarounds.adam_states(student.optimizer) for name in state]

@@ -35,7 +35,7 @@ def test_only_what_is_published_is_a_checkpoint(folder):
     assert find_damage(newest) is None and read_run(newest) == RUN
 
 
-def test_a_step_that_is_saved_again_replaces_the_former(folder):
+def test_a_step_that_is_saved_again_replaces_the_earlier_one(folder):
     write(folder, 3)
     path = write(folder, 3, RUN | {"layout": [2]})
     assert read_run(path)["layout"] == [2] and find_damage(path) is None
@@ -56,7 +56,7 @@ def test_later_steps_are_set_aside(folder):
 def test_the_newest_are_kept(folder):
     for step in (9, 10, 11):
         write(folder, step)
-    folder.forget_old(2)
+    folder.remove_old(2)
     assert sorted(path.name for path in folder.path.iterdir()) == ["step-000010", "step-000011"]
 
 
@@ -84,12 +84,12 @@ def test_damage_is_named_by_the_rank_whose_share_it_is(message, folder):
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"files": 3}'])
-def test_a_manifest_that_is_none(content, folder):
+def test_an_invalid_manifest(content, folder):
     path = write(folder, 3)
     (path / MANIFEST).write_text(content)
     assert find_damage(path).startswith(f"{path / MANIFEST}: can't be read")
     (path / MANIFEST).unlink()
-    assert "no whole checkpoint" in find_damage(path) and folder.newest() is None
+    assert "so the checkpoint is incomplete" in find_damage(path) and folder.newest() is None
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 from megatron_gkd import cli
 from megatron_gkd.errors import UserError
 from megatron_gkd.training.checkpointing.folder import CheckpointFolder, digest
-from megatron_gkd.training.checkpointing.inspection import RunFolder, layout_in_words
+from megatron_gkd.training.checkpointing.inspection import InspectedRun, layout_in_words
 from megatron_gkd.training.checkpointing.marks import Marks
 
 LAYOUT = {"processes": 4, "tensor": 2, "pipeline": 2, "context": 1, "expert": 1, "expert_tensor": 1}
@@ -41,7 +41,7 @@ def output_dir(tmp_path):
     return tmp_path / "x"
 
 
-def test_the_list_shows_all_that_there_is(output_dir, capsys):
+def test_the_list_shows_all_checkpoints(output_dir, capsys):
     (output_dir / "checkpoints/step-000006/__0_0.distcp").unlink()
     assert cli.main(["checkpoint", "list", str(output_dir)]) == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
@@ -72,13 +72,13 @@ def test_a_folder_without_checkpoints(tmp_path, capsys):
 
 @pytest.mark.parametrize(("wanted", "step"), [(None, 7), ("last", 7), ("best", 4), ("2", 2), ("000006", 6)])
 def test_a_step_by_its_name(wanted, step, output_dir):
-    assert RunFolder.find(str(output_dir)).choose(wanted) == step
-    assert RunFolder.find(str(output_dir / "checkpoints")).choose(wanted) == step
+    assert InspectedRun.find(str(output_dir)).choose(wanted) == step
+    assert InspectedRun.find(str(output_dir / "checkpoints")).choose(wanted) == step
 
 
 @pytest.mark.parametrize("place", ["step-000004", "best"])
 def test_a_checkpoint_by_its_path(place, output_dir):
-    run = RunFolder.find(str(output_dir / "checkpoints" / place))
+    run = InspectedRun.find(str(output_dir / "checkpoints" / place))
     assert run.choose(None) == 4 and run.output_dir == output_dir
 
 
@@ -90,7 +90,7 @@ def test_a_checkpoint_by_its_path(place, output_dir):
         ("x", "STEP = x: must be the number of a step, best or last"),
     ],
 )
-def test_a_step_that_is_not_there(wanted, message, output_dir, capsys):
+def test_a_missing_step(wanted, message, output_dir, capsys):
     assert cli.main(["checkpoint", "verify", str(output_dir), wanted]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
@@ -100,7 +100,7 @@ def test_no_step_is_the_best_without_a_validation(tmp_path):
     folder = CheckpointFolder(tmp_path / "checkpoints")
     write(folder, 3)
     with pytest.raises(UserError, match="no checkpoint is the best: none was saved in a step with a validation"):
-        RunFolder.find(str(tmp_path)).choose("best")
+        InspectedRun.find(str(tmp_path)).choose("best")
 
 
 def test_every_damaged_file_is_named(output_dir, capsys):
@@ -127,8 +127,8 @@ def test_every_damaged_file_is_named(output_dir, capsys):
         (["list"], "checkpoint list : must be list RUN"),
         (["list", "x", "3"], "checkpoint list x 3: must be list RUN"),
         (["verify", "x", "3", "--lr", "2"], "checkpoint verify x 3 --lr 2: must be verify RUN [STEP]"),
-        (["verfy", "x"], "checkpoint verfy: what to do must come first: list, verify, export"),
-        ([], "checkpoint: what to do must come first: list, verify, export"),
+        (["verfy", "x"], "checkpoint verfy: unknown action; the actions are list, verify, export"),
+        ([], "checkpoint: the action must come first: list, verify, export"),
         (["export", "x", "--output"], "--output = : must be a folder that does not exist"),
     ],
 )
@@ -198,11 +198,11 @@ def test_the_best_is_kept_and_the_newest(tmp_path):
     folder = CheckpointFolder(tmp_path)
     for step, score in SCORES.items():
         write(folder, step, score)
-    folder.forget_old(1, keep=Marks(folder).best())
+    folder.remove_old(1, keep=Marks(folder).best())
     assert folder.steps() == [4, 8]
-    folder.forget_old(2, keep=8)
+    folder.remove_old(2, keep=8)
     assert folder.steps() == [4, 8]
-    folder.forget_old(1, keep=None)
+    folder.remove_old(1, keep=None)
     assert folder.steps() == [8]
 
 

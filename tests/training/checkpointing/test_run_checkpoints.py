@@ -1,4 +1,4 @@
-"""What a checkpoint says of the validation at its step."""
+"""The validation in a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def saved_run(validation, step=4):
     saved = SimpleNamespace(description=dict, to_write=dict)
     checkpoints = RunCheckpoints(saver, saved, interval=2, identity={})
     checkpoints.validation = validation
-    assert checkpoints.save(step)
+    assert checkpoints.save(step, dict)
     return runs[0]
 
 
@@ -26,7 +26,7 @@ def saved_run(validation, step=4):
     ("validation", "expected"),
     [((4, 0.5), 0.5), ((2, 0.5), None), ((4, None), None), ((4, float("nan")), None), ((4, float("inf")), None)],
 )
-def test_only_the_step_s_own_finite_validation_counts(validation, expected):
+def test_only_a_finite_validation_of_the_same_step_counts(validation, expected):
     assert saved_run(validation)["validation"] == expected
 
 
@@ -34,7 +34,7 @@ def test_only_the_step_s_own_finite_validation_counts(validation, expected):
 def test_it_is_the_divergence_or_the_loss_without_a_teacher(teacher, expected):
     totals = dict.fromkeys(SUMS, 0.0) | {"tokens": 4.0, "loss": 10.0, "divergence": 2.0}
     trainer = SimpleNamespace(
-        validation=[[]],
+        data=SimpleNamespace(validation=[[]]),
         teacher=teacher,
         score=lambda microbatches: [],
         student=SimpleNamespace(evaluate=lambda microbatches, signals: totals),

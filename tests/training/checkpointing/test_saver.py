@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import resource
 import signal
 import subprocess
@@ -34,6 +35,7 @@ PHASES = {
 
 @contextlib.contextmanager
 def student_and_saver(model, directory, **options):
+    from megatron_gkd.reporting.logging import LOGGER
     from megatron_gkd.runtime.mesh import destroy_mesh
     from megatron_gkd.training.checkpointing.folder import CheckpointFolder
     from megatron_gkd.training.checkpointing.saver import Saver
@@ -43,10 +45,26 @@ def student_and_saver(model, directory, **options):
     apply_workarounds()
     _, student, _, _ = build(model, None, {"teacher": {"teacher_kind": "none", "teacher_model": None}})
     saved, reports = Saved(student), []
-    saver = Saver(CheckpointFolder(directory), report=reports.append, **options)
+    saver = Saver(CheckpointFolder(directory), **options)
     run = saved.description() | {"identity": {}, "progress": {"step": 1, "updates": 1}}
+    handler = _Lines(reports)
+    LOGGER.addHandler(handler)
+    LOGGER.setLevel("INFO")
     yield lambda step: saver.save(step, saved.to_write(), run) and saver.finish(), saver, reports
+    LOGGER.removeHandler(handler)
+    LOGGER.setLevel("NOTSET")
     destroy_mesh()
+
+
+class _Lines(logging.Handler):
+    """Append each record to a list, as text."""
+
+    def __init__(self, lines: list[str]):
+        super().__init__()
+        self.lines = lines
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(f"{record.levelname.lower()}: {record.getMessage()}")
 
 
 def fail_in_each_phase(rank, world_size, model, directory, is_asynchronous):
@@ -93,7 +111,7 @@ def fail_beside_the_save(rank, world_size, model, directory):
     return outcomes, reports, saver.folder.steps()
 
 
-def test_what_fails_beside_a_save_leaves_it_whole(gloo_world, tmp_path):
+def test_failures_after_a_save_leave_it_whole(gloo_world, tmp_path):
     model = tiny_checkpoint("qwen3", seed=2, num_hidden_layers=2)
     ((outcomes, reports, steps),) = gloo_world(1).run(fail_beside_the_save, model, tmp_path)
     assert outcomes == [True, True, True] and steps[-1] == 3
