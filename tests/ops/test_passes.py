@@ -4,6 +4,7 @@ import itertools
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -186,6 +187,15 @@ def test_the_choice_of_implementation(choice, blocked, expected):
     run = subprocess.run([sys.executable, "-c", block + CHOICES], env=environment, capture_output=True, text=True)
     assert expected in run.stdout + run.stderr
     assert run.stderr.count("so the loss is computed in plain torch") == (choice == "auto")
+
+
+@pytest.mark.cpu
+def test_kernels_of_an_older_build_are_not_used(monkeypatch):
+    old = types.ModuleType("megatron_gkd._C")
+    old.statistics = old.sums = old.gradient = None
+    monkeypatch.setitem(sys.modules, "megatron_gkd._C", old)
+    with pytest.raises(ImportError, match="built from other sources: it has no student_statistics, cross_entropy_grad"):
+        passes._load("compiled")
 
 
 @pytest.mark.cpu
