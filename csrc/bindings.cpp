@@ -84,6 +84,7 @@ gkd::Logits logits_of(const Tensor& student, const Tensor* teacher) {
       .rows = student.size(0),
       .columns = student.size(1),
       .type = type,
+      .has_teacher = teacher != nullptr,
   };
 }
 

@@ -15,12 +15,13 @@ enum class FloatType { f32, bf16, f16 };
 
 struct Logits {
   const void* student;
-  const void* teacher;  // null where a pass reads the student only
+  const void* teacher;
   int64_t student_stride;
   int64_t teacher_stride;
   int64_t rows;
   int64_t columns;
   FloatType type;
+  bool has_teacher;  // false where a pass reads the student only; pointers to no columns may be null, too
 };
 
 // The columns that `statistics` writes, for each row. With m the maximum over this shard's columns, t = scale (z - m) in

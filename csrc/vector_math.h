@@ -1,7 +1,7 @@
 // 2^x, log2 and their relatives near 0 and 1, for one float or for a vector of them.
 //
 // F is `float` on a GPU and in scalar code, or a GNU vector of floats on a CPU; both have the same operators, and
-// comparisons select lanewise. A type's bit operations are in Lanes<F>. On a GPU the special-function unit serves.
+// comparisons select lanewise. A type's bit operations are in Lanes<F>. A GPU uses its special-function unit.
 
 #pragma once
 

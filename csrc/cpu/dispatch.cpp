@@ -37,8 +37,8 @@ const Kernels kAvx512 = {"avx512", avx512::statistics, avx512::sums, avx512::gra
 
 const Kernels& choose() {
 #if GKD_X86
-  const char* asked = std::getenv("ATEN_CPU_CAPABILITY");
-  const auto allowed = [&](const char* name) { return asked == nullptr || std::strcmp(asked, name) == 0; };
+  const char* requested = std::getenv("ATEN_CPU_CAPABILITY");
+  const auto allowed = [&](const char* name) { return requested == nullptr || std::strcmp(requested, name) == 0; };
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");

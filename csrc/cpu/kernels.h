@@ -263,7 +263,7 @@ void gradient_rows(const GradientParams& params, int64_t begin, int64_t end) {
 
 void statistics(const StatisticsParams& params, int64_t begin, int64_t end) {
   GKD_TYPE_SWITCH(params.logits.type, [&] {
-    if (params.logits.teacher == nullptr) return student_statistics_rows<kType>(params, begin, end);
+    if (!params.logits.has_teacher) return student_statistics_rows<kType>(params, begin, end);
     GKD_BOOL_SWITCH(params.moments, kMoments, [&] { statistics_rows<kType, kMoments>(params, begin, end); });
   });
 }

@@ -1,4 +1,4 @@
-// The CPU kernels for whatever the compiler takes as its target without being told.
+// The CPU kernels for the compiler's default target.
 #include <cmath>
 #include <cstdint>
 #include <cstring>

@@ -10,7 +10,7 @@ void statistics(const StatisticsParams& params, int64_t begin, int64_t end);
 void sums(const SumsParams& params, int64_t begin, int64_t end);
 void gradient(const GradientParams& params, int64_t begin, int64_t end);
 
-// "avx512", "avx2" or "default"; the environment's ATEN_CPU_CAPABILITY, which torch itself obeys, may ask for less.
+// "avx512", "avx2" or "default"; the environment variable ATEN_CPU_CAPABILITY of torch can choose a lower one.
 const char* capability();
 
 }  // namespace gkd::cpu

@@ -68,7 +68,7 @@ struct Storage<FloatType::f16> {
   static GKD_INLINE Floats widen(Halves x) {
     const Words half = __builtin_convertvector(x, Words);
     const Words magnitude = (half & 0x7FFFu) << 13;
-    // Put the exponent right by a multiplication, which also serves subnormals; infinity and NaN keep the largest.
+    // A multiplication corrects the exponent, of subnormals too; infinity and NaN keep the largest.
     const Floats finite = (Floats)magnitude * 0x1p112f;
     const Words bits = (magnitude >= (0x7C00u << 13)) ? (magnitude | 0x7F800000u) : (Words)finite;
     return (Floats)(bits | ((half & 0x8000u) << 16));

@@ -262,7 +262,7 @@ void statistics(const StatisticsParams& params, void* stream) {
   const int64_t rows = params.logits.rows;
   const bool alike = lie_alike(params.logits);
   GKD_TYPE_SWITCH(params.logits.type, [&] {
-    if (params.logits.teacher == nullptr) {
+    if (!params.logits.has_teacher) {
       return launch(statistics_kernel<kType, Columns<true, true, false>>, rows, stream, params, alike);
     }
     GKD_BOOL_SWITCH(params.moments, kMoments, [&] {

@@ -110,7 +110,7 @@ inline bool lie_alike(const void* a, int64_t a_stride, const void* b, int64_t b_
 }
 
 inline bool lie_alike(const Logits& logits) {
-  if (logits.teacher == nullptr) return true;
+  if (!logits.has_teacher) return true;
   return lie_alike(logits.student, logits.student_stride, logits.teacher, logits.teacher_stride, logits.type);
 }
 

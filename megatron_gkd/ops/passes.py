@@ -25,6 +25,7 @@ from megatron_gkd.ops.params import DivergenceRows, LabelRows, Logits
 from megatron_gkd.ops.spec import ShardSpec
 
 _CHOICES = ("auto", "torch", "compiled")
+_FUNCTIONS = ("statistics", "student_statistics", "sums", "gradient", "cross_entropy_gradient")
 
 
 def _load(choice: str) -> ModuleType | None:
@@ -34,7 +35,7 @@ def _load(choice: str) -> ModuleType | None:
     if choice == "torch":
         return None
     try:
-        return importlib.import_module("megatron_gkd._C")
+        return _import_kernels()
     except ImportError as error:
         how = "build them with: pip install --no-build-isolation -e ."
         if choice == "compiled":
@@ -43,6 +44,15 @@ def _load(choice: str) -> ModuleType | None:
             ) from error
         warnings.warn(f"no compiled kernels ({error}), so the loss is computed in plain torch; {how}", stacklevel=2)
         return None
+
+
+def _import_kernels() -> ModuleType:
+    """Import the kernels, and reject a build of an older version, which an editable install can leave behind."""
+    kernels = importlib.import_module("megatron_gkd._C")
+    missing = [name for name in _FUNCTIONS if not hasattr(kernels, name)]
+    if missing:
+        raise ImportError(f"megatron_gkd._C was built from other sources: it has no {', '.join(missing)}")
+    return kernels
 
 
 _kernels = _load(os.environ.get("MEGATRON_GKD_IMPL", "auto"))

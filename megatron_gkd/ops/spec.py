@@ -18,7 +18,7 @@ LOG2_E = math.log2(math.e)
 TEMPERATURES = (1e-2, 1e3)
 
 TailMode = Literal["renormalize", "bucket"]
-"""What becomes of the tokens outside the teacher's top-k; see ``topk_statistics``."""
+"""How the tokens outside the teacher's top-k count; see ``topk_statistics``."""
 
 
 @dataclass(frozen=True)

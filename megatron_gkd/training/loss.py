@@ -89,7 +89,7 @@ class Objective:
         k: compare the teacher's k most likely tokens; None: all.
         tail_mode: the treatment of the other tokens where `k` is given.
         chunk_tokens: number of rows of logits that exist at the same time.
-        upstream: the gradient that the loss will get in backward, where it is known; see ``fused_linear_divergence``.
+        upstream: the gradient that the loss will get in backward, where it is known; see ``FusedLinearOptions``.
     """
 
     mesh: Mesh

@@ -5,7 +5,8 @@ from typing import get_args
 import pytest
 
 from megatron_gkd.config.checks.distill import mixture_differs_from_both
-from megatron_gkd.config.schema import DistillSection, DivergenceName, Recipe, RolloutSection
+from megatron_gkd.config.divergences import DivergenceName
+from megatron_gkd.config.schema import DistillSection, Recipe, RolloutSection
 from megatron_gkd.ops import reference, spec
 from megatron_gkd.rollout import base as rollout
 

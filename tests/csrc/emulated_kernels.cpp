@@ -1,4 +1,4 @@
-// What the tests call: the GPU's kernels, emulated, and the CPU's. Each returns an error's text, or null.
+// The functions that the tests call: the GPU's kernels, emulated, and the CPU's. Each returns an error's text, or null.
 
 #include <cuda_runtime.h>
 
@@ -48,7 +48,7 @@ void read_misaligned() {
   __ldcs(reinterpret_cast<const uint4*>(memory + 4));
 }
 
-// out[0] = the sum over all threads of x = 1, 2, 3, ..., and out[1] that of 2 x, as each thread sees them.
+// out[0] = the sum over all threads of x = 1, 2, 3, ..., and out[1] that of 2 x, in each thread.
 void reduce_twice(float* out) {
   for (int i = 0; i < 2; ++i) {
     float x[1] = {float((i + 1) * (threadIdx.x + 1))};

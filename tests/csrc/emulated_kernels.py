@@ -50,12 +50,20 @@ class Logits(Structure):
         ("rows", c_int64),
         ("columns", c_int64),
         ("type", c_int),
+        ("has_teacher", c_bool),
     ]
 
     @classmethod
     def from_tensors(cls, student: Tensor, teacher: Tensor | None) -> Logits:
         strides = student.stride(0), 0 if teacher is None else teacher.stride(0)
-        return cls(student.data_ptr(), _pointer(teacher), *strides, *student.shape, TYPES.index(student.dtype))
+        return cls(
+            student.data_ptr(),
+            _pointer(teacher),
+            *strides,
+            *student.shape,
+            TYPES.index(student.dtype),
+            teacher is not None,
+        )
 
 
 class StatisticsParams(Structure):

@@ -52,7 +52,7 @@ def random_logits(rows: int, columns: int, seed: int = 0, scale: float = 3.0) ->
 
 
 def hard_logits(columns: int = 5000) -> dict[str, tuple[Tensor, Tensor]]:
-    """Rows that have gone wrong somewhere, for student and teacher, by what is special about them."""
+    """Rows with special values, for student and teacher, by what is special about them."""
     cases = {}
 
     def case(name: str) -> tuple[Tensor, Tensor]:

@@ -207,7 +207,7 @@ def test_warps_run_in_any_order(library, cuda):
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=TYPE_IDS)
-def test_nothing_separates_equal_models(cuda, dtype):
+def test_equal_models_have_zero_divergence(cuda, dtype):
     student = random_logits(2, 5000)[0].to(dtype)
     statistics = cuda.statistics(student, student.clone(), temperature=0.7)
     assert not statistics[:, [5, 8]].any()  # both gaps: exactly 0

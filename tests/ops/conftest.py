@@ -12,7 +12,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(autouse=True)
 def device(request: pytest.FixtureRequest):
-    """Where tensors are made that don't say where."""
+    """Set the default device of new tensors."""
     name = getattr(request, "param", "cpu")
     with torch.device(name):
         yield name

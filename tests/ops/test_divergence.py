@@ -102,7 +102,7 @@ def test_the_fp32_error_is_at_most_the_references_own(divergence, beta, scale):
 @pytest.mark.parametrize(("divergence", "beta"), MIDDLES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("masked", [False, True])
-def test_the_statistics_that_fall_out_beside_the_loss(divergence, beta, dtype, masked):
+def test_statistics_equal_the_reference(divergence, beta, dtype, masked):
     s, t = (random_logits(6, 33, seed=seed, dtype=dtype) for seed in (0, 1))
     t[::2] += 2 * s[::2]  # so that some of the most likely tokens agree
     mask = torch.arange(6) != 4 if masked else None
@@ -194,7 +194,7 @@ def test_minus_infinity_excludes_an_entry(divergence, beta):
     assert (gradient[:, [1, 7]] == 0).all()
 
 
-def test_kl_divergences_are_infinite_where_the_supports_rule_it():
+def test_kl_divergences_are_infinite_outside_the_support():
     s, t = torch.tensor([[0.0, -torch.inf]]), torch.tensor([[0.0, 0.0]])
     assert divergence_of(s, t, beta=0.0).item() == math.inf
     assert divergence_of(s, t, beta=1.0).item() == pytest.approx(math.log(2))
@@ -203,7 +203,7 @@ def test_kl_divergences_are_infinite_where_the_supports_rule_it():
 
 
 @pytest.mark.parametrize("beta", BETAS)
-def test_nan_is_not_hidden(beta):
+def test_nan_stays_nan(beta):
     s, t = (random_logits(2, 5, seed=seed) for seed in (0, 1))
     s[0, 3] = torch.nan
     value = divergence_of(s, t, beta=beta)
@@ -212,7 +212,7 @@ def test_nan_is_not_hidden(beta):
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_backward_keeps_the_inputs_and_16_bytes_a_token(beta, dtype):
+def test_backward_saves_the_inputs_and_16_bytes_per_token(beta, dtype):
     s, t = random_logits(6, 50, seed=0, dtype=dtype).requires_grad_(), random_logits(6, 50, seed=1, dtype=dtype)
     mask = torch.ones(6, dtype=torch.bool)
     saved = []
@@ -224,7 +224,7 @@ def test_backward_keeps_the_inputs_and_16_bytes_a_token(beta, dtype):
     assert sum(x.numel() * x.element_size() for x in own) == 16 * 6
 
 
-def test_the_teacher_gets_no_gradient_and_a_graph_serves_twice():
+def test_the_teacher_gets_no_gradient_and_backward_can_repeat():
     s, t = random_logits(3, 5, seed=0).requires_grad_(), random_logits(3, 5, seed=1).requires_grad_()
     total = divergence_of(s, t, beta=0.5).sum()
     (first,) = torch.autograd.grad(total, s, retain_graph=True)
@@ -272,7 +272,7 @@ def test_errors_name_the_value_and_what_is_allowed(change, message):
         divergence_of(torch.zeros(3, 5), arguments.pop("teacher_logits"), **arguments)
 
 
-def test_integer_logits_are_refused():
+def test_integer_logits_are_an_error():
     logits = torch.zeros(3, 5, dtype=torch.int64)
     with pytest.raises(ValueError, match="must be floats"):
         divergence_of(logits, logits, beta=0.5)

@@ -306,7 +306,7 @@ def test_top_k_equals_the_materialised_op(gloo_world, tp):
 @pytest.mark.parametrize("upstream", [None, UPSTREAM])
 @pytest.mark.parametrize("shared_with_an_embedding", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_megatrons_main_grad_takes_the_weights_gradient(upstream, shared_with_an_embedding, dtype):
+def test_main_grad_receives_the_gradient_of_the_weight(upstream, shared_with_an_embedding, dtype):
     case = Case(dtype=dtype)
     x = case.tensors()
     weight = x["student_weight"].requires_grad_()
@@ -324,7 +324,7 @@ def test_megatrons_main_grad_takes_the_weights_gradient(upstream, shared_with_an
     assert relative_error(weight.main_grad - 1, 2 * expected) < (1e-5 if dtype == torch.float32 else 1e-2)
 
 
-def test_another_upstream_than_the_promised_one_is_an_error():
+def test_another_upstream_than_the_given_one_is_an_error():
     case = Case(dtype=torch.float32)
     hidden = case.tensors()["student_hidden"].requires_grad_()
     total, _ = call(case, student_hidden=hidden, upstream=2.0)
@@ -358,7 +358,7 @@ class LogitRows(TorchDispatchMode):
         return result
 
 
-def test_never_more_than_a_chunk_of_logits_and_only_the_gradients_are_saved():
+def test_at_most_one_chunk_of_logits_exists_and_only_gradients_are_saved():
     case = Case(tokens=67, width=211, chunk_tokens=16, dtype=torch.float32)
     x = case.tensors()
     hidden, weight = x["student_hidden"].requires_grad_(), x["student_weight"].requires_grad_()
@@ -373,7 +373,7 @@ def test_never_more_than_a_chunk_of_logits_and_only_the_gradients_are_saved():
     assert saved == [hidden.shape, weight.shape]
 
 
-def test_no_gradient_is_made_where_none_is_needed():
+def test_no_gradient_is_computed_where_none_is_needed():
     case = Case(tokens=10, chunk_tokens=10)
     x = case.tensors()
     products = []

@@ -4,6 +4,7 @@ import itertools
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -160,7 +161,7 @@ def test_every_instruction_set_computes_the_same(capability, tmp_path):
     subprocess.run([sys.executable, "-c", script], env=environment, check=True)
     implementation, *found = torch.load(path)
     if implementation != f"compiled ({capability})":
-        pytest.skip(f"this machine serves {implementation}")
+        pytest.skip(f"this machine uses {implementation}")
     expected = everything("jsd", 0.5, 2049), everything("jsd", 0.5, 77, torch.float16)
     for theirs, ours in zip(found, expected, strict=True):
         for x, y in zip(theirs, ours, strict=True):
@@ -186,6 +187,15 @@ def test_the_choice_of_implementation(choice, blocked, expected):
     run = subprocess.run([sys.executable, "-c", block + CHOICES], env=environment, capture_output=True, text=True)
     assert expected in run.stdout + run.stderr
     assert run.stderr.count("so the loss is computed in plain torch") == (choice == "auto")
+
+
+@pytest.mark.cpu
+def test_kernels_of_an_older_build_are_not_used(monkeypatch):
+    old = types.ModuleType("megatron_gkd._C")
+    old.statistics = old.sums = old.gradient = None
+    monkeypatch.setitem(sys.modules, "megatron_gkd._C", old)
+    with pytest.raises(ImportError, match="built from other sources: it has no student_statistics, cross_entropy_grad"):
+        passes._load("compiled")
 
 
 @pytest.mark.cpu
@@ -228,7 +238,7 @@ def test_the_binding_rejects_wrong_arguments(change, message):
 
 @pytest.mark.cpu
 @needs_kernels
-def test_the_binding_rejects_other_types():
+def test_the_binding_rejects_other_dtypes():
     from megatron_gkd import _C
 
     logits = torch.zeros(3, 5, dtype=torch.float64)

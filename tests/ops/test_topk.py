@@ -141,7 +141,7 @@ def test_leading_dimensions_and_no_tail():
     assert vocab_parallel_topk(logits, 4).tail.shape == (2, 3)
 
 
-def test_the_tail_is_a_log_sum_exp_and_no_difference():
+def test_the_tail_is_computed_as_a_log_sum_exp():
     logits = torch.tensor([[0.0, -300.0, -301.0, -80.0]])  # 1 - sum is 0 in any type
     tail = vocab_parallel_topk(logits, 2).tail
     assert tail.item() == pytest.approx(-300 + torch.tensor([0.0, -1.0]).logsumexp(0).item())
@@ -156,7 +156,7 @@ def test_a_row_of_minus_infinity_and_one_of_nan():
     assert ((topk.ids >= 0) & (topk.ids < 5)).all(), "garbage, but of the vocabulary"
 
 
-def test_log_probs_of_a_server_tell_the_same_at_temperature_1():
+def test_log_probs_give_the_same_top_k_at_temperature_1():
     logits = random_logits(9, 30, seed=0, dtype=torch.float64)
     local = vocab_parallel_topk(logits, 5)
     log_probs = logits.log_softmax(-1)
@@ -177,7 +177,7 @@ def test_the_tail_of_log_probs_near_1_and_of_missing_entries():
     expected = [(-torch.expm1(torch.tensor(nearly_one))).log(), torch.tensor(-0.5).exp().neg().log1p()]
     torch.testing.assert_close(topk.tail[:2], torch.stack(expected))
     assert topk.tail[2] == 0, "nothing is known: all mass is in the tail"
-    assert topk.tail[3].item() == pytest.approx(-23 * torch.tensor(2.0).log().item()), "what rounding can't tell from 0"
+    assert topk.tail[3].item() == pytest.approx(-23 * torch.tensor(2.0).log().item()), "rounding hides smaller masses"
 
 
 def calls_of_collectives(rank, world_size, dtype, temperature):
@@ -225,7 +225,7 @@ def test_one_collective_of_8_bytes_a_candidate(gloo_world, dtype, temperature, b
         ({"k": 1, "logits": torch.tensor(1.0)}, r"logits = torch.float32 \[\]: must be floats"),
     ],
 )
-def test_what_is_refused(arguments, message):
+def test_wrong_arguments_are_errors(arguments, message):
     arguments = {"logits": torch.zeros(2, 8), **arguments}
     with pytest.raises(ValueError, match=message):
         vocab_parallel_topk(arguments.pop("logits"), arguments.pop("k"), **arguments)
@@ -242,7 +242,7 @@ def test_what_is_refused(arguments, message):
         ({"tail": torch.zeros(3), "temperature": 1.0}, r"tail = torch.float32 \[3\]: must be torch.float32 \[2\]"),
     ],
 )
-def test_a_topk_that_does_not_agree_with_itself(fields, message):
+def test_fields_of_a_topk_must_agree(fields, message):
     with pytest.raises(ValueError, match=message):
         TopK(**{"ids": torch.zeros(2, 3, dtype=torch.int64), "values": torch.zeros(2, 3), **fields})
 

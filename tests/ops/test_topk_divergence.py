@@ -229,7 +229,7 @@ def test_gradcheck(beta, tail):
 
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("tail", TAILS)
-def test_log_probs_of_a_server_are_as_good_as_logits_at_temperature_1(beta, tail):
+def test_log_probs_equal_logits_at_temperature_1(beta, tail):
     s, t = (random_logits(4, 20, seed=seed, dtype=torch.float64) for seed in (0, 1))
     local = vocab_parallel_topk(t, 5)
     server = TopK.from_log_probs(local.ids, t.log_softmax(-1).gather(1, local.ids))
@@ -244,7 +244,7 @@ def test_log_probs_of_a_server_are_as_good_as_logits_at_temperature_1(beta, tail
             torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
 
 
-def test_renormalized_log_probs_serve_any_temperature():
+def test_renormalized_log_probs_at_another_temperature():
     s, t = (random_logits(4, 20, seed=seed, dtype=torch.float64) for seed in (0, 1))
     local = vocab_parallel_topk(t, 5, temperature=None)
     server = TopK.from_log_probs(local.ids, t.log_softmax(-1).gather(1, local.ids))
@@ -284,7 +284,7 @@ def test_a_student_that_excludes_all_of_the_top_k_gets_a_finite_loss_and_no_nan(
 
 
 @pytest.mark.parametrize("tail", TAILS)
-def test_statistics_fall_out(tail):
+def test_statistics(tail):
     s, t = (random_logits(6, 9, seed=seed, dtype=torch.float64) for seed in (0, 1))
     s[0, 4], t[0, 4] = 30.0, 30.0  # they agree
     s[1, 4], t[1, 4], t[1, 5] = 30.0, 20.0, 30.0  # they don't, even within the top-k
@@ -358,7 +358,7 @@ quick = settings(max_examples=60, deadline=None)
 
 @quick
 @given(problems())
-def test_the_bucket_only_takes_from_the_full_divergence_and_less_with_a_larger_k(problem):
+def test_the_bucket_is_a_lower_bound_that_grows_with_k(problem):
     student, teacher, k, beta, temperature = problem
     options = {"beta": beta, "temperature": temperature}
     full, _ = full_oracle(student, teacher, torch.ones(len(student)), **options)
@@ -476,7 +476,7 @@ def test_backward_keeps_a_few_numbers_a_token_beside_the_inputs(tail, numbers):
         ),
     ],
 )
-def test_what_is_refused(changes, message):
+def test_wrong_arguments_are_errors(changes, message):
     topk = TopK.from_log_probs(torch.tensor([[1, 2], [3, 4]]), torch.full((2, 2), -1.0))
     arguments = {"student_logits": torch.zeros(2, 8), "topk": topk, "beta": 0.5, **changes}
     with pytest.raises(ValueError, match=message):

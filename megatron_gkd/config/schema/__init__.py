@@ -6,7 +6,7 @@ more than one key, or the file system, is in `config.checks`.
 
 from megatron_gkd.config.schema.base import Section
 from megatron_gkd.config.schema.data import DataSection, DatasetEntry
-from megatron_gkd.config.schema.distill import DistillSection, DivergenceName
+from megatron_gkd.config.schema.distill import DistillSection
 from megatron_gkd.config.schema.lora import LoraSection
 from megatron_gkd.config.schema.output import OutputSection
 from megatron_gkd.config.schema.parallel import ParallelSection
@@ -20,7 +20,6 @@ __all__ = [
     "DataSection",
     "DatasetEntry",
     "DistillSection",
-    "DivergenceName",
     "LoraSection",
     "OneTeacher",
     "OutputSection",
