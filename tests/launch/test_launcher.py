@@ -6,7 +6,8 @@ import socket
 import time
 
 import pytest
-from launching import finish, free_port, is_alive, notes, run, start, wait_for, write_rank
+from launching import finish, is_alive, notes, run, start, wait_for, write_rank
+from ports import free_port
 
 WAIT_FOR_A_SIGNAL = """
 received = []
