@@ -1,4 +1,4 @@
-"""The command line. It answers --help and refuses a wrong recipe without importing torch.
+"""The command line. It prints --help and refuses a wrong recipe without importing torch.
 
 `megatron-gkd train recipe.yaml --nproc 2`, or `torchrun --nproc-per-node 2 -m megatron_gkd train recipe.yaml`.
 """
@@ -32,10 +32,10 @@ usage: megatron-gkd train recipe.yaml [--nproc N] [--leaf value ...]
        megatron-gkd checkpoint export RUN [STEP] [--output FOLDER] [--nproc N] [--leaf value ...]
 
 train     distill a teacher into a student
-check     read the recipe for N processes (default 1), say all that is wrong with it, print it and its layout
-score     write what the teacher says of each row of the data sets (its gkd_logits_topk most likely tokens) into a
-          folder, from which `teacher: {teacher_cache: FOLDER}` trains under any layout, without a teacher
-generate  write N answers of a model to each prompt of the data set, as rows of token ids to train on with lmbda 0
+check     check the recipe for N processes (default 1), print all that is wrong with it, or the recipe and its layout
+score     write the teacher's log-probabilities of each row of the data sets (of its gkd_logits_topk most likely tokens)
+          to a folder, from which `teacher: {teacher_cache: FOLDER}` trains under any layout, without a teacher
+generate  write N completions of each prompt of the data set, as rows of token ids to train on with lmbda 0
 checkpoint
           list the checkpoints of the run in the folder RUN (its output_dir), verify the files of one or all, or export
           one as a Hugging Face folder: STEP is a number, best or last (the default). An export needs one process,
@@ -58,8 +58,8 @@ _WITHOUT_PROCESSES = ("check", "checkpoint list", "checkpoint verify")
 def run() -> NoReturn:
     """Run `main` as the whole process.
 
-    A rank that fails inside a process group leaves at once: to take the group down it would have to wait for ranks that
-    may never come, and the launcher ends these only when it is gone.
+    A rank that fails inside a process group exits at once: to destroy the group it would wait for ranks that may never
+    come, and the launcher ends these only once it has exited.
     """
     end_with_launcher()
     try:
@@ -108,7 +108,7 @@ def _dispatch(arguments: list[str]) -> int:
         print_text(_help(name))
         return 0
     if not rest or rest[0].startswith("-"):
-        first = f"what to do must come first: {', '.join(ACTIONS)}"
+        first = f"the action must come first: {', '.join(ACTIONS)}"
         if name != "checkpoint":
             first = f"the recipe's path must come first: megatron-gkd {name} recipe.yaml"
         raise CommandRefused(f"megatron-gkd {name}: {first}")
@@ -150,16 +150,16 @@ def _launch_options(path: str, arguments: list[str]) -> "tuple[LaunchOptions | N
 
 
 def _launch(options: "LaunchOptions", name: str, path: str, arguments: list[str]) -> int:
-    """Start the ranks, if the recipe suits as many of them; return the exit code."""
+    """Start the ranks, if the recipe allows that many; return the exit code."""
     from megatron_gkd.config.renamed import DeprecatedKey
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecatedKey)  # the main rank prints them
-        if options.nproc != "gpu":
+        if isinstance(options.nproc, int):
             COMMANDS[name](path, arguments, options.nproc * options.min_nodes)  # before torch is imported
         from megatron_gkd.launch.launcher import launch, processes
 
-        if options.nproc == "gpu":
+        if not isinstance(options.nproc, int):  # "gpu"
             COMMANDS[name](path, arguments, processes(options) * options.min_nodes)
     return launch(options, [sys.executable, "-m", "megatron_gkd", name, path, *arguments])
 

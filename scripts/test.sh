@@ -23,7 +23,7 @@ quick_tests=(
     "tests/training/test_layouts.py::test_dense[TP2+SPxPP2xCP2-0.5]"
     "tests/training/test_layouts.py::test_mixture_of_experts[TP2+SPxEP2-0.5]"
     "tests/training/test_on_policy.py::test_every_layout_equals_one_process[dense-TP2+SP-0.5-row]"
-    "tests/training/checkpointing/test_resume.py::test_the_same_layout_goes_on_bit_by_bit[TP2-fp32]"
+    "tests/training/checkpointing/test_resume.py::test_the_same_layout_resumes_bit_for_bit[TP2-fp32]"
 )
 
 begin() { printf '== %s (after %d s)\n' "$1" "$SECONDS"; }

@@ -53,7 +53,7 @@ def test_train_passes_the_recipe_to_the_trainer(workspace, trainer):
     assert recipe.distill.beta == 1.0 and recipe.data.packing is True
 
 
-def test_a_wrong_recipe_is_reported_in_lines_and_exits_2(workspace, trainer, capsys):
+def test_a_wrong_recipe_is_one_line_a_problem_and_2(workspace, trainer, capsys):
     assert cli.main(["train", "recipe.yaml", "--beta", "1.5", "--lmbda", "2"]) == 2
     assert capsys.readouterr().err.splitlines() == [
         "recipe.yaml: distill.beta = 1.5: must be a number in [0, 1]",
@@ -62,7 +62,7 @@ def test_a_wrong_recipe_is_reported_in_lines_and_exits_2(workspace, trainer, cap
     assert trainer.calls == []
 
 
-def test_only_rank_0_reports_a_wrong_recipe(workspace, trainer, capsys, monkeypatch):
+def test_only_rank_0_prints_a_wrong_recipe(workspace, trainer, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     assert cli.main(["train", "recipe.yaml", "--beta", "1.5"]) == 2
     assert capsys.readouterr().err == ""
@@ -85,7 +85,7 @@ def test_the_variables_of_a_launcher_are_checked(workspace, trainer, capsys, mon
     assert f"{name} = " in line and "must be" in line
 
 
-def test_processes_are_started_only_for_a_recipe_that_suits_them(workspace, capsys, monkeypatch):
+def test_processes_are_started_only_for_a_recipe_that_fits_their_number(workspace, capsys, monkeypatch):
     monkeypatch.delenv("RANK")
     monkeypatch.delenv("WORLD_SIZE")
     launcher = types.ModuleType("megatron_gkd.launch.launcher")
@@ -127,7 +127,7 @@ def test_a_user_error_of_the_run_is_one_line_on_any_rank(workspace, trainer, cap
     assert capsys.readouterr().err == line
 
 
-def test_a_fault_of_the_program_keeps_its_traceback(workspace, trainer):
+def test_an_unexpected_exception_keeps_its_traceback(workspace, trainer):
     trainer.error = RuntimeError("bug")
     with pytest.raises(RuntimeError, match="bug"):
         cli.main(["train", "recipe.yaml"])

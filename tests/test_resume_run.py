@@ -12,4 +12,4 @@ def test_another_recipe_is_refused_by_key(workspace):
     assert finished.returncode != 0
     message = "train.lr = 0.002: the checkpoint runs/x/checkpoints/step-000002 was trained with 0.001"
     assert finished.stderr.count(message) == 1 and "train.resume = never" in finished.stderr
-    assert "in _train" not in finished.stderr, "a traceback of ours"
+    assert "training/run.py" not in finished.stderr, "a traceback of ours"

@@ -46,6 +46,8 @@ def test_a_recipe_becomes_a_checkpoint_metrics_and_curves(workspace):
     for path in ("runs/x/hf", "runs/x/metrics.jsonl", "runs/x/curves.png"):
         assert path in finished.stdout + finished.stderr
     assert "Traceback" not in finished.stderr
+    for rank, log in ((0, finished.stdout), (1, (run / "logs/rank_1.log").read_text())):
+        assert re.search(rf"^[\d-]+ [\d:]+ INFO rank {rank}: exporting to runs/x/hf$", log, re.MULTILINE)
     before, _, _ = finished.stdout.partition("step 1/4")
     for line in (
         rf"megatron-gkd  {re.escape(__version__)} \(torch {re.escape(torch.__version__)}, megatron-core \S+\)",
@@ -124,7 +126,7 @@ def test_rollouts_that_fail_for_good_end_the_run_with_an_export(workspace):
     assert finished.returncode != 0
     assert finished.stderr.count("stopped after step 2 of 4: http://server:8000: refused for 300 s") == 1
     assert "The student of step 2 is in runs/x/hf-step-000002; the same command continues" in finished.stderr
-    assert "in _train" not in finished.stderr, "a traceback of ours"
+    assert "training/run.py" not in finished.stderr, "a traceback of ours"
     run = workspace / "runs/x"
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [1, 2]
@@ -189,7 +191,7 @@ def test_a_bad_row_ends_the_run_with_its_file_and_line(workspace):
     finished = train(workspace, "--tensor_model_parallel_size", "1", processes=1)
     assert finished.returncode != 0
     assert "train.jsonl, line 41: not JSON" in finished.stderr
-    assert "in _train" not in finished.stderr, "a traceback of ours"
+    assert "training/run.py" not in finished.stderr, "a traceback of ours"
 
 
 def test_several_mistakes_are_reported_at_once_before_any_process_group(workspace):

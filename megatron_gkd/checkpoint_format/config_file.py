@@ -37,7 +37,7 @@ ARCHITECTURES = {
 """The supported architectures by their names in config.json."""
 _OF_MODEL_TYPE = {one.model_type: one for one in ARCHITECTURES.values()}
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-"""Rotary embeddings whose frequencies do not depend on the length of the sequence, which differs between packed rows."""
+"""Rotary embeddings whose frequencies do not depend on the sequence length, which differs between packed rows."""
 
 
 class CheckpointProblem(ValueError):
@@ -86,14 +86,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def architecture(config: Mapping[str, Any]) -> Architecture:
-    """Return the architecture of a configuration that `read_config` has accepted."""
-    return _OF_MODEL_TYPE[config["model_type"]]
+def architecture(model_type: str) -> Architecture:
+    """Return the architecture of a supported model by its `model_type` in config.json."""
+    return _OF_MODEL_TYPE[model_type]
 
 
 def num_experts(config: Mapping[str, Any]) -> int:
     """Return the number of experts, 0 for a dense model."""
-    if not architecture(config).has_experts:
+    if not architecture(config["model_type"]).has_experts:
         return 0
     # transformers 5 writes num_local_experts where earlier releases wrote num_experts
     found: int = config["num_experts"] if "num_experts" in config else config["num_local_experts"]
@@ -108,7 +108,7 @@ def num_key_value_heads(config: Mapping[str, Any]) -> int:
 
 def head_dim(config: Mapping[str, Any]) -> int:
     """Return the size of one attention head."""
-    known: int | None = config.get("head_dim") or architecture(config).head_dim
+    known: int | None = config.get("head_dim") or architecture(config["model_type"]).head_dim
     return known or config["hidden_size"] // config["num_attention_heads"]
 
 
@@ -149,7 +149,7 @@ def _problems(config: dict[str, Any]) -> Iterator[str]:
 
 
 def _wrong_sizes(config: dict[str, Any]) -> Iterator[str]:
-    is_mixture = architecture(config).has_experts
+    is_mixture = architecture(config["model_type"]).has_experts
     required = ["hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings"]
     required.append("moe_intermediate_size" if is_mixture else "intermediate_size")
     if is_mixture:

@@ -1,4 +1,4 @@
-"""Read the headers of a checkpoint's safetensors files, and compare them with what config.json asks for."""
+"""Read the headers of a checkpoint's safetensors files, and compare them with config.json."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def expected_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
 
 
 def _layer_shapes(config: Mapping[str, Any]) -> Iterator[tuple[str, Shape]]:
-    hidden, size, layout = config["hidden_size"], head_dim(config), architecture(config)
+    hidden, size, layout = config["hidden_size"], head_dim(config), architecture(config["model_type"])
     queries, keys = config["num_attention_heads"] * size, num_key_value_heads(config) * size
     yield "input_layernorm.weight", (hidden,)
     yield "post_attention_layernorm.weight", (hidden,)
@@ -115,7 +115,7 @@ def _problems(stored: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> 
     missing = [name for name in expected if name not in stored]
     if missing:
         tied = "; or does config.json lack tie_word_embeddings = true?" if missing == [HEAD] else ""
-        yield f"no safetensors file has {_shorten(missing)}, which config.json asks for{tied}"
+        yield f"no safetensors file has {_shorten(missing)}, which config.json requires{tied}"
     extra = [name for name in stored if name not in expected and name not in optional]
     if extra:
         layers = f"num_hidden_layers = {config['num_hidden_layers']}"

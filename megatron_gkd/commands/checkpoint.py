@@ -1,4 +1,4 @@
-"""The command that a run's folder is given to: checkpoint list, verify and export."""
+"""The command with a run's folder: checkpoint list, verify and export."""
 
 import itertools
 from functools import partial
@@ -13,10 +13,11 @@ ACTIONS = ("list", "verify", "export")
 
 
 def checkpoint(action: str, arguments: list[str], world_size: int) -> Work:
+    """List, verify or export the checkpoints of a run."""
     from megatron_gkd.config import commands
 
     if action not in ACTIONS:
-        raise CommandRefused(f"megatron-gkd checkpoint {action}: what to do must come first: {', '.join(ACTIONS)}")
+        raise CommandRefused(f"megatron-gkd checkpoint {action}: unknown action; the actions are {', '.join(ACTIONS)}")
     options, arguments = take(arguments, commands.EXPORT) if action == "export" else ({}, arguments)
     named = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
     overrides = arguments[len(named) :]

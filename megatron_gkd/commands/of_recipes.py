@@ -1,9 +1,10 @@
-"""The commands that a recipe is given to: train, check, score and generate."""
+"""The commands with a recipe: train, check, score and generate. Each returns its work, after all checks."""
 
 from megatron_gkd.commands.parts import Work, imports, load_recipe, print_text, take
 
 
 def train(path: str, overrides: list[str], world_size: int) -> Work:
+    """Train the student of a recipe."""
     recipe = load_recipe(path, overrides, world_size)
 
     def work() -> None:
@@ -16,6 +17,7 @@ def train(path: str, overrides: list[str], world_size: int) -> Work:
 
 
 def score(path: str, arguments: list[str], world_size: int) -> Work:
+    """Write the teacher's log-probabilities of each row."""
     from megatron_gkd.config import commands
 
     options, overrides = take(arguments, commands.SCORE)
@@ -31,6 +33,7 @@ def score(path: str, arguments: list[str], world_size: int) -> Work:
 
 
 def generate(path: str, arguments: list[str], world_size: int) -> Work:
+    """Write a model's completions of each prompt."""
     from megatron_gkd.config import commands
 
     options, overrides = take(arguments, commands.GENERATE)
@@ -48,7 +51,7 @@ def generate(path: str, arguments: list[str], world_size: int) -> Work:
 
 
 def check(path: str, arguments: list[str], world_size: int) -> Work:
-    """Check a recipe for `--nproc` processes, whatever the number of those that run."""
+    """Print a recipe and its layout over `--nproc` processes, whatever the number of those that run."""
     from megatron_gkd.config import commands
 
     options, overrides = take(arguments, commands.CHECK)

@@ -1,4 +1,4 @@
-"""What several commands share: reading recipes and options, and showing that they start."""
+"""The parts that commands share: loading recipes, reading options, and showing that a command starts."""
 
 import os
 import sys
@@ -17,13 +17,17 @@ if TYPE_CHECKING:
 
 Work = Callable[[], None]
 Command = Callable[[str, list[str], int], Work]
-"""Checks a command line, given as its first argument and the others, for a number of processes. Returns what to run."""
+"""Check a command line, given as its first argument and the others, for a number of processes; return the work."""
 
 
 def load_recipe(
     path: str, overrides: Sequence[str], world_size: int, command: "CommandChecks | None" = None
 ) -> "Recipe":
-    """Return a checked recipe. CommandRefused with all that is wrong with it."""
+    """Return a checked recipe.
+
+    Raises:
+        CommandRefused: with all that is wrong with it.
+    """
     from megatron_gkd.config import RecipeError, load
     from megatron_gkd.config.checks import TRAIN
 
@@ -34,7 +38,11 @@ def load_recipe(
 
 
 def take(arguments: list[str], options: "Mapping[str, Option]") -> tuple[dict[str, Any], list[str]]:
-    """Return the values of a command's own options, and the other arguments. CommandRefused for a wrong value."""
+    """Return the values of a command's own options, and the other arguments.
+
+    Raises:
+        CommandRefused: a value is wrong.
+    """
     from megatron_gkd.config import RecipeError
     from megatron_gkd.config.options import take_options
 
@@ -44,7 +52,7 @@ def take(arguments: list[str], options: "Mapping[str, Option]") -> tuple[dict[st
         raise CommandRefused(str(error)) from error
 
 
-def imports() -> AbstractContextManager:
+def imports() -> AbstractContextManager[object]:
     """Show the imports of a command as the first phase of its start."""
     from megatron_gkd.reporting.phases import phase
 

@@ -1,4 +1,4 @@
-"""Lengths of time as people and Slurm write them. Needs nothing but the standard library."""
+"""Parse lengths of time in the forms of people and of Slurm, with the standard library alone."""
 
 from __future__ import annotations
 

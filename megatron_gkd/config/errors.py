@@ -1,4 +1,4 @@
-"""What is wrong with a recipe, all of it at once."""
+"""The error of a wrong recipe, with all of its problems."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,11 @@ from megatron_gkd.errors import UserError
 
 
 class RecipeError(UserError):
-    """A recipe that can't be run. `problems` holds one line a problem: the key, its value, what is allowed."""
+    """A recipe can't be run.
+
+    Attributes:
+        problems: one line for each problem: the key, its value, what is wrong or allowed.
+    """
 
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = list(problems)

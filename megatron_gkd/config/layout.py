@@ -1,4 +1,4 @@
-"""How the processes and the rows of a step are divided, in words."""
+"""Describe how the processes and the rows of a step are divided."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from megatron_gkd.config.schema import Recipe
 
 
 def describe_layout(recipe: Recipe, world_size: int) -> dict[str, str]:
-    """Return the processes of the layers, those of the experts, and the rows of a step as products, by their names."""
+    """Return the processes of the layers and of the experts, and the rows of a step, as products by their names."""
     p, train = recipe.parallel, recipe.train
     replicas, expert_replicas = recipe.data_parallel_size(world_size), recipe.expert_data_parallel_size(world_size)
     pipeline, packed = p.pipeline_model_parallel_size, "; packing makes them fewer" if recipe.data.packing else ""

@@ -26,14 +26,14 @@ NEW_NAMES = {old: new for names in RENAMED.values() for old, new in names.items(
 
 
 class DeprecatedKey(FutureWarning):
-    """A recipe or command line names a key as it was once called."""
+    """A recipe or command line uses a key under its former name."""
 
 
 def rename_keys(tree: dict[str, Any]) -> tuple[list[str], set[str]]:
     """Give the keys of `tree` (section -> leaf -> value) their present names, with a DeprecatedKey for each.
 
     Returns:
-        The problems, and the leaves that they concern: those that stand under both names.
+        The problems, and the leaves that they concern: those that occur under both names.
     """
     problems: list[str] = []
     concerned: set[str] = set()

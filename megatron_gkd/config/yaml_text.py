@@ -1,11 +1,11 @@
-"""YAML as recipes use it: `1e-4` is a number (YAML 1.1 reads it as text), and no key stands twice."""
+"""Read and write YAML as recipes use it: `1e-4` is a number (YAML 1.1 reads text), and a key occurs once."""
 
 import re
 from typing import Any
 
 import yaml
 
-# The floats of YAML 1.2 that YAML 1.1 takes for text: an exponent without a dot or without a sign.
+# The floats of YAML 1.2 that YAML 1.1 reads as text: an exponent without a dot or without a sign.
 _FLOAT = re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 
 
@@ -16,7 +16,7 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode):
                 continue
             if key.value in seen:
-                text = f"the key {key.value!r} stands twice"
+                text = f"the key {key.value!r} occurs twice"
                 raise yaml.constructor.ConstructorError(None, None, text, key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
@@ -31,7 +31,11 @@ for _class in (_Loader, _Dumper):  # the dumper too: it must quote text that wou
 
 
 def parse(text: str) -> Any:
-    """The value that `text` holds. Raises ValueError with a one-line reason, with the line where it is known."""
+    """Return the value of a YAML text.
+
+    Raises:
+        ValueError: with a one-line reason, with the line where it is known.
+    """
     try:
         return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
@@ -42,5 +46,5 @@ def parse(text: str) -> Any:
 
 
 def dump(value: Any) -> str:
-    """`value` as YAML text that `parse` reads back to the same value; keys keep their order."""
+    """Return `value` as YAML text that `parse` reads back to the same value; keys keep their order."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)

@@ -1,4 +1,4 @@
-"""Torch's elastic agent with ranks of our own: it hands signals on, waits while they save, and keeps their exit codes.
+"""Torch's elastic agent with ranks of our own: it forwards signals, waits while they save, and keeps their exit codes.
 
 torchrun's agent ends all ranks 30 s after a signal or after one of them has left, and turns their exit codes into 1.
 """
@@ -38,9 +38,9 @@ from megatron_gkd.launch.report import INTERRUPTED, End
 from megatron_gkd.launch.signals import SignalHandlers
 
 POLL_EVERY_S = 0.05
-LOOK_AROUND_EVERY_S = 1.0
+CHECK_NODES_EVERY_S = 1.0
 LEAVES_AFTER_S = {True: 300.0, False: 60.0}  # how long nodes wait for each other after success and after a failure
-_LAST_NOTE_WITHIN_S = 1.0
+_LAST_RECORD_WITHIN_S = 1.0
 
 
 class RankAgent(SimpleElasticAgent):
@@ -49,7 +49,15 @@ class RankAgent(SimpleElasticAgent):
     Attributes:
         ends: the ends of this node's ranks, in the last attempt.
         elsewhere: why ranks on another node failed first, and their exit code.
+
+    Args:
+        spec: torch's description of the ranks.
+        command: the command of each rank.
+        options: how they are started.
+        address: the name of this node for the others; None: its host name.
     """
+
+    _store: Any  # of the rendezvous; torch declares None alone
 
     def __init__(self, spec: WorkerSpec, command: Sequence[str], options: LaunchOptions, address: str | None) -> None:
         super().__init__(spec)
@@ -81,7 +89,7 @@ class RankAgent(SimpleElasticAgent):
             group_rank = place
         return super()._assign_worker_ranks(store, group_rank, group_world_size, spec)
 
-    def _rendezvous(self, worker_group: WorkerGroup) -> None:
+    def _rendezvous(self, worker_group: Any) -> None:  # not WorkerGroup, which declares None for what is set here
         super()._rendezvous(worker_group)
         if self._options.node_rank is not None:
             worker_group.group_rank = self._options.node_rank
@@ -103,7 +111,7 @@ class RankAgent(SimpleElasticAgent):
         self._ranks = Ranks.start(self._command, [self._variables(worker) for worker in worker_group.workers])
         self._phase = _Phase.RUNNING
         for signum in self._early:
-            self._hand_on(signum)
+            self._forward(signum)
         return dict(enumerate(self._ranks.pids))
 
     def _variables(self, worker: Worker) -> dict[str, str]:
@@ -132,9 +140,9 @@ class RankAgent(SimpleElasticAgent):
         return {name: str(value) for name, value in values.items()}
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        """Wait until all ranks have ended, or nodes wait to join, for which torch starts the ranks anew."""
+        """Wait until all ranks have ended, or nodes wait to join, for which torch starts the ranks again."""
         watch = Deadlines(self._options.shutdown_timeout)
-        look_around_at = time.monotonic()
+        check_nodes_at = time.monotonic()
         while self._ranks.running:
             for local_rank in self._ranks.poll():
                 self.ends.append(self._end_of(local_rank, watch))
@@ -142,28 +150,28 @@ class RankAgent(SimpleElasticAgent):
             if self._received:
                 watch.on_signal()
             watch.act(self._ranks)
-            if self._options.max_nodes > 1 and self._ranks.running and time.monotonic() >= look_around_at:
-                look_around_at = time.monotonic() + LOOK_AROUND_EVERY_S
-                if self._look_around(watch):
+            if self._options.max_nodes > 1 and self._ranks.running and time.monotonic() >= check_nodes_at:
+                check_nodes_at = time.monotonic() + CHECK_NODES_EVERY_S
+                if self._check_nodes(watch):
                     return RunResult(WorkerState.HEALTHY)
             time.sleep(POLL_EVERY_S)
         return self._result(worker_group)
 
     def _end_of(self, local_rank: int, watch: Deadlines) -> End:
         worker, code = self._worker_group.workers[local_rank], self._ranks.codes[local_rank]
-        failure = failures.read_failure(self._folder, worker.global_rank)
-        handed_on = next((signum for signum in self._received if code in (-signum, 128 + signum)), 0)
-        is_killed = code in (-signal.SIGTERM, -signal.SIGKILL) and not handed_on
+        failure = None if self._folder is None else failures.read_failure(self._folder, worker.global_rank)
+        forwarded = next((signum for signum in self._received if code in (-signum, 128 + signum)), 0)
+        is_killed = code in (-signal.SIGTERM, -signal.SIGKILL) and not forwarded
         return End(
             worker.global_rank,
             code,
             time.time() if failure is None else failure.time,
             failure,
             stopped=watch.stopped if is_killed else None,
-            handed_on=0 if watch.stopped else handed_on,
+            forwarded=0 if watch.stopped else forwarded,
         )
 
-    def _look_around(self, watch: Deadlines) -> bool:
+    def _check_nodes(self, watch: Deadlines) -> bool:
         """Look for failures on other nodes; return whether nodes wait to join."""
         if self.elsewhere is not None:
             return False
@@ -221,7 +229,7 @@ class RankAgent(SimpleElasticAgent):
         self._shutdown()
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: float = 30) -> None:
-        """End the ranks that still run, as for nodes that join; they may save."""
+        """End the running ranks, for nodes that join; they may save."""
         self._ranks.send(death_sig)
         deadline = time.monotonic() + self._options.shutdown_timeout
         while self._ranks.running and time.monotonic() < deadline:
@@ -230,15 +238,18 @@ class RankAgent(SimpleElasticAgent):
         self._ranks.close()
         self._ranks = Ranks([])
         self._signals.restore()
+        self._remove_folder()
+
+    def _remove_folder(self) -> None:
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _exit_barrier(self) -> None:
-        """Nothing here: `wait_for_other_nodes` follows after failures too."""
+        """Do nothing: `wait_for_other_nodes` follows after failures too."""
 
     def wait_for_other_nodes(self) -> None:
-        """Stay until the launchers of all nodes have come here: ranks on other nodes may use the store of this one."""
-        group = self._worker_group
+        """Wait until the launchers of all nodes are here: ranks on other nodes may use the store of this one."""
+        group: Any = self._worker_group
         if group.group_world_size in (None, 1):
             return
         code = self.exit_code
@@ -257,11 +268,11 @@ class RankAgent(SimpleElasticAgent):
         if self._phase is _Phase.STARTING:
             self._early.append(signum)
         elif self._phase is _Phase.RUNNING:
-            self._hand_on(signum)
+            self._forward(signum)
         else:
             self._phase = _Phase.GONE
 
-    def _hand_on(self, signum: int) -> None:
+    def _forward(self, signum: int) -> None:
         if signum == signal.SIGINT and signal.SIGINT in self._received:
             self._end_at_once()
         self._received.append(signum)
@@ -270,19 +281,19 @@ class RankAgent(SimpleElasticAgent):
             print("SIGINT: stopping after this step; a second Ctrl-C ends at once", file=sys.stderr, flush=True)
 
     def _end_at_once(self) -> NoReturn:
-        """Hand on a second SIGINT, upon which ranks leave a last note at most, and kill those that are left."""
+        """Forward a second SIGINT, upon which ranks write their exit record at most, and kill those that are left."""
         self._ranks.send(signal.SIGINT)
-        deadline = time.monotonic() + _LAST_NOTE_WITHIN_S
+        deadline = time.monotonic() + _LAST_RECORD_WITHIN_S
         while self._ranks.running and time.monotonic() < deadline:
             self._ranks.poll()
             time.sleep(POLL_EVERY_S)
         self._ranks.kill()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._remove_folder()
         print("second SIGINT: ended at once", file=sys.stderr, flush=True)
         os._exit(128 + signal.SIGINT)
 
 
 class _Phase(Enum):
-    """What a signal means to the agent: for ranks, soon or now, or to wait for other nodes no longer."""
+    """What the agent does, which decides about signals: they are for the ranks, or end the wait for other nodes."""
 
     STARTING, RUNNING, LEAVING, GONE = range(4)

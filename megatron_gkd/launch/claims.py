@@ -1,7 +1,7 @@
-"""The right to print a message, of which one rank of a node has it under torchrun.
+"""Print a message once on a node under torchrun, though several of its ranks have it.
 
-torchrun ends all ranks as soon as one leaves, and it may be any of them that leaves first. So the first rank that comes
-to print a message claims it by creating a file, and the others leave once it is printed.
+torchrun ends all ranks as soon as one exits, and any of them may be the first. So the first rank that has a message to
+print claims it by creating a file, and the others exit once it is printed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-PRINTED_WITHIN_S = 5.0  # after that, the rank that had the claim is taken for dead
+PRINTED_WITHIN_S = 5.0  # after that, the rank with the claim is assumed to be dead
 KEPT_S = 3600.0
 
 
@@ -39,7 +39,7 @@ def _file(message: str, environment: Mapping[str, str]) -> Path | None:
         environment.get("TORCHELASTIC_RESTART_COUNT", "0"),
         environment.get("GROUP_RANK", "0"),
         str(agent),
-        _start_time(agent),  # process numbers are used again
+        _start_time(agent),  # process ids are reused
         message,
     )
     name = hashlib.sha256("\0".join(parts).encode(errors="surrogateescape")).hexdigest()[:32]
@@ -56,7 +56,7 @@ def _start_time(process: int) -> str:
 
 
 def _create(claim: Path) -> bool:
-    """Return whether this process may print: it has made the file, or none can be made here."""
+    """Return whether this process may print: it has created the file, or none can be created here."""
     try:
         claim.parent.mkdir(mode=0o700, exist_ok=True)
         _remove_old(claim.parent)

@@ -14,10 +14,10 @@ ENDS_AFTER_SIGTERM_S = 30.0
 
 
 class Deadlines:
-    """Send SIGTERM and SIGKILL to ranks that still run after one of them has failed or the launcher has got a signal.
+    """Send SIGTERM and SIGKILL to ranks that still run after a rank has failed or the launcher has received a signal.
 
     Attributes:
-        stopped: why ranks that end now do so; None as long as none was ended here.
+        stopped: why ranks that end now do so; None as long as no signal was sent here.
     """
 
     def __init__(self, shutdown_timeout: float) -> None:
@@ -36,7 +36,7 @@ class Deadlines:
             self.on_failure(ENDS_AFTER_A_KILL_S if end.code < 0 else ENDS_BY_ITSELF_S)
 
     def on_signal(self) -> None:
-        """Note that the ranks were asked to end, which gives them the shutdown time-out to save."""
+        """Note a signal to end: the ranks have the shutdown time-out to save."""
         self._kill_at = min(self._kill_at, time.monotonic() + self._shutdown_timeout)
 
     def on_failure(self, seconds: float) -> None:

@@ -1,4 +1,4 @@
-"""What a launcher (torchrun, or ours) says of this process in environment variables."""
+"""The rank and world size that a launcher (torchrun, or ours) has set in environment variables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Why a rank fails: left for our launcher, which prints it, or printed here where another launcher runs the rank."""
+"""Report why a rank fails: in a file for our launcher, which prints it, or printed here under another launcher."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_gkd.launch import claims, environment
+from megatron_gkd.runtime.disk import replace_text
 
 FOLDER = "MEGATRON_GKD_FAILURES"
-"""The environment variable by which our launcher names the folder for its ranks' failures."""
+"""The environment variable with the folder where our launcher reads its ranks' failures."""
 LAUNCHER = "MEGATRON_GKD_LAUNCHER_PID"
-"""The environment variable with the number of our launcher's process."""
+"""The environment variable with the process id of our launcher."""
 
 _FIRST_NODE_ENDS_WITHIN_S = 8.0
 
@@ -29,10 +30,10 @@ class Failure:
     """Why a rank ended.
 
     Attributes:
-        message: what the user reads; of an unexpected exception its type and text.
+        message: for the user; of an unexpected exception its type and text.
         traceback: of an unexpected exception.
         code: the rank's exit code.
-        is_shared: all ranks fail for this reason, so the message names none of them.
+        is_shared: whether all ranks fail for this reason, so that the message names none of them.
         time: seconds since the epoch.
     """
 
@@ -47,21 +48,22 @@ def report_failure(message: str, traceback_text: str | None, code: int, *, is_sh
     """Report why this process ends, which it must do next.
 
     Args:
-        traceback_text: of an unexpected exception; None for what the user can put right.
+        message: for the user.
+        traceback_text: of an unexpected exception; None for an expected failure.
         code: the exit code that follows.
-        is_shared: every rank of the run reports this message.
+        is_shared: whether every rank of the run reports this message.
     """
     folder = os.environ.get(FOLDER)
     if folder is not None:
         failure = Failure(message, traceback_text, code, is_shared, time.time())
         with contextlib.suppress(OSError):
-            _write(Path(folder), environment.rank(), failure)
+            replace_text(_file(Path(folder), environment.rank()), json.dumps(asdict(failure)))
             return
     _print(traceback_text.rstrip() if traceback_text else message, is_shared=is_shared)
 
 
 def read_failure(folder: Path, rank: int) -> Failure | None:
-    """Return what `rank` has left in the launcher's folder; None if it ended without a word."""
+    """Return what `rank` has reported in the launcher's folder; None if it ended without a report."""
     try:
         return Failure(**json.loads(_file(folder, rank).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -69,8 +71,8 @@ def read_failure(folder: Path, rank: int) -> Failure | None:
 
 
 def end_with_launcher() -> None:
-    """Let the kernel end this process with the launcher that started it. Does nothing without our launcher."""
-    launcher = os.environ.pop(LAUNCHER, None)  # no message to the processes that this one starts
+    """Let the kernel end this process when the launcher that started it ends. Does nothing without our launcher."""
+    launcher = os.environ.pop(LAUNCHER, None)  # not for the processes that this one starts
     if launcher is None:
         return
     if sys.platform == "linux":
@@ -103,17 +105,10 @@ def _has_first_node_ended(variables: Mapping[str, str]) -> bool:
             except ConnectionRefusedError:
                 return True
             except (OSError, KeyError):
-                pass  # what cannot be known must not cost the message
+                pass  # the message is printed where this cannot be known
         time.sleep(0.2)
     return False
 
 
 def _file(folder: Path, rank: int) -> Path:
     return folder / f"rank-{rank}.json"
-
-
-def _write(folder: Path, rank: int, failure: Failure) -> None:
-    file = _file(folder, rank)
-    unfinished = file.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(asdict(failure)), encoding="utf-8")
-    unfinished.rename(file)

@@ -28,11 +28,11 @@ def launch(options: LaunchOptions, command: Sequence[str]) -> int:
     Raises:
         UserError: the ranks could not be started.
     """
-    _silence_torch()
+    _silence_torch_agent()
     host, port = options.rdzv or ("127.0.0.1", 0)
     address = None
     if options.node_rank == 0 or host in _LOOPBACK:
-        address = host  # the other nodes reach this one by that name
+        address = host  # the name by which the other nodes connect to this one
     try:
         handler = _rendezvous(options, host, port, address)
         agent = RankAgent(_spec(options, handler, command), command, options, address)
@@ -87,16 +87,16 @@ def processes(options: LaunchOptions) -> int:
         UserError: there are not as many GPUs.
     """
     gpus = portability.num_gpus()
-    if options.nproc == GPU:
+    if isinstance(options.nproc, str):
         if gpus == 0:
-            raise UserError("--nproc = gpu: no GPU is visible; give a number")
+            raise UserError(f"--nproc = {GPU}: no GPU is visible; give a number")
         return gpus
     if 0 < gpus < options.nproc:
         raise UserError(f"--nproc = {options.nproc}: {gpus} GPUs are visible; must be at most that")
     return options.nproc
 
 
-def _silence_torch() -> None:
+def _silence_torch_agent() -> None:
     """Keep the elastic agent's log off the terminal, unless LOGLEVEL asks for it."""
     if "LOGLEVEL" not in os.environ:
         logger = logging.getLogger("torch.distributed.elastic")

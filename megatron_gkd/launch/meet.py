@@ -1,4 +1,4 @@
-"""Whether this node holds the rendezvous, and waiting for the node that does: in one line, where torch prints pages."""
+"""Find the node that holds the rendezvous, and wait for it; errors are one line, where torch prints tracebacks."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import errno
 import socket
 import sys
 import time
+from typing import Any
 
 from megatron_gkd.errors import UserError
 
-_NAMED_WITHIN_S = 60.0  # some clusters publish a node's name only when it is up
-_SAID_AFTER_S = 10.0
+_NAMED_WITHIN_S = 60.0  # some clusters publish a node's name only once it runs
+_REPORTED_AFTER_S = 10.0
 
 
 def is_host(host: str, port: int, node_rank: int | None, named_within: float = _NAMED_WITHIN_S) -> bool:
@@ -40,7 +41,7 @@ def wait_for_host(host: str, port: int, seconds: float) -> None:
     Raises:
         UserError: it does not within `seconds`.
     """
-    start, is_said = time.monotonic(), False
+    start, is_reported = time.monotonic(), False
     while True:
         try:
             socket.create_connection((host, port), timeout=5).close()
@@ -50,13 +51,13 @@ def wait_for_host(host: str, port: int, seconds: float) -> None:
             if waited > seconds:
                 reason = error.strerror or error
                 raise UserError(f"--rdzv = {host}:{port}: cannot be reached for {seconds:g} s: {reason}") from error
-        if waited > _SAID_AFTER_S and not is_said:
-            is_said = True
+        if waited > _REPORTED_AFTER_S and not is_reported:
+            is_reported = True
             print(f"waiting for the rendezvous at {host}:{port}", file=sys.stderr, flush=True)
         time.sleep(0.5)
 
 
-def _resolve(host: str, port: int, seconds: float) -> tuple[int, tuple]:
+def _resolve(host: str, port: int, seconds: float) -> tuple[int, Any]:
     """Return the address family and address of a host."""
     deadline = time.monotonic() + seconds
     while True:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,12 @@ class LaunchOptions:
 
     Attributes:
         nproc: processes on this node; "gpu" for one on each visible GPU.
+        min_nodes: fewest nodes to start with.
+        max_nodes: most nodes.
+        node_rank: the place of this node; None: as the nodes join.
         rdzv: host and port where the nodes meet; None for one node.
+        rdzv_id: name of the run; the same on all nodes.
+        max_restarts: how often the processes are started again after a failure.
         shutdown_timeout: seconds between a signal and SIGKILL.
     """
 
@@ -110,7 +115,7 @@ def _without_default(option: Option) -> Option:
     return Option(option.allowed, option.meaning, None, option.read)
 
 
-def _problems(given: Mapping[str, Any], environment: Mapping[str, str]):
+def _problems(given: Mapping[str, Any], environment: Mapping[str, str]) -> Iterator[str]:
     if "nproc" not in given:
         name = next(iter(given))
         yield f"--{name}: needs --nproc N, the number of processes to start on this node"

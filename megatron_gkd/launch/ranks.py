@@ -13,13 +13,15 @@ from typing import Self
 class Ranks:
     """Started processes by local rank, each the leader of a session of its own, so that Ctrl-C does not reach them.
 
-    A process that ends stays a zombie until `close`: its number, which is its group's too, cannot be used again.
+    A process that ends stays a zombie until `close`: its id, which is its group's too, is not reused.
+
+    Attributes:
+        codes: exit codes of the ranks that have ended; minus the number of the signal that killed one.
     """
 
-    def __init__(self, processes: Sequence[subprocess.Popen]) -> None:
+    def __init__(self, processes: Sequence[subprocess.Popen[bytes]]) -> None:
         self._processes = list(processes)
         self.codes: dict[int, int] = {}
-        """Exit codes of those that have ended; minus the number of the signal that killed it."""
 
     @classmethod
     def start(cls, command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> Self:
@@ -34,11 +36,12 @@ class Ranks:
 
     @property
     def pids(self) -> list[int]:
+        """Process ids by local rank."""
         return [process.pid for process in self._processes]
 
     @property
     def running(self) -> list[int]:
-        """Return the local ranks that have not ended, as `poll` has found them."""
+        """Local ranks that had not ended at the last `poll`."""
         return [rank for rank in range(len(self._processes)) if rank not in self.codes]
 
     def poll(self) -> list[int]:
@@ -52,18 +55,18 @@ class Ranks:
         return ended
 
     def send(self, signum: int) -> None:
-        """Send a signal to every rank that runs, and not to the processes that it has started."""
+        """Send a signal to every running rank, but not to the processes that it has started."""
         for rank in self.running:
             os.kill(self.pids[rank], signum)
 
     def kill(self) -> None:
-        """Kill every rank and what it has started in its process group."""
+        """Kill every rank with the processes of its process group."""
         for pid in self.pids:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(pid, signal.SIGKILL)
 
     def close(self) -> None:
-        """Kill whatever is left, and wait for it."""
+        """Kill every rank that is left, and wait for it."""
         self.kill()
         for rank, process in enumerate(self._processes):
             if process.returncode is None:

@@ -19,7 +19,7 @@ _LOST_PEER = re.compile(
     r"|^\w*(DistBackendError|DistNetworkError|DistStoreError)\b|DistNetworkError|DistStoreError|socket timeout",
     re.IGNORECASE,
 )
-"""What a rank says when another one, which it communicates with, has ended."""
+"""Messages of a rank that has lost its connection to another one, which has ended."""
 
 
 class Stop(Enum):
@@ -35,9 +35,11 @@ class End:
 
     Attributes:
         code: exit code, or minus the number of the signal that killed it.
+        rank: its global rank.
         time: seconds since the epoch, of its failure or else of its end.
+        failure: what it reported; None if it ended without a report.
         stopped: why the launcher killed it; None if it did not.
-        handed_on: the signal, received by the launcher and handed on, that it died of; 0 for none.
+        forwarded: the signal, received by the launcher and forwarded, that ended it; 0 for none.
     """
 
     rank: int
@@ -45,11 +47,12 @@ class End:
     time: float
     failure: Failure | None = None
     stopped: Stop | None = None
-    handed_on: int = 0
+    forwarded: int = 0
 
     @property
     def is_interruption(self) -> bool:
-        return self.code == INTERRUPTED or self.handed_on != 0
+        """Whether a signal to the launcher ended the rank, saved or not."""
+        return self.code == INTERRUPTED or self.forwarded != 0
 
     @property
     def is_consequence(self) -> bool:
@@ -78,11 +81,13 @@ def describe(ends: Sequence[End], world_size: int, timeout: float = 0, *, is_exp
     """Return the report: each distinct message once, with its ranks, the likely cause first; empty if none failed.
 
     Args:
+        ends: the ends of this node's ranks.
+        world_size: the number of all ranks.
         timeout: seconds that ranks had to end after a signal.
         is_explained: the cause is known, and not among `ends`.
     """
     by_text: dict[tuple[str, str | None], list[End]] = {}
-    reported = causes(ends) or [end for end in ends if end.handed_on or (end.code and end.failure)]
+    reported = causes(ends) or [end for end in ends if end.forwarded or (end.code and end.failure)]
     is_explained = is_explained or any(not end.is_consequence for end in reported)
     for end in reported:
         by_text.setdefault(_text(end, timeout, is_explained=is_explained), []).append(end)
@@ -97,8 +102,8 @@ def describe(ends: Sequence[End], world_size: int, timeout: float = 0, *, is_exp
 
 
 def _text(end: End, timeout: float, *, is_explained: bool) -> tuple[str, str | None]:
-    if end.handed_on:
-        return f"ended by {_signal_name(end.handed_on)} before saving was possible", None
+    if end.forwarded:
+        return f"ended by {_signal_name(end.forwarded)} before saving was possible", None
     if end.is_consequence and is_explained:
         return "stopped, or lost the connection, after that", None
     if end.failure is not None:
@@ -121,7 +126,7 @@ def _signal_name(number: int) -> str:
 
 
 def _line(message: str, group: Sequence[End], world_size: int) -> str:
-    """Return a message with the ranks that it is about; without them where it is one of the whole run."""
+    """Return a message with its ranks; without them where it is one of the whole run."""
     subject = f"rank{'' if len(group) == 1 else 's'} {format_ranks(end.rank for end in group)} of {world_size}"
     failure = group[0].failure
     if failure is None or failure.message != message:

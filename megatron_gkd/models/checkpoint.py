@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from megatron_gkd.checkpoint_format.adapter_files import AdapterFiles, AdapterProblem
-from megatron_gkd.checkpoint_format.config_file import CheckpointProblem, read_config
+from megatron_gkd.checkpoint_format.config_file import CheckpointProblem, architecture, read_config
 from megatron_gkd.checkpoint_format.weight_files import HEAD, StoredTensor, read_tensors
 from megatron_gkd.errors import UserError
 from megatron_gkd.models.location import locate
@@ -101,7 +101,7 @@ class Checkpoint:
     @property
     def is_moe(self) -> bool:
         """Whether the model is a mixture of experts."""
-        return self.config.model_type == "qwen3_moe"
+        return architecture(self.config.model_type).has_experts
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Open the tokenizer.

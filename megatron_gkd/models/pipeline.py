@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -14,7 +14,9 @@ from megatron_gkd.runtime.mesh import Mesh
 
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-Forward = Callable[[nn.Module, Microbatch], Tensor]
+M = TypeVar("M", bound=Microbatch)
+
+Forward = Callable[[nn.Module, M], Tensor]
 Loss = Callable[[Tensor, int], tuple[Tensor, Tensor, Any]]
 """Of the last stage's output for the microbatch of this index: (sum of losses, number of tokens, record)."""
 Step = Callable[[Iterator[int], nn.Module], tuple[Tensor, Callable]]
@@ -34,8 +36,8 @@ class Pipeline:
 
     def forward_backward(
         self,
-        microbatches: Sequence[Microbatch],
-        forward: Forward,
+        microbatches: Sequence[M],
+        forward: Forward[M],
         loss: Loss,
         *,
         backward: bool = True,
@@ -61,7 +63,7 @@ class Pipeline:
         return self._run(microbatches, step, forward_only=not backward, force_all_reduce=force_all_reduce)
 
     def forward_only(
-        self, microbatches: Sequence[Microbatch], forward: Forward, collect: Callable[[Tensor, Microbatch], Any]
+        self, microbatches: Sequence[M], forward: Forward[M], collect: Callable[[Tensor, M], Any]
     ) -> list[Any]:
         """Run forward passes alone.
 

@@ -31,7 +31,7 @@ _METHODS = frozenset({torch.Tensor.cuda, torch.Tensor.pin_memory, torch.Tensor.t
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """Puts tensors on the CPU where a function or method asks for a CUDA device."""
+    """Puts tensors on the CPU where a function or method names a CUDA device."""
 
     def __torch_function__(
         self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: Mapping[str, Any] | None = None

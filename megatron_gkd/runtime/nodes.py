@@ -121,7 +121,7 @@ class Nodes:
             pause = min(1.0, 1.5 * pause)
 
     def _let_others_read(self, call: dist.Store) -> None:
-        """Count this rank as one that knows of the failure; rank 0 waits for the others, as it may hold the store."""
+        """Count this rank as one that has read the failure; rank 0 waits for the others, as it may hold the store."""
         call.add("readers", 1)
         deadline = time.monotonic() + READ_WITHIN_S
         while self.is_main and call.add("readers", 0) < self._world_size and time.monotonic() < deadline:
@@ -151,7 +151,7 @@ class _Heartbeat:
         try:
             self._call.set(f"finished/{self._number}", "")
         except dist.DistError:
-            pass  # rank 0 has ended with the store; the call's own failure says so
+            pass  # rank 0 has ended with the store; the call raises an error
 
     def _beat(self) -> None:
         while not self._stopped.wait(BEAT_EVERY_S):

@@ -1,4 +1,4 @@
-"""Tell which device this process computes on, and hide the difference between CUDA and CPU from the other modules.
+"""Find the device that this process computes on, and hide the difference between CUDA and CPU from the other modules.
 
 This is the only module that looks whether there is a GPU; the loss in `ops` goes by where its tensors are
 (`tests/runtime/test_boundaries.py`). On a machine with CUDA nothing here changes anything. Without it,

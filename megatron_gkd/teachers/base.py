@@ -1,11 +1,11 @@
-"""What a teacher is to the training loop."""
+"""The protocol of teachers, and the signals that they give to the training loop."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, overload, runtime_checkable
 
 from torch import Tensor
 
@@ -17,30 +17,37 @@ from megatron_gkd.ops.topk import TopK
 
 
 class TeacherFailed(ServiceError):
-    """No signals are to be had. All ranks raise it together, and the student is as it was before."""
+    """A teacher cannot score. All ranks raise it together, and the student is unchanged."""
 
     is_shared = True
 
 
 @dataclass(frozen=True)
 class Hidden:
-    """A teacher's last hidden states for one microbatch, from which the loss makes logits chunk by chunk."""
+    """A teacher's last hidden states for one microbatch, from which the loss computes logits chunk by chunk.
+
+    Attributes:
+        states: [N, H_T] after the final norm, one row for every label of the microbatch in order; sharded over the
+            tensor-parallel ranks until the loss needs them.
+        head_weight: [ceil(V/TP), H_T], the teacher's LM head over the same ids as the student's shard; shared by all
+            microbatches.
+    """
 
     states: ShardedRows
-    """[N, H_T] after the final norm, one row for every label of the microbatch (in order). They wait for the loss in
-    shards, one for each tensor-parallel rank."""
     head_weight: Tensor
-    """[ceil(V/TP), H_T]: the teacher's LM head over the same ids as the student's shard; shared by all microbatches."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one teacher says to some labels of a microbatch."""
+    """One teacher's signal for some labels of a microbatch.
+
+    Attributes:
+        rows: int64 [n], rising: which of the microbatch's N labels on this rank.
+        signal: of n labels.
+    """
 
     rows: Tensor
-    """int64 [n], rising: which of the microbatch's N labels on this rank."""
     signal: Hidden | TopK
-    """Of n labels."""
 
 
 @dataclass(frozen=True)
@@ -52,24 +59,39 @@ class Parts:
 
 TeacherSignal = Hidden | TopK | Parts
 """A `TopK` has [N, k] entries, one row for every label, the same on all tensor-parallel ranks. A row whose entries are
-all missing or of probability zero says nothing: its label does not count."""
+all missing or of probability zero has no signal: its label does not count."""
 
 
-class ReadOnce(Sequence):
-    """Signals of which each is released as it is read, so that those of finished microbatches take no memory.
+def select_parts(rows: Tensor, signal: TeacherSignal) -> tuple[Part, ...]:
+    """Return a signal for the labels `rows`, int64 [n], as parts of a microbatch's signal."""
+    if isinstance(signal, Parts):
+        return tuple(Part(rows[part.rows], part.signal) for part in signal.parts)
+    return (Part(rows, signal),)
+
+
+class ReadOnce(Sequence[TeacherSignal | None]):
+    """Signals that are released as they are read, so that those of finished microbatches take no memory.
 
     Args:
-        signals: emptied in the course of it.
+        signals: the caller must not keep them.
     """
 
-    def __init__(self, signals: list[TeacherSignal | None]):
-        self._signals = signals
+    def __init__(self, signals: Sequence[TeacherSignal | None]) -> None:
+        self._signals = list(signals)
         self._is_read = [False] * len(signals)
 
     def __len__(self) -> int:
         return len(self._signals)
 
-    def __getitem__(self, index: int) -> TeacherSignal | None:
+    @overload
+    def __getitem__(self, index: int) -> TeacherSignal | None: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[TeacherSignal | None]: ...
+
+    def __getitem__(self, index: int | slice) -> TeacherSignal | Sequence[TeacherSignal | None] | None:
+        if isinstance(index, slice):
+            return [self[position] for position in range(len(self))[index]]
         if self._is_read[index]:
             raise ValueError(f"signal {index} has been read and released already")
         self._is_read[index] = True
@@ -78,14 +100,14 @@ class ReadOnce(Sequence):
 
 
 class TeacherSource(Protocol):
-    """`with teacher.resident(): signals = teacher.score(microbatches)`."""
+    """A teacher: `with teacher.resident(): signals = teacher.score(microbatches)`."""
 
     def resident(self) -> AbstractContextManager[None]:
-        """What scoring needs is in place inside (weights on the device, a server reachable)."""
+        """Keep what scoring needs in place inside the context, such as weights on the device."""
         ...
 
-    def score(self, microbatches: Sequence[Microbatch]) -> list[TeacherSignal | None]:
-        """One signal a microbatch on the last pipeline stage, None elsewhere. All ranks call it together.
+    def score(self, microbatches: Sequence[Microbatch]) -> Sequence[TeacherSignal | None]:
+        """Return one signal for each microbatch on the last pipeline stage, None elsewhere. All ranks call it together.
 
         Raises:
             TeacherFailed: in all ranks together.
@@ -98,14 +120,14 @@ class FollowsStudent(Protocol):
     """A teacher that changes with the student."""
 
     def after_update(self) -> None:
-        """The student's weights have just changed: once after every optimizer step. All ranks call it together."""
+        """Follow a change of the student's weights, after every optimizer step. All ranks call it together."""
         ...
 
 
 @runtime_checkable
 class ScoresAhead(Protocol):
-    """A teacher that works elsewhere, while the student trains or samples."""
+    """A teacher that computes elsewhere, while the student trains or samples."""
 
     def begin(self, samples: Iterable[Sample]) -> None:
-        """These will be in a microbatch to score soon. Returns at once; each rank calls it when it likes, or not."""
+        """Start to score samples of later microbatches. Returns at once; ranks need not call it together."""
         ...

@@ -10,18 +10,20 @@ from megatron_gkd.models.megatron_model import MegatronModel
 from megatron_gkd.models.offload import OffloadedWeights
 from megatron_gkd.models.vocabulary import reshard_head
 from megatron_gkd.teachers.base import Hidden
-from megatron_gkd.teachers.reading import states_at_labels
+from megatron_gkd.teachers.label_states import compute_hidden
 
 
 class LocalTeacher:
-    """Frozen, in eval mode, without DDP, optimizer or autograd graph.
+    """A frozen model in eval mode, without DDP, optimizer or autograd graph.
 
-    `head_rows`: rows of the student's head shard (any value on earlier pipeline stages).
-    `offload`: keep the weights in pinned host memory between the calls of `resident()`; the head shard stays on the
-    device, since the student's loss needs it.
+    Args:
+        model: the teacher.
+        head_rows: rows of the student's head shard (any value on earlier pipeline stages).
+        offload: keep the weights in pinned host memory outside of `resident()`; the head shard stays on the device,
+            since the student's loss needs it.
     """
 
-    def __init__(self, model: MegatronModel, *, head_rows: int, offload: bool = False):
+    def __init__(self, model: MegatronModel, *, head_rows: int, offload: bool = False) -> None:
         self.model = model
         for chunk in model.chunks:
             chunk.eval().requires_grad_(False)
@@ -34,9 +36,9 @@ class LocalTeacher:
             self._weights = OffloadedWeights(parameter for parameter in everything if parameter is not stays)
 
     def resident(self) -> contextlib.AbstractContextManager[None]:
+        """See ``TeacherSource.resident``; offloaded weights are on the device inside the context."""
         return contextlib.nullcontext() if self._weights is None else self._weights.resident()
 
     def score(self, microbatches: Sequence[Microbatch]) -> list[Hidden | None]:
-        """Reads each row's `teacher_prompt` where it has one."""
-        collected = states_at_labels(self.model.chunks, microbatches, self.model.mesh)
-        return [None if states is None else Hidden(states, self.head_weight) for states in collected]
+        """See ``TeacherSource.score``."""
+        return compute_hidden(self.model, microbatches, self.head_weight)

@@ -1,7 +1,7 @@
-"""On-policy self-distillation: the student judges itself, knowing more.
+"""On-policy self-distillation: the student scores its own responses with more information.
 
-The teacher is the student's own network, reading the same responses behind each row's `teacher_prompt`, which may hold
-what the student is not told: a worked solution, a hint, a document.
+The teacher is the student's own network. It reads the same responses after each row's `teacher_prompt`, which may have
+what the student's prompt lacks: a worked solution, a hint, a document.
 """
 
 from __future__ import annotations
@@ -14,39 +14,48 @@ from megatron_gkd.data.microbatch import Microbatch
 from megatron_gkd.errors import UserError
 from megatron_gkd.models.megatron_model import MegatronModel, in_eval_mode
 from megatron_gkd.teachers.base import Hidden
-from megatron_gkd.teachers.reading import states_at_labels
-from megatron_gkd.teachers.self_weights import WeightsOf
+from megatron_gkd.teachers.label_states import compute_hidden
+from megatron_gkd.teachers.self_weights import TeacherWeights
 
 
 class SelfTeacher:
-    """`model`: the student's, whose modules score without dropout, autograd graph or a second copy.
+    """Score with the student's modules, without dropout, autograd graph or a second copy of the model.
 
-    `weights`: what they compute with meanwhile. An adapter that is switched off is one more kind of it.
-    `complete`: finishes a parameter gather that is under way (``Student.gather_parameters``).
+    Args:
+        model: the student's.
+        weights: the teacher's, which the modules compute with while they score.
+        finish_gather: finishes a parameter gather in progress (``Student.gather_parameters``).
     """
 
-    def __init__(self, model: MegatronModel, weights: WeightsOf, complete: Callable[[], None]):
-        self.model, self.weights, self._complete = model, weights, complete
+    def __init__(self, model: MegatronModel, weights: TeacherWeights, finish_gather: Callable[[], None]) -> None:
+        self.model, self.weights, self._finish_gather = model, weights, finish_gather
 
     @contextlib.contextmanager
     def resident(self) -> Iterator[None]:
-        self._complete()  # else it would overwrite the weights that are put in the student's place
+        """See ``TeacherSource.resident``; the modules have the teacher's weights inside the context."""
+        self._finish_gather()  # it would overwrite the teacher's weights later
         with self.weights.active():
             yield
 
     def score(self, microbatches: Sequence[Microbatch]) -> list[Hidden | None]:
+        """See ``TeacherSource.score``."""
         with in_eval_mode(self.model.chunks):
-            collected = states_at_labels(self.model.chunks, microbatches, self.model.mesh)
-        return [None if states is None else Hidden(states, self.weights.head_weight) for states in collected]
+            return compute_hidden(self.model, microbatches, self.weights.head_weight)
 
     def after_update(self) -> None:
+        """See ``FollowsStudent.after_update``."""
         self.weights.after_update()
 
 
 def require_teacher_prompts(dataset: TokenizedDataset, place: str) -> None:
-    """UserError where a student with its current weights would be its own teacher and never know more than itself.
+    """Check that a teacher with the student's current weights reads other prompts than the student.
 
-    `place`: of the teacher in the recipe.
+    Args:
+        dataset: the training rows.
+        place: of the teacher in the recipe.
+
+    Raises:
+        UserError: no row has a `teacher_prompt`.
     """
     if not dataset.teacher_lengths.any():
         raise UserError(

@@ -1,4 +1,4 @@
-"""Which weights the student's modules compute with while the student is its own teacher."""
+"""The weights that the student's modules compute with while the student is its own teacher."""
 
 from __future__ import annotations
 
@@ -14,83 +14,96 @@ from megatron_gkd.models.megatron_model import MegatronModel
 from megatron_gkd.runtime import portability
 
 
-class WeightsOf(Protocol):
-    """The student's modules as the teacher's."""
+class TeacherWeights(Protocol):
+    """Weights of a teacher that uses the student's modules."""
 
     @property
     def head_weight(self) -> Tensor | None:
-        """[ceil(V/TP), H], without gradient: as it is in `active()`, and until the next; None before the last stage."""
+        """[ceil(V/TP), H] without gradient: that of the newest `active()` context; None before the last stage."""
         ...
 
     def active(self) -> contextlib.AbstractContextManager[None]:
-        """The modules compute with these weights inside, and with the student's own again afterwards, bit by bit."""
+        """Let the modules compute with these weights inside the context, and with the student's exact ones after it."""
         ...
 
     def after_update(self) -> None:
-        """The student has taken an optimizer step."""
+        """Follow an optimizer step of the student."""
         ...
 
 
 class CurrentWeights:
-    """Those that the student has."""
+    """The student's current weights."""
 
-    def __init__(self, model: MegatronModel):
+    def __init__(self, model: MegatronModel) -> None:
         self._model = model
 
     @property
     def head_weight(self) -> Tensor | None:
+        """See ``TeacherWeights.head_weight``."""
         head = self._model.head_weight
         return None if head is None else head.detach()
 
     def active(self) -> contextlib.AbstractContextManager[None]:
+        """See ``TeacherWeights.active``."""
         return contextlib.nullcontext()
 
     def after_update(self) -> None:
-        """Nothing to do."""
+        """Do nothing: these weights do not follow the student."""
 
 
 class BaseWeights(CurrentWeights):
-    """Those of the base model, under the student's adapters: what a student with new adapters begins as."""
+    """The base model without the student's adapters, which is what a student with new adapters begins as."""
 
     def active(self) -> contextlib.AbstractContextManager[None]:
+        """See ``TeacherWeights.active``."""
         return self._model.adapters_disabled()
 
 
 class InitialWeights:
-    """Those that the student had when this was made; of a student with adapters, these alone.
+    """The trainable weights that the student had when this was created (of a student with adapters, those alone).
 
-    They lie in page-locked host memory, of `dtype` (None: the parameters' own), and change places with the student's,
-    so that the device holds one model at a time. The head's shard is there twice, since the loss needs both.
+    They are in page-locked host memory and are swapped with the student's, so that the device has one model at a time.
+    The device has both heads' shards, since the loss needs them.
+
+    Args:
+        model: the student's.
+        dtype: of the copy in host memory; None: the parameters' own.
     """
 
-    def __init__(self, model: MegatronModel, dtype: torch.dtype | None = None):
+    def __init__(self, model: MegatronModel, dtype: torch.dtype | None = None) -> None:
         self._parameters = {
             f"{index}.{name}": parameter
             for index, chunk in enumerate(model.chunks)
             for name, parameter in chunk.named_parameters()
             if parameter.requires_grad
         }
-        self._held = HostTensors(self._parameters, dtype)
-        self._outside = HostTensors(self._parameters)
+        self._teacher_memory = HostTensors(self._parameters, dtype)
+        self._student_memory = HostTensors(self._parameters)
         self._head = model.head_weight
-        self.head_weight = None if self._head is None else self._head.detach().clone()
-        self._store(self._held)
+        self._teacher_head = None if self._head is None else self._head.detach().clone()
+        self._store(self._teacher_memory)
         portability.synchronize()
+
+    @property
+    def head_weight(self) -> Tensor | None:
+        """See ``TeacherWeights.head_weight``."""
+        return self._teacher_head
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
+        """See ``TeacherWeights.active``."""
         # All copies are in the order of the device's one stream; the host reads none of them.
-        self._store(self._outside)
+        self._store(self._student_memory)
         try:
-            self._load(self._held)
-            if self._head is not None:
-                self.head_weight.copy_(self._head.data)
+            self._load(self._teacher_memory)
+            if self._head is not None and self._teacher_head is not None:
+                self._teacher_head.copy_(self._head.data)
             yield
         finally:
-            self._load(self._outside)
+            self._load(self._student_memory)
 
     def after_update(self) -> None:
-        """Nothing to do."""
+        """Do nothing: these weights do not follow the student."""
 
     def _store(self, memory: HostTensors) -> None:
         for name, parameter in self._parameters.items():
@@ -102,30 +115,37 @@ class InitialWeights:
 
 
 class AverageWeights(InitialWeights):
-    """Their exponential moving average, in fp32: after every step, decay · average + (1 - decay) · weights.
+    """Exponential moving average of the weights, in fp32: after every step, decay · average + (1 - decay) · weights.
 
-    `complete`: finishes a parameter gather that is under way (``Student.gather_parameters``).
+    Args:
+        model: the student's.
+        decay: in [0, 1].
+        finish_gather: finishes a parameter gather in progress (``Student.gather_parameters``).
     """
 
-    def __init__(self, model: MegatronModel, decay: float, complete: Callable[[], None]):
+    def __init__(self, model: MegatronModel, decay: float, finish_gather: Callable[[], None]) -> None:
         super().__init__(model, torch.float32)
-        self.decay, self._complete = decay, complete
+        self.decay, self._finish_gather = decay, finish_gather
 
     @torch.no_grad()
     def after_update(self) -> None:
-        self._complete()
+        """See ``TeacherWeights.after_update``."""
+        self._finish_gather()
         for name, parameter in self._parameters.items():
-            average = self._held.read(name, parameter.device)
+            average = self._teacher_memory.read(name, parameter.device)
             average.lerp_(parameter.data.float(), 1 - self.decay)
-            self._held.write(name, average)
+            self._teacher_memory.write(name, average)
 
     def by_parameter(self) -> dict[nn.Parameter, Tensor]:
         """Return this rank's share of the average by parameter: fp32 on the host, a copy."""
         portability.synchronize()
-        return {parameter: self._held.read(name, torch.device("cpu")) for name, parameter in self._parameters.items()}
+        return {
+            parameter: self._teacher_memory.read(name, torch.device("cpu"))
+            for name, parameter in self._parameters.items()
+        }
 
     def replace(self, tensors: Mapping[nn.Parameter, Tensor]) -> None:
-        """Take over what `by_parameter` returned."""
+        """Replace the average by what `by_parameter` returned."""
         portability.synchronize()
         for name, parameter in self._parameters.items():
-            self._held.write(name, tensors[parameter])
+            self._teacher_memory.write(name, tensors[parameter])

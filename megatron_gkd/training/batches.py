@@ -53,7 +53,7 @@ class StepBatch:
     probed_mismatch_kl: float | None = None
 
     def describe(self, totals: dict[str, float]) -> dict[str, Any]:
-        """Return what the step's record says of the source of its rows. `totals`: see `loss.SUMS`."""
+        """Return the part of the step's record about the source of its rows. `totals`: see `loss.SUMS`."""
         if self.report is None:
             return {"source": FROM_DATASET}
         return describe_rollouts(self.report, totals, self.sync_seconds)

@@ -24,8 +24,14 @@ from megatron_gkd.teachers.cache.manifest import Manifest
 from megatron_gkd.teachers.cache.teacher import CachedTeacher, open_cache, require_rows
 from megatron_gkd.teachers.local import LocalTeacher
 from megatron_gkd.teachers.self_teacher import SelfTeacher, require_teacher_prompts
-from megatron_gkd.teachers.self_weights import AverageWeights, BaseWeights, CurrentWeights, InitialWeights, WeightsOf
-from megatron_gkd.teachers.server.teacher import ServerOptions, ServerTeacher
+from megatron_gkd.teachers.self_weights import (
+    AverageWeights,
+    BaseWeights,
+    CurrentWeights,
+    InitialWeights,
+    TeacherWeights,
+)
+from megatron_gkd.teachers.server.teacher import ServerTeacher, TeacherServerOptions
 from megatron_gkd.teachers.several import SeveralTeachers, require_teachers
 from megatron_gkd.training.build import DTYPES, load_model
 from megatron_gkd.training.student import Student
@@ -82,8 +88,8 @@ def averages_of(teacher: TeacherSource | None) -> tuple[AverageWeights, ...]:
             return (average,)
         case SeveralTeachers(teachers=teachers):
             return tuple(average for one in teachers.values() for average in averages_of(one))
-        case CachedTeacher(rest=rest):
-            return averages_of(rest)
+        case CachedTeacher(fallback=fallback):
+            return averages_of(fallback)
     return ()
 
 
@@ -172,7 +178,7 @@ class _TeacherBuilder:
         if teacher.teacher_cache is None or isinstance(self.student, Checkpoint):
             return live
         cache = open_cache(teacher.teacher_cache)
-        return CachedTeacher(cache, self.mesh, k=self.recipe.distill.gkd_logits_topk, rest=live)
+        return CachedTeacher(cache, self.mesh, k=self.recipe.distill.gkd_logits_topk, fallback=live)
 
     def _build_live(self, place: str, teacher: OneTeacher) -> TeacherSource | None:
         match teacher.source:
@@ -205,13 +211,13 @@ class _TeacherBuilder:
     def _build_server(self, teacher: OneTeacher) -> TeacherSource:
         student, checkpoint = self.student, self.student_checkpoint
         is_training = isinstance(student, Student)
-        options = ServerOptions(
+        options = TeacherServerOptions(
             urls=teacher.teacher_model_server,
             k=_require(self.recipe.distill.gkd_logits_topk, "distill.gkd_logits_topk"),
             max_length=self.recipe.data.longest_for_teacher,
             concurrency=teacher.teacher_server_concurrency,
             timeout=teacher.teacher_server_timeout_s,
-            patience=teacher.teacher_server_max_downtime_s,
+            max_downtime=teacher.teacher_server_max_downtime_s,
             # A cache outlives the run: every row that is written to one is checked before.
             check_interval=teacher.teacher_server_check_interval if is_training else 1,
         )
@@ -219,7 +225,7 @@ class _TeacherBuilder:
         return ServerTeacher(self.mesh, checkpoint.tokenizer(), vocab_size, options)
 
 
-def _choose_weights(student: Student, teacher: OneTeacher) -> WeightsOf:
+def _choose_weights(student: Student, teacher: OneTeacher) -> TeacherWeights:
     """Return the weights of a self-teacher, before the student's first step."""
     model = student.model
     if teacher.teacher_ema is not None:

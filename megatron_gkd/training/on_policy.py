@@ -141,6 +141,8 @@ class Rollouts:
     def progress(self) -> dict[str, Any]:
         """Return the completions that were begun for later steps, waiting for them. All ranks must call it together.
 
+        Their steps are counted from 0, as in the checkpoints of every release.
+
         Otherwise a resumed run would sample them from newer weights than this one.
         """
         begun = {}
@@ -149,16 +151,17 @@ class Rollouts:
             completions = self._sampler.gather(list(requests.values()), generation.result())
             self._begun[step] = CompletedGeneration(list(self._sampler.share(completions)), generation.seconds)
             by_position = zip(requests, completions, strict=True)
-            begun[str(step)] = {str(position): asdict(completion) for position, completion in by_position}
+            begun[str(step - 1)] = {str(position): asdict(completion) for position, completion in by_position}
         return {"begun": begun, "probe_calls": self._probe.calls}
 
     def restore(self, progress: Mapping[str, Any]) -> None:
         """Go on from what `progress` returned, under any layout."""
         self._probe.calls = progress["probe_calls"]
-        for step, completions in progress["begun"].items():
-            own = self._sampler.share(list(self.prompts.requests(int(step))))
+        for key, completions in progress["begun"].items():
+            step = int(key) + 1
+            own = self._sampler.share(list(self.prompts.requests(step)))
             restored = [Completion(**completions[str(position)]) for position in own]
-            self._begun[int(step)] = CompletedGeneration(restored)
+            self._begun[step] = CompletedGeneration(restored)
 
     def close(self) -> None:
         """Stop what the engine does in the background."""

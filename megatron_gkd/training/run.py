@@ -1,4 +1,4 @@
-"""A whole run, from a validated recipe to the final export: prepare, assemble, train, clean up."""
+"""A run, from a validated recipe to the final export: prepare, assemble, train, clean up."""
 
 from __future__ import annotations
 

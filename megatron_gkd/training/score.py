@@ -24,11 +24,11 @@ from megatron_gkd.runtime import portability
 from megatron_gkd.runtime.agreement import run_on_all
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.teachers.base import TeacherSource
-from megatron_gkd.teachers.cache.entries import cached_rows
+from megatron_gkd.teachers.cache.entries import build_cached_rows
 from megatron_gkd.teachers.cache.keys import dataset_keys
 from megatron_gkd.teachers.cache.manifest import Manifest
 from megatron_gkd.teachers.cache.shards import CachedRow, write_shard
-from megatron_gkd.teachers.cache.writer import open_for_writing, plan_shards, refuse_unlike_twins
+from megatron_gkd.teachers.cache.writer import open_for_writing, plan_shards, require_consistent_tags
 from megatron_gkd.training.build_teacher import build_teacher
 from megatron_gkd.training.setup import Models, open_models, open_rows, pad_token_id, world_of
 
@@ -59,7 +59,7 @@ def write_cache(folder: Path, scorer: Scorer, shard_rows: int) -> None:
     cache = open_for_writing(folder, manifest)
     keys = dataset_keys(rows)
     if scorer.recipe.teacher.teachers:
-        refuse_unlike_twins(keys, [rows[row].tag for row in range(len(rows))])
+        require_consistent_tags(keys, [rows[row].tag for row in range(len(rows))])
     shards = plan_shards(keys, rows.num_labels, cache, shard_rows=shard_rows, k=manifest.k)
     done, total = len(cache), len(cache) + sum(map(len, shards))
     with Progress(total, mesh.is_main, description="scoring", unit="row") as progress:
@@ -169,7 +169,7 @@ class Scorer:
         for microbatch, signal in zip(microbatches, signals, strict=True):
             if signal is None:
                 raise ValueError("the last pipeline stage has no signal for a microbatch")
-            entries = cached_rows(signal, microbatch, self.manifest, self.mesh, self.chunk_tokens)
+            entries = build_cached_rows(signal, microbatch, self.manifest, self.mesh, self.chunk_tokens)
             if entries is not None:
                 found |= zip((sample.row_id for sample in microbatch.samples), entries, strict=True)
         return found

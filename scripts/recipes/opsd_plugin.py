@@ -1,6 +1,6 @@
 """Rows for on-policy self-distillation, from problems with worked solutions: {"problem": ..., "solution": ...}.
 
-The student is asked the problem alone and answers it itself; as its own teacher it has the solution before its eyes.
+The student's prompt is the problem alone; as its own teacher it has the solution in its prompt, too.
 """
 
 from megatron_gkd.data import register_preprocessor

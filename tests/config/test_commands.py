@@ -1,4 +1,4 @@
-"""The options of the commands beside train, and what they ask of a recipe."""
+"""The options of the commands beside train, and their checks of a recipe."""
 
 import pytest
 
@@ -21,7 +21,7 @@ def test_options_are_taken_from_among_the_overrides():
         ([], ["--from: missing; must be teacher or student", "--output: missing"]),
     ],
 )
-def test_what_is_wrong_with_options_is_said(arguments, problems):
+def test_wrong_options_are_one_line_each(arguments, problems):
     with pytest.raises(RecipeError) as error:
         options.take_options(arguments, commands.GENERATE)
     found = error.value.problems
@@ -56,7 +56,7 @@ BEHIND_A_SERVER += ["--teacher_model_server", "http://host:8000"]
         ("TRAIN", BEHIND_A_SERVER, ["distill.gkd_logits_topk = null: must be set with teacher.teacher_model_server"]),
     ],
 )
-def test_what_a_command_asks_of_a_recipe(workspace, command, arguments, problems):
+def test_the_checks_of_a_command(workspace, command, arguments, problems):
     found, command_checks = [], getattr(checks if command == "TRAIN" else commands, command)
     try:
         load(workspace.recipe, arguments, world_size=2, command=command_checks)

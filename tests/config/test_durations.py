@@ -20,7 +20,7 @@ def test_other_texts_are_refused(text):
         parse_duration(text)
 
 
-def test_the_recipe_takes_them(workspace):
+def test_durations_in_a_recipe(workspace):
     assert workspace.load("--max_runtime", "3h").train.max_runtime == 10800
     assert workspace.load("--max_runtime", "11:30:00").train.max_runtime == 41400
     assert workspace.load("--max_runtime", "60").train.max_runtime == 60

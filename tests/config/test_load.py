@@ -32,7 +32,7 @@ def test_floats_that_yaml_1_1_reads_as_text(workspace, text):
     assert workspace.load().train.lr == 1e-4
 
 
-def test_all_problems_are_told_at_once(workspace):
+def test_all_problems_are_reported_at_once(workspace):
     workspace.recipe.write_text(
         workspace.recipe.read_text().replace("beta: 0.5", "beta: 1.5").replace("lr:", "lrr: 1, min_lr: -1, lr:")
     )
@@ -97,20 +97,20 @@ def test_a_dataset_may_stand_alone_or_with_a_weight(workspace):
     ("text", "problem"),
     [
         ("student: [", "not YAML: line 1: "),
-        ("train: {lr: 1}\ntrain: {lr: 2}\n", "not YAML: line 2: the key 'train' stands twice"),
+        ("train: {lr: 1}\ntrain: {lr: 2}\n", "not YAML: line 2: the key 'train' occurs twice"),
         ("just words", "must hold the sections student, teacher"),
         ("", "must hold the sections student, teacher"),
         ("a: \x00", "not YAML: "),
     ],
 )
-def test_what_is_no_recipe_at_all(workspace, text, problem):
+def test_files_that_are_no_recipe(workspace, text, problem):
     workspace.recipe.write_text(text)
     (found,) = workspace.problems()
     assert found.startswith(problem)
     assert "\n" not in found
 
 
-def test_no_file(tmp_path):
+def test_a_missing_file(tmp_path):
     with pytest.raises(RecipeError) as error:
         load(tmp_path / "none.yaml", world_size=1)
     assert error.value.problems == ["can't be read: No such file or directory"]

@@ -54,7 +54,7 @@ def test_booleans_bare_or_with_a_value(workspace, arguments, value):
     assert workspace.load(*arguments, "--log_interval", "3").data.packing is value
 
 
-def test_text_is_taken_as_it_stands(workspace):
+def test_text_is_not_parsed_as_yaml(workspace):
     """As YAML, 2024_01 would be the number 202401 and 1e-4 a float."""
     assert workspace.load("--output_dir", "2024_01").output.output_dir == "2024_01"
     assert workspace.load("--output_dir", "1e-4").output.output_dir == "1e-4"
@@ -65,7 +65,7 @@ def test_the_last_of_two_wins(workspace):
     assert workspace.load("--beta", "0", "--beta", "1").distill.beta == 1.0
 
 
-def test_an_override_mends_the_file(workspace):
+def test_an_override_replaces_a_wrong_value_of_the_file(workspace):
     workspace.recipe.write_text(workspace.recipe.read_text().replace("beta: 0.5", "beta: 7"))
     assert workspace.load("--beta", "0.1").distill.beta == 0.1
 

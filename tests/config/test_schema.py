@@ -30,9 +30,9 @@ def test_the_recipe_is_frozen(workspace):
         recipe.data.dataset[0] = None
 
 
-@pytest.mark.parametrize(("asked", "tp", "effective"), [(True, 1, False), (True, 2, True), (False, 2, False)])
-def test_sequence_parallel_means_nothing_without_tensor_parallel(asked, tp, effective):
-    section = ParallelSection(sequence_parallel=asked, tensor_model_parallel_size=tp)
+@pytest.mark.parametrize(("value", "tp", "effective"), [(True, 1, False), (True, 2, True), (False, 2, False)])
+def test_sequence_parallel_means_nothing_without_tensor_parallel(value, tp, effective):
+    section = ParallelSection(sequence_parallel=value, tensor_model_parallel_size=tp)
     assert section.effective_sequence_parallel is effective
 
 

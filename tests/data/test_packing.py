@@ -1,7 +1,7 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_gkd.data.batch_config import BatchConfig
@@ -31,6 +31,7 @@ def batches(draw):
     return lengths, dict(dp_size=dp_size, microbatch_multiple=multiple, micro_batch_size=micro_batch_size)
 
 
+@settings(deadline=None)
 @given(batches(), st.booleans())
 def test_every_row_once_and_every_rank_the_same_number_of_microbatches(batch, packing):
     lengths, layout = batch

@@ -14,7 +14,7 @@ def test_the_size_of_the_world():
 
 @pytest.mark.parametrize("text", ["", "two", "-1", "1.5", "²", " "])
 @pytest.mark.parametrize("name", WORLD)
-def test_what_is_no_number_is_one_line(name, text):
+def test_variables_that_are_no_numbers_are_one_line(name, text):
     with pytest.raises(UserError, match=rf"^{name} = '{text}': must be an integer >= [01]; torchrun "):
         environment.world_size(WORLD | {name: text})
 

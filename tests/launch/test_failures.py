@@ -24,7 +24,7 @@ def torchrun(variables, rank, **others):
         variables.setenv(name, str(value))
 
 
-def test_our_launcher_gets_it_and_nothing_is_printed(variables, tmp_path, capsys):
+def test_a_failure_is_written_for_our_launcher_and_not_printed(variables, tmp_path, capsys):
     variables.setenv(failures.FOLDER, str(tmp_path))
     variables.setenv("RANK", "3")
     report_failure("KeyError: 'ä'", "Traceback ...", 1)
@@ -33,19 +33,19 @@ def test_our_launcher_gets_it_and_nothing_is_printed(variables, tmp_path, capsys
     assert capsys.readouterr().err == "" and read_failure(tmp_path, 0) is None
 
 
-def test_it_is_printed_where_the_launcher_is_gone(variables, tmp_path, capsys):
+def test_a_failure_is_printed_where_the_launcher_has_ended(variables, tmp_path, capsys):
     variables.setenv(failures.FOLDER, str(tmp_path / "none"))
     report_failure("a mistake", None, 2)
     assert capsys.readouterr().err == "a mistake\n"
 
 
-def test_without_a_launcher_it_is_printed(capsys):
+def test_a_failure_is_printed_without_a_launcher(capsys):
     report_failure("a mistake", None, 2)
     report_failure("KeyError: 0", "Traceback\nKeyError: 0\n", 1)
     assert capsys.readouterr().err == "a mistake\nTraceback\nKeyError: 0\n"
 
 
-def test_without_torchrun_rank_0_prints_what_all_share(variables, capsys):
+def test_without_torchrun_rank_0_prints_a_shared_failure(variables, capsys):
     variables.setenv("RANK", "1")
     report_failure("a mistake", None, 2, is_shared=True)
     assert capsys.readouterr().err == ""
@@ -87,7 +87,7 @@ def test_ranks_that_fail_at_the_same_time_print_once(variables, tmp_path):
     assert (tmp_path / "err").read_text() == "a mistake\n"
 
 
-def test_a_rank_that_dies_between_claim_and_message_does_not_suppress_those_of_the_others(variables, tmp_path, capsys):
+def test_other_ranks_print_where_the_rank_with_the_claim_dies(variables, tmp_path, capsys):
     variables.setattr(claims, "PRINTED_WITHIN_S", 0.1)
     torchrun(variables, 0)
     claim = claims._file("a mistake", os.environ)
@@ -111,7 +111,7 @@ def test_a_later_node_prints_only_while_the_first_one_goes_on(variables, capsys,
         assert capsys.readouterr().err == "rank 2: a row of this rank\n"
 
 
-def test_a_folder_for_claims_that_cannot_be_made_costs_no_message(variables, tmp_path, capsys):
+def test_a_message_is_printed_where_the_folder_for_claims_cannot_be_made(variables, tmp_path, capsys):
     variables.setattr(claims.tempfile, "gettempdir", lambda: str(tmp_path / "none"))
     torchrun(variables, 0)
     report_failure("a mistake", None, 2)

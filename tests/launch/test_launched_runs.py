@@ -26,8 +26,8 @@ def test_ctrl_c_saves_a_run_and_the_same_command_continues_it(workspace):
     assert finish(launcher, 200) == 75
     record = json.loads((run / "exit.json").read_text())
     assert record["code"] == 75 and 2 <= record["step"] < 40
-    notice, reason = (workspace / "err").read_text().splitlines()[-2:]
-    assert notice == "SIGINT: stopping after this step; a second Ctrl-C ends at once" and reason == record["reason"]
+    note, reason = (workspace / "err").read_text().splitlines()[-2:]
+    assert note == "SIGINT: stopping after this step; a second Ctrl-C ends at once" and reason == record["reason"]
 
     last = record["step"] + 1
     launcher = start(workspace, "--train_iters", str(last), "--lr_decay_style", "constant")

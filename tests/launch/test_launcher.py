@@ -29,7 +29,7 @@ def pids(folder, ranks=(0, 1)):
     return [pid for rank in ranks for pid in notes(folder, "pid", rank)]
 
 
-def test_success_is_0_and_prints_nothing(tmp_path):
+def test_success_is_0_without_output(tmp_path):
     body = """
     print("hello of", rank, os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"], os.environ["GROUP_WORLD_SIZE"])
     """
@@ -55,7 +55,7 @@ def test_a_mistake_of_the_user_in_one_rank_is_one_line_and_2(tmp_path, monkeypat
     assert not list(tmp_path.glob("megatron-gkd-*")), "the ranks' failures"
 
 
-def test_what_stops_all_ranks_is_printed_once_without_a_rank(tmp_path):
+def test_a_shared_failure_is_printed_once_without_a_rank(tmp_path):
     code, err = run(tmp_path, 'time.sleep(1 - rank)\nraise RunStopped("stopped after step 2 of 4\\nsaved")')
     assert (code, err) == (2, "stopped after step 2 of 4\nsaved\n")
 
@@ -75,7 +75,7 @@ def test_an_unexpected_exception_has_one_traceback_and_hides_no_cause(tmp_path):
     assert lines[-1] == "rank 0 of 2 stopped, or lost the connection, after that"
 
 
-def test_a_killed_rank_is_named_and_takes_the_others_along(tmp_path):
+def test_a_killed_rank_is_named_and_ends_the_others(tmp_path):
     body = """
     if rank == 1:
         import subprocess
@@ -109,8 +109,8 @@ def test_a_signal_reaches_each_rank_once_and_75_is_kept(tmp_path, signum):
         os.kill(launcher.pid, signum)
     assert finish(launcher) == 75
     assert [notes(tmp_path, "signal", rank) for rank in (0, 1)] == [[signum.name], [signum.name]]
-    notice = "SIGINT: stopping after this step; a second Ctrl-C ends at once\n" if signum == signal.SIGINT else ""
-    assert (tmp_path / "launcher.err").read_text() == notice
+    note = "SIGINT: stopping after this step; a second Ctrl-C ends at once\n" if signum == signal.SIGINT else ""
+    assert (tmp_path / "launcher.err").read_text() == note
 
 
 @pytest.mark.parametrize("signum", [signal.SIGUSR1, signal.SIGINT])
@@ -156,7 +156,7 @@ def test_ranks_end_with_a_launcher_that_is_killed(tmp_path):
     wait_for(lambda: not any(map(is_alive, pids(tmp_path))), 10)
 
 
-def test_a_failure_is_tried_again_and_a_mistake_is_not(tmp_path):
+def test_a_failure_is_restarted_and_a_mistake_is_not(tmp_path):
     body = """
     if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         raise KeyError("once")

@@ -25,7 +25,7 @@ def test_the_second_launcher_on_a_machine_does_not(listener):
     assert not meet.is_host("127.0.0.1", listener.getsockname()[1], None)
 
 
-def test_a_given_place_decides(listener):
+def test_a_given_node_rank_decides(listener):
     assert meet.is_host("127.0.0.1", free_port(), 0)
     assert not meet.is_host("127.0.0.1", free_port(), 1)
     port = listener.getsockname()[1]

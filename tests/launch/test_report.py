@@ -26,8 +26,8 @@ def ok(rank):
         ([failed(0, "x", 2.0), failed(1, "y", 1.0, code=1)], 1),
         ([killed(0, 9), ok(1)], 137),
         ([killed(0, 15, 1.0, stopped=Stop.FAILURE_ELSEWHERE), failed(1, "x", 2.0)], 2),
-        ([killed(0, 15, handed_on=15), killed(1, 15, handed_on=15)], 75),
-        ([End(0, 130, 0.0, handed_on=2), End(1, 75, 0.0)], 75),
+        ([killed(0, 15, forwarded=15), killed(1, 15, forwarded=15)], 75),
+        ([End(0, 130, 0.0, forwarded=2), End(1, 75, 0.0)], 75),
         ([End(0, 75, 0.0), killed(1, 9, stopped=Stop.TIMEOUT)], 137),
         ([failed(0, "RuntimeError: Connection closed by peer", 1.0, code=1), killed(1, 9, 2.0)], 137),
         ([End(0, 7, 0.0)], 7),
@@ -42,7 +42,7 @@ def test_each_message_is_printed_once_with_its_ranks_in_the_order_of_time():
     assert describe(ends, 8) == "ranks 3, 5-6 of 8: early\nrank 0 of 8: late"
 
 
-def test_what_all_ranks_have_names_none():
+def test_a_message_of_all_ranks_names_none():
     assert describe([failed(0, "bad row"), failed(1, "bad row")], 2) == "bad row"
     assert describe([failed(1, "stopped after step 2\nsaved", is_shared=True)], 8) == "stopped after step 2\nsaved"
 
@@ -84,7 +84,7 @@ def test_ends_without_a_message():
 def test_interruptions():
     assert describe([ok(0), End(1, 75, 0.0)], 2) == ""
     assert describe([failed(rank, "saved step 3", code=75) for rank in (0, 1)], 2) == "saved step 3"
-    assert describe([killed(rank, 10, handed_on=10) for rank in (0, 1)], 4) == (
+    assert describe([killed(rank, 10, forwarded=10) for rank in (0, 1)], 4) == (
         "ranks 0-1 of 4 ended by SIGUSR1 before saving was possible"
     )
 

@@ -114,7 +114,7 @@ def test_a_missing_tensor_is_named(name, hint, copy):
     save_file(tensors, path / "model.safetensors")
     with pytest.raises(UserError) as error:
         Checkpoint.open(str(path))
-    assert str(error.value) == f"{path}: no safetensors file has {name}, which config.json asks for{hint}"
+    assert str(error.value) == f"{path}: no safetensors file has {name}, which config.json requires{hint}"
 
 
 def test_a_buffer_of_old_releases_is_no_parameter(copy):

@@ -22,7 +22,7 @@ RECORD = {
 }
 
 
-def test_a_line_a_completion_and_former_runs_are_kept(tmp_path):
+def test_a_line_for_each_completion_and_earlier_runs_are_kept(tmp_path):
     for run in range(2):
         log = CompletionsLog(tmp_path)
         log.write([{**RECORD, "step": run}, RECORD])

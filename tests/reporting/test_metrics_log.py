@@ -48,7 +48,7 @@ def test_tensorboard_has_the_same_numbers(tmp_path):
     assert [(event.step, event.value) for event in events.Scalars("validation/loss")] == [(2, 0.25)]
 
 
-def test_former_runs_are_kept(tmp_path):
+def test_earlier_runs_are_kept(tmp_path):
     for run in range(3):
         with MetricsLog(tmp_path, tensorboard=True) as log:
             log.write({"step": 1, "loss": float(run)})

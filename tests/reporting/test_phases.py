@@ -15,7 +15,7 @@ from megatron_gkd.reporting.phases import phase
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Set `clock.now` to the time in seconds. The line that says that a phase has begun is left out."""
+    """Set `clock.now` to the time in seconds. The line that announces a phase is left out."""
 
     class Clock:
         now = 100.0
@@ -78,7 +78,7 @@ def test_a_count_without_a_total(capsys, clock):
     assert capsys.readouterr().out.splitlines()[0] == "Loading x: 300 tensors (15 tensors/s)"
 
 
-def test_what_is_over_soon_leaves_no_line(capsys, clock):
+def test_a_short_phase_prints_no_line(capsys, clock):
     with phase("Loading x", is_main=True, unit="tensors") as shown:
         shown.update(0, 3)
         clock.now += 0.9
@@ -109,7 +109,7 @@ def test_another_rank_shows_nothing(unit, capsys, clock, use_terminal):
     assert capsys.readouterr().out == "" and terminal.getvalue() == ""
 
 
-def test_a_long_phase_says_so_before_its_end(capsys, monkeypatch):
+def test_a_long_phase_is_announced_before_its_end(capsys, monkeypatch):
     monkeypatch.setattr(phases, "ANNOUNCE_AFTER_S", 0.01)
     printed, deadline = "", time.monotonic() + 20
     with phase("Opening the student x", is_main=True):

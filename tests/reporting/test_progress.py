@@ -29,7 +29,7 @@ def clock(monkeypatch):
     return Clock
 
 
-def test_describe_says_what_is_there():
+def test_describe_shows_known_numbers():
     assert describe(RECORD) == "loss 1.2340 divergence 0.1200 grad_norm 0.9 lr 1.0e-04 1234 tok/s"
     assert describe({"split": "validation", "loss": 2.0, "divergence": None}) == "loss 2.0000"
 

@@ -62,7 +62,7 @@ def test_the_whole_report():
     assert "\n".join(text_of()) == GOLDEN
 
 
-def test_a_run_that_begins_anew_on_one_process():
+def test_a_new_run_on_one_process():
     lines = text_of(processes=1, nodes=1, teachers=[], rollouts=None, checkpoints=None, first_step=1, origin=None)
     for line in (
         "device        NVIDIA H100 80GB HBM3, 1 process on 1 node",
@@ -74,7 +74,7 @@ def test_a_run_that_begins_anew_on_one_process():
     assert not any(line.startswith("rollouts") for line in lines)
 
 
-def test_what_is_not_known_is_left_out():
+def test_unknown_facts_are_left_out():
     assert text_of(nodes=None)[1] == "device        NVIDIA H100 80GB HBM3, 16 processes"
     assert text_of(train_iters=100)[13].startswith("steps         100 (0.08 epochs), all of them done, resumed from")
 

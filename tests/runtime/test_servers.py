@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_gkd.errors import UserError
+from megatron_gkd.errors import GkdError
 from megatron_gkd.rollout.vllm.client import StudentServer
 from megatron_gkd.rollout.vllm.handshake import ServerRequirements
 from megatron_gkd.rollout.vllm.weight_folder import WeightFolder, load_from_folder
 from megatron_gkd.rollout.vllm.weight_transfer import WeightTransfer
 from megatron_gkd.runtime.servers import exchange
 from megatron_gkd.teachers.server.client import TeacherRequirements, TeacherServer
-from megatron_gkd.teachers.server.response import Question
+from megatron_gkd.teachers.server.response import ScoreRequest
 from megatron_gkd.teachers.server.tokenizer import Probe
 
 URL = "http://server:8000"
@@ -76,8 +76,8 @@ def use_student_of_transfer(http: httpx.Client, folder) -> None:
 
 def use_teacher(http: httpx.Client, folder) -> None:
     server = TeacherServer(URL, http, TeacherRequirements(1, 63, [PROBE]))
-    server.hello(patience=0.0)
-    server.score(Question(np.array([5, 6, 7]), np.array([0, 1])))
+    server.handshake(max_downtime=0.0)
+    server.score(ScoreRequest(np.array([5, 6, 7]), np.array([0, 1])))
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def vllm() -> Vllm:
 
 
 def failure_of(use: Callable, vllm: Vllm, folder) -> str:
-    with httpx.Client(transport=httpx.MockTransport(vllm)) as http, pytest.raises(UserError) as error:
+    with httpx.Client(transport=httpx.MockTransport(vllm)) as http, pytest.raises(GkdError) as error:
         use(http, folder)
     return str(error.value)
 
@@ -143,7 +143,7 @@ def test_content_that_cannot_be_decompressed_is_one_line(use, vllm, tmp_path):
 def test_a_refusal_is_one_line(status):
     page = "<html>\n<h1>elsewhere</h1>\n</html>"
     http = httpx.Client(transport=httpx.MockTransport(lambda _: httpx.Response(status, text=page)))
-    with pytest.raises(UserError) as error:
+    with pytest.raises(GkdError) as error:
         exchange(http, "GET", f"{URL}/v1/models")
     assert str(error.value) == f"{URL}/v1/models: {status}: <html> <h1>elsewhere</h1> </html>"
 
@@ -174,11 +174,11 @@ COMPLETIONS = [
     ([use_student], ("choices", 0, "logprobs", "token_logprobs", [-1.0, 3.5]), "--logprobs-mode raw_logprobs"),
     ([use_student], ("choices", 0, "logprobs", "token_logprobs", [-1.0, "x"]), "not that of a vLLM server"),
     ([use_teacher], ("choices", 0, "prompt_logprobs", None), "not that of a vLLM server"),
-    ([use_teacher], ("choices", 0, "prompt_logprobs", []), "has 0 positions of 3"),
+    ([use_teacher], ("choices", 0, "prompt_logprobs", []), "has 0 positions; the request has 3"),
     ([use_teacher], ("choices", 0, "prompt_logprobs", [None, 1, 2]), "no log-probabilities at position 0"),
     ([use_teacher], ("choices", 0, "prompt_logprobs", [None, [], {}]), "no log-probabilities at position 0"),
     ([use_teacher], ("choices", 0, "prompt_token_ids", None), "not that of a vLLM server"),
-    ([use_teacher], ("choices", 0, "prompt_token_ids", [1, 2, 3]), "about other token ids"),
+    ([use_teacher], ("choices", 0, "prompt_token_ids", [1, 2, 3]), "other token ids than the request"),
 ]
 
 

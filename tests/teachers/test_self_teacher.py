@@ -23,7 +23,7 @@ def answers_of(rank, world_size, layout, with_initial_weights):
             for chunk in model.chunks:
                 for parameter in chunk.parameters():
                     parameter.data.zero_()
-        return answer(SelfTeacher(model, weights, complete=lambda: None), mesh)
+        return answer(SelfTeacher(model, weights, finish_gather=lambda: None), mesh)
 
 
 class TestCurrentWeights(TeacherContract):
@@ -62,6 +62,6 @@ def check_rows_of_several_recipes(rank, world_size):
 
 def test_the_current_weights_alone_have_nothing_to_teach(gloo_world):
     with pytest.raises(
-        UserError, match="teacher.teacher_kind = self: no row of data.dataset has a teacher_prompt, without"
+        UserError, match=r"teacher.teacher_kind = self: no row of data.dataset has a teacher_prompt, without"
     ):
         gloo_world(1).run(check_rows_of_several_recipes)

@@ -72,7 +72,7 @@ def test_the_initial_weights_change_places_with_the_students(self_weights, dtype
 def test_the_average_is_kept_in_fp32(self_weights):
     model = student(torch.bfloat16)
     average = [parameter.detach().float().clone() for parameter in parameters(model)]
-    weights = self_weights.AverageWeights(model, decay=0.75, complete=lambda: None)
+    weights = self_weights.AverageWeights(model, decay=0.75, finish_gather=lambda: None)
     for _ in range(3):
         trained = randomize(model)
         weights.after_update()
@@ -83,7 +83,7 @@ def test_the_average_is_kept_in_fp32(self_weights):
         assert equal(model, [value.to(p.dtype) for value, p in zip(average, parameters(model), strict=True)])
     assert equal(model, trained)
     later = student(torch.bfloat16)
-    other = self_weights.AverageWeights(later, decay=0.75, complete=lambda: None)
+    other = self_weights.AverageWeights(later, decay=0.75, finish_gather=lambda: None)
     other.replace(dict(zip(parameters(later), average, strict=True)))
     held = other.by_parameter()
     assert all(torch.equal(held[p], value) for p, value in zip(parameters(later), average, strict=True))

@@ -90,7 +90,7 @@ def test_too_many_bad_steps_in_a_row_end_the_run_with_the_last_good_student(gloo
     assert (tmp_path / "hf-step-000003/model.safetensors").exists()
 
 
-def test_a_run_that_ends_in_bad_steps_says_so_and_fails(gloo_world, tmp_path):
+def test_a_run_that_ends_in_bad_steps_fails(gloo_world, tmp_path):
     model = tiny_checkpoint("qwen3", seed=2, num_hidden_layers=2)
     (((kind, message), _, _, _),) = gloo_world(1).run(train_with_bad_gradients, model, {}, tmp_path, bad_steps=[3])
     assert kind == "RunStopped" and "The last 1 steps had a loss or gradient that is not finite" in message

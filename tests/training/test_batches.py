@@ -1,4 +1,4 @@
-"""When a teacher hears of a step's rows."""
+"""When a teacher that scores ahead gets the rows of a step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_gkd.training.batches import announce_ahead
 ROWS = [RandomRows(count=6)[index] for index in range(6)]
 
 
-class Listening:
+class Recorder:
     def __init__(self, events: list):
         self.events = events
 
@@ -22,20 +22,20 @@ class Listening:
 
 
 def batches():
-    """Of two microbatches; nothing is known of the second, which the student will sample."""
+    """Yield three batches, the second of which the student samples."""
     yield [collate(ROWS[:2], pad_multiple=1, pad_token_id=0), collate(ROWS[2:3], pad_multiple=1, pad_token_id=0)]
     yield None
     yield [collate(ROWS[3:], pad_multiple=1, pad_token_id=0)]
 
 
-def test_a_batch_is_given_out_when_the_teacher_knows_the_next_one():
+def test_a_batch_is_yielded_after_the_teacher_gets_the_next_one():
     events = []
-    for batch in announce_ahead(batches(), Listening(events)):
+    for batch in announce_ahead(batches(), Recorder(events)):
         events.append("sampled" if batch is None else sum(one.num_rows for one in batch))
     assert events == [[0, 1, 2], [], 3, [3, 4, 5], "sampled", 3]
 
 
-def test_other_teachers_hear_nothing_and_batches_are_read_as_they_are_needed():
+def test_without_scoring_ahead_batches_are_read_when_needed():
     drawn = []
     source = (drawn.append(batch) or batch for batch in batches())
     ahead = announce_ahead(source, SimpleNamespace())
@@ -43,8 +43,8 @@ def test_other_teachers_hear_nothing_and_batches_are_read_as_they_are_needed():
     assert list(announce_ahead([None], None)) == [None]
 
 
-def test_each_of_several_teachers_hears_of_its_own_rows():
+def test_each_of_several_teachers_gets_its_own_rows():
     a, b = [], []
-    teachers = {("a", "x"): Listening(a), ("b",): Listening(b), ("c",): SimpleNamespace()}
+    teachers = {("a", "x"): Recorder(a), ("b",): Recorder(b), ("c",): SimpleNamespace()}
     SeveralTeachers(teachers, mesh=None).begin(iter(ROWS))  # of the tags a and b in turn
     assert (a, b) == ([[0, 2, 4]], [[1, 3, 5]])

@@ -26,7 +26,7 @@ TOTALS = {
 }
 
 
-def test_sound_totals_pass():
+def test_valid_totals_pass():
     Guards(99, has_teacher=True).check(3, TOTALS, [])
     Guards(99, has_teacher=True).check(3, TOTALS | {"teacher_entropy": 45.95, "forward_kl": -1e-4}, [])  # 10 ln 99
     Guards(99, has_teacher=True).check(3, dict.fromkeys(TOTALS, 0.0), [])
@@ -78,7 +78,7 @@ def train_by_itself(rank, world_size, model, step, broken, prompted_rank):
 
 
 def test_a_teacher_that_is_the_student_must_agree_with_it_at_first(gloo_world):
-    """Later it has learnt, and where the teacher has a prompt of its own, on whatever rank, it judges otherwise."""
+    """In later steps the student has changed, and with a prompt of its own, on any rank, the teacher differs."""
     model = tiny_checkpoint("qwen3", seed=2)
 
     def run(step=1, broken=True, prompted_rank=None):
@@ -94,7 +94,7 @@ def test_a_teacher_that_is_the_student_must_agree_with_it_at_first(gloo_world):
         assert all(len(records) == 1 and records[0]["divergence"] > 1e-3 for records in ranks)
 
 
-def test_which_teachers_begin_as_the_student(tmp_path):
+def test_teachers_that_start_as_the_student(tmp_path):
     import megatron_gkd.runtime.preload  # noqa: F401  isort: skip
     from megatron_gkd.models.checkpoint import Checkpoint
     from megatron_gkd.training.build_teacher import begins_as_student

@@ -90,7 +90,7 @@ def test_a_mixture_of_experts_teaches_a_dense_model(layout, gloo_world, one_proc
     assert_equal_runs(found, one_process("mixture teaches", 0.5))
 
 
-def test_a_reduction_that_is_left_out_is_noticed(gloo_world, one_process):
+def test_a_missing_reduction_is_detected(gloo_world, one_process):
     """The test of the tests above."""
     _, changes = DENSE["TP2+SP"]
     found = gloo_world(2).run(train_steps, *models("dense"), with_beta(changes, 0.5), break_gradient=True)[0]

@@ -126,7 +126,7 @@ def test_bf16_stays_as_close_as_rounding_allows(layout, lora_dtype, gloo_world):
     assert_equal_runs(runs[1][:1], runs[0][:1], tolerance)
 
 
-def test_a_reduction_that_is_left_out_is_noticed(gloo_world, one_process):
+def test_a_missing_reduction_is_detected(gloo_world, one_process):
     """The test of the tests above."""
     found = run(gloo_world, DENSE["TP2+SP"], "tied", break_model=leave_out_sequence_parallel_flags)
     expected = one_process("tied")
@@ -142,7 +142,7 @@ MARKS = {
 
 
 @pytest.mark.parametrize("layout", MARKS)
-def test_a_shard_mark_that_is_left_out_is_noticed_in_the_norm(layout, gloo_world, one_process):
+def test_a_missing_shard_mark_changes_the_norm(layout, gloo_world, one_process):
     kind, mark = MARKS[layout]
     found, expected = run(gloo_world, (DENSE | MIXTURE)[layout], kind, left_out=mark), one_process(kind)
     assert found[0]["grad_norm"] != pytest.approx(expected[0]["grad_norm"], rel=1e-3)

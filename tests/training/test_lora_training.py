@@ -19,7 +19,7 @@ def bytes_held(rank, world_size, model, changes):
     from megatron_gkd.runtime.mesh import destroy_mesh
     from megatron_gkd.training.checkpointing.workarounds import adam_states
 
-    _, student, teacher, batches = build_with_random_b(model, None, changes | {"teacher": {"teacher_kind": "none"}})
+    _, student, _teacher, batches = build_with_random_b(model, None, changes | {"teacher": {"teacher_kind": "none"}})
     before = {name: tensor.clone() for name, tensor in student.model.base_tensors()}
     for microbatches in batches:
         student.compute_gradients(microbatches, [None] * len(microbatches))
@@ -163,7 +163,7 @@ def answering_model(rank, world_size, model, folder, changes):
     return expected, found
 
 
-def test_generate_answers_with_the_adapters_that_the_recipe_begins_with(gloo_world, tmp_path):
+def test_generate_uses_the_adapters_that_the_recipe_starts_with(gloo_world, tmp_path):
     path = models("tied")[0]
     for expected, found in gloo_world(2).run(answering_model, path, tmp_path / "a", with_lora({"parallel": TP2})):
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())

@@ -10,7 +10,7 @@ from megatron_gkd.ops.topk import TopK
 LABELS, V, H = 7, 23, 8
 
 
-def judge_all(rank, world_size, beta, tail):
+def compute_all(rank, world_size, beta, tail):
     """Total, per-token divergences, what counts, and the gradients, for each of several signals on the same labels."""
     from megatron_gkd.models.sharded_rows import ShardedRows
     from megatron_gkd.runtime.mesh import Layout, destroy_mesh, initialize_mesh
@@ -57,7 +57,7 @@ def _rows(topk: TopK, rows: torch.Tensor) -> TopK:
 
 @pytest.mark.parametrize(("beta", "tail"), [(0.0, "renormalize"), (0.5, "bucket"), (1.0, "renormalize")])
 def test_signals_of_the_same_teacher_give_equal_losses(beta, tail, gloo_world):
-    found = gloo_world(1).run(judge_all, beta, tail)[0]
+    found = gloo_world(1).run(compute_all, beta, tail)[0]
     for name in ("top-k of all", "parts"):
         for a, b in zip(found[name], found["hidden"], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
@@ -65,8 +65,8 @@ def test_signals_of_the_same_teacher_give_equal_losses(beta, tail, gloo_world):
 
 
 @pytest.mark.parametrize("tail", ["renormalize", "bucket"])
-def test_labels_of_which_a_teacher_says_nothing_do_not_count(tail, gloo_world):
-    found = gloo_world(1).run(judge_all, 0.5, tail)[0]
+def test_labels_without_a_teacher_distribution_do_not_count(tail, gloo_world):
+    found = gloo_world(1).run(compute_all, 0.5, tail)[0]
     total, divergence, valid_mask, hidden_gradient, head_gradient = found["silent"]
     expected = found["beside the silent"]
     assert valid_mask.tolist() == [1, 0, 1, 1, 0, 1, 1]

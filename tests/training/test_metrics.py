@@ -1,4 +1,4 @@
-"""What a run says about its samples."""
+"""What a run reports about its samples."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from megatron_gkd.training.metrics import MismatchWarning, describe_rollouts
 from megatron_gkd.training.rollout_report import RolloutReport
 
 
-def test_a_mismatch_is_told_once_in_a_while():
+def test_a_mismatch_warns_at_growing_intervals():
     warning = MismatchWarning(0.1)
     assert [warning.of_step(step, value) for step, value in enumerate((None, 0.0, 0.1, -0.1), start=1)] == [None] * 4
-    told = [step for step in range(5, 25) if warning.of_step(step, -0.2 if step % 2 else 0.2)]
-    assert told == [5, 6, 8, 12, 20]
+    warned = [step for step in range(5, 25) if warning.of_step(step, -0.2 if step % 2 else 0.2)]
+    assert warned == [5, 6, 8, 12, 20]
     text = MismatchWarning(0.1).of_step(9, 0.25)
     assert "step 9: mismatch_kl = 0.25" in text and "rollout.mismatch_kl_threshold = 0.1" in text
 
 
-def test_without_a_threshold_nothing_is_told():
+def test_without_a_threshold_there_is_no_warning():
     assert MismatchWarning(None).of_step(1, 5.0) is None
 
 
@@ -31,7 +31,7 @@ def report(staleness: float) -> RolloutReport:
 @pytest.mark.parametrize(
     ("staleness", "mismatch", "stale"), [(0.0, 0.5, None), (1.0, None, 0.5)], ids=["of these weights", "of older ones"]
 )
-def test_what_older_weights_make_is_no_mismatch(staleness, mismatch, stale):
+def test_samples_of_older_weights_have_staleness_kl(staleness, mismatch, stale):
     totals = {"tokens": 10.0, "dataset_tokens": 0.0, "dropped_tokens": 0.0, "student_cross_entropy": 25.0}
     record = describe_rollouts(report(staleness), totals, 0.0)
     assert (record["mismatch_kl"], record["staleness_kl"]) == (mismatch, stale)

@@ -282,7 +282,7 @@ def test_a_prompt_that_leaves_no_room_is_an_error(monkeypatch):
 def test_a_dataset_row_without_a_response_is_an_error(monkeypatch):
     rows = RandomRows(count=8)
     rows.num_labels = np.zeros(8, dtype=np.int64)
-    with pytest.raises(UserError, match="the dataset has no response, and in this step the student does not respond to it"):
+    with pytest.raises(UserError, match="dataset has no response, and in this step the student does not respond to it"):
         build_rollouts(monkeypatch, rows, schedule=(0.5, "row")).microbatches(1)
 
 

@@ -1,4 +1,4 @@
-"""Whatever ends a run after its first step: the student is saved, if all ranks get there."""
+"""The student is saved when an error ends a run after its first step, if all ranks have failed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ERRORS = {
 
 
 def train_until_an_error(rank, world_size, model, directory, kind, failing_step):
-    """Returns what each rank is told, and the weights that it had then."""
+    """Return each rank's error, and its weights at that time."""
     from megatron_gkd.runtime.mesh import destroy_mesh
 
     _, student, teacher, batches = build(model, model, {"parallel": {"pipeline_model_parallel_size": world_size}})
@@ -40,14 +40,14 @@ def train_until_an_error(rank, world_size, model, directory, kind, failing_step)
     try:
         trainer.run()
     except Exception as error:
-        told = (type(error).__name__, str(error), "".join(getattr(error, "__notes__", [])))
+        failure = (type(error).__name__, str(error), "".join(getattr(error, "__notes__", [])))
     weights = weights_of(student)
     destroy_mesh()
-    return told, weights
+    return failure, weights
 
 
 @pytest.mark.parametrize("kind", ERRORS)
-def test_any_error_in_all_ranks_saves_what_was_learnt(kind, gloo_world, tmp_path):
+def test_an_error_in_all_ranks_saves_the_student(kind, gloo_world, tmp_path):
     model = tiny_checkpoint("qwen3", seed=2, num_hidden_layers=2)
     results = gloo_world(2).run(train_until_an_error, model, tmp_path, kind, 3)
     export = tmp_path / "hf-step-000002"
@@ -78,12 +78,12 @@ def end_alone(rank, world_size, seconds):
     return None
 
 
-def test_a_rank_that_fails_alone_does_not_wait_for_ever(gloo_world):
+def test_a_rank_that_fails_alone_has_a_time_limit(gloo_world):
     _, (failures, waited) = gloo_world(2).run(end_alone, 1.0)
     assert failures is None and 0.9 < waited < 2.5
 
 
-def test_the_user_is_told_that_a_rank_failed_alone(tmp_path):
+def test_the_message_names_a_rank_that_failed_alone(tmp_path):
     from megatron_gkd.training.rescue import Rescue, RunState, stop
 
     class Alone:
@@ -115,5 +115,5 @@ def test_a_checkpoint_that_can_not_be_saved_leaves_the_export(tmp_path):
         raise UserError("the samples of the next step have failed, too")
 
     rescue = Rescue(fail, lambda: ExportFolders(tmp_path / "hf"))
-    with pytest.raises(RunStopped, match="step 7 is in .*/hf. A run with --model"):
+    with pytest.raises(RunStopped, match=r"step 7 is in .*/hf\. A run with --model"):
         stop(UserError("broken"), All(), RunState(9, step=7, updates=7), rescue)

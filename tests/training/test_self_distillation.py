@@ -61,7 +61,7 @@ def test_one_process_equals_transformers(kind, one_process):
     assert_equals_oracle(one_process(kind, STUDENT())[0], *oracle(STUDENT(), STUDENT(), 0.5, 0.9, 0.3, rows=ROWS))
 
 
-def test_later_steps_tell_the_kinds_apart(one_process):
+def test_the_kinds_differ_after_the_first_step(one_process):
     losses = {kind: one_process(kind, STUDENT())[2]["totals"]["divergence"] for kind in KINDS}
     assert losses["dynamic"] < 0.99 * losses["ema"] and losses["ema"] < 0.99 * losses["fixed"], losses
 
@@ -76,7 +76,7 @@ def test_fixed_equals_a_local_teacher_of_the_same_checkpoint(layout, gloo_world,
 
 
 @pytest.mark.parametrize("layout", ["TP2+SP", "PP2xVPP2", "CP2"])
-def test_without_privileged_information_there_is_nothing_to_learn(layout, gloo_world):
+def test_without_privileged_information_the_divergence_is_zero(layout, gloo_world):
     world_size, changes = DENSE[layout]
     changes = changes_of("dynamic", changes, sft_alpha=0.0)
     for record in gloo_world(world_size).run(train_steps, STUDENT(), None, changes)[0]:
@@ -85,7 +85,7 @@ def test_without_privileged_information_there_is_nothing_to_learn(layout, gloo_w
 
 
 @pytest.mark.parametrize(("layout", "kind"), [("TP2+SP", "dynamic"), ("CP2xDP2, packed", "ema")])
-def test_answers_of_the_student_are_judged_alike_under_every_layout(layout, kind, gloo_world):
+def test_sampled_responses_have_equal_scores_under_every_layout(layout, kind, gloo_world):
     world_size, changes = DENSE[layout]
     student = tiny_checkpoint("qwen3_tied", seed=2, num_hidden_layers=2)
 
@@ -115,7 +115,7 @@ def score_between_steps(rank, world_size, student, changes):
     """After every step: the weights inside, and what they should be; whether all else has stayed is asserted here."""
     from megatron_gkd.runtime.mesh import destroy_mesh
 
-    mesh, student, teacher, batches = build(student, None, changes, ROWS)
+    _mesh, student, teacher, batches = build(student, None, changes, ROWS)
     parameters = [parameter for chunk in student.model.chunks for parameter in chunk.parameters()]
     modules = [module for chunk in student.model.chunks for module in chunk.modules()]
     decay = {"dynamic": 0.0, "fixed": 1.0, "ema": 0.6}[next(k for k, v in KINDS.items() if v == changes["teacher"])]
@@ -161,7 +161,7 @@ def average_of(student, teacher):
 def resume_average(rank, world_size, student, changes):
     from megatron_gkd.runtime.mesh import destroy_mesh
 
-    mesh, student, teacher, batches = build(student, None, changes, ROWS)
+    _mesh, student, teacher, batches = build(student, None, changes, ROWS)
     state = average_of(student, teacher)
     microbatches = next(iter(batches))
     with teacher.resident():
@@ -176,7 +176,7 @@ def resume_average(rank, world_size, student, changes):
     return state, moved, back
 
 
-def test_the_average_can_be_saved_and_taken_up_again(gloo_world):
+def test_the_average_is_saved_and_restored(gloo_world):
     state, moved, back = gloo_world(1).run(resume_average, STUDENT(), changes_of("ema"))[0]
     assert all(torch.equal(state[name], back[name]) for name in state)
     assert not any(torch.equal(state[name], moved[name]) for name in state)

@@ -133,7 +133,7 @@ def test_nodes_that_share_nothing_have_the_same_rows(gloo_world, write, tmp_path
 
 
 @pytest.mark.parametrize("leftover", [False, True])
-def test_every_node_downloads_what_it_lacks(gloo_world, tmp_path, leftover):
+def test_every_node_downloads_missing_files(gloo_world, tmp_path, leftover):
     """A leftover of an earlier download that was killed is no model."""
     hub, nodes = tmp_path / "hub", [str(tmp_path / f"node{node}") for node in range(2)]
     shutil.copytree(tiny_checkpoint("qwen3", seed=1), hub / "models/name")
@@ -169,7 +169,7 @@ def limits_of(rank, world_size, rollout):
 
 
 class TestPromptsThatFillTheSequence:
-    LONG = [{"prompt_token_ids": [5] * 62, "response_token_ids": [6, 7]}]
+    LONG = ({"prompt_token_ids": [5] * 62, "response_token_ids": [6, 7]},)
 
     @pytest.fixture
     def count(self, gloo_world, write, tmp_path):

@@ -72,7 +72,7 @@ def test_one_process_equals_transformers(one_process):
 class Tagged:
     """What is looked at of a dataset."""
 
-    rows = ["a", "b", "a"]
+    rows = ("a", "b", "a")
     tags = frozenset(rows)
 
     def first_row_with_tag(self, tag):
@@ -81,5 +81,5 @@ class Tagged:
 
 def test_a_row_that_no_teacher_has_a_tag_for_is_an_error():
     require_teachers(Tagged(), ["a", "b", "c"], "subject")
-    with pytest.raises(UserError, match="row 1 of the dataset: subject = 'b' is no teacher's tag; the tags are a, c"):
+    with pytest.raises(UserError, match="row 1 of the dataset: subject = 'b': no teacher has this tag; the teachers' tags are a, c"):
         require_teachers(Tagged(), ["c", "a"], "subject")

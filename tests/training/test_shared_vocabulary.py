@@ -46,7 +46,7 @@ def open_the_rows(rank, world_size, data, tmp_path):
     from megatron_gkd.errors import GkdError
     from megatron_gkd.training.setup import open_rows
 
-    with opened(data, tmp_path) as (recipe, mesh, found):
+    with opened(data, tmp_path) as (recipe, _mesh, found):
         try:
             open_rows(recipe, found, "train")
         except GkdError as error:
@@ -68,9 +68,9 @@ def test_rows_with_ids_that_the_teacher_lacks_are_refused_by_file_and_line(row, 
     data = tmp_path / "rows.jsonl"
     rows = [{"prompt": "w1", "response": "w2"}, row]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (told,) = gloo_world(1).run(open_the_rows, data, tmp_path)
+    (message,) = gloo_world(1).run(open_the_rows, data, tmp_path)
     expected = f"{data}, line 2: foreign token id: {foreign} is none of the ids that all models of the run have"
-    assert told is None if foreign is None else told.startswith(f"{expected}, which are 0 to {IDS - 1}")
+    assert message is None if foreign is None else message.startswith(f"{expected}, which are 0 to {IDS - 1}")
 
 
 def pad_token_of(rank, world_size, data, tmp_path):

@@ -1,4 +1,4 @@
-"""What a run says of its teachers, its checkpoints and its beginning, from the recipe and what has been opened."""
+"""The report of a run on its teachers, checkpoints and origin, from the recipe and the opened models."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def world(monkeypatch):
         ({"teacher_model_server": ["http://a:1", "http://b:1"]}, "http://a:1, http://b:1: vLLM servers"),
     ],
 )
-def test_a_teacher_and_where_it_is(teacher, text):
+def test_a_teacher_and_its_location(teacher, text):
     is_local = not {"teacher_kind", "teacher_model_server"} & teacher.keys()
     section = {"teacher_model": "teacher" if is_local else None} | teacher
     teachers = {"teacher": tiny_checkpoint("llama")} if is_local else {}
@@ -86,12 +86,12 @@ def test_experts_are_laid_out_where_a_model_has_some():
         ({"init_from": "old"}, 2, "3 (0.5 epochs), starting at step 3, resumed from saved"),
     ],
 )
-def test_where_a_run_begins(train, step, text):
+def test_the_origin_of_a_run(train, step, text):
     point = None if step is None else SimpleNamespace(step=step, path="saved")
     assert report_of({"train": train}, point=point)["steps"] == text
 
 
-def test_the_rest():
+def test_the_remaining_lines():
     changes = {
         "distill": {"lmbda": 0.5, "lmbda_granularity": "row"},
         "train": {"dtype": "bf16", "attention_backend": "flash"},
@@ -115,7 +115,7 @@ def test_the_rest():
         ({}, ", 16 processes"),
     ],
 )
-def test_nodes_are_counted_as_the_launcher_says(environment, text, monkeypatch):
+def test_nodes_are_counted_from_the_environment(environment, text, monkeypatch):
     monkeypatch.setattr(dist, "get_world_size", lambda: 16)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

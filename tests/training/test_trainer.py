@@ -13,7 +13,7 @@ def train_on_an_infinite_teacher(rank, world_size, model, directory):
     from megatron_gkd.errors import RunStopped
     from megatron_gkd.runtime.mesh import destroy_mesh
 
-    mesh, student, teacher, batches = build(model, model, {"parallel": {"pipeline_model_parallel_size": world_size}})
+    _mesh, student, teacher, batches = build(model, model, {"parallel": {"pipeline_model_parallel_size": world_size}})
     if teacher.head_weight is not None:
         teacher.head_weight[5] = float("nan")
     before = {name: tensor.clone() for name, tensor in student.model.named_tensors()}
@@ -34,7 +34,7 @@ def signals_at_each_microbatch(rank, world_size, model, directory):
     """How many signals of the step there still are when the loss of each microbatch is computed, and after the step."""
     from megatron_gkd.runtime.mesh import destroy_mesh
 
-    mesh, student, teacher, batches = build(model, model, {})
+    _mesh, student, teacher, batches = build(model, model, {})
     score, objective = teacher.score, student.objective
     scored, left = [], []
 
@@ -61,8 +61,8 @@ def test_the_signal_of_a_finished_microbatch_takes_no_memory(gloo_world, tmp_pat
     assert count > 1 and left == list(reversed(range(count)))
 
 
-def train_until_the_teacher_is_gone(rank, world_size, model, directory, scorings):
-    """What each rank is told; the student as it was then, from the main rank."""
+def train_until_the_teacher_fails(rank, world_size, model, directory, scorings):
+    """Return each rank's message, and the student's weights at that time."""
     from megatron_gkd.config.schema import OutputSection
     from megatron_gkd.errors import GkdError
     from megatron_gkd.reporting.reporter import open_reporter
@@ -88,13 +88,13 @@ def train_until_the_teacher_is_gone(rank, world_size, model, directory, scorings
     return str(error.value), weights
 
 
-def test_a_teacher_that_is_gone_ends_the_run_on_every_rank_with_what_was_learnt(gloo_world, tmp_path):
+def test_a_teacher_that_fails_ends_the_run_on_every_rank_and_the_student_is_exported(gloo_world, tmp_path):
     model = tiny_checkpoint("qwen3", seed=2)
-    (told, weights), (also_told, _) = gloo_world(2).run(train_until_the_teacher_is_gone, model, tmp_path, 2)
+    (message, weights), (other_message, _) = gloo_world(2).run(train_until_the_teacher_fails, model, tmp_path, 2)
     export = tmp_path / "hf-step-000002"
     assert (
-        told
-        == also_told
+        message
+        == other_message
         == (
             "stopped after step 2 of 3: http://teacher:8000: no answer for 300 s\n"
             f"The student of step 2 is in {export}. A run with --model {export} and another --output_dir starts from "
@@ -108,10 +108,10 @@ def test_a_teacher_that_is_gone_ends_the_run_on_every_rank_with_what_was_learnt(
 
 
 def test_before_the_first_step_there_is_nothing_to_export(gloo_world, tmp_path):
-    (told, _), _ = gloo_world(2).run(
-        train_until_the_teacher_is_gone, tiny_checkpoint("qwen3", seed=2), tmp_path, scorings=0
+    (message, _), _ = gloo_world(2).run(
+        train_until_the_teacher_fails, tiny_checkpoint("qwen3", seed=2), tmp_path, scorings=0
     )
-    assert told.startswith("stopped after step 0 of 3: ") and told.endswith("so nothing is exported")
+    assert message.startswith("stopped after step 0 of 3: ") and message.endswith("so nothing is exported")
     assert not list(tmp_path.glob("hf*"))
 
 

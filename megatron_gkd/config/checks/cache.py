@@ -35,7 +35,7 @@ def caches_suit_on_policy(recipe: Recipe, _: int) -> Iterator[str]:
 @check("teachers", "teacher_cache", needs_files=True)
 def caches_are_readable(recipe: Recipe, _: int) -> Iterator[str]:
     """Find folders that are no caches."""
-    for key, _, manifest in _caches(recipe):
+    for key, _teacher, manifest in _caches(recipe):
         if isinstance(manifest, ValueError):
             yield f"{key}: {manifest}"
 
@@ -60,7 +60,7 @@ def caches_have_enough_tokens(recipe: Recipe, _: int) -> Iterator[str]:
 def caches_are_of_the_temperature(recipe: Recipe, _: int) -> Iterator[str]:
     """Find caches whose tails are of another temperature than the loss."""
     distill = recipe.distill
-    for key, _, manifest in _caches(recipe):
+    for key, _teacher, manifest in _caches(recipe):
         if isinstance(manifest, ValueError) or distill.gkd_topk_tail != "bucket":
             continue
         if manifest.temperature != distill.temperature:

@@ -177,7 +177,7 @@ class MegatronEngine:
             seeds = torch.tensor([sequence.seed for sequence in sequences], device=logits.device)
             positions = torch.tensor([len(sequence.token_ids) for sequence in sequences], device=logits.device)
             vocab_size = sampling.excluded_ids(self.model.checkpoint.vocab_size).start
-            shard = VocabShard.of(logits.shape[1], mesh.tp, vocab_size)
+            shard = VocabShard.from_group(logits.shape[1], mesh.tp, vocab_size)
             drawn[0], drawn[1] = sample(logits, seeds, positions, sampling, shard)
         if mesh.pp.size() > 1:
             dist.broadcast(drawn, src=mesh.last_stage_rank, group=mesh.pp)

@@ -76,7 +76,7 @@ def choose_attention(attn: str, dtype: torch.dtype) -> str:
     means that of torch.
 
     Raises:
-        UserError: Transformer Engine's attention is asked for, and it can't run here.
+        UserError: Transformer Engine's attention is requested, and it can't run here.
     """
     if attn == "auto":
         return "sdpa" if dtype == torch.float32 else "auto"

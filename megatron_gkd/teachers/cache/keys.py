@@ -1,6 +1,6 @@
-"""What a cached row is found by: its tokens, which of them are trained on, and what the teacher read.
+"""Keys of cached rows: hashes of a row's tokens, of the positions that are trained on, and of the teacher's prompt.
 
-So a row has the same key wherever it stands, in whatever batch and layout, and equal rows share one entry.
+A row has the same key in every file, batch and layout, and equal rows share one entry.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ KEY = np.dtype(f"S{KEY_BYTES}")  # compared and sorted in arrays; taken out, an 
 
 
 def row_key(sample: Sample) -> bytes:
-    """Of `KEY_BYTES` bytes: BLAKE2b of the token ids, of which are labels, and of the teacher's own prompt."""
+    """Return the BLAKE2b hash, of `KEY_BYTES` bytes, of a row's token ids, label positions and teacher's prompt."""
     key = hashlib.blake2b(digest_size=KEY_BYTES)
     for ids in (sample.input_ids, sample.teacher_prompt):
         key.update((-1 if ids is None else len(ids)).to_bytes(8, "little", signed=True))
@@ -28,16 +28,16 @@ def row_key(sample: Sample) -> bytes:
     return key.digest()
 
 
-def keys_of(samples: Iterable[Sample]) -> np.ndarray:
-    """`KEY` [n], of `samples` in order."""
+def row_keys(samples: Iterable[Sample]) -> np.ndarray:
+    """Return the keys of `samples` in order: `KEY` [n]."""
     return np.array([row_key(sample) for sample in samples], dtype=KEY)
 
 
 def dataset_keys(dataset: SampleDataset) -> np.ndarray:
-    """`KEY` [rows], of all rows; every rank of the world works out its share. All must call it."""
+    """Return the keys of all rows, `KEY` [rows]; every rank computes a share. All ranks must call it."""
     rank, size = dist.get_rank(), dist.get_world_size()
     parts: list[np.ndarray | None] = [None] * size
-    dist.all_gather_object(parts, keys_of(dataset[row] for row in range(rank, len(dataset), size)))
+    dist.all_gather_object(parts, row_keys(dataset[row] for row in range(rank, len(dataset), size)))
     keys = np.empty(len(dataset), dtype=KEY)
     for first, part in enumerate(parts):
         keys[first::size] = part

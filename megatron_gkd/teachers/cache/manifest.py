@@ -1,4 +1,4 @@
-"""What a teacher cache says of itself. Nothing here imports torch: a recipe is checked before any process starts."""
+"""The manifest of a teacher cache. This module does not import torch: a recipe is checked before any process starts."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 FORMAT = "megatron_gkd teacher cache"
-VERSION = 1  # raise it when shards or keys of rows change
+VERSION = 1  # increase it when shards or keys of rows change
 FILE = "manifest.json"
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What all rows of a cache have in common.
+    """The properties that all rows of a cache share.
 
     Attributes:
         k: tokens that are kept of each distribution.
         temperature: that of the tail, the mass of the other tokens (see `ops.topk.TopK`).
         tokenizer: hash of the student's tokenizer (`data.cache.hash_tokenizer`).
-        teacher: names of the models or servers that judged.
+        teacher: names of the models or servers that scored.
         vocab_size: ids are below it.
     """
 
@@ -32,7 +32,11 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: str | Path) -> Manifest:
-        """Raises ValueError, with what is wrong in one line, for a folder that isn't a cache of this version."""
+        """Read the manifest of a folder.
+
+        Raises:
+            ValueError: the folder is no cache of this version; the message is one line.
+        """
         path = Path(folder) / FILE
         if not path.is_file():
             raise ValueError(f"must be a folder that megatron-gkd score has written; there is no {FILE} in it")
@@ -49,10 +53,10 @@ class Manifest:
             raise ValueError(f"its {FILE} is not that of a teacher cache ({error})") from error
 
     def text(self) -> str:
-        """As it stands in the file."""
+        """Return the content of the file."""
         return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=2) + "\n"
 
     @property
     def identity(self) -> str:
-        """32 hex digits, by which a shard knows its cache."""
+        """32 hex digits that a shard stores of its cache."""
         return hashlib.blake2b(self.text().encode(), digest_size=16).hexdigest()

@@ -21,7 +21,7 @@ from megatron_gkd.teachers.cache.manifest import Manifest
 
 @dataclass(frozen=True)
 class CachedRow:
-    """What the teacher says of the n labels of a row.
+    """The teacher's most likely tokens at the n labels of a row.
 
     Attributes:
         ids: int32 [n, k], the most likely tokens, by falling probability; -1 where there are fewer.
@@ -34,16 +34,24 @@ class CachedRow:
     tail: np.ndarray
 
     def checksum(self) -> int:
+        """Return the CRC-32 of all arrays."""
         value = 0
         for array in (self.ids, self.log_probs, self.tail):
-            value = zlib.crc32(np.ascontiguousarray(array), value)
+            value = zlib.crc32(np.ascontiguousarray(array).data, value)
         return value
 
 
 def write_shard(folder: Path, manifest: Manifest, keys: np.ndarray, rows: Sequence[CachedRow]) -> Path:
-    """Write the `rows` with these `keys` (`KEY` [rows]) as one file, which takes its name when all of it is on disk.
+    """Write a shard as one file, which gets its name when all of it is on disk. The name is a hash of the keys.
 
-    The name follows from the keys.
+    Args:
+        folder: of the cache.
+        manifest: of the cache.
+        keys: `KEY` [rows].
+        rows: with these keys.
+
+    Returns:
+        The file.
     """
     name = f"rows-{hashlib.blake2b(keys.tobytes(), digest_size=8).hexdigest()}.safetensors"
     unfinished = folder / f".{name}.{os.getpid()}"
@@ -61,15 +69,16 @@ def write_shard(folder: Path, manifest: Manifest, keys: np.ndarray, rows: Sequen
 
 
 class Shard:
-    """A file that is open and mapped into memory; rows are read when they are asked for.
+    """An open file that is mapped into memory; rows are read on demand.
 
-    keys: `KEY` [rows].
+    Attributes:
+        keys: `KEY` [rows].
 
     Raises:
         UserError: the file is cut off, damaged, or of another cache.
     """
 
-    def __init__(self, path: Path, manifest: Manifest):
+    def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
         try:
             self._file = safe_open(path, framework="np")
@@ -77,25 +86,31 @@ class Shard:
             if identity is None:
                 raise UserError(f"{path}: is no shard of a teacher cache; move it elsewhere")
             if identity != manifest.identity:
-                raise UserError(f"{path}: is a shard of another teacher cache than manifest.json tells; move it there")
+                raise UserError(
+                    f"{path}: is a shard of another teacher cache than that of manifest.json; move it there"
+                )
             self.keys = np.frombuffer(self._file.get_tensor("keys").tobytes(), dtype=KEY)
             self._ends, self._checksums = self._file.get_tensor("ends"), self._file.get_tensor("checksums")
             shapes = {name: self._file.get_slice(name).get_shape() for name in ("ids", "log_probs", "tail")}
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: is cut off or damaged ({error}); {_AGAIN}") from error
+            raise UserError(f"{path}: is cut off or damaged ({error}); {_REPAIR}") from error
         labels = [int(self._ends[-1]) if len(self._ends) else 0]
         whole = {"ids": [*labels, manifest.k], "log_probs": [*labels, manifest.k], "tail": labels}
         if shapes != whole or not len(self.keys) == len(self._ends) == len(self._checksums):
-            raise UserError(f"{path}: its tensors don't fit together; {_AGAIN}")
+            raise UserError(f"{path}: its tensors don't fit together; {_REPAIR}")
 
     def read(self, row: int) -> CachedRow:
-        """UserError where what is read is not what was written."""
+        """Read a row.
+
+        Raises:
+            UserError: the row is damaged.
+        """
         start = int(self._ends[row - 1]) if row else 0
         span = slice(start, int(self._ends[row]))
-        found = CachedRow(*(self._file.get_slice(name)[span] for name in ("ids", "log_probs", "tail")))
-        if found.checksum() != self._checksums[row]:
-            raise UserError(f"{self.path}: row {row} is damaged (its checksum differs); {_AGAIN}")
-        return found
+        cached = CachedRow(*(self._file.get_slice(name)[span] for name in ("ids", "log_probs", "tail")))
+        if cached.checksum() != self._checksums[row]:
+            raise UserError(f"{self.path}: row {row} is damaged (its checksum differs); {_REPAIR}")
+        return cached
 
 
-_AGAIN = "delete it and run megatron-gkd score again, which makes what is missing"
+_REPAIR = "delete it and run megatron-gkd score again, which scores the missing rows"

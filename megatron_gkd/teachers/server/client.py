@@ -1,4 +1,4 @@
-"""One vLLM server of a teacher: log-probabilities of given tokens over HTTP, always of the same model.
+"""Client of one vLLM server of a teacher: log-probabilities of given tokens over HTTP, always of the same model.
 
 A server that comes back after a lost connection may serve another model under the same name. So the handshake is
 repeated after each, and the log-probabilities of a known prompt are compared with those of the first handshake.
@@ -8,37 +8,47 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import TypeVar
 
 import httpx
 import msgspec
 import numpy as np
 
-from megatron_gkd.errors import UserError
-from megatron_gkd.runtime import servers
-from megatron_gkd.runtime.servers import Server, ServerDown
-from megatron_gkd.teachers.server.response import ANSWER, Question, Scores, mean_difference, read_answer
+from megatron_gkd.errors import ServiceError, UserError
+from megatron_gkd.runtime.background import parallel_map
+from megatron_gkd.runtime.servers import Backoff, Server, ServerDown
+from megatron_gkd.teachers.server.response import (
+    RESPONSE_DECODER,
+    ScoreRequest,
+    Scores,
+    mean_difference,
+    parse_response,
+)
 from megatron_gkd.teachers.server.tokenizer import Probe, require_same_tokens
 
-_KNOWN_PROMPT = 32  # tokens at most
-_SAME_MODEL = 0.1
-"""Nats by which log-probabilities of one model may differ, on average. Kernels that depend on the batch make a tenth of
-it in bf16."""
+_KNOWN_PROMPT_LENGTH = 32  # tokens at most
+_MAX_DIFFERENCE = 0.1
+"""Largest mean difference of the log-probabilities of one model, in nats. Kernels whose results depend on the batch
+cause a tenth of it in bf16."""
+
+T = TypeVar("T")
 
 
-class Patience(servers.Backoff):
+class TeacherBackoff(Backoff):
+    """The pauses between attempts at a teacher's servers."""
+
     key = "teacher.teacher_server_max_downtime_s"
 
 
 @dataclass(frozen=True)
 class TeacherRequirements:
-    """What a server must be able to do.
+    """What a server must provide.
 
     Attributes:
-        k: tokens of each distribution that it gives.
+        k: tokens of each distribution.
         max_length: tokens of the longest sequence.
         probes: texts with their ids and tokens in the student's tokenizer, which the server's must equal.
     """
@@ -47,14 +57,16 @@ class TeacherRequirements:
     max_length: int
     probes: Sequence[Probe]
 
-    def known_prompt(self) -> Question:
-        ids = np.array([i for probe in self.probes for i in probe.ids][: min(_KNOWN_PROMPT, self.max_length)])
-        return Question(ids, np.arange(len(ids) - 1))
+    def known_prompt(self) -> ScoreRequest:
+        """Build the request that identifies a server's model."""
+        length = min(_KNOWN_PROMPT_LENGTH, self.max_length)
+        ids = np.array([i for probe in self.probes for i in probe.ids][:length])
+        return ScoreRequest(ids, np.arange(len(ids) - 1))
 
 
 @dataclass(frozen=True)
-class Identity:
-    """What tells a server's model: its name, and its distributions after each token of the known prompt."""
+class ModelIdentity:
+    """A server's model, identified by its name and its distributions after each token of the known prompt."""
 
     name: str
     scores: Scores
@@ -66,68 +78,76 @@ class _Tokens(msgspec.Struct):
 
 
 class TeacherServer(Server):
-    """`http` may be shared between servers and threads."""
+    """One server of a teacher.
 
-    def __init__(self, url: str, http: httpx.Client, requirements: TeacherRequirements):
+    Args:
+        url: root of the server.
+        http: may be shared between servers and threads.
+        requirements: what the server must provide.
+
+    Attributes:
+        identity: of the first handshake, in this rank or in another; scoring needs it.
+        down_since: time of the newest failure (`time.monotonic`), if the server has not responded since.
+    """
+
+    def __init__(self, url: str, http: httpx.Client, requirements: TeacherRequirements) -> None:
         super().__init__(url, http)
         self.requirements, self.k = requirements, requirements.k
-        self.identity: Identity | None = None
-        """Of the first handshake, in this rank or in another; scoring needs it."""
+        self.identity: ModelIdentity | None = None
         self.down_since: float | None = None
-        """When it failed last (`time.monotonic`), if it has not answered since."""
         self._known_prompt = requirements.known_prompt()
         self._name: str | None = None
         self._losses = self._losses_checked = 0  # lost connections; those that a handshake has followed
         self._lock = threading.Lock()  # held during a handshake
 
-    def hello(self, patience: float) -> Identity:
-        """Wait until the server answers, for `patience` seconds, and make the first handshake.
+    def handshake(self, max_downtime: float) -> ModelIdentity:
+        """Make the first handshake, which is retried for `max_downtime` seconds.
 
         Raises:
-            UserError: it does not answer, or it can't score for this student: sequences shorter than `max_length`,
-                another tokenizer (see `server_tokenizer`), fewer log-probabilities than `k`, or of another kind.
+            ServiceError: the server does not respond, or what responds is no vLLM server.
+            UserError: it cannot score for this student: sequences shorter than `max_length`, another tokenizer (see
+                `server_tokenizer`), or fewer log-probabilities than `k`.
         """
-        bearing = Patience(patience)
-        while True:
-            try:
-                self.identity = self._handshake()
-                return self.identity
-            except ServerDown as error:
-                bearing.wait(error)
+        self.identity = _retry(self._handshake, max_downtime)
+        return self.identity
 
-    def score(self, question: Question) -> Scores:
-        """Return what the server says of one question, after a new handshake where the connection was lost.
+    def score(self, request: ScoreRequest) -> Scores:
+        """Return the log-probabilities of one request, after a new handshake where the connection was lost.
 
         Raises:
-            ServerDown: it may work later, or at another server.
-            UserError: the server refuses it, what it says makes no sense, or it serves another model than it did.
+            ServerDown: the request may succeed later, or at another server.
+            UserError: the server refuses the request.
+            ServiceError: the response is invalid, or the server serves another model than at first.
         """
         self._ensure_same_model()
         try:
-            scores = self._score(question)
+            scores = self._score(request)
         except ServerDown:
             self.down_since = time.monotonic()
             self._losses += 1
             raise
-        self._ensure_same_model()  # another thread's connection may have been lost before this answer was sent
+        self._ensure_same_model()  # another thread's connection may have been lost before this response was sent
         self.down_since = None
         return scores
 
     def check(self) -> None:
-        """Score the known prompt again. UserError if it is another model's; a server that is down is not checked."""
+        """Score the known prompt again; a server that is down is not checked.
+
+        Raises:
+            ServiceError: the server serves another model than at first.
+        """
         with suppress(ServerDown):
             self._require_same_model(self.score(self._known_prompt))
 
-    def verify(self, patience: float) -> None:
-        """As `check`, but a server that is down is waited for, for `patience` seconds."""
-        bearing = Patience(patience)
-        while True:
-            try:
-                return self._require_same_model(self.score(self._known_prompt))
-            except ServerDown as error:
-                bearing.wait(error)
+    def verify(self, max_downtime: float) -> None:
+        """Score the known prompt again, which is retried for `max_downtime` seconds.
 
-    def _handshake(self) -> Identity:
+        Raises:
+            ServiceError: the server does not respond, or it serves another model than at first.
+        """
+        _retry(lambda: self._require_same_model(self.score(self._known_prompt)), max_downtime)
+
+    def _handshake(self) -> ModelIdentity:
         model = self.served_model()
         self._name, needed = model.name, self.requirements.max_length
         if model.max_model_len <= needed:  # a request has to sample a token, too
@@ -138,13 +158,14 @@ class TeacherServer(Server):
         self.require_running()
         for probe in self.requirements.probes:
             self._compare(probe)
-        return Identity(model.name, self._score(self._known_prompt))
+        return ModelIdentity(model.name, self._score(self._known_prompt))
 
     def _compare(self, probe: Probe) -> None:
         body = {"model": self._name, "prompt": probe.text, "add_special_tokens": False, "return_token_strs": True}
-        answer = self.request("POST", "/tokenize", _Tokens, hint="check that a vLLM server listens there", json=body)
+        hint = "check that a vLLM server listens there"
+        response = self.request("POST", "/tokenize", _Tokens, hint=hint, json=body)
         try:
-            require_same_tokens(probe, answer.tokens, answer.token_strs)
+            require_same_tokens(probe, response.tokens, response.token_strs)
         except UserError as error:
             raise UserError(f"{self.url}: {error}") from error
 
@@ -165,44 +186,64 @@ class TeacherServer(Server):
             self._lock.release()
 
     def _require_same_model(self, scores: Scores) -> None:
-        difference = mean_difference(self.identity.scores, scores)
-        if difference > _SAME_MODEL:
-            raise UserError(
+        identity = self._known_identity()
+        difference = mean_difference(identity.scores, scores)
+        if difference > _MAX_DIFFERENCE:
+            raise ServiceError(
                 f"{self.url}: serves another model than at the start of the run (as {self._name}): its "
                 f"log-probabilities of the same prompt differ by {difference:.3g} nats on average, allowed are "
-                f"{_SAME_MODEL:g}; start it with the model that it served ({self.identity.name})"
+                f"{_MAX_DIFFERENCE:g}; start it with the model that it served ({identity.name})"
             )
 
-    def _score(self, question: Question) -> Scores:
+    def _known_identity(self) -> ModelIdentity:
+        if self.identity is None:
+            raise ValueError(f"{self.url}: has no identity; make a handshake before scoring")
+        return self.identity
+
+    def _score(self, request: ScoreRequest) -> Scores:
         path = "/v1/completions"
         body = {
-            "model": self._name or self.identity.name,
-            "prompt": question.token_ids.tolist(),
+            "model": self._name or self._known_identity().name,
+            "prompt": request.token_ids.tolist(),
             "prompt_logprobs": self.k,
             "max_tokens": 1,  # 0 is refused
-            "temperature": 0.0,  # of the token that is sampled; log-probabilities are always those at 1
+            "temperature": 0.0,  # of the sampled token; log-probabilities are always those at 1
             "return_token_ids": True,
         }
         try:
-            answer = self.request("POST", path, ANSWER, json=body)
+            response = self.request("POST", path, RESPONSE_DECODER, json=body)
         except UserError as error:
-            too_many = f"; for {self.k} tokens (distill.gkd_logits_topk) start it with --max-logprobs {self.k}"
-            raise UserError(f"{error}{too_many if 'max allowed' in str(error) else ''}") from error
+            hint = f"; for {self.k} tokens (distill.gkd_logits_topk) start it with --max-logprobs {self.k}"
+            raise UserError(f"{error}{hint if 'max allowed' in str(error) else ''}") from error
         try:
-            return read_answer(answer, question, self.k)
-        except UserError as error:
-            raise UserError(f"{self.url}{path}: {error}") from error
+            return parse_response(response, request, self.k)
+        except ServiceError as error:
+            raise ServiceError(f"{self.url}{path}: {error}") from error
 
 
-def handshake_all(teachers: Sequence[TeacherServer], patience: float) -> list[Identity]:
-    """Make the first handshake with all servers at the same time. UserError if one fails, or their models differ."""
-    with ThreadPoolExecutor(len(teachers)) as pool:
-        identities = list(pool.map(lambda server: server.hello(patience), teachers))
-    for server, identity in zip(teachers[1:], identities[1:], strict=True):
+def _retry(attempt: Callable[[], T], max_downtime: float) -> T:
+    """Return the result of `attempt`, which is retried while it raises ServerDown, for `max_downtime` seconds."""
+    backoff = TeacherBackoff(max_downtime)
+    while True:
+        try:
+            return attempt()
+        except ServerDown as error:
+            backoff.wait(error)
+
+
+def handshake_all(servers: Sequence[TeacherServer], max_downtime: float) -> list[ModelIdentity]:
+    """Make the first handshake with all servers at the same time.
+
+    Raises:
+        GkdError: a handshake fails; see ``TeacherServer.handshake``.
+        UserError: the servers serve different models.
+    """
+    identities = parallel_map(lambda server: server.handshake(max_downtime), servers)
+    for server, identity in zip(servers[1:], identities[1:], strict=True):
         difference = mean_difference(identity.scores, identities[0].scores)
-        if difference > _SAME_MODEL:
+        if difference > _MAX_DIFFERENCE:
             raise UserError(
-                f"{server.url} and {teachers[0].url}: serve different models; their log-probabilities of one prompt "
-                f"differ by {difference:.3g} nats on average, allowed are {_SAME_MODEL:g}"
+                f"{server.url} and {servers[0].url}: serve different models; their log-probabilities of one prompt "
+                f"differ by {difference:.3g} nats on average, allowed are {_MAX_DIFFERENCE:g}"
             )
     return identities

@@ -1,1 +1,1 @@
-"""Training checkpoints: everything that a run needs to go on bit by bit."""
+"""Training checkpoints: all that a run needs to be resumed bit for bit."""

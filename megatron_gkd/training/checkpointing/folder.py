@@ -1,4 +1,4 @@
-"""The folder of a run's training checkpoints: which are whole, whether their files are intact, and which are kept.
+"""The folder of a run's training checkpoints: which are complete, whether their files are intact, and which are kept.
 
 Needs neither torch nor Megatron. A checkpoint is written as ``step-000012.unfinished`` and renamed to ``step-000012``
 when all its files and their manifest are on disk: what has no manifest under its final name is no checkpoint.

@@ -29,11 +29,11 @@ def zeros(count: int) -> torch.Tensor:
 
 
 def sample_whole(logits, seeds, positions, sampling):
-    return sample(logits, seeds, positions, sampling, VocabShard.of(logits.shape[1]))
+    return sample(logits, seeds, positions, sampling, VocabShard.from_group(logits.shape[1]))
 
 
 def apply_filters(scores, top_k, top_p):
-    shard = VocabShard.of(scores.shape[1])
+    shard = VocabShard.from_group(scores.shape[1])
     scores = apply_top_k(scores, top_k, shard) if top_k else scores
     return apply_top_p(scores, top_p, shard) if top_p < 1 else scores
 
@@ -90,7 +90,7 @@ def draw_with_shards(rank, world_size):
     columns = logits[:, rank * width : (rank + 1) * width]
     seeds, positions = torch.arange(ROWS), torch.arange(ROWS) % 7
     return [
-        sample(columns, seeds, positions, sampling, VocabShard.of(width, dist.group.WORLD, vocab_size))
+        sample(columns, seeds, positions, sampling, VocabShard.from_group(width, dist.group.WORLD, vocab_size))
         for vocab_size in VOCAB_SIZES
         for sampling in SETTINGS
     ]
@@ -133,7 +133,7 @@ class LargestTensor(TorchDispatchMode):
 def measure_largest_tensor(rank, world_size, rows, width, sampling):
     columns = random_logits(rows, width, seed=rank)
     with LargestTensor() as largest:
-        sample(columns, torch.arange(rows), zeros(rows), sampling, VocabShard.of(width, dist.group.WORLD))
+        sample(columns, torch.arange(rows), zeros(rows), sampling, VocabShard.from_group(width, dist.group.WORLD))
     return largest.elements
 
 

@@ -23,11 +23,11 @@ from teachers.contract import (
 
 from megatron_gkd.data.sample import IGNORED_LABEL
 from megatron_gkd.errors import UserError
-from megatron_gkd.teachers.cache.keys import keys_of, row_key
+from megatron_gkd.teachers.cache.keys import row_key, row_keys
 from megatron_gkd.teachers.cache.manifest import FILE, Manifest
 from megatron_gkd.teachers.cache.shards import CachedRow, write_shard
-from megatron_gkd.teachers.cache.teacher import MISSING, TeacherCache
-from megatron_gkd.teachers.cache.writer import plan_shards, refuse_unlike_twins
+from megatron_gkd.teachers.cache.teacher import NOT_FOUND, TeacherCache
+from megatron_gkd.teachers.cache.writer import plan_shards, require_consistent_tags
 
 ROWS = [sample(length, slice(2, None), seed=length) for length in range(4, 14)]
 MANIFEST = Manifest(k=5, temperature=0.9, tokenizer="t", teacher="big", vocab_size=200_000)
@@ -46,7 +46,7 @@ def cache_of(folder: Path, *shards, manifest=MANIFEST) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / FILE).write_text(manifest.text())
     for rows in shards:
-        write_shard(folder, manifest, keys_of(rows), [entry(row, manifest) for row in rows])
+        write_shard(folder, manifest, row_keys(rows), [entry(row, manifest) for row in rows])
     return folder
 
 
@@ -71,8 +71,8 @@ class TestKeys:
 class TestFiles:
     def test_every_row_is_read_as_it_was_written_whatever_shard_has_it(self, tmp_path):
         cache = TeacherCache(cache_of(tmp_path, ROWS[:4], ROWS[4:9]))
-        places = cache.find(keys_of(ROWS[::-1]))
-        assert (places == MISSING).tolist() == [True] + [False] * 9 and len(cache) == 9
+        places = cache.find(row_keys(ROWS[::-1]))
+        assert (places == NOT_FOUND).tolist() == [True] + [False] * 9 and len(cache) == 9
         for row, place in zip(ROWS[8::-1], places[1:], strict=True):
             found, expected = cache.read(place), entry(row)
             assert (found.ids == expected.ids).all() and (found.log_probs == expected.log_probs).all()
@@ -92,7 +92,7 @@ class TestFiles:
         content[at + 3] ^= 1
         shard.write_bytes(content)
         cache = TeacherCache(tmp_path)
-        places = cache.find(keys_of(ROWS))
+        places = cache.find(row_keys(ROWS))
         cache.read(places[3])
         with pytest.raises(UserError, match=f"{shard.name}: row 4 is damaged"):
             cache.read(places[4])
@@ -119,7 +119,7 @@ class TestFiles:
             (MANIFEST.text().replace('"k"', '"kk"'), "is not that of a teacher cache"),
         ],
     )
-    def test_a_manifest_that_is_none(self, tmp_path, text, problem):
+    def test_an_invalid_manifest(self, tmp_path, text, problem):
         if text is not None:
             (tmp_path / FILE).write_text(text)
         with pytest.raises(UserError, match=problem):
@@ -129,7 +129,7 @@ class TestFiles:
 class TestPlan:
     def shards(self, folder, rows, **options):
         labels = np.array([row.num_labels for row in rows])
-        plan = plan_shards(keys_of(rows), labels, TeacherCache(folder), **{"shard_rows": 4, "k": 5} | options)
+        plan = plan_shards(row_keys(rows), labels, TeacherCache(folder), **{"shard_rows": 4, "k": 5} | options)
         return [shard.tolist() for shard in plan]
 
     def test_equal_rows_count_once_and_rows_without_labels_not_at_all(self, tmp_path):
@@ -146,10 +146,10 @@ class TestPlan:
         assert self.shards(cache_of(tmp_path), ROWS)[:2] == [[0, 1, 2], [3]]
 
     def test_equal_rows_with_unlike_tags_are_refused(self):
-        keys = keys_of([ROWS[0], ROWS[1], ROWS[0]])
-        refuse_unlike_twins(keys, ["a", "b", "a"])
+        keys = row_keys([ROWS[0], ROWS[1], ROWS[0]])
+        require_consistent_tags(keys, ["a", "b", "a"])
         with pytest.raises(UserError, match="rows 2 and 0 are the same, but their tags"):
-            refuse_unlike_twins(keys, ["a", "b", "b"])
+            require_consistent_tags(keys, ["a", "b", "b"])
 
 
 # ---- the contract, of a cache that transformers has filled
@@ -168,7 +168,7 @@ def fill(folder: Path) -> Path:
         rest = log_probs.scatter(1, best.indices, -torch.inf)
         tail = (rest / TEMPERATURE).logsumexp(-1)
         entries.append(CachedRow(best.indices.int().numpy(), best.values.float().numpy(), tail.float().numpy()))
-    write_shard(folder, manifest, keys_of(rows.values()), entries)
+    write_shard(folder, manifest, row_keys(rows.values()), entries)
     return folder
 
 

@@ -16,7 +16,7 @@ from teachers.fake_server import FakeServer
 from megatron_gkd.errors import ServiceError, UserError
 from megatron_gkd.runtime.servers import ServerDown, open_client
 from megatron_gkd.teachers.server.client import TeacherRequirements, TeacherServer, handshake_all
-from megatron_gkd.teachers.server.response import Question
+from megatron_gkd.teachers.server.response import ScoreRequest
 from megatron_gkd.teachers.server.tokenizer import tokenizer_probes
 
 PROBES = tokenizer_probes(tiny_tokenizer())
@@ -34,7 +34,7 @@ def client_of(fake: FakeServer, k: int = 4, timeout: float = 10.0, max_length: i
 
 def test_hello_finds_the_model_and_a_known_prompt(fake):
     server = client_of(fake)
-    identity = server.hello(patience=5.0)
+    identity = server.handshake(max_downtime=5.0)
     assert identity.name == "teacher"
     ids = [i for probe in PROBES for i in probe.ids][:32]
     expected = transformers_log_probs(CHECKPOINT(), ids, range(31)).topk(4).values
@@ -68,14 +68,14 @@ def swapped():
 def test_another_tokenizer_is_refused(other, message, fake):
     fake.tokenizer = other
     with pytest.raises(UserError, match=f"{fake.url}: its tokenizer is {message}"):
-        client_of(fake).hello(patience=5.0)
+        client_of(fake).handshake(max_downtime=5.0)
 
 
 def test_the_same_ids_of_other_tokens_are_refused(fake):
     names = fake.tokenizer.convert_ids_to_tokens
     fake.tokenizer.convert_ids_to_tokens = lambda ids: ["W9" if name == "w9" else name for name in names(ids)]
     with pytest.raises(UserError, match="the id 13 is 'W9' there and 'w9' here"):
-        client_of(fake).hello(patience=5.0)
+        client_of(fake).handshake(max_downtime=5.0)
 
 
 def test_more_log_probabilities_than_it_gives_are_refused(fake):
@@ -84,13 +84,13 @@ def test_more_log_probabilities_than_it_gives_are_refused(fake):
         "logprobs 65"
     )
     with pytest.raises(UserError, match=message):
-        client_of(fake, k=65).hello(patience=5.0)
+        client_of(fake, k=65).handshake(max_downtime=5.0)
 
 
 def test_shorter_sequences_than_the_longest_are_refused(fake):
     fake.max_model_len = 256
     with pytest.raises(UserError, match=r"up to 256 tokens.* data.max_length = 256: start it with --max-model-len 257"):
-        client_of(fake).hello(patience=5.0)
+        client_of(fake).handshake(max_downtime=5.0)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_shorter_sequences_than_the_longest_are_refused(fake):
 def test_something_else_than_vllm_is_refused(answer, message, fake):
     fake.answer = lambda path, body: answer
     with pytest.raises(UserError, match=f"{fake.url}/v1/models: {message}"):
-        client_of(fake).hello(patience=5.0)
+        client_of(fake).handshake(max_downtime=5.0)
 
 
 def test_a_server_that_is_not_there_is_a_clear_error(fake):
@@ -113,19 +113,19 @@ def test_a_server_that_is_not_there_is_a_clear_error(fake):
     with pytest.raises(
         ServiceError, match=rf"{fake.url}/v1/models: ConnectError.* 0.2 s \(teacher.teacher_server_max_downtime_s"
     ):
-        client_of(fake).hello(patience=0.2)
+        client_of(fake).handshake(max_downtime=0.2)
 
 
 def test_a_server_that_is_still_starting_is_waited_for(fake):
     fake.stop()
     threading.Timer(0.5, fake.start).start()
-    client_of(fake).hello(patience=20.0)
+    client_of(fake).handshake(max_downtime=20.0)
 
 
 def test_a_slow_answer_is_given_up_and_may_come_the_next_time(fake):
     server = client_of(fake, timeout=0.3)
-    server.hello(patience=5.0)
-    question = Question(np.array([5, 6, 7]), np.array([0, 1]))
+    server.handshake(max_downtime=5.0)
+    question = ScoreRequest(np.array([5, 6, 7]), np.array([0, 1]))
     fake.delays = [1.5]
     with pytest.raises(ServerDown, match="ReadTimeout"):
         server.score(question)
@@ -135,40 +135,40 @@ def test_a_slow_answer_is_given_up_and_may_come_the_next_time(fake):
 
 def test_a_request_that_is_refused_is_an_error_at_once(fake):
     server = client_of(fake)
-    server.hello(patience=5.0)
-    with pytest.raises(UserError, match="400: .*maximum context length is 257"):
-        server.score(Question(np.full(257, 5), np.array([0])))
+    server.handshake(max_downtime=5.0)
+    with pytest.raises(UserError, match=r"400: .*maximum context length is 257"):
+        server.score(ScoreRequest(np.full(257, 5), np.array([0])))
 
 
 def test_servers_of_different_models_are_refused(fake):
     with FakeServer(OTHER()) as other:
         with pytest.raises(UserError, match=f"{other.url} and {fake.url}: serve different models; .* differ by"):
-            handshake_all([client_of(fake), client_of(other)], patience=5.0)
-        identities = handshake_all([client_of(fake), client_of(fake)], patience=5.0)
+            handshake_all([client_of(fake), client_of(other)], max_downtime=5.0)
+        identities = handshake_all([client_of(fake), client_of(fake)], max_downtime=5.0)
         assert [identity.name for identity in identities] == ["teacher", "teacher"]
 
 
 OTHER = functools.partial(tiny_checkpoint, "qwen3", seed=1)
-QUESTION = Question(np.array([5, 6, 7]), np.array([0, 1]))
+REQUEST = ScoreRequest(np.array([5, 6, 7]), np.array([0, 1]))
 
 
 def lose_a_connection(fake: FakeServer, server: TeacherServer) -> None:
     fake.stop()
     with pytest.raises(ServerDown):
-        server.score(QUESTION)
+        server.score(REQUEST)
 
 
 def test_after_a_lost_connection_the_handshake_is_made_again_before_anything_is_scored(fake):
     server = client_of(fake)
-    server.hello(patience=5.0)
-    first, handshake = server.score(QUESTION), fake.asked[:-1]
+    server.handshake(max_downtime=5.0)
+    first, handshake = server.score(REQUEST), fake.asked[:-1]
     lose_a_connection(fake, server)
     fake.start()
     before = len(fake.asked)
-    again = server.score(QUESTION)
+    again = server.score(REQUEST)
     assert fake.asked[before:] == [*handshake, "/v1/completions"]
     np.testing.assert_array_equal(again.log_probs, first.log_probs)
-    server.score(QUESTION)
+    server.score(REQUEST)
     assert len(fake.asked) == before + len(handshake) + 2, "once"
 
 
@@ -180,44 +180,49 @@ ANOTHER = (
 
 def test_another_model_under_the_same_name_is_refused_after_a_lost_connection(fake):
     server = client_of(fake)
-    server.hello(patience=5.0)
+    server.handshake(max_downtime=5.0)
     lose_a_connection(fake, server)
     fake.checkpoint = OTHER()
     fake.start()
     for _ in range(2):  # it stays refused
-        with pytest.raises(UserError, match=f"{fake.url}: {ANOTHER}"):
-            server.score(QUESTION)
+        with pytest.raises(ServiceError, match=f"{fake.url}: {ANOTHER}"):
+            server.score(REQUEST)
 
 
 def test_the_handshake_after_a_lost_connection_is_the_whole_one(fake):
     server = client_of(fake)
-    server.hello(patience=5.0)
+    server.handshake(max_downtime=5.0)
     lose_a_connection(fake, server)
     fake.tokenizer = swapped()
     fake.start()
     with pytest.raises(UserError, match="its tokenizer is not the student's"):
-        server.score(QUESTION)
+        server.score(REQUEST)
 
 
 def test_an_answer_is_not_believed_if_another_thread_lost_its_connection_meanwhile(fake):
     server = client_of(fake, timeout=0.5)
-    server.hello(patience=5.0)
+    server.handshake(max_downtime=5.0)
     fake.delays = [0.8, 0.2]
     fake.max_model_len = 256  # what a new handshake would find
-    slow = threading.Thread(target=lambda: pytest.raises(ServerDown, server.score, QUESTION))
+
+    def fail() -> None:
+        with pytest.raises(ServerDown):
+            server.score(REQUEST)
+
+    slow = threading.Thread(target=fail)
     slow.start()
     time.sleep(0.35)
     with pytest.raises(UserError, match="up to 256 tokens"):
-        server.score(QUESTION)
+        server.score(REQUEST)
     slow.join()
 
 
 def test_a_swap_without_a_lost_connection_is_found_by_a_check(fake):
     server = client_of(fake)
-    server.hello(patience=5.0)
+    server.handshake(max_downtime=5.0)
     server.check()
     fake.checkpoint = OTHER()
-    with pytest.raises(UserError, match=ANOTHER):
+    with pytest.raises(ServiceError, match=ANOTHER):
         server.check()
     fake.stop()
     server.check()  # whoever scores will find that it is down
@@ -226,7 +231,7 @@ def test_a_swap_without_a_lost_connection_is_found_by_a_check(fake):
 @pytest.mark.parametrize("noise", [0.0, 0.03])
 def test_kernels_that_depend_on_the_batch_are_no_other_model(noise, fake):
     server = client_of(fake)
-    server.hello(patience=5.0)
+    server.handshake(max_downtime=5.0)
     generator = np.random.default_rng(0)
 
     def spoil(answer):
@@ -237,4 +242,4 @@ def test_kernels_that_depend_on_the_batch_are_no_other_model(noise, fake):
     fake.spoil = spoil
     lose_a_connection(fake, server)
     fake.start()
-    server.score(QUESTION)
+    server.score(REQUEST)

@@ -10,8 +10,8 @@ import pytest
 
 from megatron_gkd.errors import ServiceError, UserError
 from megatron_gkd.runtime.servers import ServerDown
-from megatron_gkd.teachers.server.requests import ScoreRequests
-from megatron_gkd.teachers.server.response import Question, Scores
+from megatron_gkd.teachers.server.requests import RequestDispatcher
+from megatron_gkd.teachers.server.response import ScoreRequest, Scores
 
 
 class Scripted:
@@ -24,7 +24,7 @@ class Scripted:
         self.down_since: float | None = None
         self.lock = threading.Lock()
 
-    def score(self, question: Question) -> Scores:
+    def score(self, question: ScoreRequest) -> Scores:
         with self.lock:
             self.asked.append(int(question.token_ids[0]))
             self.in_flight += 1
@@ -50,90 +50,93 @@ def short_pauses(monkeypatch):
 def requests_to():
     made = []
 
-    def make(*servers, concurrency=1, patience=5.0, first=0):
-        made.append(ScoreRequests(servers, concurrency=concurrency, patience=patience, first=first))
+    def make(*servers, concurrency=1, max_downtime=5.0, first=0):
+        made.append(RequestDispatcher(servers, concurrency=concurrency, max_downtime=max_downtime, first=first))
         return made[-1]
 
     yield make
-    for requests in made:
-        requests.close()
+    for dispatcher in made:
+        dispatcher.close()
 
 
-def questions(*firsts: int) -> list[Question]:
-    return [Question(np.array([first, 0]), np.array([0])) for first in firsts]
+def requests(*firsts: int) -> list[ScoreRequest]:
+    return [ScoreRequest(np.array([first, 0]), np.array([0])) for first in firsts]
 
 
-def answers(requests: ScoreRequests, asked: list[Question]) -> list[int]:
-    found = requests.collect(asked)
+def answers(dispatcher: RequestDispatcher, asked: list[ScoreRequest]) -> list[int]:
+    found = dispatcher.collect(asked)
     return [int(found[question.key].ids[0, 0]) for question in asked]
 
 
 def test_questions_are_dealt_in_turn(requests_to):
     servers = [Scripted() for _ in range(3)]
-    assert answers(requests_to(*servers, first=1), questions(*range(7))) == list(range(7))
+    assert answers(requests_to(*servers, first=1), requests(*range(7))) == list(range(7))
     assert [server.asked for server in servers] == [[2, 5], [0, 3, 6], [1, 4]]
 
 
 def test_as_many_at_a_time_as_allowed(requests_to):
     server = Scripted(seconds=0.05)
-    answers(requests_to(server, concurrency=3), questions(*range(9)))
+    answers(requests_to(server, concurrency=3), requests(*range(9)))
     assert server.most_in_flight == 3
 
 
 def test_what_one_server_fails_at_another_answers_and_the_one_is_left_alone(requests_to):
     dying, well = Scripted(ServerDown("gone")), Scripted()
-    assert answers(requests_to(dying, well), questions(*range(6))) == list(range(6))
+    assert answers(requests_to(dying, well), requests(*range(6))) == list(range(6))
     assert dying.asked == [0] and well.asked == [0, 1, 2, 3, 4, 5]
 
 
 def test_a_failure_that_passes_is_asked_again(requests_to):
     server = Scripted(*[ServerDown("slow")] * 3)
-    assert answers(requests_to(server), questions(4)) == [4]
+    assert answers(requests_to(server), requests(4)) == [4]
     assert server.asked == [4] * 4
 
 
 def test_a_failure_that_stays_is_an_error_that_names_the_limit(requests_to):
     server = Scripted(*[ServerDown("http://host:1: refused")] * 10_000)
-    message = r"http://host:1: refused; all attempts failed for 0.05 s \(teacher.teacher_server_max_downtime_s\).* start it again"
+    message = (
+        r"http://host:1: refused; all attempts failed for 0.05 s \(teacher.teacher_server_max_downtime_s\).* "
+        "start it again"
+    )
     with pytest.raises(ServiceError, match=message):
-        requests_to(server, patience=0.05).collect(questions(*range(50)))
+        requests_to(server, max_downtime=0.05).collect(requests(*range(50)))
 
 
 def test_a_refusal_is_an_error_at_once_and_nothing_more_is_asked(requests_to):
     server = Scripted(UserError("400: no"), seconds=0.05)
-    requests = requests_to(server)
+    dispatcher = requests_to(server)
     with pytest.raises(UserError, match="400: no"):
-        requests.collect(questions(*range(50)))
+        dispatcher.collect(requests(*range(50)))
     asked = len(server.asked)
     time.sleep(0.2)
     assert len(server.asked) <= asked + 1 < 5
-    with pytest.raises(ServiceError, match="given up"):
-        requests.collect(questions(1))
+    with pytest.raises(ServiceError, match="no longer used"):
+        dispatcher.collect(requests(1))
 
 
 def test_what_has_begun_is_asked_once_and_equal_questions_are_one(requests_to):
     server = Scripted()
-    requests = requests_to(server)
-    requests.begin(questions(1, 2, 1))
-    assert answers(requests, questions(2, 1, 3, 3)) == [2, 1, 3, 3]
-    assert sorted(server.asked) == [1, 2, 3] and requests.begun() == {}
-    assert answers(requests, questions(2)) == [2]  # it is not remembered
+    dispatcher = requests_to(server)
+    dispatcher.begin(requests(1, 2, 1))
+    assert answers(dispatcher, requests(2, 1, 3, 3)) == [2, 1, 3, 3]
+    assert sorted(server.asked) == [1, 2, 3] and dispatcher.pending() == {}
+    assert answers(dispatcher, requests(2)) == [2]  # it is not remembered
     assert sorted(server.asked) == [1, 2, 2, 3]
 
 
 def test_what_failed_before_it_was_needed_is_asked_again(requests_to):
     server = Scripted(UserError("a bad moment"))
-    requests = requests_to(server)
-    requests.begin(questions(1))
+    dispatcher = requests_to(server)
+    dispatcher.begin(requests(1))
     while server.in_flight or not server.asked:
         time.sleep(0.01)
     time.sleep(0.05)
-    assert answers(requests, questions(1)) == [1]
+    assert answers(dispatcher, requests(1)) == [1]
 
 
 def test_what_nobody_collects_is_forgotten_oldest_first(requests_to):
-    requests = requests_to(Scripted())
-    asked = questions(1, 2, 3)
-    requests.begin(asked)
-    requests.forget_all_but(2)
-    assert list(requests.begun()) == [asked[1].key, asked[2].key]
+    dispatcher = requests_to(Scripted())
+    asked = requests(1, 2, 3)
+    dispatcher.begin(asked)
+    dispatcher.forget_all_but(2)
+    assert list(dispatcher.pending()) == [asked[1].key, asked[2].key]

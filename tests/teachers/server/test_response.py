@@ -9,11 +9,17 @@ import numpy as np
 import pytest
 
 from megatron_gkd.data.sample import Sample, shift_labels
-from megatron_gkd.errors import UserError
+from megatron_gkd.errors import ServiceError
 from megatron_gkd.runtime.servers import decode
-from megatron_gkd.teachers.server.response import ANSWER, Question, Scores, mean_difference, read_answer
+from megatron_gkd.teachers.server.response import (
+    RESPONSE_DECODER,
+    ScoreRequest,
+    Scores,
+    mean_difference,
+    parse_response,
+)
 
-QUESTION = Question(np.array([5, 6, 7, 8, 9]), np.array([1, 3]))
+REQUEST = ScoreRequest(np.array([5, 6, 7, 8, 9]), np.array([1, 3]))
 
 
 def entry(probability: float, rank: int) -> dict:
@@ -33,7 +39,7 @@ def answer() -> dict:
 
 
 def read(content: bytes) -> Scores:
-    return read_answer(decode(content, ANSWER, "http://server/v1/completions"), QUESTION, k=2)
+    return parse_response(decode(content, RESPONSE_DECODER, "http://server/v1/completions"), REQUEST, k=2)
 
 
 def test_the_top_k_after_each_position():
@@ -63,12 +69,12 @@ def spoil(*path):
 
 LOGS = "prompt_logprobs"
 WRONG = {
-    "other ids": (spoil("prompt_token_ids", 4, 3), "other token ids than it was sent"),
-    "fewer positions": (spoil(LOGS, answer()["choices"][0][LOGS][:4]), "has 4 positions of 5"),
-    "a position without": (spoil(LOGS, 2, None), "at position 1 does not have the token 7"),
+    "other ids": (spoil("prompt_token_ids", 4, 3), "other token ids than the request"),
+    "fewer positions": (spoil(LOGS, answer()["choices"][0][LOGS][:4]), "has 4 positions; the request has 5"),
+    "a position without": (spoil(LOGS, 2, None), "at position 1 lacks the token 7"),
     "a position of another kind": (spoil(LOGS, 2, [1]), "no log-probabilities at position 1"),
-    "another token": (spoil(LOGS, 4, {"2": entry(0.5, 1), "98": entry(0.2, 2)}), "does not have the token 9 that"),
-    "too few tokens": (spoil(LOGS, 4, {"9": entry(0.5, 1)}), "at position 3 has 1 tokens where 2 were asked for"),
+    "another token": (spoil(LOGS, 4, {"2": entry(0.5, 1), "98": entry(0.2, 2)}), "lacks the token 9 that"),
+    "too few tokens": (spoil(LOGS, 4, {"9": entry(0.5, 1)}), "at position 3 has 1 tokens; the request is for 2"),
     "an id of 70 bits": (spoil(LOGS, 2, {str(2**70): entry(0.5, 1)}), "no log-probabilities at position 1"),
     "a negative id": (spoil(LOGS, 2, {"-1": entry(0.5, 1), "7": entry(0.2, 2)}), "no log-probabilities at position 1"),
     "null": (spoil(LOGS, 2, "7", "logprob", None), "no log-probabilities at position 1"),
@@ -81,7 +87,7 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_answer_is_a_clear_error(name):
     content, message = WRONG[name]
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(ServiceError, match=message):
         read(content)
 
 
@@ -95,16 +101,16 @@ def sample_of(ids: list[int], trained: list[int]) -> Sample:
 
 
 def test_a_question_ends_with_the_last_token_that_counts():
-    question = Question.of(sample_of([5, 6, 7, 8, 9], trained=[2, 3]))
+    question = ScoreRequest.from_sample(sample_of([5, 6, 7, 8, 9], trained=[2, 3]))
     assert question.token_ids.tolist() == [5, 6, 7, 8] and question.positions.tolist() == [1, 2]
-    assert Question.of(sample_of([5, 6, 7], trained=[])) is None
+    assert ScoreRequest.from_sample(sample_of([5, 6, 7], trained=[])) is None
 
 
 def test_equal_questions_have_one_key_and_others_another():
-    one = Question.of(sample_of([5, 6, 7, 8], trained=[2, 3]))
-    assert one.key == Question.of(sample_of([5, 6, 7, 8], trained=[2, 3])).key
+    one = ScoreRequest.from_sample(sample_of([5, 6, 7, 8], trained=[2, 3]))
+    assert one.key == ScoreRequest.from_sample(sample_of([5, 6, 7, 8], trained=[2, 3])).key
     others = [sample_of([5, 6, 7, 8], trained=[3]), sample_of([5, 6, 7, 9], trained=[2, 3])]
-    assert len({one.key, *(Question.of(other).key for other in others)}) == 3
+    assert len({one.key, *(ScoreRequest.from_sample(other).key for other in others)}) == 3
 
 
 def scores(*rows: dict[int, float]) -> Scores:

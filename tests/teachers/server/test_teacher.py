@@ -37,9 +37,9 @@ def fake_server() -> Iterator[FakeServer]:
 
 def teacher_of(mesh, urls, **options):
     from megatron_gkd.models.checkpoint import Checkpoint
-    from megatron_gkd.teachers.server.teacher import ServerOptions, ServerTeacher
+    from megatron_gkd.teachers.server.teacher import ServerTeacher, TeacherServerOptions
 
-    options = ServerOptions(tuple(urls), **{"k": 8, "max_length": 64, "patience": 30.0} | options)
+    options = TeacherServerOptions(tuple(urls), **{"k": 8, "max_length": 64, "max_downtime": 30.0} | options)
     return ServerTeacher(mesh, Checkpoint.open(str(CHECKPOINT())).tokenizer(), 99, options)
 
 
@@ -79,7 +79,7 @@ def score_after_another_replica_has_begun(rank, world_size, urls):
         teacher.score([microbatch_of([sample(4, seed=0)], mesh)])  # of nothing, which leaves what has begun alone
         microbatches = [microbatch_of([one], mesh) for one in samples[rank::2]]
         signals = teacher.score(microbatches)
-        assert teacher.requests.begun() == {}
+        assert teacher.dispatcher.pending() == {}
         assert [told.ids.tolist() for told in teacher.score(microbatches)] == [told.ids.tolist() for told in signals]
         return [tell(signal, one, mesh) for signal, one in zip(signals, microbatches, strict=True)]
 
@@ -106,7 +106,7 @@ def fail_to_make(rank, world_size, urls, options):
     [
         ({"k": 65}, "start it with --max-logprobs 65"),
         ({"max_length": 257}, "start it with --max-model-len 258"),
-        ({"patience": 0.2, "urls": ["http://127.0.0.1:1"]}, "http://127.0.0.1:1/v1/models: ConnectError"),
+        ({"max_downtime": 0.2, "urls": ["http://127.0.0.1:1"]}, "http://127.0.0.1:1/v1/models: ConnectError"),
     ],
 )
 def test_all_ranks_hear_of_a_server_that_is_no_use(options, message, gloo_world, fake_server):
@@ -229,7 +229,7 @@ def fewer_positions(answer):
     ("spoil", "message"),
     [
         (garbage, "/v1/completions: the response is not that of a vLLM server"),
-        (fewer_positions, "/v1/completions: its answer has 12 positions of 14"),
+        (fewer_positions, "/v1/completions: the response has 12 positions; the request has 14"),
         (None, "all attempts failed for 0.5 s (teacher.teacher_server_max_downtime_s)"),
     ],
 )
@@ -244,7 +244,7 @@ def test_all_ranks_stop_together_when_it_is_no_use_any_more(spoil, message, gloo
             else:
                 server.spoil = spoil
 
-        messages = score_while(change, server, gloo_world, tmp_path, patience=0.5)
+        messages = score_while(change, server, gloo_world, tmp_path, max_downtime=0.5)
     assert len(set(messages)) == 1 and message in messages[0] and server.url in messages[0]
 
 

@@ -65,7 +65,7 @@ def test_its_tokenizer_is_compared(teacher_server):
     def connect(tokenizer):
         requirements = TeacherRequirements(4, 255, tokenizer_probes(tokenizer))
         server = TeacherServer(teacher_server.url, open_client(60.0, 4), requirements)
-        server.hello(patience=5.0)
+        server.handshake(max_downtime=5.0)
         return server
 
     connect(tiny_tokenizer()).check()

@@ -35,7 +35,7 @@ def test_only_what_is_published_is_a_checkpoint(folder):
     assert find_damage(newest) is None and read_run(newest) == RUN
 
 
-def test_a_step_that_is_saved_again_replaces_the_former(folder):
+def test_a_step_that_is_saved_again_replaces_the_earlier_one(folder):
     write(folder, 3)
     path = write(folder, 3, RUN | {"layout": [2]})
     assert read_run(path)["layout"] == [2] and find_damage(path) is None
@@ -84,7 +84,7 @@ def test_damage_is_named_by_the_rank_whose_share_it_is(message, folder):
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"files": 3}'])
-def test_a_manifest_that_is_none(content, folder):
+def test_an_invalid_manifest(content, folder):
     path = write(folder, 3)
     (path / MANIFEST).write_text(content)
     assert find_damage(path).startswith(f"{path / MANIFEST}: can't be read")

@@ -41,7 +41,7 @@ def output_dir(tmp_path):
     return tmp_path / "x"
 
 
-def test_the_list_shows_all_that_there_is(output_dir, capsys):
+def test_the_list_shows_all_checkpoints(output_dir, capsys):
     (output_dir / "checkpoints/step-000006/__0_0.distcp").unlink()
     assert cli.main(["checkpoint", "list", str(output_dir)]) == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
@@ -90,7 +90,7 @@ def test_a_checkpoint_by_its_path(place, output_dir):
         ("x", "STEP = x: must be the number of a step, best or last"),
     ],
 )
-def test_a_step_that_is_not_there(wanted, message, output_dir, capsys):
+def test_a_missing_step(wanted, message, output_dir, capsys):
     assert cli.main(["checkpoint", "verify", str(output_dir), wanted]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
@@ -127,8 +127,8 @@ def test_every_damaged_file_is_named(output_dir, capsys):
         (["list"], "checkpoint list : must be list RUN"),
         (["list", "x", "3"], "checkpoint list x 3: must be list RUN"),
         (["verify", "x", "3", "--lr", "2"], "checkpoint verify x 3 --lr 2: must be verify RUN [STEP]"),
-        (["verfy", "x"], "checkpoint verfy: what to do must come first: list, verify, export"),
-        ([], "checkpoint: what to do must come first: list, verify, export"),
+        (["verfy", "x"], "checkpoint verfy: unknown action; the actions are list, verify, export"),
+        ([], "checkpoint: the action must come first: list, verify, export"),
         (["export", "x", "--output"], "--output = : must be a folder that does not exist"),
     ],
 )

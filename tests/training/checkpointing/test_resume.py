@@ -132,7 +132,7 @@ def saved_run(gloo_world, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("layout", "dtype"), CASES)
-def test_the_same_layout_goes_on_bit_by_bit(layout, dtype, gloo_world, saved_run):
+def test_the_same_layout_resumes_bit_for_bit(layout, dtype, gloo_world, saved_run):
     size, changes = LAYOUTS[layout]
     directory, expected_of_ranks = saved_run(layout, dtype)
     changes = changes | with_dtype(dtype)
@@ -153,7 +153,7 @@ OTHERS = [
 
 
 @pytest.mark.parametrize(("layout", "other"), OTHERS)
-def test_another_layout_goes_on_to_rounding(layout, other, gloo_world, saved_run):
+def test_another_layout_resumes_up_to_rounding(layout, other, gloo_world, saved_run):
     directory, (expected, *_) = saved_run(layout, "fp32")
     size, changes = LAYOUTS[other]
     model = model_of(LAYOUTS[layout][1])

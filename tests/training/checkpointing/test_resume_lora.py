@@ -70,7 +70,7 @@ SAME = [
 
 
 @pytest.mark.parametrize(("layout", "dtype", "has_dropout"), SAME)
-def test_the_same_layout_goes_on_bit_by_bit(layout, dtype, has_dropout, gloo_world, saved_run):
+def test_the_same_layout_resumes_bit_for_bit(layout, dtype, has_dropout, gloo_world, saved_run):
     directory, expected_of_ranks = saved_run(layout, dtype, has_dropout)
     size, of_run = arguments(layout, dtype, DROPOUT if has_dropout else LORA)
     found_of_ranks = gloo_world(size).run(resume, *of_run, directory)
@@ -88,7 +88,7 @@ OTHERS = [
 
 
 @pytest.mark.parametrize(("layout", "other"), OTHERS)
-def test_another_layout_goes_on_to_rounding(layout, other, gloo_world, saved_run):
+def test_another_layout_resumes_up_to_rounding(layout, other, gloo_world, saved_run):
     directory, (expected, *_) = saved_run(layout, "fp32")
     size, (_, changes) = arguments(other, "fp32")
     model = arguments(layout, "fp32")[1][0]
@@ -122,7 +122,7 @@ def adapters_loaded_by(rank, world_size, model, changes, directory, loading):
     return found
 
 
-def test_a_new_run_begins_with_the_adapters_of_another(gloo_world, saved_run):
+def test_a_new_run_starts_with_the_adapters_of_another(gloo_world, saved_run):
     """Recipe key `train.init_from`: bit by bit, under any layout."""
     directory, _ = saved_run("one process", "fp32")
     (resumed,) = gloo_world(1).run(adapters_loaded_by, *arguments("one process", "fp32")[1], directory, "load")

@@ -1,4 +1,4 @@
-"""What a checkpoint says of the validation at its step."""
+"""The validation in a checkpoint."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def saved_run(validation, step=4):
     ("validation", "expected"),
     [((4, 0.5), 0.5), ((2, 0.5), None), ((4, None), None), ((4, float("nan")), None), ((4, float("inf")), None)],
 )
-def test_only_the_step_s_own_finite_validation_counts(validation, expected):
+def test_only_a_finite_validation_of_the_same_step_counts(validation, expected):
     assert saved_run(validation)["validation"] == expected
 
 

@@ -111,7 +111,7 @@ def fail_beside_the_save(rank, world_size, model, directory):
     return outcomes, reports, saver.folder.steps()
 
 
-def test_what_fails_beside_a_save_leaves_it_whole(gloo_world, tmp_path):
+def test_failures_after_a_save_leave_it_whole(gloo_world, tmp_path):
     model = tiny_checkpoint("qwen3", seed=2, num_hidden_layers=2)
     ((outcomes, reports, steps),) = gloo_world(1).run(fail_beside_the_save, model, tmp_path)
     assert outcomes == [True, True, True] and steps[-1] == 3

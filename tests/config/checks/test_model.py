@@ -101,7 +101,7 @@ def test_both_spellings_of_the_number_of_experts(workspace):
     assert read_shape("student").num_experts == 8
 
 
-def test_yarn_stretches_the_positions(workspace):
+def test_yarn_extends_the_positions(workspace):
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 100}
     for key in ("rope_scaling", "rope_parameters"):
         workspace.model("student", {**DENSE, "max_position_embeddings": 100, key: yarn})
@@ -112,7 +112,7 @@ def test_yarn_stretches_the_positions(workspace):
 
 
 @pytest.mark.parametrize("hub_id", ["Qwen/Qwen3-0.6B", "meta-llama/Llama-3.2-1B", "org/na.me_2"])
-def test_a_hub_id_is_taken_on_trust(workspace, hub_id):
+def test_a_hub_id_is_not_read(workspace, hub_id):
     assert read_shape(hub_id) is None
 
 

@@ -31,7 +31,7 @@ def edit(workspace, *, lora=None, train=None):
         (None, "", ["--lora.target_modules", "o_proj", "down_proj", "--lr", "2e-4"], True, 2e-4),
     ],
 )
-def test_adapters_are_trained_where_the_recipe_says_so(workspace, lora, train, flags, has_adapters, lr):
+def test_when_adapters_are_trained(workspace, lora, train, flags, has_adapters, lr):
     edit(workspace, lora=lora, train=train)
     recipe = workspace.load(*flags)
     assert (recipe.lora is not None) == has_adapters
@@ -71,7 +71,7 @@ def test_the_defaults_are_those_of_ms_swift(workspace):
          "adapter_config.json in it"),
     ],
 )  # fmt: skip
-def test_what_can_not_be_is_one_line(workspace, flags, problem):
+def test_refused(workspace, flags, problem):
     assert workspace.problems(*flags.split()) == [problem]
 
 

@@ -1,4 +1,4 @@
-"""Caches that don't fit the recipe are told before any process starts, from their manifests."""
+"""Caches that don't fit the recipe are refused before any process starts, from their manifests."""
 
 import json
 
@@ -54,7 +54,7 @@ def test_refused(cache, arguments, problem):
     assert [line for line in found if line.startswith(problem)], found
 
 
-def test_what_fits_passes(cache):
+def test_a_cache_that_fits_is_accepted(cache):
     assert cache.problems(*ALONE) == []
     assert cache.problems(*ALONE, "--gkd_logits_topk", "64") == []
     bucket = ["--gkd_logits_topk", "8", "--gkd_topk_tail", "bucket", "--temperature", "0.7"]

@@ -94,18 +94,18 @@ def test_refused(workspace, arguments, problem):
     assert [line for line in found if line.startswith(problem)], found
 
 
-def test_several_teachers_pass(workspace):
+def test_several_teachers_are_accepted(workspace):
     arguments = ["--offload_teacher_model", "false", "--teacher_model", "null", "--teachers", TWO, *KEY]
     assert workspace.problems(*arguments, world_size=2) == []
 
 
 @pytest.mark.parametrize("tail", [["renormalize", "--temperature", "0.9"], ["bucket", "--temperature", "1"]])
-def test_a_server_passes_with_what_it_can_tell(workspace, tail):
+def test_a_server_that_gives_enough_is_accepted(workspace, tail):
     assert workspace.problems(*SERVER, "--gkd_logits_topk", "8", "--gkd_topk_tail", *tail) == []
 
 
 @pytest.mark.parametrize("keys", [["null"], ["./student"], ["null", "--teacher_ema", "0.99"]])
-def test_the_student_itself_passes(workspace, keys):
+def test_the_student_as_its_own_teacher_is_accepted(workspace, keys):
     arguments = ["--teacher_kind", "self", "--offload_teacher_model", "false", "--teacher_model", *keys]
     assert workspace.problems(*arguments, world_size=2) == []
 

@@ -1,4 +1,4 @@
-"""Each cross-check: a recipe that it refuses, with the line it says, and one beside it that it lets pass."""
+"""Each check that involves several keys: recipes that it refuses, with the problem, and recipes that it accepts."""
 
 import importlib.util
 import os
@@ -167,7 +167,7 @@ def test_output_dir_is_not_writable(workspace, monkeypatch):
 
 
 def test_a_check_is_left_out_where_its_key_is_wrong_in_itself(workspace):
-    """min_lr <= lr can't be judged without an lr, but missing files still can."""
+    """min_lr <= lr can't be checked without an lr, but missing files still can."""
     assert workspace.problems("--min_lr", "1", "--lr", "fast", "--val_dataset", "none.jsonl") == [
         "train.lr = fast: must be a number > 0",
         "data.val_dataset = none.jsonl: must be a file or folder that exists",
