@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Sets up .venv, then distils a small model that solves arithmetic word problems: bash scripts/quickstart.sh [--fresh] [--seeds N]
-# The whole experiment, with the students that sample themselves, as it is in the README: bash scripts/quickstart.sh --seeds 3 --on-policy --record
-# The same with a student that is its own teacher: bash scripts/quickstart.sh --seeds 3 --self --record
-# Adapters (LoRA) against all parameters: bash scripts/quickstart.sh --seeds 3 --lora --record
+# Sets up .venv, then trains and compares small models that solve arithmetic word problems: bash scripts/quickstart.sh [--fresh]
 #
-# Two gloo processes with tensor parallelism 2, on CPUs; everything it writes is under runs/quickstart. What is done already is skipped.
+# The experiment of docs/results.md, which takes longer:
+#   bash scripts/quickstart.sh --experiment --seeds 3 --on-policy --record    # offline, mixed and on-policy students
+#   bash scripts/quickstart.sh --experiment --seeds 3 --self --record         # a student that is its own teacher
+#   bash scripts/quickstart.sh --experiment --seeds 3 --lora --record         # adapters against all parameters
+#
+# Two gloo processes on CPUs. Everything is written to runs/quickstart; stages that are done are skipped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup_env.sh

@@ -1,0 +1,1 @@
+"""The quickstart: train a small teacher and smaller students, and compare them."""

@@ -32,7 +32,7 @@ ROOT = HERE.parents[1]
 OUT = Path("runs/quickstart")
 DATA, UNTRAINED = OUT / "data", OUT / "untrained"
 RECORDED = HERE / "results"
-OF_EXPERIMENT = ("on_policy", "self", "lora", "record")
+OF_EXPERIMENT = ("seeds", "on_policy", "self", "lora")
 
 
 @dataclass(frozen=True)
@@ -86,12 +86,12 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--self", action="store_true", help="--experiment: a student that is its own teacher")
     parser.add_argument("--lora", action="store_true", help="--experiment: adapters against all parameters")
     parser.add_argument(
-        "--record", action="store_true", help=f"--experiment: write the table to {RECORDED.relative_to(ROOT)} as well"
+        "--record", action="store_true", help=f"write the table to {RECORDED.relative_to(ROOT)} as well"
     )
     arguments = parser.parse_args()
     if arguments.seeds is not None and arguments.seeds < 1:
         parser.error(f"--seeds = {arguments.seeds}: must be at least 1")
-    given = [name for name in ("seeds", *OF_EXPERIMENT) if getattr(arguments, name)]
+    given = [name for name in OF_EXPERIMENT if getattr(arguments, name)]
     if given and not arguments.experiment:
         parser.error(f"--{given[0].replace('_', '-')}: needs --experiment")
     return arguments

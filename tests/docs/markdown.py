@@ -9,7 +9,9 @@ from pathlib import Path
 from world import REPOSITORY
 
 PAGES = [*sorted(REPOSITORY.glob("*.md")), *sorted((REPOSITORY / "docs").glob("*.md"))]
-_FENCE = re.compile(r"^(?P<fence>`{3,})(?P<language>\w*)[ ]*(?P<options>[^\n`]*)\n(?P<code>.*?)^(?P=fence)$", re.M | re.S)
+_FENCE = re.compile(
+    r"^(?P<fence>`{3,})(?P<language>\w*)[ ]*(?P<options>[^\n`]*)\n(?P<code>.*?)^(?P=fence)$", re.M | re.S
+)
 
 
 @dataclass(frozen=True)

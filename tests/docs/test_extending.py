@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shlex
@@ -17,8 +18,22 @@ from docs.markdown import blocks, prose
 from world import REPOSITORY
 
 PAGE = REPOSITORY / "docs/extending.md"
-COPIED = ("megatron_gkd", "tests", "pyproject.toml")
-TESTS = re.findall(r"^    bash scripts/test\.sh (.+)$", prose(PAGE), re.M)
+COPIED = ("csrc", "megatron_gkd", "tests", "pyproject.toml")
+COMMANDS = re.findall(r"^    ((?:[A-Z_]+=\S+ )*)bash scripts/test\.sh (.+)$", prose(PAGE), re.M)
+REBUILDS = ("", "tests/ops tests/csrc")  # takes minutes; test_the_functor_computes_the_divergence takes its place
+FUNCTOR = r"""
+#include <cstdio>
+#include "divergences.h"
+
+int main() {
+  const gkd::Hellinger functor{gkd::Hellinger::weights(0.5)};
+  const float probabilities[][2] = {{0.25f, 0.5f}, {0.5f, 0.25f}, {0.3f, 0.3f}, {1e-6f, 0.9f}};
+  for (const auto& [p, q] : probabilities) {
+    const auto terms = functor(__builtin_log2f(p), __builtin_log2f(q));
+    std::printf("%g %g %g %g\n", p, q, functor.w.value_scale * terms.value, functor.w.slope_scale * terms.slope);
+  }
+}
+"""
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +69,8 @@ def apply(diff: str, folder: Path) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def run(command: list[str], folder: Path) -> str:
-    environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+def run(command: list[str], folder: Path, settings: dict[str, str] | None = None) -> str:
+    environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"} | (settings or {})
     for name in ("RANK", "WORLD_SIZE", "PYTEST_XDIST_WORKER", "PYTEST_CURRENT_TEST"):
         environment.pop(name, None)
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
@@ -64,13 +79,26 @@ def run(command: list[str], folder: Path) -> str:
 
 
 def test_the_page_names_its_tests():
-    assert len(TESTS) == len([block for block in blocks(PAGE, "python") if (block.title or "").startswith("tests/")])
+    named = {path for _, arguments in COMMANDS for path in arguments.split()}
+    assert {block.title for block in blocks(PAGE, "python") if (block.title or "").startswith("tests/")} < named
+    assert REBUILDS in COMMANDS
 
 
-@pytest.mark.parametrize("arguments", TESTS)
-def test_its_tests_pass(copy, arguments):
+@pytest.mark.parametrize(("settings", "arguments"), [command for command in COMMANDS if command != REBUILDS])
+def test_its_tests_pass(copy, settings, arguments):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *shlex.split(arguments)]
-    assert " passed" in run(command, copy)
+    assert " passed" in run(command, copy, dict(setting.split("=") for setting in settings.split()))
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_the_functor_computes_the_divergence(copy):
+    source, program = copy / "functor.cpp", copy / "functor"
+    source.write_text(FUNCTOR)
+    run(["c++", "-std=c++20", "-I", str(copy / "csrc"), "-o", str(program), str(source)], copy)
+    lines = [list(map(float, line.split())) for line in run([str(program)], copy).splitlines()]
+    for p, q, value, slope in lines:
+        assert value == pytest.approx((math.sqrt(p) - math.sqrt(q)) ** 2 / 2, abs=1e-6)
+        assert slope == pytest.approx(math.sqrt(p) * (math.sqrt(p) - math.sqrt(q)) / 2, abs=1e-6)
 
 
 def test_its_recipe_trains(copy):
