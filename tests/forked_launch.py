@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from vllm_server import free_port
+from ports import free_port
 from world import forkserver
 
 TERM_SECONDS = 2.0

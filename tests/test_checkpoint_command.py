@@ -57,7 +57,10 @@ def test_a_run_and_its_checkpoints(workspace):
 
     resumed = train(workspace, *options, "--train_iters", "4", processes=1)
     assert resumed.returncode == 0 and "Traceback" not in resumed.stderr, resumed.stderr
-    assert f"WARNING rank 0: {damage}" in resumed.stdout and "resumed from runs/x/checkpoints/step-000002" in resumed.stdout
+    assert (
+        f"WARNING rank 0: {damage}" in resumed.stdout
+        and "resumed from runs/x/checkpoints/step-000002" in resumed.stdout
+    )
     names = sorted(path.name for path in folder.iterdir())
     assert names == ["best", "last", "step-000002", "step-000004", "step-000006.1"]
     assert str((folder / "last").readlink()) == "step-000004"

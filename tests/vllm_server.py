@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import time
 from pathlib import Path
 
 import httpx
 import torch
+from ports import free_port
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PYTHON = Path(os.environ.get("MEGATRON_GKD_VLLM_PYTHON", REPOSITORY / ".venv-vllm/bin/python"))
@@ -33,12 +33,6 @@ ENVIRONMENT = {
 
 def is_installed() -> bool:
     return PYTHON.exists()
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 class VllmServer:

@@ -6,7 +6,8 @@ import socket
 import time
 
 import pytest
-from launching import finish, free_port, is_alive, notes, run, start, wait_for, write_rank
+from launching import finish, is_alive, notes, run, start, wait_for, write_rank
+from ports import free_port
 
 WAIT_FOR_A_SIGNAL = """
 received = []
@@ -28,7 +29,7 @@ def pids(folder, ranks=(0, 1)):
     return [pid for rank in ranks for pid in notes(folder, "pid", rank)]
 
 
-def test_success_is_0_and_prints_nothing(tmp_path):
+def test_success_is_0_without_output(tmp_path):
     body = """
     print("hello of", rank, os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"], os.environ["GROUP_WORLD_SIZE"])
     """

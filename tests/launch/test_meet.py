@@ -2,6 +2,7 @@ import socket
 import threading
 
 import pytest
+from ports import free_port
 
 from megatron_gkd.errors import UserError
 from megatron_gkd.launch import meet
@@ -13,12 +14,6 @@ def listener():
         found.bind(("127.0.0.1", 0))
         found.listen()
         yield found
-
-
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 def test_the_node_that_the_host_names_holds_the_rendezvous():

@@ -4,7 +4,8 @@ import subprocess
 import sys
 
 import pytest
-from launching import environment, finish, free_port
+from launching import environment, finish
+from ports import free_port
 from recipe_workspace import Workspace
 
 WRONG = ("--beta", "1.5", "--lmbda", "2")

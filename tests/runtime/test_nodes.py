@@ -8,6 +8,7 @@ from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
+from ports import free_port
 from world import process_queue, start_process
 
 from megatron_gkd.errors import GkdError, UserError
@@ -158,9 +159,7 @@ def _leave_with_the_store(number, port, results):
 
 def test_the_end_of_rank_0_ends_the_others():
     results = process_queue()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     processes = [start_process(_leave_with_the_store, number, port, results) for number in range(2)]
     assert results.get(timeout=60).startswith("the connection to rank 0 is lost, which has probably ended")
     for process in processes:

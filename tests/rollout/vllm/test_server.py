@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import vllm_server
+from ports import free_port
 from rollout.contract import (
     CHECKPOINT,
     DRAWN,
@@ -163,7 +164,7 @@ def fail_to_reach(rank, world_size, url, folder):
 
 
 def test_a_missing_server_is_an_error_on_all_ranks(gloo_world, tmp_path):
-    url = f"http://127.0.0.1:{vllm_server.free_port()}"
+    url = f"http://127.0.0.1:{free_port()}"
     messages = gloo_world(2).run(fail_to_reach, url, tmp_path)
     assert messages[0] == messages[1]
     assert (
