@@ -57,10 +57,9 @@ void check_logits(const char* name, const Tensor& x, const Tensor& like) {
 
 // A contiguous tensor of one row of numbers for each row of logits.
 void check_rows(const char* name, const Tensor& x, at::ScalarType type, at::IntArrayRef sizes, const Tensor& logits) {
-  TORCH_CHECK_VALUE(
-      x.sizes() == sizes && x.scalar_type() == type && x.device() == logits.device() && x.is_contiguous(), name, " = ",
-      x.scalar_type(), " ", x.sizes(), " on ", x.device(), ": must be a contiguous ", type, " ", sizes, " on ",
-      logits.device());
+  TORCH_CHECK_VALUE(x.sizes() == sizes && x.scalar_type() == type && x.device() == logits.device() && x.is_contiguous(),
+                    name, " = ", x.scalar_type(), " ", x.sizes(), " on ", x.device(), ": must be a contiguous ", type,
+                    " ", sizes, " on ", logits.device());
 }
 
 // Within a row, GPU kernels count columns in 32 bits.
@@ -173,7 +172,8 @@ Tensor sums(const Tensor& student, const Tensor& teacher, const optional<Tensor>
   const auto logits = logits_of(student, &teacher);
   const auto kind = kind_of(divergence);
   TORCH_CHECK_VALUE(kind != gkd::DivergenceKind::forward_kl && kind != gkd::DivergenceKind::reverse_kl,
-                    "divergence = ", divergence, ": has no sums of its own; they are among the statistics with moments");
+                    "divergence = ", divergence,
+                    ": has no sums of its own; they are among the statistics with moments");
   const auto out = at::empty({logits.rows, 2}, student.options().dtype(at::kFloat));
   const gkd::SumsParams params = {
       .logits = logits,

@@ -27,8 +27,8 @@ struct GradientRow {
 
   template <class F>
   GKD_INLINE F of_divergence(F s, F t) const {
-    const Terms<F> terms = divergence(
-        log2_prob(s, scale, n.student_shift, n.student_bias), log2_prob(t, scale, n.teacher_shift, n.teacher_bias));
+    const Terms<F> terms = divergence(log2_prob(s, scale, n.student_shift, n.student_bias),
+                                      log2_prob(t, scale, n.teacher_shift, n.teacher_bias));
     return factor * (terms.slope - slope_sum * terms.p);
   }
 

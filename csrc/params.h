@@ -92,7 +92,7 @@ struct GradientParams {
   float inverse_temperature;
   const RowNormalizers* normalizers;  // [rows]
   const float* slope_sum;             // [rows], over the whole vocabulary, without its scale
-  const float* weight;  // [rows]; where it is 0 the divergence adds exactly 0 and the teacher is not read
+  const float* weight;                // [rows]; where it is 0 the divergence adds exactly 0 and the teacher is not read
   // `normalizers`, `slope_sum`, `weight` and the teacher are null without a divergence.
   DivergenceKind kind;
   double beta;

@@ -19,14 +19,14 @@ using MathOf = std::conditional_t<type == FloatType::f32, Accurate, Fast>;
 
 }  // namespace gkd
 
-#define GKD_BOOL_SWITCH(condition, Name, ...)      \
-  [&] {                                            \
-    if (condition) {                               \
-      constexpr bool Name = true;                  \
-      return __VA_ARGS__();                        \
-    }                                              \
-    constexpr bool Name = false;                   \
-    return __VA_ARGS__();                          \
+#define GKD_BOOL_SWITCH(condition, Name, ...) \
+  [&] {                                       \
+    if (condition) {                          \
+      constexpr bool Name = true;             \
+      return __VA_ARGS__();                   \
+    }                                         \
+    constexpr bool Name = false;              \
+    return __VA_ARGS__();                     \
   }()
 
 #define GKD_TYPE_SWITCH(type, ...)                   \
@@ -48,21 +48,21 @@ using MathOf = std::conditional_t<type == FloatType::f32, Accurate, Fast>;
   }()
 
 // Binds `Math` to the formulas for logits of `type`, a constant, and for `beta`.
-#define GKD_MATH_SWITCH(type, beta, Math, ...)                                      \
-  [&] {                                                                             \
-    if ((beta) < kFastMinimumWeight || 1 - (beta) < kFastMinimumWeight) {           \
-      using Math = Accurate;                                                        \
-      return __VA_ARGS__();                                                         \
-    }                                                                               \
-    using Math = MathOf<type>;                                                      \
-    return __VA_ARGS__();                                                           \
+#define GKD_MATH_SWITCH(type, beta, Math, ...)                            \
+  [&] {                                                                   \
+    if ((beta) < kFastMinimumWeight || 1 - (beta) < kFastMinimumWeight) { \
+      using Math = Accurate;                                              \
+      return __VA_ARGS__();                                               \
+    }                                                                     \
+    using Math = MathOf<type>;                                            \
+    return __VA_ARGS__();                                                 \
   }()
 
 // Binds `Functor` to the functor of `kind`, one of GKD_DIVERGENCES.
-#define GKD_DIVERGENCE_SWITCH(kind, Math, ...)                         \
-  [&] {                                                                \
-    const auto body = [&]<class Functor>() { return __VA_ARGS__(); };  \
-    switch (kind) { GKD_DIVERGENCES(GKD_DIVERGENCE_CASE) }             \
+#define GKD_DIVERGENCE_SWITCH(kind, Math, ...)                        \
+  [&] {                                                               \
+    const auto body = [&]<class Functor>() { return __VA_ARGS__(); }; \
+    switch (kind) { GKD_DIVERGENCES(GKD_DIVERGENCE_CASE) }            \
   }()
 
 #define GKD_DIVERGENCE_CASE(name, ...) \

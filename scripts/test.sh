@@ -41,9 +41,7 @@ run_everything() {
     begin "Documentation"
     NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
     begin "Tests"
-    "${pytest[@]}" -m "not vllm and not serial" "${parallel[@]}" --durations=20 --durations-min=5
-    begin "Tests that need the machine for themselves"
-    "${pytest[@]}" -m "not vllm and serial"
+    "${pytest[@]}" -m "not vllm" "${parallel[@]}" --durations=20 --durations-min=5
     begin "Tests with the real vLLM"
     wait "$vllm_setup" || status=$?
     trap - EXIT

@@ -7,11 +7,11 @@
 #define GKD_X86 1
 #endif
 
-#define GKD_DECLARE(name)                                                        \
-  namespace gkd::name {                                                          \
-  void statistics(const StatisticsParams& params, int64_t begin, int64_t end);   \
-  void sums(const SumsParams& params, int64_t begin, int64_t end);               \
-  void gradient(const GradientParams& params, int64_t begin, int64_t end);       \
+#define GKD_DECLARE(name)                                                      \
+  namespace gkd::name {                                                        \
+  void statistics(const StatisticsParams& params, int64_t begin, int64_t end); \
+  void sums(const SumsParams& params, int64_t begin, int64_t end);             \
+  void gradient(const GradientParams& params, int64_t begin, int64_t end);     \
   }
 GKD_DECLARE(generic)
 #if GKD_X86

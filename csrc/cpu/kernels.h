@@ -196,9 +196,8 @@ void sums_rows(const SumsParams& params, int64_t begin, int64_t end) {
       Floats values = {}, slopes = {};
       for_each_vector(from, to, [&](int64_t j, auto count) {
         const Floats s = load_count<type>(row.student + j, count), t = load_count<type>(row.teacher + j, count);
-        const Terms<Floats> terms = divergence(
-            log2_prob(s, params.scale, n.student_shift, n.student_bias),
-            log2_prob(t, params.scale, n.teacher_shift, n.teacher_bias));
+        const Terms<Floats> terms = divergence(log2_prob(s, params.scale, n.student_shift, n.student_bias),
+                                               log2_prob(t, params.scale, n.teacher_shift, n.teacher_bias));
         values += terms.value;
         slopes += terms.slope;
       });

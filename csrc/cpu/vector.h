@@ -6,8 +6,8 @@
 #include <cstring>
 #include <type_traits>
 
-#include "../vector_math.h"
 #include "../params.h"
+#include "../vector_math.h"
 
 namespace gkd::GKD_CPU_NAMESPACE {
 

@@ -5,8 +5,8 @@
 
 #include "../gradient_row.h"
 #include "../switches.h"
-#include "passes.h"
 #include "launch.cuh"
+#include "passes.h"
 #include "walk.cuh"
 
 namespace gkd::cuda {
@@ -19,9 +19,8 @@ __device__ __forceinline__ void zero_fill(typename Storage<type>::Element* from,
 }
 
 template <FloatType type, bool kDivergence, bool kCrossEntropy, class Functor>
-__device__ __forceinline__ void write_row(
-    const GradientParams& params, const GradientRow<Functor>& at, int64_t i, typename Storage<type>::Element* out,
-    bool alike) {
+__device__ __forceinline__ void write_row(const GradientParams& params, const GradientRow<Functor>& at, int64_t i,
+                                          typename Storage<type>::Element* out, bool alike) {
   constexpr int kPerWord = Storage<type>::kPerWord;
   const auto* student = student_row<type>(params.logits, i);
   [[maybe_unused]] const int label = kCrossEntropy ? int(params.label[i]) : -1;

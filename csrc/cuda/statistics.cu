@@ -4,8 +4,8 @@
 
 #include "../divergences.h"
 #include "../switches.h"
-#include "passes.h"
 #include "launch.cuh"
+#include "passes.h"
 #include "reduce.cuh"
 #include "walk.cuh"
 
@@ -63,7 +63,8 @@ struct RunningModel {
     const float own = at_least(own_shift, kImpossible), factor = exp2(own * params.scale);
     sums.moment = factor * (sums.moment + own * sums.sum);
     sums.sum *= factor;
-    sums.gap = factor == 0 ? 0 : factor * sums.gap + (own - other_shift) * sums.sum;  // 0, not NaN, where it was infinite
+    sums.gap =
+        factor == 0 ? 0 : factor * sums.gap + (own - other_shift) * sums.sum;  // 0, not NaN, where it was infinite
     sums.untempered *= exp2(own_shift * params.untempered_scale);
   }
 };
@@ -92,9 +93,8 @@ struct Columns {
 // Sums of a pack. An excluded entry must add nothing, but 0 * -inf is NaN: only `kGuarded` avoids that. It is rarely run,
 // so its loop is not unrolled, which saves registers.
 template <FloatType type, class Columns, bool kGuarded>
-__device__ __forceinline__ PairSums add_up(
-    Pack student_pack, Pack teacher_pack, float student_reference, float teacher_reference,
-    const StatisticsParams& params) {
+__device__ __forceinline__ PairSums add_up(Pack student_pack, Pack teacher_pack, float student_reference,
+                                           float teacher_reference, const StatisticsParams& params) {
   constexpr int kPerWord = Storage<type>::kPerWord;
   PairSums sums;
 #pragma unroll(kGuarded ? 1 : kWords)
@@ -134,9 +134,9 @@ __device__ __forceinline__ PairSums add_up(
 __device__ __forceinline__ bool is_nan(float x) { return x != x; }
 
 template <FloatType type, class Columns>
-__device__ __forceinline__ void take_pack(
-    RunningModel& student, RunningModel& teacher, const Pack (&packs)[Columns::kModels], int first, float slack,
-    const StatisticsParams& params) {
+__device__ __forceinline__ void take_pack(RunningModel& student, RunningModel& teacher,
+                                          const Pack (&packs)[Columns::kModels], int first, float slack,
+                                          const StatisticsParams& params) {
   const Pack& teacher_pack = packs[Columns::kModels - 1];  // not read without a teacher
   const float student_most = Storage<type>::maximum(packs[0]);
   const float teacher_most = Columns::kTeacher ? Storage<type>::maximum(teacher_pack) : -kInfinity;
@@ -148,8 +148,7 @@ __device__ __forceinline__ void take_pack(
     student.rescale(student_shift, teacher_shift, params);
     teacher.rescale(teacher_shift, student_shift, params);
   }
-  PairSums sums =
-      add_up<type, Columns, false>(packs[0], teacher_pack, student.reference, teacher.reference, params);
+  PairSums sums = add_up<type, Columns, false>(packs[0], teacher_pack, student.reference, teacher.reference, params);
   if (Columns::kMoments && is_nan(sums.student.moment + sums.student.gap + sums.teacher.moment + sums.teacher.gap)) {
     sums = add_up<type, Columns, true>(packs[0], teacher_pack, student.reference, teacher.reference, params);
   }
@@ -159,8 +158,8 @@ __device__ __forceinline__ void take_pack(
 
 // The lowest column of `value` in the pack that starts at `first`.
 template <FloatType type>
-__device__ __forceinline__ int find(
-    const Walk<type>& walk, const typename Storage<type>::Element* row, int first, float value) {
+__device__ __forceinline__ int find(const Walk<type>& walk, const typename Storage<type>::Element* row, int first,
+                                    float value) {
   Pack pack[1];
   walk.load({row}, first, pack);
   float z[Walk<type>::kLanes];

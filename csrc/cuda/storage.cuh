@@ -50,9 +50,8 @@ struct Storage<FloatType::f32> {
   static __device__ __forceinline__ void widen(uint32_t word, float (&z)[1]) { z[0] = __uint_as_float(word); }
   static __device__ __forceinline__ uint32_t narrow(const float (&z)[1]) { return __float_as_uint(z[0]); }
   static __device__ __forceinline__ float maximum(const Pack& pack) {
-    return fmaxf(
-        fmaxf(__uint_as_float(pack.word[0]), __uint_as_float(pack.word[1])),
-        fmaxf(__uint_as_float(pack.word[2]), __uint_as_float(pack.word[3])));
+    return fmaxf(fmaxf(__uint_as_float(pack.word[0]), __uint_as_float(pack.word[1])),
+                 fmaxf(__uint_as_float(pack.word[2]), __uint_as_float(pack.word[3])));
   }
 };
 

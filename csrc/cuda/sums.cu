@@ -2,8 +2,8 @@
 
 #include "../divergences.h"
 #include "../switches.h"
-#include "passes.h"
 #include "launch.cuh"
+#include "passes.h"
 #include "reduce.cuh"
 #include "walk.cuh"
 
@@ -32,9 +32,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     float value = 0, slope = 0;  // a pack's sums first: they round less than one long sum
 #pragma unroll
     for (int k = 0; k < kLanes; ++k) {
-      const Terms<float> terms = divergence(
-          log2_prob(s[k], params.scale, n.student_shift, n.student_bias),
-          log2_prob(t[k], params.scale, n.teacher_shift, n.teacher_bias));
+      const Terms<float> terms = divergence(log2_prob(s[k], params.scale, n.student_shift, n.student_bias),
+                                            log2_prob(t[k], params.scale, n.teacher_shift, n.teacher_bias));
       value += terms.value;
       slope += terms.slope;
     }

@@ -1,16 +1,13 @@
 """Real launches of two ranks: exit codes, one report of a failure, signals, and nothing left behind."""
 
-import glob
 import os
 import signal
 import socket
-import tempfile
 import time
 
 import pytest
 from launching import finish, free_port, is_alive, notes, run, start, wait_for, write_rank
 
-pytestmark = pytest.mark.serial  # what other launchers leave in the temporary folder would count as these tests' own
 WAIT_FOR_A_SIGNAL = """
 received = []
 for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
@@ -31,11 +28,7 @@ def pids(folder, ranks=(0, 1)):
     return [pid for rank in ranks for pid in notes(folder, "pid", rank)]
 
 
-def failure_folders():
-    return set(glob.glob(os.path.join(tempfile.gettempdir(), "megatron-gkd-*")))
-
-
-def test_success_is_0_without_output(tmp_path):
+def test_success_is_0_and_prints_nothing(tmp_path):
     body = """
     print("hello of", rank, os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"], os.environ["GROUP_WORLD_SIZE"])
     """
@@ -44,21 +37,21 @@ def test_success_is_0_without_output(tmp_path):
     assert sorted((tmp_path / "launcher.out").read_text().splitlines()) == ["hello of 0 2 0 1", "hello of 1 2 1 1"]
 
 
-def test_a_mistake_of_the_user_in_one_rank_is_one_line_and_2(tmp_path):
+def test_a_mistake_of_the_user_in_one_rank_is_one_line_and_2(tmp_path, monkeypatch):
     body = """
     if rank == 1:
         raise UserError("train.jsonl, line 3: not JSON")
     note("ready", "yes")
     time.sleep(600)
     """
-    before = failure_folders()
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     code, err = run(tmp_path, body)
     assert code == 2
     first, *others = err.splitlines()
     assert first == "rank 1 of 2: train.jsonl, line 3: not JSON"
     assert others == ["rank 0 of 2 stopped, or lost the connection, after that"]
     assert not any(map(is_alive, pids(tmp_path)))
-    assert failure_folders() <= before
+    assert not list(tmp_path.glob("megatron-gkd-*")), "the ranks' failures"
 
 
 def test_a_shared_failure_is_printed_once_without_a_rank(tmp_path):

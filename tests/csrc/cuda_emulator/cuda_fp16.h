@@ -39,6 +39,4 @@ inline __half2 __hmax2(__half2 a, __half2 b) {
   return {cuda_emulator::larger_fp16(a.x, b.x), cuda_emulator::larger_fp16(a.y, b.y)};
 }
 inline __half2 __floats2half2_rn(float x, float y) { return {cuda_emulator::to_fp16(x), cuda_emulator::to_fp16(y)}; }
-inline float2 __half22float2(__half2 two) {
-  return {cuda_emulator::from_fp16(two.x), cuda_emulator::from_fp16(two.y)};
-}
+inline float2 __half22float2(__half2 two) { return {cuda_emulator::from_fp16(two.x), cuda_emulator::from_fp16(two.y)}; }
