@@ -81,5 +81,7 @@ class Tagged:
 
 def test_a_row_that_no_teacher_has_a_tag_for_is_an_error():
     require_teachers(Tagged(), ["a", "b", "c"], "subject")
-    with pytest.raises(UserError, match="row 1 of the dataset: subject = 'b': no teacher has this tag; the teachers' tags are a, c"):
+    with pytest.raises(
+        UserError, match="row 1 of the dataset: subject = 'b': no teacher has this tag; the teachers' tags are a, c"
+    ):
         require_teachers(Tagged(), ["c", "a"], "subject")
