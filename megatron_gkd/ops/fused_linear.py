@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_gkd.data.sample import IGNORED_LABEL
 from megatron_gkd.ops.chunk_loss import (
     ChunkTargets,
     PerToken,
@@ -24,7 +25,6 @@ from megatron_gkd.ops.chunk_loss import (
     compute_topk_loss,
 )
 from megatron_gkd.ops.head_gradient import HeadGradient
-from megatron_gkd.ops.normalizers import IGNORED_LABEL
 from megatron_gkd.ops.pointwise import weighted
 from megatron_gkd.ops.spec import DivergenceSpec, ShardSpec, TopKShardSpec, TopKSpec, accumulate_dtype
 from megatron_gkd.ops.topk import TopK, check_k, choose_topk

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_gkd.data.sample import IGNORED_LABEL
 from megatron_gkd.ops.spec import LOG2_E, ShardSpec, round_to
 
 LN2 = math.log(2)
-IGNORED_LABEL = -100
 
 
 class TokenStatistics(NamedTuple):

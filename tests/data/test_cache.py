@@ -41,7 +41,7 @@ def test_a_failure_leaves_nothing_where_nothing_was_finished(cache):
     assert (cache.folder / "rows").read_text() == "good"
 
 
-def test_what_a_failed_build_had_finished_is_there_for_the_next(cache):
+def test_finished_parts_of_a_failed_build_remain_for_the_next(cache):
     def break_off(parts, out):
         (parts / "one").write_text("1")
         (out / "rows").write_text("half")

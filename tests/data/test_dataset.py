@@ -125,7 +125,7 @@ class TestDroppedRows:
             "prompts alone)"
         )
 
-    def test_prompts_alone_are_rows_where_the_student_may_answer_them(self, section, write_jsonl, chat, tokenizer):
+    def test_prompts_alone_are_rows_where_options_allow_them(self, section, write_jsonl, chat, tokenizer):
         path = write_jsonl([chat("q", "a"), chat("q"), {"prompt": "p q"}])
         dataset, _ = build_dataset(section(path), "train", tokenizer, RowOptions(allows_prompts=True))
         answered, conversation, text = (dataset[index] for index in range(3))
@@ -152,7 +152,7 @@ class TestDroppedRows:
             (["", ""], "yields nothing to train on: 0 of 0 rows used"),
         ],
     )
-    def test_a_source_that_yields_nothing_is_an_error(self, section, write_jsonl, tokenizer, rows, message):
+    def test_a_source_without_usable_rows_is_an_error(self, section, write_jsonl, tokenizer, rows, message):
         path = write_jsonl(rows)
         with pytest.raises(RunStopped, match=f"^{path}: {message}"):
             build(section(path, data_errors="skip"), tokenizer)
@@ -223,7 +223,7 @@ class TestRoomForACompletion:
             label for label in dataset[0].labels.tolist() if label != IGNORED_LABEL
         ]
 
-    def test_rows_that_the_student_does_not_answer_need_none(self, section, write_jsonl, tokenizer):
+    def test_rows_without_prompt_limits_need_no_room(self, section, write_jsonl, tokenizer):
         data = section(write_jsonl([self.row(15, 1), self.row(3, 2, teacher_prompt=14)]), max_length=16)
         dataset, report = build(data, tokenizer)
         assert report == DataReport(2, 2) and dataset.lengths.tolist() == [16, 5]
@@ -306,7 +306,7 @@ class TestCache:
         assert len(self.folders(data)) == 10
         assert "another" in tokenizers["chatml"].decode(dataset[0].input_ids)
 
-    def test_what_does_not_change_the_rows_does_not(self, section, write_jsonl, chat, tokenizer):
+    def test_other_changes_do_not_change_the_key(self, section, write_jsonl, chat, tokenizer):
         data = section(write_jsonl([chat("q", "a")]))
         build(data, tokenizer)
         data.preprocessing_num_workers = 2
@@ -359,7 +359,7 @@ class TestTwoProcesses:
     def run(self, tmp_path, tokenizer):
         return lambda data, **options: _run(tmp_path, tokenizer, [data, data], leaders=[0], **options)
 
-    def test_one_builds_and_both_read_the_same(self, run, section, write_jsonl, chat):
+    def test_one_rank_builds_and_both_read_the_same(self, run, section, write_jsonl, chat):
         first, second = run(section(write_jsonl([chat("q", "a"), chat("q", "b")])))
         assert first == second
         assert len(first[0]) == 2
@@ -429,7 +429,7 @@ class TestTwoNodes:
         first, second = run([chat("q", "a")], None, shared=True)  # it has not even the file
         assert first == second and len(first[0]) == 1
 
-    def test_other_rows_are_an_error_that_names_file_and_node(self, run, chat, tmp_path):
+    def test_different_rows_are_an_error_that_names_file_and_node(self, run, chat, tmp_path):
         first, second = run([chat("q", "a")], [chat("q", "b")])
         assert first[0] == second[0] == "RunStopped"
         assert f"rank 1 on {socket.gethostname()}: {tmp_path}/node1.jsonl: gives other rows on this node" in first[1]
@@ -441,7 +441,7 @@ class TestTwoNodes:
         problem = f"rank 1 on {socket.gethostname()}: {tmp_path}/node1.jsonl: no such file or folder"
         assert first == second == ("RunStopped", problem)
 
-    def test_an_old_cache_of_other_rows_is_named(self, run, chat, tmp_path):
+    def test_an_old_cache_of_different_rows_is_an_error(self, run, chat, tmp_path):
         run([chat("q", "a")], [chat("q", "a")])
         (key,) = self.keys(tmp_path, 1)
         report = tmp_path / "cache1" / key / "report.json"
@@ -457,7 +457,7 @@ class TestRowsOfTokenIds:
         {"prompt_token_ids": [5, 6, 7], "response_token_ids": [8, 9], "prompt": "text", "response": "other text"}
     )
 
-    def test_they_are_taken_as_they_are(self, section, write_jsonl, chat, tokenizer):
+    def test_token_ids_are_used_unchanged(self, section, write_jsonl, chat, tokenizer):
         with_view = {**self.ROW, "teacher_prompt_token_ids": [4, 5, 6, 7]}
         rows = [dict(self.ROW), chat("q", "a"), with_view, {**self.ROW, "masked": True}]
         dataset, report = build(section(write_jsonl(rows)), tokenizer)

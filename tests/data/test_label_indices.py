@@ -19,7 +19,7 @@ SAMPLES = [sample(9, [2, 3, 6]), sample(5, []), sample(11, [0, 4, 5, 9])]
 
 @pytest.mark.parametrize("cp_size", [1, 2, 3])
 @pytest.mark.parametrize("total_length", [None, 60])
-def test_every_label_is_found_on_the_rank_that_has_it(cp_size, total_length):
+def test_indices_of_all_ranks_cover_every_label_once(cp_size, total_length):
     whole = collate(SAMPLES, pad_multiple=2 * cp_size, pad_token_id=0)
     if total_length:
         whole = pad_to(whole, total_length, 0)

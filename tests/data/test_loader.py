@@ -166,12 +166,12 @@ class TestValidation:
         counts = torch.bincount(labels, minlength=ROWS + 1)[1:]
         assert counts.tolist() == Rows.num_labels.tolist()
 
-    def test_fewer_steps_may_be_asked_for(self):
+    def test_the_number_of_steps_can_be_limited(self):
         assert len(self.batches(num_steps=1)) == 1
         assert len(self.batches(num_steps=9)) == 2
 
 
-def test_steps_that_are_made_elsewhere_are_not_cut():
+def test_skipped_steps_are_none():
     batches = list(loader(skip=lambda step: step == 2))
     assert [batch is None for batch in batches] == [False, True, False]
 

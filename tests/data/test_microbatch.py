@@ -66,7 +66,7 @@ def test_nothing_makes_no_microbatch():
             collate(samples, pad_multiple=1, pad_token_id=PAD)
 
 
-def test_lengthening_appends_a_sequence_of_padding():
+def test_pad_to_appends_a_sequence_of_padding():
     microbatch = collate([sample(5, 6, 7), sample(8)], pad_multiple=2, pad_token_id=1)
     longer = pad_to(microbatch, 12, pad_token_id=1)
     assert pad_to(microbatch, 6, pad_token_id=1) is microbatch

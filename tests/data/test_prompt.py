@@ -21,11 +21,11 @@ def sample(trained):
         ([0, 0, 0], 3),  # a prompt alone
     ],
 )
-def test_the_prompt_ends_where_the_last_answer_begins(trained, length):
+def test_the_prompt_ends_where_the_last_response_begins(trained, length):
     assert extract_prompt(sample(trained)).tolist() == list(range(10, 10 + length))
 
 
-def test_an_answered_prompt():
+def test_replace_response():
     row = replace(sample([0, 0, 0, 1, 1]), row_id=9, teacher_prompt=np.array([5, 6]), tag="math")
     found = replace_response(row, [1, 2])
     assert found.input_ids.tolist() == [10, 11, 12, 1, 2] and found.input_ids.dtype == np.int64

@@ -83,7 +83,7 @@ def test_a_turn_of_tool_calls_needs_no_content():
         ),
     ],
 )
-def test_what_is_wrong_with_a_row_is_said(row, message):
+def test_a_bad_row_has_a_reason_and_a_detail(row, message):
     with pytest.raises(BadRow) as error:
         parse_row(row)
     assert str(error.value).startswith(message)

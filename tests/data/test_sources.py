@@ -72,7 +72,7 @@ def test_the_files_of_a_source(tmp_path, write_jsonl):
         source_files(str(tmp_path / "nothing"))
 
 
-def test_what_cannot_be_opened_is_said(tmp_path):
+def test_a_source_that_cannot_be_opened_is_an_error(tmp_path):
     (tmp_path / "rows.csv").write_text("a,b\n")
     (tmp_path / "broken.parquet").write_text("this is no parquet")
     (tmp_path / "broken.json").write_text("[1, 2")

@@ -27,7 +27,7 @@ def labels_of(sample):
 
 
 class TestView:
-    def test_the_response_stands_behind_the_teachers_prompt(self):
+    def test_the_response_follows_the_teachers_prompt(self):
         view = teacher_view(sample([0, 0, 0, 1, 1], [5, 6, 7, 8, 9]))
         assert view.input_ids.tolist() == [5, 6, 7, 8, 9, 13, 14] and view.input_ids.dtype == np.int64
         assert view.labels.tolist() == [IGNORED_LABEL] * 4 + [13, 14, IGNORED_LABEL]
@@ -56,7 +56,7 @@ class TestView:
         assert view.input_ids.tolist() == [10, 11, 12, 13, 70, 71, 72, 15, 16, 17]
         assert labels_of(view) == labels_of(row)
 
-    def test_an_answer_of_the_student(self):
+    def test_a_response_of_the_student(self):
         row = replace(sample([0, 1, 1, 0, 0, 1, 1], [10, 11, 12, 70]), tag="math")
         view = teacher_view(replace_response(row, [1, 2]))
         assert view.input_ids.tolist() == [10, 11, 12, 70, 1, 2] and labels_of(view) == [1, 2]
@@ -81,7 +81,7 @@ def read(section, write_jsonl, tokenizers):
 
 
 class TestRows:
-    def test_it_stands_in_for_the_last_user_message(self, read, chat):
+    def test_it_replaces_the_last_user_message(self, read, chat):
         row = chat("one?", "1.", "two?", "2.", teacher_prompt="two? It is 2.", tools=[{"name": "add"}])
         found, student, teacher = read(row)
         assert teacher == student.replace("two?", "two? It is 2.") and "Tools:" in teacher
@@ -97,12 +97,12 @@ class TestRows:
         _, student, teacher = read({"messages": messages, "teacher_prompt": "1 + 1? Two."})
         assert teacher == student.replace("1 + 1?", "1 + 1? Two.")
 
-    def test_it_stands_in_for_a_prompt_of_text(self, read):
+    def test_it_replaces_a_prompt_of_text(self, read):
         _, student, teacher = read({"prompt": "q", "response": " a", "teacher_prompt": "the answer"}, None)
         assert (student, teacher) == ("q a<|im_end|>", "the answer a<|im_end|>")
 
     @pytest.mark.parametrize("template", ["chatml", "qwen3", "inst"])
-    def test_earlier_turns_are_judged_as_the_student_reads_them(self, read, chat, template):
+    def test_earlier_turns_are_scored_as_the_student_reads_them(self, read, chat, template):
         row = chat("one?", "1.", "two?", "2.", "three?", "3.", teacher_prompt="three? 3")
         found, student, teacher = read(row, template, loss_on="all")
         assert teacher == student.replace("three?", "three? 3")
@@ -116,7 +116,7 @@ class TestRows:
         assert tokenizer.decode(found[1]) == "a" and found[2] is None
         assert dataset.teacher_lengths.tolist() == [len(found[0]), 1, 0]
 
-    def test_the_students_answer_is_read_behind_it(self, read, chat, tokenizer):
+    def test_the_teacher_reads_the_students_response_after_it(self, read, chat, tokenizer):
         found, _, teacher = read(chat("q", "a", teacher_prompt="q: a"))
         reply = tokenizer.encode("b<|im_end|>", add_special_tokens=False)
         view = teacher_view(replace_response(found, reply))
@@ -129,7 +129,7 @@ class TestRows:
             ({"prompt": "q", "response": "a", "teacher_prompt": " "}, "empty teacher_prompt: teacher_prompt is empty"),
         ],
     )
-    def test_what_is_wrong_with_it_is_said(self, row, message):
+    def test_a_bad_teacher_prompt_is_an_error(self, row, message):
         with pytest.raises(BadRow, match=message):
             parse_row(row)
 
@@ -140,7 +140,7 @@ class TestRows:
         ):
             read({"messages": messages, "teacher_prompt": "b"})
 
-    def test_a_turn_that_is_trained_on_behind_it(self, read):
+    def test_a_trained_turn_after_the_teacher_prompt_is_refused(self, read):
         messages = [
             {"role": "user", "content": "q"},
             {"role": "assistant", "content": "a"},
@@ -171,7 +171,7 @@ class TestLengths:
         dataset, report = build(section(path, max_length=60, teacher_max_length=200), tokenizer)
         assert len(dataset) == 2 and dataset.lengths.max() <= 60 < dataset.teacher_lengths.max() <= 200
 
-    def test_the_start_is_cut_off(self, read, chat):
+    def test_left_truncation_removes_the_start(self, read, chat):
         """The teacher's prompt stays whole, unless turns are left that have labels."""
         row = chat("x" * 30, "1.", "y" * 30, "2.", teacher_prompt="z" * 30)
         options = dict(truncation_strategy="left", teacher_max_length=200)
@@ -183,7 +183,7 @@ class TestLengths:
         late, student, teacher = read(row, max_length=20, loss_on="all", **options)
         assert teacher == everything and len(late.input_ids) == 20
 
-    def test_the_end_is_cut_off(self, read, chat):
+    def test_right_truncation_removes_the_end(self, read, chat):
         row = chat("one?", "1.", "two?", "2" * 30, teacher_prompt="two: 2")
         options = dict(truncation_strategy="right", loss_on="all", teacher_max_length=200)
         whole, *_ = read(row, teacher_max_length=200)

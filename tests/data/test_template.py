@@ -45,7 +45,7 @@ def test_only_the_last_turn_is_trained_on_or_all(render, chat):
     assert render("chatml", row, loss_on="all") == (whole, "1.<|im_end|>|2.<|im_end|>")
 
 
-def test_what_follows_the_last_assistant_turn_is_cut_off(render, chat):
+def test_messages_after_the_last_assistant_turn_are_removed(render, chat):
     assert render("chatml", chat("q", "a", "q2")) == render("chatml", chat("q", "a"))
 
 
@@ -91,7 +91,7 @@ class TestThinking:
         trained = render("qwen3", row, template_kwargs={"enable_thinking": False})[1]
         assert trained == "<think>\n\n</think>\n\ntwo<|im_end|>"
 
-    def test_thoughts_of_earlier_turns_are_gone(self, render, chat):
+    def test_thoughts_of_earlier_turns_are_removed(self, render, chat):
         row = chat("q", "<think>\na\n</think>\n\none", "q", "<think>\nb\n</think>\n\ntwo")
         assert render("qwen3", row, loss_on="all")[1] == "one<|im_end|>|<think>\nb\n</think>\n\ntwo<|im_end|>"
 
@@ -159,6 +159,6 @@ def test_plain_text_starts_with_bos_where_the_tokenizer_adds_it(tokenizers):
         ("chatml", {"prompt": "\ud800", "response": "a"}, r"not Unicode: the text holds '\\ud800'"),
     ],
 )
-def test_what_cannot_be_rendered_is_said(render, template, row, message):
+def test_a_row_that_cannot_be_rendered_is_a_bad_row(render, template, row, message):
     with pytest.raises(BadRow, match=message):
         render(template, row)

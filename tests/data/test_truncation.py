@@ -27,13 +27,13 @@ def test_left_keeps_the_response():
     assert labels.tolist() == [IGNORED_LABEL, 8, 9, IGNORED_LABEL]
 
 
-def test_left_cuts_the_end_of_a_response_that_is_too_long_itself():
+def test_left_truncates_the_end_of_a_response_that_is_too_long_itself():
     input_ids, labels = truncate(*row(5, 6, 7, 8, 9), 4, "left")
     assert input_ids.tolist() == [4, 5, 6, 7]
     assert labels.tolist() == [5, 6, 7, IGNORED_LABEL]
 
 
-def test_left_gives_up_earlier_turns_for_the_last_one():
+def test_left_removes_earlier_turns_before_the_last_one():
     _, labels = truncate(*row(2, 3, 8, 9), 3, "left")
     assert labels.tolist() == [8, 9, IGNORED_LABEL]
 

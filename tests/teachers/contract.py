@@ -1,17 +1,17 @@
-"""What every teacher must do. Its tests derive from `TeacherContract` and add a fixture of answers.
+"""The contract of all teachers. A teacher's tests derive from `TeacherContract` and add a fixture of results.
 
-    def answers_of(rank, world_size, layout):
+    def results_of(rank, world_size, layout):
         with mesh_of(layout) as mesh:
-            return answer(MyTeacher(...), mesh)                 # of CHECKPOINT()'s weights
+            return score_microbatches(MyTeacher(...), mesh)                 # of CHECKPOINT()'s weights
 
     class TestMyTeacher(TeacherContract):
         @pytest.fixture(scope="class", params=LAYOUTS)
         @classmethod
-        def answers(cls, request, gloo_world):
-            return in_every_rank(gloo_world, request.param, answers_of)
+        def results(cls, request, gloo_world):
+            return in_every_rank(gloo_world, request.param, results_of)
 
 The teacher is `CHECKPOINT()` (qwen3, vocabulary 99), in fp32; so is the student, where there is one. A teacher that
-reads something else than the samples' own tokens has its own `log_probs`.
+reads other tokens than the samples' own has its own `log_probs`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ TOLERANCE = 1e-4  # of log-probabilities
 
 
 def sample(length: int, *trained: slice, seed: int) -> Sample:
-    """Random tokens, of which `trained` are learnt."""
+    """Random tokens, of which `trained` are trained on."""
     counts = np.zeros(length, dtype=bool)
     for piece in trained:
         counts[piece] = True
@@ -64,8 +64,8 @@ MICROBATCHES = {
 }
 
 
-class Told(NamedTuple):
-    """What a signal says of some labels, as logits up to a constant for each row."""
+class LabelEntries(NamedTuple):
+    """A signal for some labels, as logits up to a constant for each row."""
 
     numbers: Tensor  # int64 [n], of the whole microbatch's labels
     ids: Tensor  # int64 [n, k], -1 where missing
@@ -76,14 +76,14 @@ class Told(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Answers:
-    """Of one rank: for each microbatch None, or what its signal tells."""
+class RankResults:
+    """The signals of one rank: for each microbatch its entries, or None."""
 
     coordinates: tuple[int, int, int]  # rank in tp, pp, cp
     sizes: tuple[int, int, int]
-    first: list[list[Told] | None]
-    again: list[list[Told] | None]
-    alone: list[list[Told] | None]  # each microbatch in a call of its own
+    first: list[list[LabelEntries] | None]
+    again: list[list[LabelEntries] | None]
+    alone: list[list[LabelEntries] | None]  # each microbatch in a call of its own
 
 
 @contextmanager
@@ -98,10 +98,10 @@ def mesh_of(layout: dict):
         destroy_mesh()
 
 
-def in_every_rank(gloo_world, name: str, answers_of: Callable, *args) -> list[Answers]:
-    """What `answers_of(rank, world_size, layout, *args)` returns in every rank of the layout of this name."""
+def in_every_rank(gloo_world, name: str, results_of: Callable, *args) -> list[RankResults]:
+    """What `results_of(rank, world_size, layout, *args)` returns in every rank of the layout of this name."""
     world_size, layout = DENSE[name]
-    return gloo_world(world_size).run(answers_of, layout, *args)
+    return gloo_world(world_size).run(results_of, layout, *args)
 
 
 def microbatches_of(mesh) -> list:
@@ -114,26 +114,26 @@ def microbatches_of(mesh) -> list:
     return [shard_context_parallel(one, mesh.cp.rank(), mesh.cp.size()) for one in whole]
 
 
-def answer(teacher, mesh) -> Answers:
-    """The teacher's answers in this rank. All ranks call it together."""
+def score_microbatches(teacher, mesh) -> RankResults:
+    """Score the contract's microbatches in this rank. All ranks call it together."""
     microbatches = microbatches_of(mesh)
 
     def score(some):
         with teacher.resident():
-            return [tell(signal, one, mesh) for signal, one in zip(teacher.score(some), some, strict=True)]
+            return [read_signal(signal, one, mesh) for signal, one in zip(teacher.score(some), some, strict=True)]
 
     groups = mesh.tp, mesh.pp, mesh.cp
-    return Answers(
+    return RankResults(
         coordinates=tuple(group.rank() for group in groups),
         sizes=tuple(group.size() for group in groups),
         first=score(microbatches),
         again=score(microbatches),
-        alone=[told for one in microbatches for told in score([one])],
+        alone=[entries for one in microbatches for entries in score([one])],
     )
 
 
-def tell(signal, microbatch, mesh) -> list[Told] | None:
-    """The signal in one form, whatever it is: one entry for each part that says something."""
+def read_signal(signal, microbatch, mesh) -> list[LabelEntries] | None:
+    """Return any signal in one form, an element for each of its parts."""
     from megatron_gkd.data.label_indices import local_label_indices
     from megatron_gkd.teachers.base import Hidden, Parts
 
@@ -141,7 +141,7 @@ def tell(signal, microbatch, mesh) -> list[Told] | None:
         return None
     numbers = local_label_indices(microbatch, mesh.cp.rank(), mesh.cp.size())
     parts = [(part.rows, part.signal) for part in signal.parts] if isinstance(signal, Parts) else [(..., signal)]
-    told = []
+    entries = []
     for rows, part in parts:
         if isinstance(part, Hidden):
             states = part.states.gather()
@@ -150,10 +150,10 @@ def tell(signal, microbatch, mesh) -> list[Told] | None:
             values = torch.cat(shards, 1)[:, :99]
             ids, shard = torch.arange(99).expand_as(values), part.states.shard
             held_rows = shard.untyped_storage().nbytes() // (shard.element_size() * shard.shape[1])
-            told.append(Told(numbers[rows], ids, values, None, None, held_rows))
+            entries.append(LabelEntries(numbers[rows], ids, values, None, None, held_rows))
         else:
-            told.append(Told(numbers[rows], part.ids, part.values, part.tail, part.temperature))
-    return told
+            entries.append(LabelEntries(numbers[rows], part.ids, part.values, part.tail, part.temperature))
+    return entries
 
 
 @functools.cache
@@ -174,92 +174,99 @@ class TeacherContract:
 
     @pytest.fixture(scope="class", params=LAYOUTS)
     @classmethod
-    def answers(cls, request, gloo_world) -> list[Answers]:
+    def results(cls, request, gloo_world) -> list[RankResults]:
         """Of every rank."""
         raise NotImplementedError("a teacher's tests give their own")
 
     @classmethod
     def log_probs(cls, sample: Sample) -> Tensor:
-        """fp64 [n, V]: what the teacher should say of the sample's n labels."""
+        """Return the expected distributions at the sample's n labels: fp64 [n, V]."""
         return transformers_log_probs(CHECKPOINT(), sample.input_ids, sample.label_positions)
 
-    def test_there_is_a_signal_for_every_microbatch_on_the_last_stage_and_nowhere_else(self, answers):
-        for rank in answers:
+    def test_there_is_a_signal_for_every_microbatch_on_the_last_stage_and_nowhere_else(self, results):
+        for rank in results:
             _, stage, _ = rank.coordinates
             last = stage == rank.sizes[1] - 1
             for scored in (rank.first, rank.again, rank.alone):
-                assert [told is not None for told in scored] == [last] * len(MICROBATCHES)
+                assert [entries is not None for entries in scored] == [last] * len(MICROBATCHES)
 
     @pytest.mark.parametrize("name", MICROBATCHES)
-    def test_every_label_has_one_row_on_one_context_parallel_rank(self, answers, name):
+    def test_every_label_has_one_row_on_one_context_parallel_rank(self, results, name):
         """And on all tensor-parallel ranks of it."""
         count = sum(one.num_labels for one in MICROBATCHES[name])
-        for tensor_rank in range(answers[0].sizes[0]):
+        for tensor_rank in range(results[0].sizes[0]):
             numbers = [
-                told.numbers for rank, parts in last_stages(answers, name) if rank[0] == tensor_rank for told in parts
+                entries.numbers
+                for rank, parts in last_stages(results, name)
+                if rank[0] == tensor_rank
+                for entries in parts
             ]
             assert torch.cat(numbers).sort().values.tolist() == list(range(count))
 
     @pytest.mark.parametrize("name", MICROBATCHES)
-    def test_distributions_are_those_of_transformers(self, answers, name):
+    def test_distributions_are_those_of_transformers(self, results, name):
         expected = torch.cat([self.log_probs(one) for one in MICROBATCHES[name]])
-        for _, parts in last_stages(answers, name):
-            for told in parts:
-                assert_close(told, expected[told.numbers])
+        for _, parts in last_stages(results, name):
+            for entries in parts:
+                assert_close(entries, expected[entries.numbers])
 
-    def test_the_same_microbatches_have_the_same_signals(self, answers):
-        for rank in answers:
+    def test_the_same_microbatches_have_the_same_signals(self, results):
+        for rank in results:
             assert_alike(rank.first, rank.again, self.ROUNDING)
 
-    def test_a_signal_does_not_depend_on_the_other_microbatches(self, answers):
-        for rank in answers:
+    def test_a_signal_does_not_depend_on_the_other_microbatches(self, results):
+        for rank in results:
             assert_alike(rank.first, rank.alone, 1e-5)
 
     @pytest.mark.parametrize("name", MICROBATCHES)
-    def test_tensor_parallel_ranks_share_the_memory_of_hidden_states(self, answers, name):
-        for _, parts in last_stages(answers, name):
-            for told in parts:
-                assert told.held_rows in (None, -(-len(told.numbers) // answers[0].sizes[0]))
+    def test_tensor_parallel_ranks_share_the_memory_of_hidden_states(self, results, name):
+        for _, parts in last_stages(results, name):
+            for entries in parts:
+                assert entries.held_rows in (None, -(-len(entries.numbers) // results[0].sizes[0]))
 
-    def test_tensor_parallel_ranks_have_the_same(self, answers):
+    def test_tensor_parallel_ranks_have_the_same(self, results):
         by_place: dict[tuple[int, int], list] = {}
-        for rank in answers:
+        for rank in results:
             first = by_place.setdefault(rank.coordinates[1:], rank.first)
             assert_alike(first, rank.first, 0.0)
 
 
-def last_stages(answers: list[Answers], name: str) -> Iterator[tuple[tuple[int, int, int], list[Told]]]:
+def last_stages(results: list[RankResults], name: str) -> Iterator[tuple[tuple[int, int, int], list[LabelEntries]]]:
     """What the ranks of the last stage have, in one data-parallel replica."""
     index = list(MICROBATCHES).index(name)
-    for rank in answers:
+    for rank in results:
         if rank.first[index] is not None:
             yield rank.coordinates, rank.first[index]
 
 
-def assert_alike(a: list[list[Told] | None], b: list[list[Told] | None], rounding: float) -> None:
+def assert_alike(a: list[list[LabelEntries] | None], b: list[list[LabelEntries] | None], rounding: float) -> None:
     """The same tokens, in whatever order, with values that differ by `rounding` at most."""
 
-    def by_token(told: Told) -> tuple[Tensor, Tensor, Tensor | None]:
-        dense = torch.full((len(told.ids), 99), torch.nan)
-        return told.numbers, dense.scatter(1, told.ids, told.values), told.tail
+    def by_token(entries: LabelEntries) -> tuple[Tensor, Tensor, Tensor | None]:
+        dense = torch.full((len(entries.ids), 99), torch.nan)
+        return entries.numbers, dense.scatter(1, entries.ids, entries.values), entries.tail
 
-    a, b = ([None if parts is None else list(map(by_token, parts)) for parts in answers] for answers in (a, b))
+    a, b = ([None if parts is None else list(map(by_token, parts)) for parts in results] for results in (a, b))
     torch.testing.assert_close(a, b, atol=rounding, rtol=0, equal_nan=True)
 
 
-def assert_close(told: Told, expected: Tensor) -> None:
-    """`expected` is fp64 [n, V], log-probabilities. Its most likely tokens are told, with their ratios."""
-    if len(told.numbers) == 0:
+def assert_close(entries: LabelEntries, expected: Tensor) -> None:
+    """`expected` is fp64 [n, V], log-probabilities. The entries are its most likely tokens, with their ratios."""
+    if len(entries.numbers) == 0:
         return
-    assert told.ids.shape == told.values.shape and (told.ids >= 0).all() and (told.ids < expected.shape[1]).all()
-    assert (told.ids.sort(-1).values.diff(dim=-1) > 0).all(), "no id twice"
-    values, k = told.values.double(), told.ids.shape[1]
-    found = expected.gather(1, told.ids)
-    best = expected.topk(k).values  # of equals either may be told, and of what is almost equal
+    assert (
+        entries.ids.shape == entries.values.shape
+        and (entries.ids >= 0).all()
+        and (entries.ids < expected.shape[1]).all()
+    )
+    assert (entries.ids.sort(-1).values.diff(dim=-1) > 0).all(), "no id twice"
+    values, k = entries.values.double(), entries.ids.shape[1]
+    found = expected.gather(1, entries.ids)
+    best = expected.topk(k).values  # of equal or almost equal tokens either may be an entry
     torch.testing.assert_close(found.sort(-1, descending=True).values, best, atol=TOLERANCE, rtol=0)
     torch.testing.assert_close(values.log_softmax(-1), found.log_softmax(-1), atol=TOLERANCE, rtol=0)
-    if told.tail is not None and k < expected.shape[1]:
-        tempered = (expected / told.temperature).scatter(1, told.ids, -torch.inf).logsumexp(-1)
-        shift = (values.logsumexp(-1) - found.logsumexp(-1)) / told.temperature  # the row's constant
-        rest = told.tail.double() - shift
+    if entries.tail is not None and k < expected.shape[1]:
+        tempered = (expected / entries.temperature).scatter(1, entries.ids, -torch.inf).logsumexp(-1)
+        shift = (values.logsumexp(-1) - found.logsumexp(-1)) / entries.temperature  # the row's constant
+        rest = entries.tail.double() - shift
         torch.testing.assert_close(rest, tempered, atol=TOLERANCE, rtol=0)

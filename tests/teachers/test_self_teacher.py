@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from teachers.contract import CHECKPOINT, LAYOUTS, TeacherContract, answer, in_every_rank, mesh_of
+from teachers.contract import CHECKPOINT, LAYOUTS, TeacherContract, in_every_rank, mesh_of, score_microbatches
 
 from megatron_gkd.errors import UserError
 
 
-def answers_of(rank, world_size, layout, with_initial_weights):
+def results_of(rank, world_size, layout, with_initial_weights):
     from megatron_gkd.models.checkpoint import Checkpoint
     from megatron_gkd.models.megatron_model import BuildOptions, MegatronModel
     from megatron_gkd.teachers.self_teacher import SelfTeacher
@@ -23,21 +23,21 @@ def answers_of(rank, world_size, layout, with_initial_weights):
             for chunk in model.chunks:
                 for parameter in chunk.parameters():
                     parameter.data.zero_()
-        return answer(SelfTeacher(model, weights, finish_gather=lambda: None), mesh)
+        return score_microbatches(SelfTeacher(model, weights, finish_gather=lambda: None), mesh)
 
 
 class TestCurrentWeights(TeacherContract):
     @pytest.fixture(scope="class", params=LAYOUTS)
     @classmethod
-    def answers(cls, request, gloo_world):
-        return in_every_rank(gloo_world, request.param, answers_of, False)
+    def results(cls, request, gloo_world):
+        return in_every_rank(gloo_world, request.param, results_of, False)
 
 
 class TestInitialWeights(TeacherContract):
     @pytest.fixture(scope="class", params=["TP2xPP2"])
     @classmethod
-    def answers(cls, request, gloo_world):
-        return in_every_rank(gloo_world, request.param, answers_of, True)
+    def results(cls, request, gloo_world):
+        return in_every_rank(gloo_world, request.param, results_of, True)
 
 
 class Rows:
@@ -60,7 +60,7 @@ def check_rows_of_several_recipes(rank, world_size):
     check_rows(dynamic, Rows(0, 0))
 
 
-def test_the_current_weights_alone_have_nothing_to_teach(gloo_world):
+def test_the_current_weights_without_teacher_prompts_are_refused(gloo_world):
     with pytest.raises(
         UserError, match=r"teacher.teacher_kind = self: no row of data.dataset has a teacher_prompt, without"
     ):

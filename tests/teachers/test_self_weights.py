@@ -49,7 +49,7 @@ def small_pieces(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_initial_weights_change_places_with_the_students(self_weights, dtype, monkeypatch):
+def test_the_initial_weights_are_swapped_with_the_students(self_weights, dtype, monkeypatch):
     model = student(dtype)
     initial = [parameter.detach().clone() for parameter in parameters(model)]
     num_bytes = sum(parameter.nbytes for parameter in initial)

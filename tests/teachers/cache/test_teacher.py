@@ -14,15 +14,15 @@ from teachers.contract import (
     LAYOUTS,
     MICROBATCHES,
     TeacherContract,
-    answer,
     in_every_rank,
     mesh_of,
     sample,
+    score_microbatches,
     transformers_log_probs,
 )
 
 from megatron_gkd.data.sample import IGNORED_LABEL
-from megatron_gkd.errors import UserError
+from megatron_gkd.errors import ServiceError, UserError
 from megatron_gkd.teachers.cache.keys import row_key, row_keys
 from megatron_gkd.teachers.cache.manifest import FILE, Manifest
 from megatron_gkd.teachers.cache.shards import CachedRow, write_shard
@@ -55,7 +55,7 @@ class TestKeys:
         row = ROWS[0]
         assert row_key(row) == row_key(replace(row, row_id=7, source="student", tag="a"))
 
-    def test_what_the_teacher_judges_is_in_the_key(self):
+    def test_the_key_depends_on_all_that_the_teacher_reads(self):
         row = ROWS[3]
         other_labels = row.labels.copy()
         other_labels[2] = IGNORED_LABEL
@@ -137,7 +137,7 @@ class TestPlan:
         rows = [*ROWS[:3], ROWS[1], silent, *ROWS[3:6]]
         assert self.shards(cache_of(tmp_path), rows) == [[0, 1, 2, 5], [6, 7]]
 
-    def test_what_is_there_does_not_change_the_division(self, tmp_path):
+    def test_existing_rows_do_not_change_the_division(self, tmp_path):
         assert self.shards(cache_of(tmp_path, ROWS[4:8]), ROWS) == [[0, 1, 2, 3], [8, 9]]
         assert self.shards(cache_of(tmp_path, ROWS[:2]), ROWS) == [[2, 3], [8, 9]]
 
@@ -145,7 +145,7 @@ class TestPlan:
         monkeypatch.setattr("megatron_gkd.teachers.cache.writer.SHARD_BYTES", 44 * (2 + 3 + 4))
         assert self.shards(cache_of(tmp_path), ROWS)[:2] == [[0, 1, 2], [3]]
 
-    def test_equal_rows_with_unlike_tags_are_refused(self):
+    def test_equal_rows_with_different_tags_are_refused(self):
         keys = row_keys([ROWS[0], ROWS[1], ROWS[0]])
         require_consistent_tags(keys, ["a", "b", "a"])
         with pytest.raises(UserError, match="rows 2 and 0 are the same, but their tags"):
@@ -172,11 +172,11 @@ def fill(folder: Path) -> Path:
     return folder
 
 
-def answers_of(rank, world_size, layout, folder, k):
+def results_of(rank, world_size, layout, folder, k):
     from megatron_gkd.teachers.cache.teacher import CachedTeacher, open_cache
 
     with mesh_of(layout) as mesh:
-        return answer(CachedTeacher(open_cache(folder), mesh, k=k), mesh)
+        return score_microbatches(CachedTeacher(open_cache(folder), mesh, k=k), mesh)
 
 
 @pytest.fixture(scope="module")
@@ -187,8 +187,8 @@ def folder(tmp_path_factory) -> Path:
 class TestCachedTeacher(TeacherContract):
     @pytest.fixture(scope="class", params=LAYOUTS)
     @classmethod
-    def answers(cls, request, gloo_world, folder):
-        return in_every_rank(gloo_world, request.param, answers_of, folder, None)
+    def results(cls, request, gloo_world, folder):
+        return in_every_rank(gloo_world, request.param, results_of, folder, None)
 
 
 class TestFewerOfTheCachedTokens(TeacherContract):
@@ -196,8 +196,8 @@ class TestFewerOfTheCachedTokens(TeacherContract):
 
     @pytest.fixture(scope="class", params=LAYOUTS[:1])
     @classmethod
-    def answers(cls, request, gloo_world, folder):
-        return in_every_rank(gloo_world, request.param, answers_of, folder, 4)
+    def results(cls, request, gloo_world, folder):
+        return in_every_rank(gloo_world, request.param, results_of, folder, 4)
 
 
 def topk_of(rank, world_size, layout, folder, rows):
@@ -219,7 +219,7 @@ def test_ids_of_a_large_vocabulary_reach_the_loss(gloo_world, tmp_path):
     assert signal.temperature == MANIFEST.temperature
 
 
-def test_a_row_that_is_not_there_is_named_on_all_ranks_together(gloo_world, tmp_path):
+def test_a_missing_row_is_an_error_on_all_ranks(gloo_world, tmp_path):
     folder = cache_of(tmp_path, ROWS, manifest=replace(MANIFEST, vocab_size=99))
-    with pytest.raises(UserError, match="row 1 is not in the teacher cache"):
-        in_every_rank(gloo_world, "TP2xPP2", answers_of, folder, None)
+    with pytest.raises(ServiceError, match="row 1 is not in the teacher cache"):
+        in_every_rank(gloo_world, "TP2xPP2", results_of, folder, None)

@@ -32,7 +32,7 @@ def client_of(fake: FakeServer, k: int = 4, timeout: float = 10.0, max_length: i
     return TeacherServer(fake.url + "/", open_client(timeout, 4), TeacherRequirements(k, max_length, PROBES))
 
 
-def test_hello_finds_the_model_and_a_known_prompt(fake):
+def test_the_handshake_returns_the_model_and_the_known_prompt(fake):
     server = client_of(fake)
     identity = server.handshake(max_downtime=5.0)
     assert identity.name == "teacher"
@@ -78,7 +78,7 @@ def test_the_same_ids_of_other_tokens_are_refused(fake):
         client_of(fake).handshake(max_downtime=5.0)
 
 
-def test_more_log_probabilities_than_it_gives_are_refused(fake):
+def test_more_log_probabilities_than_the_server_allows_are_refused(fake):
     message = (
         r"65, which is greater than max allowed: 64.* for 65 tokens \(distill.gkd_logits_topk\) start it with --max-"
         "logprobs 65"
@@ -108,7 +108,7 @@ def test_something_else_than_vllm_is_refused(answer, message, fake):
         client_of(fake).handshake(max_downtime=5.0)
 
 
-def test_a_server_that_is_not_there_is_a_clear_error(fake):
+def test_an_unreachable_server_is_a_clear_error(fake):
     fake.stop()
     with pytest.raises(
         ServiceError, match=rf"{fake.url}/v1/models: ConnectError.* 0.2 s \(teacher.teacher_server_max_downtime_s"
@@ -116,13 +116,13 @@ def test_a_server_that_is_not_there_is_a_clear_error(fake):
         client_of(fake).handshake(max_downtime=0.2)
 
 
-def test_a_server_that_is_still_starting_is_waited_for(fake):
+def test_the_handshake_waits_for_a_server_that_starts(fake):
     fake.stop()
     threading.Timer(0.5, fake.start).start()
     client_of(fake).handshake(max_downtime=20.0)
 
 
-def test_a_slow_answer_is_given_up_and_may_come_the_next_time(fake):
+def test_a_slow_response_times_out_and_the_next_attempt_may_succeed(fake):
     server = client_of(fake, timeout=0.3)
     server.handshake(max_downtime=5.0)
     question = ScoreRequest(np.array([5, 6, 7]), np.array([0, 1]))
@@ -158,7 +158,7 @@ def lose_a_connection(fake: FakeServer, server: TeacherServer) -> None:
         server.score(REQUEST)
 
 
-def test_after_a_lost_connection_the_handshake_is_made_again_before_anything_is_scored(fake):
+def test_a_handshake_follows_a_lost_connection_before_the_next_request(fake):
     server = client_of(fake)
     server.handshake(max_downtime=5.0)
     first, handshake = server.score(REQUEST), fake.asked[:-1]
@@ -199,7 +199,7 @@ def test_the_handshake_after_a_lost_connection_is_the_whole_one(fake):
         server.score(REQUEST)
 
 
-def test_an_answer_is_not_believed_if_another_thread_lost_its_connection_meanwhile(fake):
+def test_a_response_is_rejected_if_another_thread_lost_its_connection_meanwhile(fake):
     server = client_of(fake, timeout=0.5)
     server.handshake(max_downtime=5.0)
     fake.delays = [0.8, 0.2]
@@ -217,7 +217,7 @@ def test_an_answer_is_not_believed_if_another_thread_lost_its_connection_meanwhi
     slow.join()
 
 
-def test_a_swap_without_a_lost_connection_is_found_by_a_check(fake):
+def test_a_check_finds_another_model_without_a_lost_connection(fake):
     server = client_of(fake)
     server.handshake(max_downtime=5.0)
     server.check()
@@ -229,13 +229,13 @@ def test_a_swap_without_a_lost_connection_is_found_by_a_check(fake):
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.03])
-def test_kernels_that_depend_on_the_batch_are_no_other_model(noise, fake):
+def test_small_differences_are_the_same_model(noise, fake):
     server = client_of(fake)
     server.handshake(max_downtime=5.0)
     generator = np.random.default_rng(0)
 
-    def spoil(answer):
-        for entries in answer["choices"][0]["prompt_logprobs"][1:]:
+    def spoil(response):
+        for entries in response["choices"][0]["prompt_logprobs"][1:]:
             for entry in entries.values():
                 entry["logprob"] += noise * generator.standard_normal() - noise
 

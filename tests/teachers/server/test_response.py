@@ -1,4 +1,4 @@
-"""What is made of a server's answer, right or wrong."""
+"""Valid and invalid responses of a server."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def entry(probability: float, rank: int) -> dict:
     return {"logprob": math.log(probability), "rank": rank, "decoded_token": "x"}
 
 
-def answer() -> dict:
+def response() -> dict:
     """Of the top 2: the tokens that follow are of rank 2 after position 1, and of rank 3 after position 3."""
     entries = [
         None,
@@ -43,13 +43,13 @@ def read(content: bytes) -> Scores:
 
 
 def test_the_top_k_after_each_position():
-    scores = read(json.dumps(answer()).encode())
+    scores = read(json.dumps(response()).encode())
     assert scores.ids.tolist() == [[7, 4], [2, 98]] and scores.ids.dtype == np.int32
     np.testing.assert_allclose(scores.log_probs, np.log([[0.3, 0.6], [0.5, 0.25]]), rtol=1e-6)
 
 
-def test_what_stands_for_minus_infinity_is_minus_infinity():
-    changed = answer()
+def test_the_value_for_minus_infinity_is_converted():
+    changed = response()
     for one in changed["choices"][0]["prompt_logprobs"][4].values():
         one["logprob"] = -9999.0
     scores = read(json.dumps(changed).encode())
@@ -57,8 +57,8 @@ def test_what_stands_for_minus_infinity_is_minus_infinity():
 
 
 def spoil(*path):
-    """The answer with another value, the last of `path`, at the others."""
-    changed = answer()
+    """Return the response with another value, the last of `path`, at the others."""
+    changed = response()
     place = changed["choices"][0]
     *keys, value = path
     for key in keys[:-1]:
@@ -70,7 +70,7 @@ def spoil(*path):
 LOGS = "prompt_logprobs"
 WRONG = {
     "other ids": (spoil("prompt_token_ids", 4, 3), "other token ids than the request"),
-    "fewer positions": (spoil(LOGS, answer()["choices"][0][LOGS][:4]), "has 4 positions; the request has 5"),
+    "fewer positions": (spoil(LOGS, response()["choices"][0][LOGS][:4]), "has 4 positions; the request has 5"),
     "a position without": (spoil(LOGS, 2, None), "at position 1 lacks the token 7"),
     "a position of another kind": (spoil(LOGS, 2, [1]), "no log-probabilities at position 1"),
     "another token": (spoil(LOGS, 4, {"2": entry(0.5, 1), "98": entry(0.2, 2)}), "lacks the token 9 that"),
@@ -85,13 +85,13 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_answer_is_a_clear_error(name):
+def test_an_invalid_response_is_a_clear_error(name):
     content, message = WRONG[name]
     with pytest.raises(ServiceError, match=message):
         read(content)
 
 
-def test_positions_that_do_not_count_are_not_looked_at():
+def test_positions_without_labels_are_not_parsed():
     read(spoil(LOGS, 1, "nothing"))
 
 
@@ -100,13 +100,13 @@ def sample_of(ids: list[int], trained: list[int]) -> Sample:
     return Sample(ids, shift_labels(ids, np.isin(np.arange(len(ids)), trained)), "dataset", 0)
 
 
-def test_a_question_ends_with_the_last_token_that_counts():
+def test_a_request_ends_with_the_token_after_the_last_label():
     question = ScoreRequest.from_sample(sample_of([5, 6, 7, 8, 9], trained=[2, 3]))
     assert question.token_ids.tolist() == [5, 6, 7, 8] and question.positions.tolist() == [1, 2]
     assert ScoreRequest.from_sample(sample_of([5, 6, 7], trained=[])) is None
 
 
-def test_equal_questions_have_one_key_and_others_another():
+def test_equal_requests_have_equal_keys_and_different_ones_do_not():
     one = ScoreRequest.from_sample(sample_of([5, 6, 7, 8], trained=[2, 3]))
     assert one.key == ScoreRequest.from_sample(sample_of([5, 6, 7, 8], trained=[2, 3])).key
     others = [sample_of([5, 6, 7, 8], trained=[3]), sample_of([5, 6, 7, 9], trained=[2, 3])]

@@ -59,7 +59,7 @@ def come_back_as_another_model(server: FakeServer) -> None:
         (come_back_as_another_model, ": serves another model than at the start of the run (as teacher)"),
     ],
 )
-def test_what_has_been_learnt_is_exported(change, message, tmp_path):
+def test_the_student_is_exported_when_the_run_stops(change, message, tmp_path):
     folder = prepare(tmp_path / "run")
     with FakeServer(CHECKPOINT()) as server, ThreadPoolExecutor(1) as pool:
         run = pool.submit(train, folder, "--teacher_model_server", server.url, "--teacher_server_max_downtime_s", "1")

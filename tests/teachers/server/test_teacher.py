@@ -16,12 +16,12 @@ from teachers.contract import (
     CHECKPOINT,
     LAYOUTS,
     TeacherContract,
-    answer,
     assert_close,
     in_every_rank,
     mesh_of,
+    read_signal,
     sample,
-    tell,
+    score_microbatches,
 )
 from teachers.fake_server import FakeServer
 from training_layouts import build
@@ -43,9 +43,9 @@ def teacher_of(mesh, urls, **options):
     return ServerTeacher(mesh, Checkpoint.open(str(CHECKPOINT())).tokenizer(), 99, options)
 
 
-def answers_of(rank, world_size, layout, urls):
+def results_of(rank, world_size, layout, urls):
     with mesh_of(layout) as mesh:
-        return answer(teacher_of(mesh, urls), mesh)
+        return score_microbatches(teacher_of(mesh, urls), mesh)
 
 
 class TestServerTeacher(TeacherContract):
@@ -53,9 +53,9 @@ class TestServerTeacher(TeacherContract):
 
     @pytest.fixture(scope="class", params=LAYOUTS)
     @classmethod
-    def answers(cls, request, gloo_world, fake_server):
+    def results(cls, request, gloo_world, fake_server):
         urls = [fake_server.url, fake_server.url.replace("127.0.0.1", "localhost")]
-        return in_every_rank(gloo_world, request.param, answers_of, urls)
+        return in_every_rank(gloo_world, request.param, results_of, urls)
 
 
 def samples_of(seeds: range) -> list:
@@ -80,17 +80,19 @@ def score_after_another_replica_has_begun(rank, world_size, urls):
         microbatches = [microbatch_of([one], mesh) for one in samples[rank::2]]
         signals = teacher.score(microbatches)
         assert teacher.dispatcher.pending() == {}
-        assert [told.ids.tolist() for told in teacher.score(microbatches)] == [told.ids.tolist() for told in signals]
-        return [tell(signal, one, mesh) for signal, one in zip(signals, microbatches, strict=True)]
+        assert [entries.ids.tolist() for entries in teacher.score(microbatches)] == [
+            entries.ids.tolist() for entries in signals
+        ]
+        return [read_signal(signal, one, mesh) for signal, one in zip(signals, microbatches, strict=True)]
 
 
-def test_what_a_replica_has_begun_is_given_to_those_that_need_it(gloo_world, fake_server):
+def test_replicas_exchange_the_responses_of_pending_requests(gloo_world, fake_server):
     before = fake_server.completions
     ranks = gloo_world(2).run(score_after_another_replica_has_begun, [fake_server.url])
     assert fake_server.completions - before == 1 + 6 + 6  # the known prompt, what was begun, and the second time
     for rank, signals in enumerate(ranks):
-        for one, (told,) in zip(samples_of(range(6))[rank::2], signals, strict=True):
-            assert_close(told, TeacherContract.log_probs(one)[told.numbers])
+        for one, (entries,) in zip(samples_of(range(6))[rank::2], signals, strict=True):
+            assert_close(entries, TeacherContract.log_probs(one)[entries.numbers])
 
 
 def fail_to_make(rank, world_size, urls, options):
@@ -109,7 +111,7 @@ def fail_to_make(rank, world_size, urls, options):
         ({"max_downtime": 0.2, "urls": ["http://127.0.0.1:1"]}, "http://127.0.0.1:1/v1/models: ConnectError"),
     ],
 )
-def test_all_ranks_hear_of_a_server_that_is_no_use(options, message, gloo_world, fake_server):
+def test_all_ranks_raise_the_error_of_an_unusable_server(options, message, gloo_world, fake_server):
     urls = options.get("urls", [fake_server.url])
     messages = gloo_world(2).run(fail_to_make, urls, {key: value for key, value in options.items() if key != "urls"})
     assert messages[0] == messages[1] and message in messages[0]
@@ -125,14 +127,15 @@ def score_many(rank, world_size, urls, layout, started, options):
         try:
             with teacher.resident():
                 return [
-                    tell(told, one, mesh) for told, one in zip(teacher.score(microbatches), microbatches, strict=True)
+                    read_signal(entries, one, mesh)
+                    for entries, one in zip(teacher.score(microbatches), microbatches, strict=True)
                 ]
         except TeacherFailed as error:
             return str(error)
 
 
 def score_while(change, server, gloo_world, folder, layout="TP2xPP2", **options):
-    """What every rank has, where `change()` is made once some of the answers are there."""
+    """What every rank has, where `change()` is made once some of the results are there."""
     world_size, parallel = DENSE[layout]
     with ThreadPoolExecutor(1) as pool:
         call = pool.submit(gloo_world(world_size).run, score_many, [server.url], parallel, folder / "started", options)
@@ -147,7 +150,7 @@ def score_while(change, server, gloo_world, folder, layout="TP2xPP2", **options)
         return call.result()
 
 
-def test_a_server_that_is_gone_for_a_while_loses_nothing(gloo_world, tmp_path):
+def test_a_server_that_is_down_for_a_while_loses_no_request(gloo_world, tmp_path):
     with FakeServer(CHECKPOINT()) as server:
         server.delays = [0.05] * 60
 
@@ -158,8 +161,8 @@ def test_a_server_that_is_gone_for_a_while_loses_nothing(gloo_world, tmp_path):
 
         ranks = score_while(restart, server, gloo_world, tmp_path)
     for signals in ranks[2:]:  # the last stage
-        for one, (told,) in zip(samples_of(range(40)), signals, strict=True):
-            assert_close(told, TeacherContract.log_probs(one)[told.numbers])
+        for one, (entries,) in zip(samples_of(range(40)), signals, strict=True):
+            assert_close(entries, TeacherContract.log_probs(one)[entries.numbers])
 
 
 OTHER = functools.partial(tiny_checkpoint, "qwen3", seed=1, head_dim=32)
@@ -203,7 +206,7 @@ def wait_until(condition):
 
 
 @pytest.mark.parametrize(("check_interval", "noticed"), [(1, 3), (4, 4)])
-def test_a_swap_without_a_lost_connection_is_noticed_by_the_next_check(check_interval, noticed, gloo_world, tmp_path):
+def test_the_next_check_finds_another_model_without_a_lost_connection(check_interval, noticed, gloo_world, tmp_path):
     """In both replicas, though one of them checks the server that was swapped."""
     with FakeServer(CHECKPOINT()) as same, FakeServer(CHECKPOINT()) as server, ThreadPoolExecutor(1) as pool:
         arguments = ([same.url, server.url], check_interval, tmp_path / "swapped")
@@ -217,12 +220,12 @@ def test_a_swap_without_a_lost_connection_is_noticed_by_the_next_check(check_int
     assert ("; 4 steps at most were scored since the last check" in message) == (check_interval == 4)
 
 
-def garbage(answer):
+def garbage(response):
     return b"<html>no such page</html>"
 
 
-def fewer_positions(answer):
-    del answer["choices"][0]["prompt_logprobs"][-2:]
+def fewer_positions(response):
+    del response["choices"][0]["prompt_logprobs"][-2:]
 
 
 @pytest.mark.parametrize(
@@ -233,8 +236,8 @@ def fewer_positions(answer):
         (None, "all attempts failed for 0.5 s (teacher.teacher_server_max_downtime_s)"),
     ],
 )
-def test_all_ranks_stop_together_when_it_is_no_use_any_more(spoil, message, gloo_world, tmp_path):
-    """It answers something else, or (None) not at all."""
+def test_all_ranks_stop_together_when_a_server_fails_for_good(spoil, message, gloo_world, tmp_path):
+    """It results something else, or (None) not at all."""
     with FakeServer(CHECKPOINT()) as server:
         server.delays = [0.05] * 60
 
@@ -262,8 +265,8 @@ def drop_tokens(rank, world_size, student, url):
 
 
 def test_positions_without_a_probable_token_are_dropped_and_counted(gloo_world):
-    def spoil(answer):
-        for entry in answer["choices"][0]["prompt_logprobs"][-1].values():
+    def spoil(response):
+        for entry in response["choices"][0]["prompt_logprobs"][-1].values():
             entry["logprob"] = -9999.0
 
     with FakeServer(CHECKPOINT()) as server:

@@ -14,7 +14,7 @@ from command_line import train
 from layouts import DENSE
 from teachers.contract import CHECKPOINT, TeacherContract, in_every_rank
 from teachers.server.test_run import prepare, steps_of
-from teachers.server.test_teacher import answers_of, fail_to_make
+from teachers.server.test_teacher import fail_to_make, results_of
 from training.test_layouts import assert_equal_runs
 from training.test_server_teacher import TAILS
 from training_layouts import train_steps
@@ -45,8 +45,8 @@ class TestTeacherOfVllm(TeacherContract):
 
     @pytest.fixture(scope="class", params=["TP2xCP2"])
     @classmethod
-    def answers(cls, request, gloo_world, teacher_server):
-        return in_every_rank(gloo_world, request.param, answers_of, [teacher_server.url])
+    def results(cls, request, gloo_world, teacher_server):
+        return in_every_rank(gloo_world, request.param, results_of, [teacher_server.url])
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ class TestTeacherOfVllm(TeacherContract):
         ({"max_length": 256}, "start it with --max-model-len 257"),
     ],
 )
-def test_what_it_can_not_do_is_refused_at_the_start(options, message, gloo_world, teacher_server):
+def test_an_unusable_server_is_refused_at_the_start(options, message, gloo_world, teacher_server):
     (found, _) = gloo_world(2).run(fail_to_make, [teacher_server.url], options)
     assert re.search(message, found), found
 
@@ -83,7 +83,7 @@ def test_the_loss_is_that_of_the_local_teachers_top_k(tail, gloo_world, teacher_
     assert_equal_runs(found, local, tolerance=1e-4)
 
 
-def test_a_run_outlives_a_server_that_is_killed_and_started_again(teacher_server, tmp_path):
+def test_a_run_continues_after_a_server_is_killed_and_restarted(teacher_server, tmp_path):
     """Which takes longer than 20 seconds, and leaves no trace in what is learnt."""
     teachers = {
         "local": ["--teacher_model", str(CHECKPOINT())],
