@@ -1,4 +1,4 @@
-"""What the experiment starts from: the files of problems, and the untrained models as Hugging Face checkpoints."""
+"""Write what the experiments start from: files of problems, and untrained models as Hugging Face checkpoints."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -9,7 +9,7 @@ from quickstart.problems import Problem, make_problems
 
 SEED = 2024
 TEACHER_ROWS, STUDENT_ROWS, VALIDATION_ROWS, TEST_ROWS, SELF_ROWS = 16000, 1000, 200, 400, 1000
-SLIPS = 0.2  # of the calculations in the student's file
+SLIPS = 0.2  # share of wrong calculations in the student's file
 
 # vLLM's attention on CPUs has kernels for heads of 32, among others.
 TEACHER = {
@@ -29,7 +29,10 @@ STUDENT = {
 
 
 def make_splits(seed: int = SEED) -> dict[str, list[Problem]]:
-    """The problems of each split; no question is in two of them. Only the student's file has slips."""
+    """Return the problems of each split, without a question in two of them.
+
+    Only the student's file has wrong calculations.
+    """
     clean = make_problems(seed)
     splits = {
         "test": list(islice(clean, TEST_ROWS)),
@@ -44,13 +47,13 @@ def make_splits(seed: int = SEED) -> dict[str, list[Problem]]:
 
 
 def write_problems(path: Path, problems: Iterable[Problem]) -> None:
-    """One chat row a line, with the answer beside it."""
+    """Write one chat row per line, with the answer beside it."""
     rows = ({"messages": problem.messages(), "answer": problem.answer} for problem in problems)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def write_with_hints(path: Path, problems: Iterable[Problem]) -> None:
-    """Every problem twice: as it is, and with a hint in the question."""
+    """Write every problem twice: as it is, and with a hint in the question."""
     rows = []
     for problem in problems:
         question, solution = problem.messages()
@@ -59,7 +62,7 @@ def write_with_hints(path: Path, problems: Iterable[Problem]) -> None:
 
 
 def write_for_self(path: Path, problems: Iterable[Problem]) -> None:
-    """Questions without solutions; the student as its own teacher has the hint."""
+    """Write questions without solutions; the student as its own teacher reads the hint."""
     rows = ({"messages": p.messages()[:1], "teacher_prompt": p.question_with_hint()} for p in problems)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
@@ -88,7 +91,7 @@ def write_tokenizer(directory: Path, training_file: Path) -> None:
 
 
 def write_untrained(directory: Path, tokenizer_directory: Path, shape: dict[str, int], seed: int) -> None:
-    """A Qwen3 model with random weights and tied embeddings, in fp32, and its tokenizer."""
+    """Write a Qwen3 model with random weights and tied embeddings, in fp32, and its tokenizer."""
     import torch
     from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
     from transformers.utils import logging

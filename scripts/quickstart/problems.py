@@ -58,18 +58,18 @@ class Problem:
         return [{"role": "user", "content": self.question}, {"role": "assistant", "content": self.solution}]
 
     def question_with_hint(self) -> str:
-        """The question, and the solution's calculations without its words."""
+        """Return the question with the solution's calculations, without its words."""
         return HINT.format(question=self.question, calculations=", ".join(_CALCULATION.findall(self.solution)))
 
 
 def extract_answer(text: str) -> int | None:
-    """The number in the last "The answer is N." of `text`, or None where there is none."""
+    """Return the number in the last "The answer is N." of `text`, or None."""
     found = _ANSWER.findall(text)
     return int(found[-1]) if found else None
 
 
 def _start(rng: random.Random) -> tuple[int, int | None, int]:
-    """Quantity, factor, count: a product of the last two, or a plain count (factor None)."""
+    """Return quantity, factor and count: a product of the last two, or a plain count (factor None)."""
     if rng.random() < 0.5:
         n = rng.randint(10, 30)
         return n, None, n
@@ -78,7 +78,7 @@ def _start(rng: random.Random) -> tuple[int, int | None, int]:
 
 
 def _change(rng: random.Random, quantity: int) -> tuple[str, int, int]:
-    """Operator, operand, new quantity; the quantity stays positive."""
+    """Return operator, operand and the new quantity, which is positive."""
     n = rng.randint(1, 9)
     if n < quantity and rng.random() < 0.5:
         return "-", n, quantity - n
@@ -86,14 +86,14 @@ def _change(rng: random.Random, quantity: int) -> tuple[str, int, int]:
 
 
 def _slip(rng: random.Random, result: int, rate: float) -> int:
-    """`result`, or with probability `rate` a positive number a little off it."""
+    """Return `result`, or with probability `rate` a wrong positive number near it."""
     if rng.random() >= rate:
         return result
     return rng.choice([wrong for error in (-10, -2, -1, 1, 2, 10) if (wrong := result + error) > 0])
 
 
 def make_problem(rng: random.Random, slips: float = 0.0) -> Problem:
-    """A problem; with probability `slips` each calculation has a wrong result, with which the solution carries on."""
+    """Return a problem. Each calculation has a wrong result with probability `slips`; the solution goes on with it."""
     name, other = rng.sample(NAMES, 2)
     words = {"name": name, "other": other, "things": rng.choice(OBJECTS), "containers": rng.choice(CONTAINERS)}
     quantity, factor, start = _start(rng)
@@ -115,7 +115,7 @@ def make_problem(rng: random.Random, slips: float = 0.0) -> Problem:
 
 
 def make_problems(seed: int, slips: float = 0.0) -> Iterator[Problem]:
-    """An endless stream of problems, no question twice."""
+    """Yield problems without end, no question twice."""
     rng, seen = random.Random(seed), set()
     while True:
         problem = make_problem(rng, slips)

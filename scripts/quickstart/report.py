@@ -1,4 +1,4 @@
-"""The experiment's results as tables and as one picture."""
+"""Show the results of an experiment as tables and as one picture."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ TEACHER_COLOR = "#555555"
 
 
 def results_table(results: Mapping[str, Sequence[Scores]], problems: int) -> Table:
-    """One row a model; `results` has a model's scores over the seeds."""
+    """Return a table with one row for each model; `results` has a model's scores over the seeds."""
     seeds = max(len(scores) for scores in results.values())
     table = Table(
         title=f"{problems} test problems" + (f", mean ± standard deviation of {seeds} seeds" if seeds > 1 else "")
@@ -45,10 +45,10 @@ def _mean_and_spread(values: Sequence[float], form: str) -> str:
 def draw(
     runs: Mapping[str, Path], results: Mapping[str, Sequence[Scores]], colors: Mapping[str, str], path: Path
 ) -> None:
-    """Cross-entropy in training and validation over the steps of each run, and the results on the test split as bars.
+    """Draw the cross-entropy of each run over its steps, and the results on the test split as bars.
 
-    All runs are drawn in cross-entropy, which each of them logs, whatever it minimises (in the steps that have rows of
-    the dataset). `colors` has every model but the teacher.
+    Every run logs its cross-entropy, whatever it minimizes, in the steps that have rows of the dataset. `colors` has
+    every model but the teacher.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

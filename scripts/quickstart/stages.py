@@ -1,4 +1,4 @@
-"""Stages that are skipped where they are done already, for the same inputs."""
+"""Run the stages of an experiment, and skip those that are done already for the same inputs."""
 
 import hashlib
 import time
@@ -10,7 +10,7 @@ from rich.console import Console
 
 
 def fingerprint(inputs: Sequence[Path | str]) -> str:
-    """A hash of texts, of files' contents, and of the contents of all files below folders (Python's caches apart)."""
+    """Return a hash of texts, files' contents, and the contents of all files below folders, without Python's caches."""
     digest = hashlib.sha256()
     for item in inputs:
         if isinstance(item, str):
@@ -26,7 +26,7 @@ def fingerprint(inputs: Sequence[Path | str]) -> str:
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of the experiment: what it is called, what it reads and writes, and the work itself."""
+    """One stage: its title, what it reads and writes, and the work itself."""
 
     title: str
     inputs: Sequence[Path | str]
@@ -35,7 +35,7 @@ class Stage:
 
 
 class Runner:
-    """Runs stages in order; keeps a stamp, the fingerprint of its inputs, of each that came to its end."""
+    """Runs stages in order, and keeps a stamp of each that is finished: the fingerprint of its inputs."""
 
     def __init__(self, stamps: Path, console: Console, fresh: bool = False) -> None:
         self._stamps, self._console, self._fresh = stamps, console, fresh

@@ -19,7 +19,7 @@ PIECES = r" ?[A-Za-z]+|[0-9]{1,2}|\s|[^\sA-Za-z0-9]"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
-    """Trains a tokenizer that keeps each digit a token of its own and decodes to exactly the text it was given."""
+    """Return a tokenizer that encodes a number as one token and decodes to exactly the text that it encoded."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
