@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
+from megatron_gkd.checkpoint_format.cache_manifest import Manifest
 from megatron_gkd.config.schema import OneTeacher, Recipe, TaggedTeacher, TeacherSection
 from megatron_gkd.data.cache import hash_tokenizer
 from megatron_gkd.data.dataset import TokenizedDataset
@@ -20,7 +21,6 @@ from megatron_gkd.reporting.phases import phase
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.runtime.nodes import Nodes
 from megatron_gkd.teachers.base import TeacherSource
-from megatron_gkd.teachers.cache.manifest import Manifest
 from megatron_gkd.teachers.cache.teacher import CachedTeacher, open_cache, require_rows
 from megatron_gkd.teachers.local import LocalTeacher
 from megatron_gkd.teachers.self_teacher import SelfTeacher, require_teacher_prompts

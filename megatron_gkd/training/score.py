@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_gkd.checkpoint_format.cache_manifest import Manifest
 from megatron_gkd.config.schema import Recipe
 from megatron_gkd.data.batch_config import BatchConfig
 from megatron_gkd.data.cache import hash_tokenizer
@@ -26,7 +27,6 @@ from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.teachers.base import TeacherSource
 from megatron_gkd.teachers.cache.entries import build_cached_rows
 from megatron_gkd.teachers.cache.keys import dataset_keys
-from megatron_gkd.teachers.cache.manifest import Manifest
 from megatron_gkd.teachers.cache.shards import CachedRow, write_shard
 from megatron_gkd.teachers.cache.writer import open_for_writing, plan_shards, require_consistent_tags
 from megatron_gkd.training.build_teacher import build_teacher

@@ -11,12 +11,12 @@ import torch
 
 from megatron_gkd import __version__
 from megatron_gkd.checkpoint_format.adapter_files import count_parameters
+from megatron_gkd.checkpoint_format.cache_manifest import Manifest
 from megatron_gkd.config.layout import describe_layout
 from megatron_gkd.config.schema import OneTeacher, Recipe, TaggedTeacher
 from megatron_gkd.ops import passes
 from megatron_gkd.reporting.start_report import ModelLine, RowsLine, StartReport
 from megatron_gkd.runtime import portability
-from megatron_gkd.teachers.cache.manifest import Manifest
 from megatron_gkd.training.checkpointing.folder import checkpoint_folder
 
 if TYPE_CHECKING:

@@ -40,9 +40,9 @@ class SomeRows:
 
 def write(rank, world_size, student, teacher, changes, folder, k=K, numbers=range(24), shard_rows=5):
     """What `megatron-gkd score` does, of random rows in another order than they are trained on."""
+    from megatron_gkd.checkpoint_format.cache_manifest import Manifest
     from megatron_gkd.models.checkpoint import Checkpoint
     from megatron_gkd.runtime.mesh import Layout, destroy_mesh, initialize_mesh
-    from megatron_gkd.teachers.cache.manifest import Manifest
     from megatron_gkd.training.build_teacher import build_teacher
     from megatron_gkd.training.score import Scorer, write_cache
 

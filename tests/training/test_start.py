@@ -57,7 +57,7 @@ def test_a_teacher_and_its_location(teacher, text):
 
 
 def test_a_cache_names_the_model_that_was_scored_with(tmp_path):
-    from megatron_gkd.teachers.cache.manifest import FILE, Manifest
+    from megatron_gkd.checkpoint_format.cache_manifest import FILE, Manifest
 
     (tmp_path / FILE).write_text(Manifest(4, 1.0, "hash", "Qwen/Qwen3-8B", 99).text())
     section = {"teacher_model": None, "teacher_cache": str(tmp_path)}

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 
+from megatron_gkd.checkpoint_format.cache_manifest import Manifest
 from megatron_gkd.config.checks.registry import check
 from megatron_gkd.config.checks.teacher import SOURCE
 from megatron_gkd.config.schema import OneTeacher, Recipe
-from megatron_gkd.teachers.cache.manifest import Manifest
 
 
 @check(*SOURCE)

@@ -9,13 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_gkd.checkpoint_format.cache_manifest import Manifest
 from megatron_gkd.data.label_indices import local_label_indices
 from megatron_gkd.data.microbatch import Microbatch
 from megatron_gkd.ops.topk import TopK, choose_topk, finite, max_and_sum, row_blocks
 from megatron_gkd.ops.vocabulary import VocabShard
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.teachers.base import Hidden, Parts, TeacherSignal
-from megatron_gkd.teachers.cache.manifest import Manifest
 from megatron_gkd.teachers.cache.shards import CachedRow
 
 

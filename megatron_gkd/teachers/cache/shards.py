@@ -13,10 +13,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from megatron_gkd.checkpoint_format.cache_manifest import Manifest
 from megatron_gkd.errors import UserError
 from megatron_gkd.runtime.disk import publish
 from megatron_gkd.teachers.cache.keys import KEY, KEY_BYTES
-from megatron_gkd.teachers.cache.manifest import Manifest
 
 
 @dataclass(frozen=True)

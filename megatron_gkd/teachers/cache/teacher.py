@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from megatron_gkd.checkpoint_format.cache_manifest import Manifest
 from megatron_gkd.data.label_indices import local_label_indices
 from megatron_gkd.data.loader import SampleDataset
 from megatron_gkd.data.microbatch import Microbatch
@@ -28,7 +29,6 @@ from megatron_gkd.teachers.base import (
     select_parts,
 )
 from megatron_gkd.teachers.cache.keys import KEY, dataset_keys, row_keys
-from megatron_gkd.teachers.cache.manifest import Manifest
 from megatron_gkd.teachers.cache.shards import CachedRow, Shard
 from megatron_gkd.teachers.selection import select_rows
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_gkd.checkpoint_format.cache_manifest import FILE, Manifest
 from megatron_gkd.errors import UserError
 from megatron_gkd.runtime.agreement import run_on_main
 from megatron_gkd.runtime.disk import replace_text
-from megatron_gkd.teachers.cache.manifest import FILE, Manifest
 from megatron_gkd.teachers.cache.teacher import NOT_FOUND, TeacherCache, open_cache
 
 SHARD_BYTES = 256 << 20

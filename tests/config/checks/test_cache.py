@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from megatron_gkd.teachers.cache.manifest import FILE, Manifest
+from megatron_gkd.checkpoint_format.cache_manifest import FILE, Manifest
 
 ALONE = ["--offload_teacher_model", "false", "--teacher_model", "null", "--teacher_cache", "cache"]
 BESIDE = ["--teacher_cache", "cache"]

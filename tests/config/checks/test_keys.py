@@ -7,9 +7,9 @@ import pytest
 from pydantic import BaseModel
 from recipe_workspace import DENSE, MIXTURE, Workspace
 
+from megatron_gkd.checkpoint_format.cache_manifest import FILE, Manifest
 from megatron_gkd.config import checks, commands, keys
 from megatron_gkd.config.schema import Recipe, Section
-from megatron_gkd.teachers.cache.manifest import FILE, Manifest
 
 ADAPTERS = "--tuner_type lora"
 SELF = "--teacher_kind self --offload_teacher_model false --teacher_model"

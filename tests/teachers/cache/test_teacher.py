@@ -21,10 +21,10 @@ from teachers.contract import (
     transformers_log_probs,
 )
 
+from megatron_gkd.checkpoint_format.cache_manifest import FILE, Manifest
 from megatron_gkd.data.sample import IGNORED_LABEL
 from megatron_gkd.errors import ServiceError, UserError
 from megatron_gkd.teachers.cache.keys import row_key, row_keys
-from megatron_gkd.teachers.cache.manifest import FILE, Manifest
 from megatron_gkd.teachers.cache.shards import CachedRow, write_shard
 from megatron_gkd.teachers.cache.teacher import NOT_FOUND, TeacherCache
 from megatron_gkd.teachers.cache.writer import plan_shards, require_consistent_tags
