@@ -69,7 +69,9 @@ def test_another_process_with_the_same_number_is_no_owner(path, changes):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", json.dumps(owner(host="elsewhere")), json.dumps(owner(boot="before"))]
+    "content",
+    ["", "{", "[]", json.dumps(owner(host="elsewhere")), json.dumps(owner(boot="before"))],
+    ids=["empty", "broken", "list", "another host", "another boot"],
 )
 def test_a_lock_that_is_not_renewed_is_stale(path, content, monkeypatch):
     monkeypatch.setattr(run_lock, "WATCH_S", 0.3)

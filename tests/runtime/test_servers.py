@@ -183,7 +183,9 @@ COMPLETIONS = [
 
 
 @pytest.mark.parametrize(
-    ("use", "change", "problem"), [(use, *case) for users, *case in COMPLETIONS for use in users], ids=str
+    ("use", "change", "problem"),
+    [(use, *case) for users, *case in COMPLETIONS for use in users],
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_a_completion_of_wrong_content_is_one_line(use, change, problem, vllm, tmp_path):
     prompt = {"prompt": [5, 6, 7]} if use is use_teacher else {}
