@@ -125,9 +125,9 @@ def test_a_checkpoint_that_cannot_be_exported_is_refused_before_the_first_step(g
         "train": {"global_batch_size": 1, "train_iters": 1, "dtype": "fp32"},
         "output": {"output_dir": str(output), "tensorboard": False},
     }
-    told = gloo_world(2).run(train_with_a_tokenizer_that_can_not_be_saved, recipe)
+    messages = gloo_world(2).run(train_with_a_tokenizer_that_can_not_be_saved, recipe)
     message = "transformers can't write it into an export (ValueError: the chat template is of two kinds)"
-    assert told == [f"the tokenizer in {source}: {message}"] * 2
+    assert messages == [f"the tokenizer in {source}: {message}"] * 2
     assert sorted(path.name for path in output.iterdir()) == ["exit.json", "recipe.yaml"]
 
 

@@ -26,7 +26,7 @@ def stored_tensors(path, _):
 
 
 def load(rank, world_size, path, layout):
-    """What each rank is told, or None, of a checkpoint whose files have not been checked."""
+    """What each rank raises, or None, for a checkpoint whose files have not been checked."""
     from megatron_gkd.errors import UserError
     from megatron_gkd.models import checkpoint
     from megatron_gkd.models.megatron_model import BuildOptions, MegatronModel

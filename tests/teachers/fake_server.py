@@ -85,8 +85,8 @@ class FakeServer:
         k, ids = body["prompt_logprobs"], body["prompt"]
         assert body["model"] == "teacher" and body["max_tokens"] == 1
         if k > self.max_logprobs:
-            told = f"Requested prompt logprobs of {k}, which is greater than max allowed: {self.max_logprobs}"
-            return 400, {"error": {"message": told}}
+            message = f"Requested prompt logprobs of {k}, which is greater than max allowed: {self.max_logprobs}"
+            return 400, {"error": {"message": message}}
         if len(ids) + 1 > self.max_model_len:
             return 400, {"error": {"message": f"maximum context length is {self.max_model_len} tokens"}}
         choice = {"index": 0, "text": "", "prompt_token_ids": ids, "prompt_logprobs": self._log_probs(ids, k)}
