@@ -41,8 +41,7 @@ def export_adapters(model: MegatronModel, directory: str | Path) -> Path:
         fingerprint = {"path": name, "weights": weights_fingerprint(model.checkpoint.path)}
         (unfinished / BASE).write_text(json.dumps(fingerprint, indent=2) + "\n", encoding="utf-8")
         write_tokenizer(model.checkpoint, unfinished)
-        shutil.rmtree(directory, ignore_errors=True)
-        publish(unfinished, directory)
+        publish(unfinished, directory, remove=shutil.rmtree)
 
     run_on_main(prepare, os_error=f"{directory}: can't be written to")
     with model.exporting() as bridge, hidden_stderr():

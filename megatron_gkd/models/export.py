@@ -37,8 +37,7 @@ def export_checkpoint(model: MegatronModel, directory: str | Path) -> Path:
 
     def finish() -> None:
         write_companions(model.checkpoint, model.config.params_dtype, unfinished)
-        shutil.rmtree(directory, ignore_errors=True)
-        publish(unfinished, directory)
+        publish(unfinished, directory, remove=shutil.rmtree)
 
     run_on_main(prepare, os_error=f"{directory}: can't be written to")
     with model.exporting() as bridge, hidden_stderr():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -15,10 +16,15 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def publish(unfinished: Path, final: Path) -> None:
+def publish(unfinished: Path, final: Path, *, remove: Callable[[Path], None] | None = None) -> None:
     """Move a finished file or folder to its final name in one step; it is on disk before and after that step.
 
-    A file at `final` is replaced. A folder at `final` must be empty or absent.
+    A file at `final` is replaced. A folder at `final` must be empty or absent, unless `remove` deletes it.
+
+    Args:
+        unfinished: the file or folder.
+        final: its new path, in the same folder.
+        remove: called with `final`, if there is one, after all of `unfinished` is on disk.
 
     Raises:
         OSError: the disk is full or read-only, or there is a folder with content at `final`.
@@ -27,6 +33,8 @@ def publish(unfinished: Path, final: Path) -> None:
         for path in unfinished.rglob("*"):
             flush(path)
     flush(unfinished)
+    if remove is not None and final.exists():
+        remove(final)
     unfinished.replace(final)
     flush(final.parent)
 

@@ -24,7 +24,7 @@ class MismatchProbe:
     These samples are older than the weights that could score them, so their steps do not measure it.
 
     Attributes:
-        calls: number of calls of `measure` so far, which a resumed run goes on from.
+        calls: number of calls of `measure` so far, from which a resumed run continues.
     """
 
     def __init__(self, prompts: StepPrompts, sampler: CompletionSampler) -> None:

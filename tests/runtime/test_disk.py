@@ -1,7 +1,10 @@
 """Files and folders under their final names."""
 
+import shutil
+
 import pytest
 
+from megatron_gkd.runtime import disk
 from megatron_gkd.runtime.disk import find_free_path, publish, replace_text
 
 
@@ -29,6 +32,23 @@ def test_a_folder_with_content_is_not_replaced(tmp_path):
     with pytest.raises(OSError, match="not empty"):
         publish(tmp_path / "new", tmp_path / "old")
     assert (tmp_path / "old" / "file").read_text() == "old"
+
+
+def test_the_former_folder_is_removed_only_when_the_new_one_is_on_disk(tmp_path, monkeypatch):
+    for name in ("new", "out"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+
+    def fail(path):
+        raise OSError("full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(disk, "flush", fail)
+        with pytest.raises(OSError, match="full"):
+            publish(tmp_path / "new", tmp_path / "out", remove=shutil.rmtree)
+    assert (tmp_path / "out" / "file").read_text() == "out"
+    publish(tmp_path / "new", tmp_path / "out", remove=shutil.rmtree)
+    assert (tmp_path / "out" / "file").read_text() == "new"
 
 
 def test_the_first_free_number_is_found(tmp_path):

@@ -72,9 +72,7 @@ class CheckpointFolder:
         unfinished, final = self.unfinished(step, attempt), self.final(step)
         manifest = unfinished / MANIFEST
         manifest.write_text(json.dumps({"step": step, "files": digests}, indent=1, sort_keys=True) + "\n")
-        if final.exists():
-            self._delete(final)
-        publish(unfinished, final)
+        publish(unfinished, final, remove=self._delete)
         return final
 
     def set_aside_after(self, step: int) -> list[Path]:

@@ -1,7 +1,7 @@
 """Workarounds for defects of Megatron-Core's optimizers in checkpoints; see ``docs/upstream_defects.md``.
 
-All are needed with the versions 0.16.1 to 0.19.2. Two defects give no error: without the workaround a resumed run has a
-wrong optimizer state.
+The defects occur in 0.16.1, and the code of 0.19.2 is the same in these places. Two of them give no error: without the
+workaround a resumed run has a wrong optimizer state.
 """
 
 from __future__ import annotations
