@@ -141,9 +141,8 @@ class Rollouts:
     def progress(self) -> dict[str, Any]:
         """Return the completions that were begun for later steps, waiting for them. All ranks must call it together.
 
-        Their steps are counted from 0, as in the checkpoints of every release.
-
-        Otherwise a resumed run would sample them from newer weights than this one.
+        Without them a resumed run would sample these steps from newer weights than this one. Steps are counted from 0
+        in the result, as in the checkpoints of every release.
         """
         begun = {}
         for step in sorted(self._begun):
@@ -155,7 +154,7 @@ class Rollouts:
         return {"begun": begun, "probe_calls": self._probe.calls}
 
     def restore(self, progress: Mapping[str, Any]) -> None:
-        """Go on from what `progress` returned, under any layout."""
+        """Continue from what `progress` returned, under any layout."""
         self._probe.calls = progress["probe_calls"]
         for key, completions in progress["begun"].items():
             step = int(key) + 1
