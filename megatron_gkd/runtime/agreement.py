@@ -23,28 +23,28 @@ def holds_everywhere(condition: bool) -> bool:
     return bool(flag)
 
 
-def first_problem(problem: str | None) -> str | None:
-    """Return the first rank's `problem` on every rank; None if no rank has one. All ranks must call it."""
+def first_problem(problem: T | None) -> T | None:
+    """Return the first rank's `problem`, a picklable object, on every rank; None if no rank has one.
+
+    All ranks must call it.
+    """
     if holds_everywhere(problem is None):
         return None
-    problems: list[str | None] = [None] * dist.get_world_size()
+    problems: list[T | None] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
     return next(found for found in problems if found is not None)
 
 
-def raise_together(
-    problem: str | None, kind: type[GkdError] = UserError, *, cause: BaseException | None = None
-) -> None:
+def raise_together(problem: str | None, kind: type[GkdError] = UserError) -> None:
     """Raise the first rank's `problem` in every rank; return if no rank has one. All ranks must call it.
 
     Args:
         problem: of this rank.
         kind: the exception to raise.
-        cause: this rank's own exception behind its problem.
     """
     problem = first_problem(problem)
     if problem is not None:
-        raise kind(problem) from cause
+        raise kind(problem)
 
 
 def run_on_all(work: Callable[[], T], kind: type[GkdError] = UserError, *, os_error: str = "") -> T:
@@ -56,18 +56,24 @@ def run_on_all(work: Callable[[], T], kind: type[GkdError] = UserError, *, os_er
         os_error: begins the message for an OSError.
 
     Raises:
-        kind: in all ranks, with the first failing rank's message; on that rank its own exception is the cause.
+        kind: in all ranks, with the first failing rank's message and exit code; on a failing rank its own exception is
+            the cause.
     """
     result: T | None = None
-    problem: str | None = None
+    problem: tuple[str, int] | None = None
     cause: Exception | None = None
     try:
         result = work()
     except OSError as error:
-        problem, cause = f"{os_error} ({error})" if os_error else str(error), error
+        problem, cause = (f"{os_error} ({error})" if os_error else str(error), kind.exit_code), error
     except GkdError as error:
-        problem, cause = str(error), error
-    raise_together(problem, kind, cause=cause)
+        problem, cause = (str(error), error.exit_code), error
+    problem = first_problem(problem)
+    if problem is not None:
+        message, exit_code = problem
+        failure = kind(message)
+        failure.exit_code = exit_code  # a mistake of the user stays one, whatever part of the run finds it
+        raise failure from cause
     return cast(T, result)
 
 
