@@ -139,11 +139,10 @@ class Rollouts:
         return on_completion
 
     def progress(self) -> dict[str, Any]:
-        """Return the completions that were begun for later steps, waiting for them. All ranks must call it together.
+        """Return the completions of later steps that `begin` has started, waiting for them.
 
-        Their steps are counted from 0, as in the checkpoints of every release.
-
-        Otherwise a resumed run would sample them from newer weights than this one.
+        A resumed run would sample them from newer weights than this one. All ranks must call it together. The keys of
+        the steps count from 0, as in the checkpoints of every release.
         """
         begun = {}
         for step in sorted(self._begun):

@@ -67,6 +67,31 @@ def write(rank, world_size, checkpoint, changes, path, chunk_rows=7, count=COUNT
         destroy_mesh()
 
 
+def test_settings_are_those_of_files_that_earlier_versions_have_begun():
+    """A new name or value would keep a run from continuing such a file."""
+    from megatron_gkd.training.generate import settings_of
+
+    recipe = recipe_of({})
+    settings = settings_of(recipe, "model", N, RandomRows(count=COUNT))
+    rows = settings.pop("rows")
+    assert json.loads(json.dumps(settings)) == {
+        "model": "model",
+        "n": N,
+        "seed": recipe.train.seed,
+        "dtype": "fp32",
+        "max_length": 64,
+        "max_completion_length": recipe.rollout.max_completion_length,
+        "rollout_temperature": recipe.rollout.rollout_temperature,
+        "top_k": None,
+        "top_p": 1.0,
+        "truncated": "keep",
+        "stop_token_ids": [],
+        "stop": [],
+        "dataset": ["unused.jsonl"],
+    }
+    assert len(rows) == 32
+
+
 def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
