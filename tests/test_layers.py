@@ -11,19 +11,19 @@ import megatron_gkd
 
 ROOT = Path(megatron_gkd.__file__).parent
 LAYERS = [
-    {"errors"},
-    {"checkpoint_format"},
-    {"config"},
-    {"runtime"},
-    {"reporting", "launch"},
-    {"data"},
-    {"ops"},
-    {"models"},
-    {"teachers", "rollout"},
-    {"training"},
-    {"commands"},
-    {"cli"},
-    {"__main__"},
+    ("errors",),
+    ("checkpoint_format",),
+    ("config",),
+    ("runtime",),
+    ("reporting", "launch"),
+    ("data",),
+    ("ops",),
+    ("models",),
+    ("teachers", "rollout"),
+    ("training",),
+    ("commands",),
+    ("cli",),
+    ("__main__",),
 ]
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}
 
