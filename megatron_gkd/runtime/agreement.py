@@ -24,10 +24,7 @@ def holds_everywhere(condition: bool) -> bool:
 
 
 def first_problem(problem: T | None) -> T | None:
-    """Return the first rank's `problem`, a picklable object, on every rank; None if no rank has one.
-
-    All ranks must call it.
-    """
+    """Return the first rank's `problem` on every rank; None if no rank has one. All ranks must call it."""
     if holds_everywhere(problem is None):
         return None
     problems: list[T | None] = [None] * dist.get_world_size()
@@ -35,16 +32,24 @@ def first_problem(problem: T | None) -> T | None:
     return next(found for found in problems if found is not None)
 
 
-def raise_together(problem: str | None, kind: type[GkdError] = UserError) -> None:
+def raise_together(
+    problem: str | None, kind: type[GkdError] = UserError, *, cause: BaseException | None = None
+) -> None:
     """Raise the first rank's `problem` in every rank; return if no rank has one. All ranks must call it.
+
+    The exit code is that of the first rank's `cause`, so that a mistake of the user stays one.
 
     Args:
         problem: of this rank.
         kind: the exception to raise.
+        cause: this rank's own exception behind its problem.
     """
-    problem = first_problem(problem)
-    if problem is not None:
-        raise kind(problem)
+    code = cause.exit_code if isinstance(cause, GkdError) else kind.exit_code
+    first = first_problem(None if problem is None else (problem, code))
+    if first is not None:
+        error = kind(first[0])
+        error.exit_code = first[1]
+        raise error from cause
 
 
 def run_on_all(work: Callable[[], T], kind: type[GkdError] = UserError, *, os_error: str = "") -> T:
@@ -56,24 +61,19 @@ def run_on_all(work: Callable[[], T], kind: type[GkdError] = UserError, *, os_er
         os_error: begins the message for an OSError.
 
     Raises:
-        kind: in all ranks, with the first failing rank's message and exit code; on a failing rank its own exception is
-            the cause.
+        kind: in all ranks, with the first failing rank's message and exit code; on that rank its own exception is the
+            cause.
     """
     result: T | None = None
-    problem: tuple[str, int] | None = None
+    problem: str | None = None
     cause: Exception | None = None
     try:
         result = work()
     except OSError as error:
-        problem, cause = (f"{os_error} ({error})" if os_error else str(error), kind.exit_code), error
+        problem, cause = f"{os_error} ({error})" if os_error else str(error), error
     except GkdError as error:
-        problem, cause = (str(error), error.exit_code), error
-    problem = first_problem(problem)
-    if problem is not None:
-        message, exit_code = problem
-        failure = kind(message)
-        failure.exit_code = exit_code  # a mistake of the user stays one, whatever part of the run finds it
-        raise failure from cause
+        problem, cause = str(error), error
+    raise_together(problem, kind, cause=cause)
     return cast(T, result)
 
 

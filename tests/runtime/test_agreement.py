@@ -18,16 +18,16 @@ def _fail_in_rank_1(rank, world_size, error):
 
 
 @pytest.mark.parametrize(
-    ("error", "message", "exit_code"),
+    ("error", "message", "code"),
     [
         (UserError("wrong"), "wrong", 2),
         (ServiceError("gone"), "gone", 69),
-        (OSError("disk full"), "out: can't be written (disk full)", RunStopped.exit_code),
+        (OSError("disk full"), "out: can't be written (disk full)", 2),
     ],
 )
-def test_a_failure_of_one_rank_is_raised_in_all_and_keeps_its_cause_there(gloo_world, error, message, exit_code):
-    failures = gloo_world(2).run(_fail_in_rank_1, error)
-    assert failures == [(message, exit_code, type(None)), (message, exit_code, type(error))]
+def test_a_failure_of_one_rank_is_raised_in_all_and_keeps_its_cause_there(gloo_world, error, message, code):
+    found = gloo_world(2).run(_fail_in_rank_1, error)
+    assert found == [(message, code, type(None)), (message, code, type(error))]
 
 
 def _results(rank, world_size):
