@@ -120,7 +120,7 @@ def tokenize_shards(
         report: called at the start and after each shard, with the numbers of finished rows and of all rows.
 
     Raises:
-        UserError: a process was killed.
+        UserError: a process was killed, or a finished shard is gone.
     """
     missing = [shard for shard in range(writer.count) if writer.read(shard) is None]
     workers = min(workers or default_workers(), len(missing))
@@ -130,8 +130,10 @@ def tokenize_shards(
     for shard in map(writer.write, missing) if workers <= 1 else _in_processes(writer, missing, workers):
         done += len(writer.rows_of(shard))
         report(done, total)
-    summaries = map(writer.read, range(writer.count))
-    return [summary for summary in summaries if summary is not None]
+    summaries = [summary for summary in map(writer.read, range(writer.count)) if summary is not None]
+    if len(summaries) < writer.count:
+        raise UserError(f"{writer.folder}: a finished shard was removed while others were written; start again")
+    return summaries
 
 
 def default_workers() -> int:

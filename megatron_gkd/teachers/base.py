@@ -110,7 +110,7 @@ class TeacherSource(Protocol):
         """Return one signal for each microbatch on the last pipeline stage, None elsewhere. All ranks call it together.
 
         Raises:
-            TeacherFailed: in all ranks together.
+            GkdError: in all ranks together; TeacherFailed where no mistake of the user is the reason.
         """
         ...
 

@@ -18,6 +18,7 @@ from megatron_gkd.rollout.base import BackgroundEngine
 from megatron_gkd.runtime.agreement import run_on_main
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.runtime.servers import open_client
+from megatron_gkd.teachers.base import TeacherFailed
 from megatron_gkd.teachers.server.client import TeacherRequirements, TeacherServer, handshake_all
 from megatron_gkd.teachers.server.tokenizer import tokenizer_probes
 from megatron_gkd.training.build import sampling_of
@@ -64,8 +65,11 @@ def write_responses(
         generator: of the responses.
         formatter: makes rows of them.
         mesh: of the ranks.
-        verify: called on the main rank before a chunk is written; raises UserError if its responses are of another
+        verify: called on the main rank before a chunk is written; raises GkdError if its responses are of another
             model.
+
+    Raises:
+        TeacherFailed: in all ranks; `verify` has raised an error.
     """
     total = len(generator.dataset)
     first = run_on_main(file.resume) * file.chunk_rows
@@ -73,7 +77,7 @@ def write_responses(
         for start in range(first, total, file.chunk_rows):
             rows = range(start, min(start + file.chunk_rows, total))
             responses = generator.generate(rows)
-            run_on_main(verify)
+            run_on_main(verify, TeacherFailed)
             run_on_main(partial(_append, file, formatter, responses))
             progress.update(rows[-1] + 1, {})
         progress.message(f"{file.path}: {generator.num_responses} responses to each of {total} prompts")
@@ -108,10 +112,11 @@ def verify_teacher(recipe: Recipe, mesh: Mesh, tokenizer: PreTrainedTokenizerBas
     """Make the handshake of scoring with the teacher's servers. All ranks must call it together.
 
     Returns:
-        A function for the main rank that raises UserError if a server has another model since.
+        A function for the main rank that raises GkdError if a server has another model since, or is down.
 
     Raises:
-        UserError: in all ranks; a server's tokenizer is not the student's, or the servers have different models.
+        TeacherFailed: in all ranks; a server's tokenizer is not the student's, the servers have different models, or
+            one does not respond.
     """
     section, data = recipe.teacher, recipe.data
     servers: list[TeacherServer] = []
@@ -122,7 +127,7 @@ def verify_teacher(recipe: Recipe, mesh: Mesh, tokenizer: PreTrainedTokenizerBas
         needs = TeacherRequirements(k, max_length, tokenizer_probes(tokenizer))
         servers = [TeacherServer(url, http, needs) for url in section.teacher_model_server]
     max_downtime = section.teacher_server_max_downtime_s
-    run_on_main(lambda: handshake_all(servers, max_downtime))
+    run_on_main(lambda: handshake_all(servers, max_downtime), TeacherFailed)
 
     def verify() -> None:
         for server in servers:

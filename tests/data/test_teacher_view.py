@@ -205,7 +205,7 @@ class TestTags:
     @pytest.mark.parametrize("tag", [None, ""])
     def test_a_row_without_a_tag(self, section, write_jsonl, chat, tokenizer, tag):
         path = write_jsonl([chat("q", "a", subject="math"), chat("q", "b", subject=tag)])
-        with pytest.raises(RunStopped, match="line 2: no tag: a row needs subject, which says what teacher it has"):
+        with pytest.raises(RunStopped, match="line 2: no tag: a row needs subject, which selects its teacher"):
             build(section(path), tokenizer, tag_key="subject")
 
     def test_a_tag_is_text(self, section, write_jsonl, chat, tokenizer):

@@ -91,8 +91,8 @@ class FakeServer:
             return 400, {"error": {"message": f"maximum context length is {self.max_model_len} tokens"}}
         choice = {"index": 0, "text": "", "prompt_token_ids": ids, "prompt_logprobs": self._log_probs(ids, k)}
         answer = {"object": "text_completion", "choices": [choice]}
-        spoilt = self.spoil(answer) if self.spoil else None
-        return 200, answer if spoilt is None else spoilt
+        spoiled = self.spoil(answer) if self.spoil else None
+        return 200, answer if spoiled is None else spoiled
 
     @torch.no_grad()
     def _log_probs(self, ids: list[int], k: int) -> list[dict | None]:

@@ -67,6 +67,31 @@ def write(rank, world_size, checkpoint, changes, path, chunk_rows=7, count=COUNT
         destroy_mesh()
 
 
+def test_settings_are_those_of_files_that_earlier_versions_have_begun():
+    """A new name or value would keep a run from continuing such a file."""
+    from megatron_gkd.training.generate import settings_of
+
+    recipe = recipe_of({})
+    settings = settings_of(recipe, "model", N, RandomRows(count=COUNT))
+    rows = settings.pop("rows")
+    assert json.loads(json.dumps(settings)) == {
+        "model": "model",
+        "n": N,
+        "seed": recipe.train.seed,
+        "dtype": "fp32",
+        "max_length": 64,
+        "max_completion_length": recipe.rollout.max_completion_length,
+        "rollout_temperature": recipe.rollout.rollout_temperature,
+        "top_k": None,
+        "top_p": 1.0,
+        "truncated": "keep",
+        "stop_token_ids": [],
+        "stop": [],
+        "dataset": ["unused.jsonl"],
+    }
+    assert len(rows) == 32
+
+
 def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -216,7 +241,7 @@ def verify_chunks(rank, world_size, checkpoint, path, url, swapped):
         file = GeneratedFile(path, 7, settings_of(recipe, "model", N, rows))
         write_responses(file, generator, formatter, mesh, verify)
     except GkdError as error:
-        return str(error)
+        return str(error), error.exit_code
     finally:
         destroy_mesh()
 
@@ -233,15 +258,16 @@ def test_no_response_of_a_server_that_has_another_model_since_is_written(world_s
         server.checkpoint = tiny_checkpoint("qwen3_tied", seed=3, num_hidden_layers=2)
         swapped.with_suffix(".done").touch()
         messages = call.result()
-    assert len(set(messages)) == 1 and messages[0].startswith(f"{server.url}: serves another model than at the start")
+    ((message, exit_code),) = set(messages)
+    assert message.startswith(f"{server.url}: serves another model than at the start") and exit_code == 69
     assert [row["row"] for row in read(path)[::N]] == list(range(7))
 
 
 def test_a_teacher_server_with_another_tokenizer_is_refused_before_it_generates(gloo_world, tmp_path):
     with FakeServer(CHECKPOINT(), tiny_tokenizer(prefix="v")) as server:
         arguments = (CHECKPOINT(), tmp_path / "responses.jsonl", server.url, tmp_path / "swapped")
-        (message,) = gloo_world(1).run(verify_chunks, *arguments)
-    assert message.startswith(f"{server.url}: its tokenizer is not the student's")
+        ((message, exit_code),) = gloo_world(1).run(verify_chunks, *arguments)
+    assert message.startswith(f"{server.url}: its tokenizer is not the student's") and exit_code == 2
 
 
 class TestFile:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -206,6 +206,21 @@ def test_samples_have_the_completions_and_seeds_differ(monkeypatch):
     assert not any(microbatch.from_dataset.any() for microbatch in microbatches)
     assert sum(microbatch.num_labels for microbatch in microbatches) == 32
     assert report.record()["source"] == "student"
+
+
+def test_steps_of_checkpoints_and_random_streams_are_counted_from_0(monkeypatch):
+    """As when these checkpoints were written: otherwise a run would resume with other samples."""
+    rollouts = build_rollouts(monkeypatch)
+    seeds = [request.seed for request in rollouts.prompts.requests(2).values()]
+    states = [np.random.SeedSequence([3, 1, position]).generate_state(1, np.uint64)[0] for position in range(8)]
+    assert seeds == [int(state >> 1) for state in states]
+    by_position = {str(i): asdict(Completion([i + 5], [-0.5], "stop", version=1)) for i in range(8)}
+    progress = {"begun": {"1": by_position}, "probe_calls": 4}
+    rollouts.restore(progress)
+    assert rollouts.has_begun(2) and rollouts.progress() == progress
+    _, report = rollouts.microbatches(2)
+    assert not rollouts.engine.calls
+    assert [one.completion.token_ids for one in report.sampled.values()] == [[i + 5] for i in range(8)]
 
 
 @pytest.mark.parametrize(("truncated", "tokens", "empty_rows"), [("keep", 32, 0), ("mask", None, 0), ("drop", None, 1)])

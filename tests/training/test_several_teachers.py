@@ -7,8 +7,9 @@ import functools
 import pytest
 from checkpoints import tiny_checkpoint
 from layouts import DENSE, MOE
-from training.test_layouts import assert_equal_runs
+from training.test_layouts import OBJECTIVES, assert_equal_runs
 from training.test_one_process import STUDENT, assert_equals_oracle, oracle, teacher_of
+from training.test_score import write
 from training_layouts import RECIPE, train_steps
 
 from megatron_gkd.errors import UserError
@@ -67,6 +68,20 @@ def test_one_process_equals_transformers(one_process):
         gradients = {name: gradients.get(name, 0) + value * count for name, value in gradient.items()}
     expected = {name: value / tokens for name, value in gradients.items()}
     assert_equals_oracle(one_process("dense")[0], totals / tokens, expected, tokens)
+
+
+def test_a_teacher_with_a_cache_and_a_model_gives_the_parts_of_both(gloo_world, tmp_path):
+    """The cache has some rows of the first teacher, whose model scores the others; the second has no cache."""
+    objective = RECIPE["distill"] | OBJECTIVES["top-k, renormalize"]
+    models = two_of("dense")
+    gloo_world(1).run(write, STUDENT(), teacher_of(), {}, tmp_path, numbers=range(0, 24, 6))
+    entries = TWO["teachers"]
+    with_cache = TWO | {"teachers": [entries[0] | {"teacher_cache": str(tmp_path)}, entries[1]]}
+    expected = gloo_world(1).run(train_steps, STUDENT(), models, {"teacher": TWO, "distill": objective})[0]
+    world_size, changes = DENSE["CP2xDP2, packed"]
+    changes = changes | {"teacher": with_cache, "distill": objective}
+    found = gloo_world(world_size).run(train_steps, STUDENT(), models, changes)[0]
+    assert_equal_runs(found, expected)
 
 
 class Tagged:

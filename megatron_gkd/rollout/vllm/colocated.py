@@ -207,15 +207,19 @@ def _all_gather(value: T, problem: Exception | None) -> list[T]:
 
     Raises:
         Exception: `problem`, if there is one.
-        RolloutFailed: another rank has a problem; with its message.
+        RolloutFailed: another rank has a problem; with its message and exit code.
     """
     everything: list = [None] * dist.get_world_size()
-    dist.all_gather_object(everything, (value, None) if problem is None else (None, str(problem)))
+    exit_code = getattr(problem, "exit_code", RolloutFailed.exit_code)
+    dist.all_gather_object(everything, (value, None) if problem is None else (None, (str(problem), exit_code)))
     if problem is not None:
         raise problem
     for _, other in everything:
         if other is not None:
-            raise RolloutFailed(other)
+            message, failure_code = other
+            failure = RolloutFailed(message)
+            failure.exit_code = failure_code
+            raise failure
     return [value for value, _ in everything]
 
 
@@ -226,4 +230,6 @@ def _build_failure(error: Exception) -> RolloutFailed:
         text = f"vLLM failed in rank {dist.get_rank()}:\n{''.join(traceback.format_exception(error)).strip()}"
     failure = RolloutFailed(text)
     failure.__cause__ = error
+    if isinstance(error, GkdError):
+        failure.exit_code = error.exit_code
     return failure

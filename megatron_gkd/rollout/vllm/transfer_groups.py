@@ -42,7 +42,7 @@ class TransferGroup(Protocol):
 
 
 class GlooGroup:
-    """For servers with `vllm_worker.py`.
+    """A group over gloo, for servers that are started with `vllm_worker.WorkerExtension`.
 
     Args:
         size: number of ranks, this one included.
@@ -88,7 +88,7 @@ class GlooGroup:
 
 
 class NcclGroup:
-    """For vLLM's own nccl backend, which it joins by torch's binding of NCCL: the trainer needs no vLLM.
+    """A group over NCCL, for vLLM's own nccl backend. It uses torch's binding of NCCL: the trainer needs no vLLM.
 
     Args:
         size: number of ranks, this one included.

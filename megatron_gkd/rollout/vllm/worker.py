@@ -23,7 +23,7 @@ from megatron_gkd.rollout.vllm.tied_head import repack_tied_head
 
 @dataclass
 class GlooInitInfo(WeightTransferInitInfo):
-    """How to join the group.
+    """What a worker needs to join the group.
 
     Attributes:
         master_address: of the store where the ranks find each other.

@@ -19,15 +19,7 @@ from megatron_gkd.errors import UserError
 from megatron_gkd.ops.topk import TopK
 from megatron_gkd.runtime.agreement import holds_everywhere, run_on_all
 from megatron_gkd.runtime.mesh import Mesh
-from megatron_gkd.teachers.base import (
-    Part,
-    Parts,
-    ScoresAhead,
-    TeacherFailed,
-    TeacherSignal,
-    TeacherSource,
-    select_parts,
-)
+from megatron_gkd.teachers.base import Part, Parts, ScoresAhead, TeacherSignal, TeacherSource, select_parts
 from megatron_gkd.teachers.cache.keys import KEY, dataset_keys, row_keys
 from megatron_gkd.teachers.cache.shards import CachedRow, Shard
 from megatron_gkd.teachers.selection import select_rows
@@ -108,6 +100,10 @@ class CachedTeacher:
 
         Where any rank of the world lacks a row, the fallback scores as many microbatches as there are on all ranks:
         they wait for each other where they share experts or a server.
+
+        Raises:
+            UserError: in all ranks; a row is not in the cache and there is no fallback, or it is damaged.
+            GkdError: in all ranks; see the fallback.
         """
         entries = [self.cache.find(row_keys(microbatch.samples)) for microbatch in microbatches]
         missing = [
@@ -127,7 +123,7 @@ class CachedTeacher:
                 return [None] * len(microbatches)
             return [self._read(microbatch, one) for microbatch, one in zip(microbatches, entries, strict=True)]
 
-        parts = run_on_all(read, TeacherFailed)
+        parts = run_on_all(read)
         if self.fallback is None or holds_everywhere(not any(missing)):
             return [None if part is None else part.signal for part in parts]
         return self._score_missing(self.fallback, microbatches, missing, parts)

@@ -23,7 +23,7 @@ from teachers.contract import (
 
 from megatron_gkd.checkpoint_format.cache_manifest import FILE, Manifest
 from megatron_gkd.data.sample import IGNORED_LABEL
-from megatron_gkd.errors import ServiceError, UserError
+from megatron_gkd.errors import UserError
 from megatron_gkd.teachers.cache.keys import row_key, row_keys
 from megatron_gkd.teachers.cache.shards import CachedRow, write_shard
 from megatron_gkd.teachers.cache.teacher import NOT_FOUND, TeacherCache
@@ -221,5 +221,5 @@ def test_ids_of_a_large_vocabulary_reach_the_loss(gloo_world, tmp_path):
 
 def test_a_missing_row_is_an_error_on_all_ranks(gloo_world, tmp_path):
     folder = cache_of(tmp_path, ROWS, manifest=replace(MANIFEST, vocab_size=99))
-    with pytest.raises(ServiceError, match="row 1 is not in the teacher cache"):
+    with pytest.raises(UserError, match="row 1 is not in the teacher cache"):
         in_every_rank(gloo_world, "TP2xPP2", results_of, folder, None)

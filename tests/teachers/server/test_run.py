@@ -13,6 +13,8 @@ from command_line import train
 from teachers.contract import CHECKPOINT
 from teachers.fake_server import FakeServer
 
+from megatron_gkd.errors import ServiceError
+
 RECIPE = """
 student:  {{model: {student}}}
 teacher:  {{}}
@@ -47,29 +49,32 @@ def die(server: FakeServer) -> None:
 
 
 def come_back_as_another_model(server: FakeServer) -> None:
+    other = tiny_checkpoint("qwen3", seed=1, head_dim=32)
     server.stop()
-    server.checkpoint = tiny_checkpoint("qwen3", seed=1, head_dim=32)
+    server.checkpoint = other
     server.start()
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "max_downtime", "message"),
     [
-        (die, "for 1 s (teacher.teacher_server_max_downtime_s)"),
-        (come_back_as_another_model, ": serves another model than at the start of the run (as teacher)"),
+        (die, "1", "for 1 s (teacher.teacher_server_max_downtime_s)"),
+        # Long enough for a slow machine: the run stops at the first response of the other model.
+        (come_back_as_another_model, "60", ": serves another model than at the start of the run (as teacher)"),
     ],
 )
-def test_the_student_is_exported_when_the_run_stops(change, message, tmp_path):
+def test_the_student_is_exported_when_the_run_stops(change, max_downtime, message, tmp_path):
     folder = prepare(tmp_path / "run")
+    options = ("--teacher_server_max_downtime_s", max_downtime)
     with FakeServer(CHECKPOINT()) as server, ThreadPoolExecutor(1) as pool:
-        run = pool.submit(train, folder, "--teacher_model_server", server.url, "--teacher_server_max_downtime_s", "1")
+        run = pool.submit(train, folder, "--teacher_model_server", server.url, *options)
         while len(steps_of(folder)) < 3:
             assert not run.done(), run.result().stderr
             time.sleep(0.02)
         change(server)
         finished = run.result()
     done = len(steps_of(folder))
-    assert finished.returncode != 0 and 3 <= done < 30
+    assert finished.returncode == ServiceError.exit_code and 3 <= done < 30
     assert server.url in finished.stderr and message in finished.stderr
     assert f"The student of step {done} is in runs/x/hf-step-{done:06}" in finished.stderr
     assert (folder / f"runs/x/hf-step-{done:06}/model.safetensors").exists()

@@ -84,7 +84,7 @@ def test_the_loss_is_that_of_the_local_teachers_top_k(tail, gloo_world, teacher_
 
 
 def test_a_run_continues_after_a_server_is_killed_and_restarted(teacher_server, tmp_path):
-    """Which takes longer than 20 seconds, and leaves no trace in what is learnt."""
+    """Which takes longer than 20 seconds, and does not change what is learned."""
     teachers = {
         "local": ["--teacher_model", str(CHECKPOINT())],
         "server": ["--teacher_model_server", teacher_server.url],
