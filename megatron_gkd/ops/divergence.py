@@ -52,7 +52,7 @@ def vocab_parallel_divergence_with_statistics(
     The statistics are detached, and 0 where masked.
     """
     value, statistics = _apply(student_logits, teacher_logits, spec, mask, return_statistics=True)
-    return value, TokenStatistics(*statistics.detach().view(-1, *value.shape).unbind())
+    return value, TokenStatistics(*(x.view(value.shape) for x in statistics.detach().unbind()))
 
 
 def _apply(
