@@ -30,7 +30,7 @@ def vocab_parallel_divergence(
     Args:
         student_logits: float [..., V/TP], this rank's columns. -inf excludes an entry.
         teacher_logits: [..., V/TP] of the same dtype. The teacher gets no gradient.
-        spec: the divergence, and who holds the vocabulary.
+        spec: the divergence, and the ranks that share the vocabulary.
         mask: bool [...], True for the tokens that count; the others are not read.
 
     Returns:
