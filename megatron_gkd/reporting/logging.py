@@ -60,7 +60,7 @@ def log_to_file(output_dir: Path, rank: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _attached(handler: logging.Handler, rank: int) -> Iterator[None]:
-    handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s rank {rank}: %(message)s", "%Y-%m-%d %H:%M:%S"))
+    handler.setFormatter(_Formatter(f"%(asctime)s %(levelname)s rank {rank}: %(message)s", "%Y-%m-%d %H:%M:%S"))
     for logger in _LOGGERS:
         logger.addHandler(handler)
     try:
@@ -69,6 +69,14 @@ def _attached(handler: logging.Handler, rank: int) -> Iterator[None]:
         for logger in _LOGGERS:
             logger.removeHandler(handler)
         handler.close()
+
+
+class _Formatter(logging.Formatter):
+    """Format a record without the line end of Python's warnings, which would add an empty line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the text of a record."""
+        return super().format(record).rstrip()
 
 
 class _ConsoleHandler(logging.Handler):

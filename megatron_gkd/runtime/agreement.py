@@ -23,11 +23,11 @@ def holds_everywhere(condition: bool) -> bool:
     return bool(flag)
 
 
-def first_problem(problem: str | None) -> str | None:
+def first_problem(problem: T | None) -> T | None:
     """Return the first rank's `problem` on every rank; None if no rank has one. All ranks must call it."""
     if holds_everywhere(problem is None):
         return None
-    problems: list[str | None] = [None] * dist.get_world_size()
+    problems: list[T | None] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
     return next(found for found in problems if found is not None)
 
@@ -37,14 +37,19 @@ def raise_together(
 ) -> None:
     """Raise the first rank's `problem` in every rank; return if no rank has one. All ranks must call it.
 
+    The exit code is that of the first rank's `cause`, so that a mistake of the user stays one.
+
     Args:
         problem: of this rank.
         kind: the exception to raise.
         cause: this rank's own exception behind its problem.
     """
-    problem = first_problem(problem)
-    if problem is not None:
-        raise kind(problem) from cause
+    code = cause.exit_code if isinstance(cause, GkdError) else kind.exit_code
+    first = first_problem(None if problem is None else (problem, code))
+    if first is not None:
+        error = kind(first[0])
+        error.exit_code = first[1]
+        raise error from cause
 
 
 def run_on_all(work: Callable[[], T], kind: type[GkdError] = UserError, *, os_error: str = "") -> T:
@@ -56,7 +61,8 @@ def run_on_all(work: Callable[[], T], kind: type[GkdError] = UserError, *, os_er
         os_error: begins the message for an OSError.
 
     Raises:
-        kind: in all ranks, with the first failing rank's message; on that rank its own exception is the cause.
+        kind: in all ranks, with the first failing rank's message and exit code; on that rank its own exception is the
+            cause.
     """
     result: T | None = None
     problem: str | None = None

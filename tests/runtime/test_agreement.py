@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_gkd.errors import RunStopped, UserError
+from megatron_gkd.errors import RunStopped, ServiceError, UserError
 from megatron_gkd.runtime.agreement import run_on_all, run_on_main
 from megatron_gkd.runtime.mesh import Layout, destroy_mesh, initialize_mesh
 
@@ -14,15 +14,20 @@ def _fail_in_rank_1(rank, world_size, error):
 
     with pytest.raises(RunStopped) as caught:
         run_on_all(work, RunStopped, os_error="out: can't be written")
-    return str(caught.value), type(caught.value.__cause__)
+    return str(caught.value), caught.value.exit_code, type(caught.value.__cause__)
 
 
 @pytest.mark.parametrize(
-    ("error", "message"),
-    [(UserError("wrong"), "wrong"), (OSError("disk full"), "out: can't be written (disk full)")],
+    ("error", "message", "code"),
+    [
+        (UserError("wrong"), "wrong", 2),
+        (ServiceError("gone"), "gone", 69),
+        (OSError("disk full"), "out: can't be written (disk full)", 2),
+    ],
 )
-def test_a_failure_of_one_rank_is_raised_in_all_and_keeps_its_cause_there(gloo_world, error, message):
-    assert gloo_world(2).run(_fail_in_rank_1, error) == [(message, type(None)), (message, type(error))]
+def test_a_failure_of_one_rank_is_raised_in_all_and_keeps_its_cause_there(gloo_world, error, message, code):
+    found = gloo_world(2).run(_fail_in_rank_1, error)
+    assert found == [(message, code, type(None)), (message, code, type(error))]
 
 
 def _results(rank, world_size):

@@ -1,5 +1,9 @@
 """Files and folders under their final names."""
 
+import errno
+import os
+import stat
+
 import pytest
 
 from megatron_gkd.runtime.disk import find_free_path, publish, replace_text
@@ -35,3 +39,26 @@ def test_the_first_free_number_is_found(tmp_path):
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf.1").mkdir()
     assert find_free_path(tmp_path / "hf") == tmp_path / "hf.2"
+
+
+def test_a_file_system_that_cannot_flush_folders_is_no_error(tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def refuse_folders(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    replace_text(tmp_path / "file", "new")
+    assert (tmp_path / "file").read_text() == "new"
+
+
+def test_a_failed_flush_of_a_file_is_an_error(tmp_path, monkeypatch):
+    def fail(descriptor):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        replace_text(tmp_path / "file", "new")
+    assert not (tmp_path / "file").exists()
