@@ -29,11 +29,11 @@ def wants_cuda() -> bool:
 
     setting = os.environ.get("MEGATRON_GKD_CUDA", "auto")
     if setting not in ("auto", "0", "1"):
-        raise SystemExit(f"MEGATRON_GKD_CUDA is {setting!r}; allowed are auto, 0 and 1")
+        raise SystemExit(f"MEGATRON_GKD_CUDA = {setting!r}: must be auto, 0 or 1")
     possible = cuda is not None and CUDA_HOME is not None
     if setting == "1" and not possible:
         raise SystemExit(
-            f"MEGATRON_GKD_CUDA=1 needs a torch with CUDA (this one: {cuda}) and nvcc (found: {CUDA_HOME})"
+            f"MEGATRON_GKD_CUDA = 1: needs a torch with CUDA (this one: {cuda}) and nvcc (found: {CUDA_HOME})"
         )
     return setting != "0" and possible
 

@@ -212,8 +212,8 @@ struct Alpha {
   }
 };
 
-// Every divergence: its name in ops/reference.py, and its functor. The list defines the numbering, the lookup by name and
-// the dispatch; `Math` is Fast or Accurate.
+// Every divergence: its name in ops/reference.py, and its functor. The list defines the numbering, the lookup by name
+// and the dispatch, which declares `Math`: Fast or Accurate.
 #define GKD_DIVERGENCES(X)                    \
   X(generalized_jsd, GeneralizedJsd<Math>)    \
   X(forward_kl, ForwardKl)                    \

@@ -21,7 +21,7 @@ struct Logits {
   int64_t rows;
   int64_t columns;
   FloatType type;
-  bool has_teacher;  // false where a pass reads the student only; pointers to no columns may be null, too
+  bool has_teacher;  // false where a pass reads the student only. Pointers do not show it: without columns all are null
 };
 
 // The columns that `statistics` writes, for each row. With m the maximum over this shard's columns, t = scale (z - m) in

@@ -1,4 +1,5 @@
-// From values known at run time to template arguments: each switch runs its body with a constant or a type bound to a name.
+// From values known at run time to template arguments: each switch runs its body with a name bound to a constant or a
+// type.
 
 #pragma once
 

@@ -140,7 +140,7 @@ def _prepare(name: str, subject: str, arguments: list[str]) -> Work:
 
 
 def _launch_options(path: str, arguments: list[str]) -> "tuple[LaunchOptions | None, list[str]]":
-    from megatron_gkd.config import RecipeError
+    from megatron_gkd.config.errors import RecipeError
     from megatron_gkd.launch.options import take
 
     try:

@@ -5,7 +5,7 @@
 # targets. OUTDIR gets summary.txt, a log of every step, and the benchmarks' results. Later steps run whatever became of earlier ones;
 # the exit status is 1 where any failed.
 #
-#   PYTHON                  the interpreter, with torch, setuptools, pytest, hypothesis, rich and matplotlib (python3)
+#   PYTHON                  the interpreter, with torch, setuptools, pytest, hypothesis, transformers, httpx, rich and matplotlib (python3)
 #   TORCH_CUDA_ARCH_LIST    what to compile for (the GPU's own architecture)
 #   MEGATRON_GKD_VLLM_PYTHON  a python with vLLM: the student's weights are also sent to a server, over nccl if there are two GPUs
 #   PYTHONPATH              may name a folder with Liger Kernel, TRL and ms-swift, for the benchmarks

@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_gkd.config import Recipe, RecipeError, load
+from megatron_gkd.config.errors import RecipeError
+from megatron_gkd.config.load import load
+from megatron_gkd.config.schema import Recipe
 
 DENSE = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -54,7 +56,7 @@ class Workspace:
         (self.folder / name / "config.json").write_text(json.dumps(config))
 
     def load(self, *overrides: str, world_size: int = 2, **options: Any) -> Recipe:
-        """Load the recipe; `options` are those of `megatron_gkd.config.load`."""
+        """Load the recipe; `options` are those of `megatron_gkd.config.load.load`."""
         return load(self.recipe, list(overrides), world_size=world_size, **options)
 
     def problems(self, *overrides: str, world_size: int = 2, require_paths: bool = True) -> list[str]:

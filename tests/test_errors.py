@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_gkd.config import RecipeError
+from megatron_gkd.config.errors import RecipeError
 from megatron_gkd.errors import CommandRefused, GkdError, Interrupted, RunStopped, ServiceError, UserError
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,3 +57,13 @@ def test_no_part_imports_from_above_or_beside(part):
         if path.exists():
             imported = imports_of(path) & LEVELS.keys() - {part}
             assert all(LEVELS[other] < LEVELS[part] for other in imported), (path, imported)
+
+
+def test_the_ops_import_only_torch_and_numpy():
+    """As other packages may be absent where ``scripts/gpu_check.sh`` tests and measures them."""
+    script = (
+        "import sys; import megatron_gkd.ops; "
+        "print(sorted({'pydantic', 'yaml', 'rich', 'transformers', 'megatron.core', 'datasets'} & set(sys.modules)))"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"

@@ -13,7 +13,7 @@ from command_line import run, train
 from teachers.fake_server import FakeServer
 from world import REPOSITORY
 
-from megatron_gkd.config import load
+from megatron_gkd.config.load import load
 
 RECIPES = sorted((REPOSITORY / "scripts" / "recipes").glob("*.yaml"))
 SMALL = ["--max_length", "256", "--max_completion_length", "12", "--global_batch_size", "4", "--dtype", "fp32"]

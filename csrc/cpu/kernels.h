@@ -35,7 +35,7 @@ struct RunningSoftmax {
   int64_t top = 0;
   double sum = 0, moment = 0, gap = 0, untempered = 0;
 
-  // Takes a new maximum into account; returns by how many logits the reference fell.
+  // Takes a new maximum into account. Returns how far the reference fell, in logits: <= 0 after the first one.
   double raise(float candidate) {
     if (!(candidate > maximum)) return 0;
     const double shift = (double(reference) - candidate);

@@ -16,9 +16,9 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr int kNowhere = std::numeric_limits<int>::max();
 constexpr float kSlackBits = 8;  // how far terms may exceed 1 before the reference follows the maximum
 
-// The sums of one pack, one thread or one row; see StatisticsColumn. `moment` and `gap` are in logits until they
-// are written: a difference of two products with the scale would become a fused multiply-add, and so not be exactly 0
-// where both models have the same logits.
+// The sums of one pack, one thread or one row; see StatisticsColumn. `moment` and `gap` are in logits until they are
+// written: a difference of two products with the scale would become a fused multiply-add, and so not be exactly 0 where
+// both models have the same logits.
 struct ModelSums {
   float sum = 0, moment = 0, gap = 0, untempered = 0;
 
@@ -30,8 +30,8 @@ struct ModelSums {
   }
 };
 
-// One model's sums over the columns that one thread has read. Sums are relative to `reference`, which is a logit not far below the maximum, or
-// 0 as long as there is none: as it moves rarely, moving it costs next to nothing.
+// One model's sums over the columns that one thread has read. Sums are relative to `reference`, which is a logit not
+// far below the maximum, or 0 as long as there is none: as it moves rarely, moving it costs next to nothing.
 struct RunningModel {
   float maximum = -kInfinity;
   int top = kNowhere;  // where the pack starts that holds the maximum, the first such
@@ -90,8 +90,8 @@ struct Columns {
       teacher ? (moments ? kMomentColumns : kLogSumColumns) + (untempered ? 1 : 0) : int(kAloneColumns);
 };
 
-// Sums of a pack. An excluded entry must add nothing, but 0 * -inf is NaN: only `kGuarded` avoids that. It is rarely run,
-// so its loop is not unrolled, which saves registers.
+// Sums of a pack. An excluded entry must add nothing, but 0 * -inf is NaN: only `kGuarded` avoids that. It is rarely
+// run, so its loop is not unrolled, which saves registers.
 template <FloatType type, class Columns, bool kGuarded>
 __device__ __forceinline__ PairSums add_up(Pack student_pack, Pack teacher_pack, float student_reference,
                                            float teacher_reference, const StatisticsParams& params) {

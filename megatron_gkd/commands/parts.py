@@ -11,9 +11,9 @@ from megatron_gkd.errors import CommandRefused
 from megatron_gkd.launch import environment
 
 if TYPE_CHECKING:
-    from megatron_gkd.config import Recipe
     from megatron_gkd.config.checks import CommandChecks
     from megatron_gkd.config.options import Option
+    from megatron_gkd.config.schema import Recipe
 
 Work = Callable[[], None]
 Command = Callable[[str, list[str], int], Work]
@@ -28,8 +28,9 @@ def load_recipe(
     Raises:
         CommandRefused: with all that is wrong with it.
     """
-    from megatron_gkd.config import RecipeError, load
     from megatron_gkd.config.checks import TRAIN
+    from megatron_gkd.config.errors import RecipeError
+    from megatron_gkd.config.load import load
 
     try:
         return load(path, overrides, world_size=world_size, command=command or TRAIN)
@@ -43,7 +44,7 @@ def take(arguments: list[str], options: "Mapping[str, Option]") -> tuple[dict[st
     Raises:
         CommandRefused: a value is wrong.
     """
-    from megatron_gkd.config import RecipeError
+    from megatron_gkd.config.errors import RecipeError
     from megatron_gkd.config.options import take_options
 
     try:

@@ -1,7 +1,4 @@
-"""The recipe: one YAML file, typed and checked before any process group exists. Nothing in here imports torch."""
+"""The recipe: one YAML file, typed and checked before any process group exists. Nothing in here imports torch.
 
-from megatron_gkd.config.errors import RecipeError
-from megatron_gkd.config.load import load
-from megatron_gkd.config.schema import Recipe
-
-__all__ = ["Recipe", "RecipeError", "load"]
+Importing this package loads nothing else, so that ``megatron_gkd.ops`` needs only torch and numpy.
+"""

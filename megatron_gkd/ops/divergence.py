@@ -30,7 +30,7 @@ def vocab_parallel_divergence(
     Args:
         student_logits: float [..., V/TP], this rank's columns. -inf excludes an entry.
         teacher_logits: [..., V/TP] of the same dtype. The teacher gets no gradient.
-        spec: the divergence, and who holds the vocabulary.
+        spec: the divergence, and the ranks that share the vocabulary.
         mask: bool [...], True for the tokens that count; the others are not read.
 
     Returns:
@@ -52,7 +52,7 @@ def vocab_parallel_divergence_with_statistics(
     The statistics are detached, and 0 where masked.
     """
     value, statistics = _apply(student_logits, teacher_logits, spec, mask, return_statistics=True)
-    return value, TokenStatistics(*statistics.detach().view(-1, *value.shape).unbind())
+    return value, TokenStatistics(*(x.view(value.shape) for x in statistics.detach().unbind()))
 
 
 def _apply(

@@ -99,7 +99,7 @@ def fused_linear_divergence(
         teacher: hidden states and head of the same dtype, or the ``TopK`` [N, k] of a teacher whose hidden states are
             not known. None leaves only the cross-entropy. The teacher gets no gradient.
         tokens: weights and labels.
-        spec: the divergence, and who holds the vocabulary.
+        spec: the divergence, and the ranks that share the vocabulary.
         topk: compare only the teacher's k most likely tokens. A teacher given as a ``TopK`` is used as it is, with the
             tail mode of `topk`. None compares all tokens that the teacher gives.
         options: chunk size and the gradient of the total.

@@ -56,8 +56,13 @@ class HeadGradient:
         Args:
             buffer: the buffer, as saved for backward; None where chunks were added to `main_grad`.
             factor: the gradient of the total; None where the buffer contains it.
+
+        Raises:
+            RuntimeError: chunks were added to a `main_grad` that the weight no longer has.
         """
-        if buffer is not None and getattr(self.weight, "main_grad", None) is None:
+        if getattr(self.weight, "main_grad", None) is None:
+            if buffer is None:
+                raise RuntimeError("weight.main_grad: None in backward, but the gradient was added to it in forward")
             return (buffer if factor is None else buffer * factor).to(self.weight.dtype)
         if buffer is not None and factor is not None:
             self.weight.main_grad.addcmul_(buffer, factor.to(buffer.dtype))

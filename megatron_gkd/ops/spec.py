@@ -23,7 +23,7 @@ TailMode = Literal["renormalize", "bucket"]
 
 @dataclass(frozen=True)
 class DivergenceSpec:
-    """Specify a divergence between the distributions of student S and teacher T, and who holds the vocabulary.
+    """Specify a divergence of student S and teacher T, and the ranks that share the vocabulary.
 
     Attributes:
         beta: the weight of the teacher in the mixture M = beta T + (1 - beta) S, from 0 to 1. With "jsd": 0 is forward

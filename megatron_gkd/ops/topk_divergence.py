@@ -33,7 +33,7 @@ def topk_divergence(
         student_logits: float [..., V/TP], this rank's columns. -inf excludes an entry.
         topk: the teacher's, [..., k], the same on all ranks. Missing entries, and ids from the size of the vocabulary
             on, do not count.
-        spec: the divergence, and who holds the vocabulary.
+        spec: the divergence, and the ranks that share the vocabulary.
         tail_mode: "renormalize" both distributions over the k tokens, or add the others as one "bucket"; see
             ``topk_statistics``.
         mask: bool [...], True for the tokens that count.

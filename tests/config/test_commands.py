@@ -2,7 +2,9 @@
 
 import pytest
 
-from megatron_gkd.config import RecipeError, checks, commands, load, options
+from megatron_gkd.config import checks, commands, options
+from megatron_gkd.config.errors import RecipeError
+from megatron_gkd.config.load import load
 
 
 def test_options_are_taken_from_among_the_overrides():

@@ -1,6 +1,7 @@
 import pytest
 
-from megatron_gkd.config import RecipeError, load
+from megatron_gkd.config.errors import RecipeError
+from megatron_gkd.config.load import load
 from megatron_gkd.errors import UserError
 
 

@@ -3,7 +3,8 @@
 import write_recipe_reference
 import yaml
 
-from megatron_gkd.config import keys, load
+from megatron_gkd.config import keys
+from megatron_gkd.config.load import load
 from megatron_gkd.config.reference import recipe_reference
 from megatron_gkd.config.renamed import NEW_NAMES
 

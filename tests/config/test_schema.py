@@ -4,8 +4,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from megatron_gkd.config import Recipe, keys, load
-from megatron_gkd.config.schema import ParallelSection
+from megatron_gkd.config import keys
+from megatron_gkd.config.load import load
+from megatron_gkd.config.schema import ParallelSection, Recipe
 
 
 def test_leaf_names_are_unique_over_all_sections():

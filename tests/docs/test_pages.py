@@ -11,8 +11,8 @@ from docs.markdown import PAGES, blocks, inline_code, name_of, prose, table_rows
 from world import REPOSITORY
 
 from megatron_gkd.commands import COMMANDS
-from megatron_gkd.config import load
 from megatron_gkd.config.keys import SECTION_OF, SECTIONS
+from megatron_gkd.config.load import load
 from megatron_gkd.config.renamed import NEW_NAMES, DeprecatedKey
 
 BASE = {

@@ -1,6 +1,6 @@
 import pytest
 
-from megatron_gkd.config import RecipeError
+from megatron_gkd.config.errors import RecipeError
 from megatron_gkd.launch.options import LAUNCH, LaunchOptions, take
 
 

@@ -121,6 +121,12 @@ def test_statistics_equal_the_reference(divergence, beta, dtype, masked):
         torch.testing.assert_close(getattr(statistics, name).double(), value, rtol=1e-5, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("tokens", [(), (0,), (2, 0), (2, 3)])
+def test_statistics_have_the_shape_of_the_tokens(tokens):
+    logits = torch.zeros(*tokens, 5)
+    assert all(x.shape == tokens for x in statistics_of(logits, logits, beta=0.5))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_ties_for_the_most_likely_token_go_to_the_lower_id(dtype):
     student = torch.tensor([[0.0, 2.0, 2.0, 1.0]] * 2, dtype=dtype)

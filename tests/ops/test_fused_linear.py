@@ -324,6 +324,16 @@ def test_main_grad_receives_the_gradient_of_the_weight(upstream, shared_with_an_
     assert relative_error(weight.main_grad - 1, 2 * expected) < (1e-5 if dtype == torch.float32 else 1e-2)
 
 
+def test_a_main_grad_that_is_gone_before_backward_is_an_error():
+    case = Case(dtype=torch.float32)
+    weight = case.tensors()["student_weight"].requires_grad_()
+    weight.main_grad = torch.zeros(weight.shape)
+    total, _ = call(case, student_weight=weight, upstream=1.0)
+    weight.main_grad = None
+    with pytest.raises(RuntimeError, match=r"weight\.main_grad: None in backward"):
+        total.backward()
+
+
 def test_another_upstream_than_the_given_one_is_an_error():
     case = Case(dtype=torch.float32)
     hidden = case.tensors()["student_hidden"].requires_grad_()

@@ -253,6 +253,8 @@ def test_sanitizer(dtype, width):
     for (divergence, beta), offset in itertools.product([("jsd", 0.0), ("jsd", 0.5), ("jsd", 1.0)], [0, 1]):
         statistics, sums, out = everything(divergence, beta, width, dtype, offset=offset)
         assert statistics.isfinite().all() and sums.isfinite().all() and out.isfinite().all()
+    for offset in (0, 1):
+        assert all(x.isfinite().all() for x in student_alone(width, dtype, offset=offset))
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -14,7 +14,7 @@ from quickstart.rows import (
 )
 from world import REPOSITORY
 
-from megatron_gkd.config import load
+from megatron_gkd.config.load import load
 
 ROWS = select_rows(on_policy=True, is_own_teacher=True, lora=True)
 TEACHERS = {**dict.fromkeys(ROWS, EXPERIMENT_TEACHER), **dict.fromkeys(QUICK, QUICK_TEACHER)}

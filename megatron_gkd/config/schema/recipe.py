@@ -18,7 +18,7 @@ from megatron_gkd.config.schema.train import LORA_LR, TrainSection
 
 
 class Recipe(Section):
-    """The settings of a whole run. `megatron_gkd.config.load` makes one, with all checks."""
+    """The settings of a whole run. `megatron_gkd.config.load.load` builds one, with all checks."""
 
     student: StudentSection
     teacher: TeacherSection
