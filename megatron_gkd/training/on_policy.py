@@ -139,7 +139,7 @@ class Rollouts:
         return on_completion
 
     def progress(self) -> dict[str, Any]:
-        """Return the completions of later steps that `begin` has started, waiting for them.
+        """Return the completions of later steps that `begin` has started, waiting for them. All ranks must call it.
 
         Without them a resumed run would sample these steps from newer weights than this one. Steps are counted from 0
         in the result, as in the checkpoints of every release.
