@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,12 @@ from command_line import write_workspace
 from world import World
 
 _num_gpu_tests = pytest.StashKey[int]()
+
+
+def pytest_configure() -> None:
+    """Take SIGINT again where a shell has started the tests in the background: their processes would ignore it, too."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(trylast=True)

@@ -159,6 +159,7 @@ def initialize_mesh(layout: Layout, seed: int) -> Mesh:
 def destroy_mesh() -> None:
     """Destroy the groups, so that another layout can be built in the same processes. All ranks must call it."""
     from mcore_bridge.bridge import gpt_bridge
+    from megatron.core.transformer.moe import moe_utils
 
     # Megatron forgets its groups without destroying them, and each of them holds threads.
     for group in parallel_state._global_process_group_list or []:
@@ -166,3 +167,5 @@ def destroy_mesh() -> None:
             dist.destroy_process_group(group)
     parallel_state.destroy_model_parallel()
     gpt_bridge.EP_PP_GROUP = None
+    # It has one entry for each layer of the first model with experts in this process.
+    moe_utils.get_moe_layer_wise_logging_tracker().clear()

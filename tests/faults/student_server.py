@@ -47,14 +47,14 @@ class _Handler(BaseHTTPRequestHandler):
     def respond(self, content: bytes) -> None:
         while True:
             try:
-                answer = self.server.vllm.answer(httpx.Request(self.command, self.server_url, content=content))
+                response = self.server.vllm.respond(httpx.Request(self.command, self.server_url, content=content))
                 break
             except httpx.ReadTimeout:  # it is paused: the request waits
                 time.sleep(0.01)
-        self.send_response(answer.status_code)
-        self.send_header("Content-Length", str(len(answer.content)))
+        self.send_response(response.status_code)
+        self.send_header("Content-Length", str(len(response.content)))
         self.end_headers()
-        self.wfile.write(answer.content)
+        self.wfile.write(response.content)
 
     @property
     def server_url(self) -> str:

@@ -166,7 +166,7 @@ def test_a_failure_is_restarted_and_a_mistake_is_not(tmp_path):
     code, err = run(tmp_path, body, "--nproc", "2", "--max-restarts", "3")
     assert code == 2
     assert err.count("KeyError: 'once'\n") == 2, "a line, and the end of the traceback"
-    assert err.count("restart") == 1 and "\nrestart 1 of 3\n" in err
+    assert err.count("\nrestart ") == 1 and "\nrestart 1 of 3\n" in err
     assert err.splitlines()[-1] == "rank 1 of 2: a mistake"
 
 

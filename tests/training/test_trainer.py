@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from checkpoints import tiny_checkpoint
@@ -31,7 +33,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_on_every_rank_before_the_update(
 
 
 def signals_at_each_microbatch(rank, world_size, model, directory):
-    """How many signals of the step there still are when the loss of each microbatch is computed, and after the step."""
+    """Return how many signals of the step exist when the loss of each microbatch is computed, its own among them, and the count."""
     from megatron_gkd.runtime.mesh import destroy_mesh
 
     _mesh, student, teacher, batches = build(model, model, {})
@@ -39,11 +41,12 @@ def signals_at_each_microbatch(rank, world_size, model, directory):
     scored, left = [], []
 
     def keep(microbatches):
-        scored[:] = score(microbatches)
-        return scored
+        signals = score(microbatches)
+        scored[:] = map(weakref.ref, signals)
+        return signals
 
     def count(*args):
-        left.append(sum(signal is not None for signal in scored))
+        left.append(sum(signal() is not None for signal in scored))
         return objective(*args)
 
     count.vocab_size = objective.vocab_size
@@ -58,7 +61,7 @@ def signals_at_each_microbatch(rank, world_size, model, directory):
 def test_the_signal_of_a_finished_microbatch_takes_no_memory(gloo_world, tmp_path):
     model = tiny_checkpoint("qwen3", seed=2)
     ((left, count),) = gloo_world(1).run(signals_at_each_microbatch, model, tmp_path)
-    assert count > 1 and left == list(reversed(range(count)))
+    assert count > 1 and left == list(range(count, 0, -1))
 
 
 def train_until_the_teacher_fails(rank, world_size, model, directory, scorings):
