@@ -33,7 +33,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_on_every_rank_before_the_update(
 
 
 def signals_at_each_microbatch(rank, world_size, model, directory):
-    """Return how many signals exist when each microbatch's loss is computed, its own among them, and how many there were."""
+    """Return how many signals exist when each microbatch's loss is computed, with its own, and the number of losses."""
     from megatron_gkd.runtime.mesh import destroy_mesh
 
     _mesh, student, teacher, batches = build(model, model, {})
