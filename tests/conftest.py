@@ -18,9 +18,10 @@ _num_gpu_tests = pytest.StashKey[int]()
 
 
 def pytest_configure() -> None:
-    """Take SIGINT again where a shell has started the tests in the background: their processes would ignore it, too."""
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Reset the signals that a shell makes background jobs, and nohup, ignore: the tests' processes would inherit it."""
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 @pytest.hookimpl(trylast=True)
