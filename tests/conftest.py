@@ -18,7 +18,7 @@ _num_gpu_tests = pytest.StashKey[int]()
 
 
 def pytest_configure() -> None:
-    """Reset signals that are ignored in background jobs and under nohup: the processes of the tests would inherit it."""
+    """Reset signals that background jobs and nohup ignore: the processes of the tests would inherit it."""
     for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
         if signal.getsignal(number) == signal.SIG_IGN:
             signal.signal(number, handler)
