@@ -90,10 +90,7 @@ def targets_are_in_the_student(recipe: Recipe, _: int) -> Iterator[str]:
 @check(*_LAYERS, "weight_sync", "expert_tensor_parallel_size", needs_files=True)
 def experts_take_adapters(recipe: Recipe, _: int) -> Iterator[str]:
     """Find adapters on experts that can't be sent to servers, or be sharded."""
-    try:
-        found = _adapted_layers(recipe)
-    except LoraProblem:
-        return
+    found = _right_layers(recipe)
     if found is None:
         return
     shape, layers = found
@@ -109,16 +106,21 @@ def initial_adapters_fit(recipe: Recipe, _: int) -> Iterator[str]:
     """Find adapters to start from that are not of these layers."""
     if recipe.lora is None or recipe.lora.adapters is None:
         return
-    try:
-        found = _adapted_layers(recipe)
-    except LoraProblem:
-        return
+    found = _right_layers(recipe)
     if found is None:
         return
     try:
         AdapterFiles.open(Path(recipe.lora.adapters)).require_fit(found[1], base_shapes=None)
     except AdapterProblem as problem:
         yield f"lora.adapters = {recipe.lora.adapters}: {problem}"
+
+
+def _right_layers(recipe: Recipe) -> tuple[ModelShape, tuple[AdaptedLayer, ...]] | None:
+    """Return what `_adapted_layers` does; None also where `targets_are_in_the_student` reports a problem."""
+    try:
+        return _adapted_layers(recipe)
+    except LoraProblem:
+        return None
 
 
 def _adapted_layers(recipe: Recipe) -> tuple[ModelShape, tuple[AdaptedLayer, ...]] | None:
