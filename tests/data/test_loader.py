@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from batching import ONE_RANK
 
-from megatron_gkd.data.batch_config import BatchConfig
 from megatron_gkd.data.loader import StepLoader, validation_batches
 from megatron_gkd.data.order import SampleOrder
 from megatron_gkd.data.sample import Sample, shift_labels
@@ -16,18 +16,7 @@ from megatron_gkd.runtime.context_parallel import context_parallel_indices
 
 PAD = 0
 ROWS = 11
-CONFIG = BatchConfig(
-    global_batch_size=8,
-    micro_batch_size=1,
-    packing=False,
-    max_length=32,
-    dp_rank=0,
-    dp_size=1,
-    cp_rank=0,
-    cp_size=1,
-    pad_multiple=4,
-    pad_token_id=PAD,
-)
+CONFIG = replace(ONE_RANK, pad_multiple=4, pad_token_id=PAD)
 
 
 class Rows:

@@ -1,25 +1,14 @@
 from dataclasses import replace
 
 import pytest
+from batching import ONE_RANK
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_gkd.data.batch_config import BatchConfig
 from megatron_gkd.data.packing import plan_microbatches
 
 MAX_LENGTH = 64
-CONFIG = BatchConfig(
-    global_batch_size=8,
-    micro_batch_size=1,
-    packing=True,
-    max_length=10,
-    dp_rank=0,
-    dp_size=1,
-    cp_rank=0,
-    cp_size=1,
-    pad_multiple=1,
-    pad_token_id=0,
-)
+CONFIG = replace(ONE_RANK, packing=True, max_length=10)
 
 
 @st.composite

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
+from batching import ONE_RANK
 from checkpoints import tiny_checkpoint, tiny_tokenizer
 from layouts import DENSE, MOE, PP2, SP, TP2
 from rows import RandomRows
@@ -176,10 +177,7 @@ class SingleRank:
         return 1
 
 
-CONFIG = BatchConfig(
-    global_batch_size=8, micro_batch_size=1, packing=False, max_length=64, dp_rank=0, dp_size=1, cp_rank=0, cp_size=1,
-    pad_multiple=1, pad_token_id=0,
-)  # fmt: skip
+CONFIG = replace(ONE_RANK, max_length=64)
 
 
 def build_rollouts(monkeypatch, rows=None, schedule=(1.0, "step"), config=CONFIG, dp=None, **options):
