@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -120,6 +121,7 @@ def test_workers_need_few_file_descriptors_however_many_microbatches_a_step_has(
     finished = subprocess.run(
         [sys.executable, "-c", FEW_DESCRIPTORS],
         cwd=Path(__file__).parent,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         timeout=60,
