@@ -16,7 +16,7 @@ from pathlib import Path
 from setuptools import Command, Extension, setup
 
 CPU_SOURCES = ["bindings.cpp", "cpu/dispatch.cpp"] + [f"cpu/kernels_{isa}.cpp" for isa in ("default", "avx2", "avx512")]
-CUDA_SOURCES = ["cuda/statistics.cu", "cuda/sums.cu", "cuda/gradient.cu"]
+CUDA_SOURCES = [f"cuda/{name}.cu" for name in ("statistics", "sums", "gradient", "gradient_capped", "softcap")]
 # Infinities and NaN keep their meaning: no -ffast-math.
 CPU_FLAGS = ["-O3", "-std=c++20", "-g0", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
 CUDA_FLAGS = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "--expt-extended-lambda"]

@@ -199,8 +199,16 @@ void check_out(const Tensor& out, const gkd::Logits& logits, const Tensor& stude
   check_width("out", out);
 }
 
+float cap_of(double softcap) {
+  const auto cap = static_cast<float>(softcap), inverse = static_cast<float>(1 / softcap);
+  TORCH_CHECK_VALUE(cap > 0 && std::isnormal(cap) && std::isnormal(inverse), "softcap = ", softcap,
+                    ": must be a positive normal float, and so must its inverse");
+  return cap;
+}
+
 // The parameters of the gradient without divergence and labels: it writes zeros.
-gkd::GradientParams empty_gradient(Tensor& out, const gkd::Logits& logits, const Tensor& student) {
+gkd::GradientParams empty_gradient(Tensor& out, const gkd::Logits& logits, const Tensor& student,
+                                   const optional<double>& softcap) {
   check_out(out, logits, student);
   return {
       .logits = logits,
@@ -218,6 +226,7 @@ gkd::GradientParams empty_gradient(Tensor& out, const gkd::Logits& logits, const
       .label_shift = nullptr,
       .label_bias = nullptr,
       .label = nullptr,
+      .inverse_softcap = softcap.has_value() ? 1 / cap_of(*softcap) : 0,
   };
 }
 
@@ -236,9 +245,9 @@ void add_labels(gkd::GradientParams& params, const Tensor& untempered, const Ten
 void gradient(Tensor& out, const Tensor& student, const Tensor& teacher, const Tensor& normalizers,
               const Tensor& slope_sum, const Tensor& weight, const optional<Tensor>& untempered,
               const optional<Tensor>& label_weight, const optional<Tensor>& label, const std::string& divergence,
-              double beta, double temperature) {
+              double beta, double temperature, const optional<double>& softcap) {
   const auto logits = logits_of(student, &teacher);
-  auto params = empty_gradient(out, logits, student);
+  auto params = empty_gradient(out, logits, student, softcap);
   check_rows("slope_sum", slope_sum, at::kFloat, {logits.rows}, student);
   check_rows("weight", weight, at::kFloat, {logits.rows}, student);
   params.scale = scale_of(temperature);
@@ -255,10 +264,20 @@ void gradient(Tensor& out, const Tensor& student, const Tensor& teacher, const T
 }
 
 void cross_entropy_gradient(Tensor& out, const Tensor& student, const Tensor& untempered, const Tensor& label_weight,
-                            const Tensor& label) {
-  auto params = empty_gradient(out, logits_of(student, nullptr), student);
+                            const Tensor& label, const optional<double>& softcap) {
+  auto params = empty_gradient(out, logits_of(student, nullptr), student, softcap);
   add_labels(params, untempered, label_weight, label, student);
   start(params, student, GKD_BOTH(gradient));
+}
+
+void softcap(Tensor& logits, double cap) {
+  const gkd::SoftcapParams params = {
+      .logits = logits_of(logits, nullptr),
+      .out = logits.mutable_data_ptr(),
+      .out_stride = logits.stride(0),
+      .cap = cap_of(cap),
+  };
+  start(params, logits, GKD_BOTH(softcap));
 }
 
 }  // namespace
@@ -271,6 +290,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("sums", &sums, release);
   m.def("gradient", &gradient, release);
   m.def("cross_entropy_gradient", &cross_entropy_gradient, release);
+  m.def("softcap", &softcap, release);
   m.def("cpu_capability", &gkd::cpu::capability, "avx512, avx2 or default");
 #ifdef MEGATRON_GKD_WITH_CUDA
   m.attr("has_cuda") = true;

@@ -4,6 +4,7 @@
 
 #include "divergences.h"
 #include "params.h"
+#include "softcap.h"
 
 namespace gkd {
 
@@ -12,7 +13,7 @@ template <class Functor>
 struct GradientRow {
   Functor divergence;
   RowNormalizers n;
-  float scale, factor, slope_sum, label_factor, label_shift, label_bias;
+  float scale, factor, slope_sum, label_factor, label_shift, label_bias, inverse_softcap;
 
   GKD_INLINE GradientRow(const GradientParams& params, const Functor& functor, int64_t i) : divergence(functor) {
     const bool with_divergence = params.weight != nullptr;
@@ -23,6 +24,7 @@ struct GradientRow {
     label_factor = params.label_weight == nullptr ? 0 : params.label_weight[i];
     label_shift = label_factor == 0 ? 0 : params.label_shift[i];
     label_bias = label_factor == 0 ? 0 : params.label_bias[i];
+    inverse_softcap = params.inverse_softcap;
   }
 
   template <class F>
@@ -35,6 +37,13 @@ struct GradientRow {
   template <class F>
   GKD_INLINE F of_cross_entropy(F s) const {
     return label_factor * exp2(log2_prob(s, kLog2E, label_shift, label_bias));
+  }
+
+  // The gradient by what the student's logit was before its softcap, from the gradient by the logit.
+  template <bool kCapped, class F>
+  GKD_INLINE F before_softcap(F gradient, F s) const {
+    if constexpr (kCapped) return gradient * softcap_slope(s, inverse_softcap);
+    return gradient;
   }
 };
 

@@ -102,6 +102,15 @@ struct GradientParams {
   const float* label_shift;   // [rows], of the untempered student
   const float* label_bias;    // [rows]
   const int64_t* label;       // [rows]: this shard's column of the label, or -1 where another shard has it
+  float inverse_softcap;      // where the student's logits have a softcap, 1 / cap, the cap rounded to their type: the
+                              // gradient is by what they were before it; 0 without one
+};
+
+struct SoftcapParams {
+  Logits logits;  // without a teacher
+  void* out;      // [rows, columns], of the logits' type; may be the logits themselves
+  int64_t out_stride;
+  float cap;
 };
 
 }  // namespace gkd

@@ -12,6 +12,7 @@
   void statistics(const StatisticsParams& params, int64_t begin, int64_t end); \
   void sums(const SumsParams& params, int64_t begin, int64_t end);             \
   void gradient(const GradientParams& params, int64_t begin, int64_t end);     \
+  void softcap(const SoftcapParams& params, int64_t begin, int64_t end);       \
   }
 GKD_DECLARE(generic)
 #if GKD_X86
@@ -27,12 +28,13 @@ struct Kernels {
   void (*statistics)(const StatisticsParams&, int64_t, int64_t);
   void (*sums)(const SumsParams&, int64_t, int64_t);
   void (*gradient)(const GradientParams&, int64_t, int64_t);
+  void (*softcap)(const SoftcapParams&, int64_t, int64_t);
 };
 
-const Kernels kDefault = {"default", generic::statistics, generic::sums, generic::gradient};
+const Kernels kDefault = {"default", generic::statistics, generic::sums, generic::gradient, generic::softcap};
 #if GKD_X86
-const Kernels kAvx2 = {"avx2", avx2::statistics, avx2::sums, avx2::gradient};
-const Kernels kAvx512 = {"avx512", avx512::statistics, avx512::sums, avx512::gradient};
+const Kernels kAvx2 = {"avx2", avx2::statistics, avx2::sums, avx2::gradient, avx2::softcap};
+const Kernels kAvx512 = {"avx512", avx512::statistics, avx512::sums, avx512::gradient, avx512::softcap};
 #endif
 
 const Kernels& choose() {
@@ -60,6 +62,7 @@ void statistics(const StatisticsParams& params, int64_t begin, int64_t end) {
 }
 void sums(const SumsParams& params, int64_t begin, int64_t end) { kernels().sums(params, begin, end); }
 void gradient(const GradientParams& params, int64_t begin, int64_t end) { kernels().gradient(params, begin, end); }
+void softcap(const SoftcapParams& params, int64_t begin, int64_t end) { kernels().softcap(params, begin, end); }
 const char* capability() { return kernels().name; }
 
 }  // namespace gkd::cpu

@@ -1,4 +1,4 @@
-// The three passes for a CPU, over rows [begin, end). Compiled once per instruction set: see kernels_*.cpp.
+// The passes for a CPU, over rows [begin, end). Compiled once per instruction set: see kernels_*.cpp.
 
 #pragma once
 
@@ -209,7 +209,7 @@ void sums_rows(const SumsParams& params, int64_t begin, int64_t end) {
   }
 }
 
-template <FloatType type, bool kDivergence, bool kCrossEntropy, class Functor>
+template <FloatType type, bool kCapped, bool kDivergence, bool kCrossEntropy, class Functor>
 void gradient_row(const GradientParams& params, const GradientRow<Functor>& at, int64_t i) {
   using Element = typename Storage<type>::Element;
   const RowPointers<type> row(params.logits, i);
@@ -224,13 +224,14 @@ void gradient_row(const GradientParams& params, const GradientRow<Functor>& at, 
   float at_label = 0;  // computed before the loop, which may overwrite the logits
   if (label >= 0) {
     const float t = kDivergence ? load_one<type>(row.teacher + label) : 0;
-    at_label = gradient(load_one<type>(row.student + label), t) - at.label_factor;
+    const float s = load_one<type>(row.student + label);
+    at_label = at.template before_softcap<kCapped>(gradient(s, t) - at.label_factor, s);
   }
   for_each_vector(0, params.logits.columns, [&](int64_t j, auto count) {
     const Floats s = load_count<type>(row.student + j, count);
     Floats t = {};
     if constexpr (kDivergence) t = load_count<type>(row.teacher + j, count);
-    const Floats g = gradient(s, t);
+    const Floats g = at.template before_softcap<kCapped>(gradient(s, t), s);
     if constexpr (std::is_same_v<decltype(count), int64_t>) {
       store_some<type>(out + j, g, count);
     } else {
@@ -240,7 +241,7 @@ void gradient_row(const GradientParams& params, const GradientRow<Functor>& at, 
   if (label >= 0) store_some<type>(out + label, splat<Floats>(at_label), 1);
 }
 
-template <FloatType type, class Functor>
+template <FloatType type, bool kCapped, class Functor>
 void gradient_rows(const GradientParams& params, int64_t begin, int64_t end) {
   using Element = typename Storage<type>::Element;
   const Functor divergence{Functor::weights(params.beta)};
@@ -250,14 +251,31 @@ void gradient_rows(const GradientParams& params, int64_t begin, int64_t end) {
     const bool with_divergence = params.weight != nullptr && params.weight[i] != 0;
     const bool with_label = at.label_factor != 0;
     if (with_divergence && with_label) {
-      gradient_row<type, true, true>(params, at, i);
+      gradient_row<type, kCapped, true, true>(params, at, i);
     } else if (with_divergence) {
-      gradient_row<type, true, false>(params, at, i);
+      gradient_row<type, kCapped, true, false>(params, at, i);
     } else if (with_label) {
-      gradient_row<type, false, true>(params, at, i);
+      gradient_row<type, kCapped, false, true>(params, at, i);
     }
     const int64_t first_zero = with_divergence || with_label ? params.logits.columns : 0;
     std::memset(static_cast<void*>(out + first_zero), 0, (params.width - first_zero) * sizeof(Element));
+  }
+}
+
+template <FloatType type>
+void softcap_rows(const SoftcapParams& params, int64_t begin, int64_t end) {
+  using Element = typename Storage<type>::Element;
+  for (int64_t i = begin; i < end; ++i) {
+    const RowPointers<type> row(params.logits, i);
+    Element* out = static_cast<Element*>(params.out) + i * params.out_stride;
+    for_each_vector(0, params.logits.columns, [&](int64_t j, auto count) {
+      const Floats y = gkd::softcap(load_count<type>(row.student + j, count), params.cap);
+      if constexpr (std::is_same_v<decltype(count), int64_t>) {
+        store_some<type>(out + j, y, count);
+      } else {
+        store<type>(out + j, y);
+      }
+    });
   }
 }
 
@@ -279,9 +297,16 @@ void sums(const SumsParams& params, int64_t begin, int64_t end) {
 void gradient(const GradientParams& params, int64_t begin, int64_t end) {
   GKD_TYPE_SWITCH(params.logits.type, [&] {
     GKD_MATH_SWITCH(kType, params.beta, Math, [&] {
-      GKD_DIVERGENCE_SWITCH(params.kind, Math, [&] { gradient_rows<kType, Functor>(params, begin, end); });
+      GKD_DIVERGENCE_SWITCH(params.kind, Math, [&] {
+        GKD_BOOL_SWITCH(params.inverse_softcap != 0, kCapped,
+                        [&] { gradient_rows<kType, kCapped, Functor>(params, begin, end); });
+      });
     });
   });
+}
+
+void softcap(const SoftcapParams& params, int64_t begin, int64_t end) {
+  GKD_TYPE_SWITCH(params.logits.type, [&] { softcap_rows<kType>(params, begin, end); });
 }
 
 }  // namespace gkd::GKD_CPU_NAMESPACE

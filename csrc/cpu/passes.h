@@ -9,6 +9,7 @@ namespace gkd::cpu {
 void statistics(const StatisticsParams& params, int64_t begin, int64_t end);
 void sums(const SumsParams& params, int64_t begin, int64_t end);
 void gradient(const GradientParams& params, int64_t begin, int64_t end);
+void softcap(const SoftcapParams& params, int64_t begin, int64_t end);
 
 // "avx512", "avx2" or "default"; the environment variable ATEN_CPU_CAPABILITY of torch can choose a lower one.
 const char* capability();

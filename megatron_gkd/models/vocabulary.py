@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase
 
 from megatron_gkd.errors import UserError
 from megatron_gkd.models.checkpoint import Checkpoint
+from megatron_gkd.ops.output_head import OutputHead
 
 PROBES = ("The 12 quick brown foxes jump over 345 lazy dogs.", 'x = f(y) != "naïve"\n\t# 中文, émigré, 🙂')
 
@@ -47,15 +47,23 @@ def require_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrained
 
 
 @torch.no_grad()
-def reshard_head(shard: torch.Tensor, rows: int, group: dist.ProcessGroup) -> torch.Tensor:
-    """Change a vocabulary-parallel head from shards [R, H] to shards [rows, H]. All ranks of `group` must call it.
+def reshard_head(head: OutputHead, rows: int, group: dist.ProcessGroup) -> OutputHead:
+    """Change a vocabulary-parallel head from shards of R rows to shards of `rows`. All ranks of `group` must call it.
 
     Returns:
-        This rank's shard, in which missing ids are rows of zeros; `shard` itself if R = rows.
+        This rank's shard, without gradient, in which missing ids are zeros; the same tensors if R = rows.
     """
+    bias = None if head.bias is None else _reshard(head.bias.data, rows, group)
+    return head.with_tensors(_reshard(head.weight.data, rows, group), bias)
+
+
+def _reshard(shard: torch.Tensor, rows: int, group: dist.ProcessGroup) -> torch.Tensor:
+    """Change shards [R, ...] to shards [rows, ...]."""
     if shard.shape[0] == rows:
         return shard
-    whole = shard.new_empty((shard.shape[0] * group.size(), shard.shape[1]))
+    whole = shard.new_empty((shard.shape[0] * group.size(), *shard.shape[1:]))
     dist.all_gather_into_tensor(whole, shard.contiguous(), group=group)
     mine = whole[group.rank() * rows : (group.rank() + 1) * rows]
-    return F.pad(mine, (0, 0, 0, rows - mine.shape[0]))
+    resharded = shard.new_zeros((rows, *shard.shape[1:]))
+    resharded[: mine.shape[0]] = mine
+    return resharded

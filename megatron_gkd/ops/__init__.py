@@ -21,6 +21,7 @@ from megatron_gkd.ops.chunk_loss import PerToken
 from megatron_gkd.ops.divergence import vocab_parallel_divergence, vocab_parallel_divergence_with_statistics
 from megatron_gkd.ops.fused_linear import FusedLinearOptions, LinearHead, TokenTargets, fused_linear_divergence
 from megatron_gkd.ops.normalizers import TokenStatistics
+from megatron_gkd.ops.output_head import OutputHead
 from megatron_gkd.ops.passes import implementation
 from megatron_gkd.ops.spec import DivergenceSpec, TopKSpec
 from megatron_gkd.ops.topk import TopK, vocab_parallel_topk
@@ -30,6 +31,7 @@ __all__ = [
     "DivergenceSpec",
     "FusedLinearOptions",
     "LinearHead",
+    "OutputHead",
     "PerToken",
     "TokenStatistics",
     "TokenTargets",

@@ -103,7 +103,7 @@ def compute_student_loss(student_nV: Tensor, targets: ChunkTargets, spec: ShardS
         if labels is None:
             student_nV.zero_()
         else:
-            passes.cross_entropy_gradient(student_nV, student_nV, labels)
+            passes.cross_entropy_gradient(student_nV, student_nV, labels, spec.softcap)
     zero = torch.zeros_like(found.entropy)
     cross_entropy = zero if found.cross_entropy is None else found.cross_entropy.value
     return PerToken(zero, cross_entropy, zero, found.entropy, zero, zero, zero)

@@ -24,7 +24,8 @@ from megatron_gkd.ops.chunk_loss import (
     compute_student_loss,
     compute_topk_loss,
 )
-from megatron_gkd.ops.head_gradient import HeadGradient
+from megatron_gkd.ops.head_gradient import HeadGradient, LinearGradients
+from megatron_gkd.ops.output_head import OutputHead
 from megatron_gkd.ops.pointwise import weighted
 from megatron_gkd.ops.spec import DivergenceSpec, ShardSpec, TopKShardSpec, TopKSpec, accumulate_dtype
 from megatron_gkd.ops.topk import TopK, check_k, choose_topk
@@ -33,15 +34,15 @@ DEFAULT_CHUNK_TOKENS = 1024
 
 
 class LinearHead(NamedTuple):
-    """Hold the operands of one model's logits, hidden @ weight.t().
+    """Hold the operands of one model's logits.
 
     Attributes:
         hidden: [N, H], last hidden states, whole on every rank of the group.
-        weight: [V/TP, H], this rank's rows of the head, for the same global ids in both models.
+        head: this rank's rows, for the same global ids in both models.
     """
 
     hidden: Tensor
-    weight: Tensor
+    head: OutputHead
 
 
 @dataclass(frozen=True)
@@ -109,32 +110,37 @@ def fused_linear_divergence(
 
         The gradient of `student.hidden` is PARTIAL: that of this rank's columns. The caller has to sum it over the
         group, as Megatron's mappings do in their backward (copy to the tensor-parallel region, or gather from the
-        sequence-parallel region). The gradient of `student.weight` is complete, and accumulated in fp32; where Megatron
-        has set a `main_grad`, it goes there (``HeadGradient``). Only these two gradients are saved for backward.
+        sequence-parallel region). The gradients of the student's weight and bias are complete, and accumulated in fp32;
+        where Megatron has set a `main_grad`, they go there (``HeadGradient``). Only these gradients are saved for
+        backward.
 
     Raises:
         ValueError: shapes or dtypes do not agree, or a parameter is out of range.
     """
     topk_spec = topk or TopKSpec()
     _check(student, teacher, tokens)
-    shard_spec = spec.on_shard(student.weight.shape[0])
+    shard_spec = spec.on_shard(student.head.weight.shape[0], student.head.largest_logit)
     if topk_spec.k is not None and isinstance(teacher, LinearHead):
         check_k(topk_spec.k, shard_spec.shard)
     flat = teacher.flatten() if isinstance(teacher, TopK) else teacher
     plan = _Plan(student, flat, tokens, shard_spec, topk_spec, options or FusedLinearOptions())
-    total, metrics = _FusedLinear.apply(student.hidden, student.weight, plan, torch.is_grad_enabled())
+    head = student.head
+    total, metrics = _FusedLinear.apply(student.hidden, head.weight, head.bias, plan, torch.is_grad_enabled())
     return total, PerToken(*metrics.unbind(-1))
 
 
 def _check(student: LinearHead, teacher: LinearHead | TopK | None, tokens: TokenTargets) -> None:
-    count, width = student.hidden.shape[0], student.weight.shape[0]
-    for name, head in (("student", student), ("teacher", teacher)):
-        if not isinstance(head, LinearHead):
+    count, width = student.hidden.shape[0], student.head.weight.shape[0]
+    for name, model in (("student", student), ("teacher", teacher)):
+        if not isinstance(model, LinearHead):
             continue
-        hidden_size = head.hidden.shape[-1]
-        for part, tensor, rows in (("hidden", head.hidden, count), ("weight", head.weight, width)):
-            if tensor.dtype != student.hidden.dtype or tensor.shape != (rows, hidden_size):
-                expected = f"{student.hidden.dtype} {[rows, hidden_size]}"
+        hidden_size, head = model.hidden.shape[-1], model.head
+        parts = {"hidden": (model.hidden, [count, hidden_size]), "weight": (head.weight, [width, hidden_size])}
+        if head.bias is not None:
+            parts["bias"] = head.bias, [width]
+        for part, (tensor, shape) in parts.items():
+            if tensor.dtype != student.hidden.dtype or list(tensor.shape) != shape:
+                expected = f"{student.hidden.dtype} {shape}"
                 raise ValueError(f"{name}.{part} = {tensor.dtype} {list(tensor.shape)}: must be {expected}")
     if isinstance(teacher, TopK) and teacher.ids.shape[:-1].numel() != count:
         raise ValueError(f"teacher = TopK {list(teacher.ids.shape)}: must be of {count} tokens, as student.hidden is")
@@ -155,6 +161,12 @@ class _Plan:
     topk: TopKSpec
     options: FusedLinearOptions
 
+    @property
+    def gradient_factor(self) -> float:
+        """The factor of all gradients: that of the total where it is known, and the scale of the student's logits."""
+        upstream = self.options.upstream
+        return self.student.head.scale * (1.0 if upstream is None else upstream)
+
     def chunks(self) -> list[slice]:
         """Return as few chunks as `chunk_tokens` allows, of sizes that differ by one at most."""
         tokens = len(self.tokens.token_weights)
@@ -173,41 +185,47 @@ class _Plan:
 class _FusedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, student_hidden: Tensor, student_weight: Tensor, plan: _Plan, grad_enabled: bool
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: _Plan, grad_enabled: bool
     ) -> tuple[Tensor, Tensor]:
-        needs_hidden, needs_weight = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
         upstream = plan.options.upstream
-        hidden_gradient = torch.empty_like(student_hidden) if needs_hidden else None
-        head_gradient = HeadGradient.from_weight(student_weight, upstream is not None) if needs_weight else None
-        total, metrics = _run(plan, hidden_gradient, head_gradient)
-        buffer = None if head_gradient is None else head_gradient.buffer
-        ctx.save_for_backward(hidden_gradient, buffer)
-        ctx.head_gradient, ctx.upstream = head_gradient, upstream
+        needs_hidden, needs_weight, needs_bias = (grad_enabled and needed for needed in ctx.needs_input_grad[:3])
+        gradients = LinearGradients(
+            torch.empty_like(hidden) if needs_hidden else None,
+            HeadGradient.from_weight(weight, upstream is not None) if needs_weight else None,
+            HeadGradient.from_weight(bias, upstream is not None) if needs_bias and bias is not None else None,
+        )
+        total, metrics = _run(plan, gradients)
+        ctx.of_head = gradients.weight, gradients.bias
+        ctx.save_for_backward(gradients.hidden, *(None if one is None else one.buffer for one in ctx.of_head))
+        ctx.upstream = upstream
         ctx.mark_non_differentiable(metrics)
         return total, metrics
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _metrics: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_gradient, buffer = ctx.saved_tensors
-        factor = upstream if ctx.upstream is None else None  # a known gradient is already a factor of both
+        hidden_gradient, *buffers = ctx.saved_tensors
+        factor = upstream if ctx.upstream is None else None  # a known gradient is already a factor of all
         if ctx.upstream is not None:
             torch._assert_async((upstream == ctx.upstream).all(), "the gradient of the total is not `upstream`")
-        weight_gradient = None if ctx.head_gradient is None else ctx.head_gradient.finish(buffer, factor)
+        weight_gradient, bias_gradient = (
+            None if gradient is None else gradient.finish(buffer, factor)
+            for gradient, buffer in zip(ctx.of_head, buffers, strict=True)
+        )
         if hidden_gradient is not None and factor is not None:
             hidden_gradient = hidden_gradient * factor
-        return hidden_gradient, weight_gradient, None, None
+        return hidden_gradient, weight_gradient, bias_gradient, None, None
 
 
-def _run(plan: _Plan, hidden_gradient: Tensor | None, head_gradient: HeadGradient | None) -> tuple[Tensor, Tensor]:
-    """Return the total and the metrics [N, ...], and fill those gradients that are not None."""
+def _run(plan: _Plan, gradients: LinearGradients) -> tuple[Tensor, Tensor]:
+    """Return the total and the metrics [N, ...], and write the gradients that are needed."""
     hidden, valid = plan.student.hidden, plan.spec.shard.valid
     accumulate = accumulate_dtype(hidden.dtype)
     student_head = _ChunkedHead(plan.student, valid, plan.chunks())
     teacher_head = None
     if isinstance(plan.teacher, LinearHead):
         teacher_head = _ChunkedHead(plan.teacher, valid, plan.chunks())
-    needs_gradient = hidden_gradient is not None or head_gradient is not None
+    factor = plan.gradient_factor
 
     total = torch.zeros((), dtype=accumulate, device=hidden.device)
     metrics = torch.zeros(len(hidden), len(PerToken._fields), dtype=accumulate, device=hidden.device)
@@ -215,31 +233,28 @@ def _run(plan: _Plan, hidden_gradient: Tensor | None, head_gradient: HeadGradien
         student_nV = student_head.logits(chunk)
         teacher_nV = None if teacher_head is None else teacher_head.logits(chunk)
         targets = plan.targets(chunk, accumulate)
-        scaled = targets if plan.options.upstream is None else targets.scaled(plan.options.upstream)
-        found = _chunk_loss(plan, chunk, student_nV, teacher_nV, scaled, needs_gradient)
+        scaled = targets if factor == 1 else targets.scaled(factor)
+        found = _chunk_loss(plan, chunk, student_nV, teacher_nV, scaled, gradients.is_needed)
         total += weighted(targets.token_weights, found.divergence).sum()
         if targets.label_weights is not None:
             total += weighted(targets.label_weights, found.cross_entropy).sum()
         torch.stack(found, -1, out=metrics[chunk])
-        if hidden_gradient is not None:
-            torch.mm(student_nV, student_head.weight, out=hidden_gradient[chunk])
-        if head_gradient is not None:
-            head_gradient.add(student_nV, hidden[chunk])
+        gradients.add(chunk, student_nV, hidden, plan.student.head.weight)
     return total, metrics
 
 
 class _ChunkedHead:
     """Compute the logits of chunks of tokens into one buffer. Padding rows of the weight are never multiplied."""
 
-    def __init__(self, head: LinearHead, valid: int, chunks: list[slice]) -> None:
-        self.hidden, self.weight = head.hidden, head.weight[:valid]
+    def __init__(self, model: LinearHead, valid: int, chunks: list[slice]) -> None:
+        self.hidden, self.head = model.hidden, model.head.rows(valid)
         rows = max((chunk.stop - chunk.start for chunk in chunks), default=0)
-        self._buffer = head.hidden.new_empty(rows, valid)
+        self._buffer = model.hidden.new_empty(rows, valid)
 
     def logits(self, chunk: slice) -> Tensor:
         """Return the logits of a chunk; they are overwritten by those of the next one."""
         hidden = self.hidden[chunk]
-        return torch.mm(hidden, self.weight.t(), out=self._buffer[: len(hidden)])
+        return self.head.compute_logits(hidden, out=self._buffer[: len(hidden)])
 
 
 def _chunk_loss(

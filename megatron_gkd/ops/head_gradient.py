@@ -1,9 +1,9 @@
-"""Where the gradient of the language-model head's weight is accumulated, chunk by chunk."""
+"""Where the gradients of a language-model head and of its hidden states are accumulated, chunk by chunk."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +21,9 @@ class HeadGradient:
     is shared with an embedding (`zero_out_wgrad`), whose own gradient is added to them, else anything.
 
     Attributes:
-        weight: [V/TP, H]. Megatron adds attributes to it that a Tensor does not have, hence the type.
-        buffer: [V/TP, H]; None where chunks are added to `main_grad`.
+        weight: [V/TP, H], or the bias [V/TP]. Megatron adds attributes to it that a Tensor does not have, hence the
+            type.
+        buffer: of the weight's shape; None where chunks are added to `main_grad`.
     """
 
     weight: Any
@@ -33,7 +34,7 @@ class HeadGradient:
         """Prepare the accumulation.
 
         Args:
-            weight: [V/TP, H].
+            weight: [V/TP, H], or the bias [V/TP].
             is_final: whether what is added needs no further factor, because the gradient of the total is known.
         """
         if is_final and getattr(weight, "main_grad", None) is not None:
@@ -41,14 +42,22 @@ class HeadGradient:
         return cls(weight, torch.zeros(weight.shape, dtype=accumulate_dtype(weight.dtype), device=weight.device))
 
     def add(self, logits_gradient: Tensor, hidden: Tensor) -> None:
-        """Add the gradient of one chunk.
+        """Add the gradient of the weight of one chunk.
 
         Args:
             logits_gradient: [n, V'], by the logits of the first V' rows of the weight.
             hidden: [n, H].
         """
-        target = self.weight.main_grad if self.buffer is None else self.buffer
-        add_product(target[: logits_gradient.shape[1]], logits_gradient.t(), hidden)
+        add_product(self._target[: logits_gradient.shape[1]], logits_gradient.t(), hidden)
+
+    def add_rows(self, logits_gradient: Tensor) -> None:
+        """Add the gradient of the bias of one chunk, from that by the logits of its first V' entries, [n, V']."""
+        target = self._target
+        target[: logits_gradient.shape[1]] += logits_gradient.sum(0, dtype=target.dtype)
+
+    @property
+    def _target(self) -> Tensor:
+        return self.weight.main_grad if self.buffer is None else self.buffer
 
     def finish(self, buffer: Tensor | None, factor: Tensor | None) -> Tensor:
         """Return what backward returns for the weight.
@@ -69,3 +78,38 @@ class HeadGradient:
         self.weight.grad_added_to_main_grad = True
         make = torch.zeros_like if getattr(self.weight, "zero_out_wgrad", False) else torch.empty_like
         return make(self.weight)
+
+
+class LinearGradients(NamedTuple):
+    """Where the gradients of a model's tensors go; None for those that are not needed.
+
+    Attributes:
+        hidden: [N, H], by the hidden states.
+        weight: by the head's weight.
+        bias: by the head's bias.
+    """
+
+    hidden: Tensor | None
+    weight: HeadGradient | None
+    bias: HeadGradient | None
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether there is any."""
+        return any(gradient is not None for gradient in self)
+
+    def add(self, chunk: slice, logits_gradient: Tensor, hidden: Tensor, weight: Tensor) -> None:
+        """Add those of a chunk of tokens.
+
+        Args:
+            chunk: of the N tokens.
+            logits_gradient: [n, V'], by the product with the first V' rows of the weight.
+            hidden: [N, H].
+            weight: [V/TP, H].
+        """
+        if self.hidden is not None:
+            torch.mm(logits_gradient, weight[: logits_gradient.shape[1]], out=self.hidden[chunk])
+        if self.weight is not None:
+            self.weight.add(logits_gradient, hidden[chunk])
+        if self.bias is not None:
+            self.bias.add_rows(logits_gradient)

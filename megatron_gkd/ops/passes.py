@@ -5,6 +5,7 @@
     gradient     one read, one write                                              no collective
 
 Without a teacher: ``student_statistics`` and ``cross_entropy_gradient``, which read the student's logits only.
+``softcap`` comes before them where a head has one: one read, one write.
 ``csrc/params.h`` documents their columns, and ``normalizers`` combines the statistics of the ranks. The environment
 variable MEGATRON_GKD_IMPL chooses the implementation: auto (compiled where there are kernels for the tensor, else
 torch), torch, or compiled (an error where there are no kernels).
@@ -25,7 +26,7 @@ from megatron_gkd.ops.params import DivergenceRows, LabelRows, Logits
 from megatron_gkd.ops.spec import ShardSpec
 
 _CHOICES = ("auto", "torch", "compiled")
-_FUNCTIONS = ("statistics", "student_statistics", "sums", "gradient", "cross_entropy_gradient")
+_FUNCTIONS = ("statistics", "student_statistics", "sums", "gradient", "cross_entropy_gradient", "softcap")
 
 
 def _load(choice: str) -> ModuleType | None:
@@ -117,20 +118,33 @@ def gradient(out: Tensor, logits: Logits, rows: DivergenceRows, labels: LabelRow
         logits: of both models. Their mask is not used.
         rows: what the divergence D needs of each row.
         labels: what the cross-entropy CE needs of each row; None leaves it out.
-        spec: the divergence, its temperature and the shard.
+        spec: the divergence, its temperature, the shard and the softcap.
     """
     kernels = _kernels_for(logits.student)
     if kernels is None:
         torch_passes.gradient(out, logits, rows, labels, spec)
         return
     divergence = spec.divergence.name, spec.beta, spec.temperature
-    kernels.gradient(out, logits.student, logits.teacher, *rows, *(labels or (None, None, None)), *divergence)
+    label_rows = labels or (None, None, None)
+    kernels.gradient(out, logits.student, logits.teacher, *rows, *label_rows, *divergence, spec.softcap)
 
 
-def cross_entropy_gradient(out: Tensor, student_NV: Tensor, labels: LabelRows) -> None:
-    """Write the gradient of sum_n labels.weight[n] CE_n by the student's logits into `out`, as ``gradient`` does."""
+def cross_entropy_gradient(out: Tensor, student_NV: Tensor, labels: LabelRows, softcap: float | None = None) -> None:
+    """Write the gradient of sum_n labels.weight[n] CE_n by the student's logits into `out`, as ``gradient`` does.
+
+    `softcap` is that of the student's logits; see ``ShardSpec``.
+    """
     kernels = _kernels_for(student_NV)
     if kernels is None:
-        torch_passes.cross_entropy_gradient(out, student_NV, labels)
+        torch_passes.cross_entropy_gradient(out, student_NV, labels, softcap)
     else:
-        kernels.cross_entropy_gradient(out, student_NV, *labels)
+        kernels.cross_entropy_gradient(out, student_NV, *labels, softcap)
+
+
+def softcap(logits_NV: Tensor, cap: float) -> None:
+    """Bound logits in place: each becomes cap tanh(z / cap), computed in fp32 (fp64 for fp64)."""
+    kernels = _kernels_for(logits_NV)
+    if kernels is None:
+        torch_passes.softcap(logits_NV, cap)
+    else:
+        kernels.softcap(logits_NV, cap)

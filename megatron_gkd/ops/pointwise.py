@@ -126,3 +126,8 @@ def _alpha(a: Tensor, b: Tensor, p: Tensor, q: Tensor, beta: float) -> tuple[Ten
 def pointwise(divergence: reference.Divergence) -> Terms:
     """Return the low-precision form of a divergence of ``reference``."""
     return _TERMS[divergence.name]
+
+
+def softcap_slope(logits: Tensor, cap: float) -> Tensor:
+    """Return dy/dz at logits y = cap tanh(z / cap), >= 0."""
+    return (1 - (logits / cap).square()).clamp(min=0)

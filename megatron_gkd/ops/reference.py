@@ -168,3 +168,12 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, vocab_size: int | None = No
     a = logits[..., :vocab_size].log_softmax(-1)
     chosen = a.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     return torch.where(labels == -100, 0, -chosen)
+
+
+def logits(
+    hidden: Tensor, weight: Tensor, *, bias: Tensor | None = None, scale: float = 1.0, softcap: float | None = None
+) -> Tensor:
+    """Return the logits [..., V] of hidden states [..., H] and a head [V, H]: cap tanh(scale (h W^T + b) / cap)."""
+    product = hidden @ weight.t()
+    z = scale * (product if bias is None else product + bias)
+    return z if softcap is None else softcap * (z / softcap).tanh()

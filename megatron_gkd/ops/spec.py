@@ -50,24 +50,34 @@ class DivergenceSpec:
         check_temperature(self.temperature)
         divergence_at(self.beta, self.divergence)
 
-    def on_shard(self, width: int) -> ShardSpec:
-        """Return the specification for this rank's shard of `width` columns.
+    def on_shard(self, width: int, softcap: float | None = None) -> ShardSpec:
+        """Return the specification for this rank's shard of `width` columns, and the softcap of the student's logits.
 
         Raises:
             ValueError: the shards together do not hold `vocab_size` columns.
         """
         shard = VocabShard.from_group(width, self.group, self.vocab_size)
-        return ShardSpec(divergence_at(self.beta, self.divergence), self.beta, self.temperature, shard)
+        return ShardSpec(divergence_at(self.beta, self.divergence), self.beta, self.temperature, shard, softcap)
 
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """Hold a ``DivergenceSpec`` resolved for one rank: the divergence itself, and the rank's vocabulary shard."""
+    """Hold a ``DivergenceSpec`` resolved for one rank.
+
+    Attributes:
+        divergence: the divergence itself.
+        beta: see ``DivergenceSpec``.
+        temperature: see ``DivergenceSpec``.
+        shard: the rank's vocabulary shard.
+        softcap: of the student's logits y = cap tanh(z / cap), rounded to their dtype. Gradients are then those by z;
+            without one (None) by y.
+    """
 
     divergence: Divergence
     beta: float
     temperature: float
     shard: VocabShard
+    softcap: float | None = None
 
     @property
     def needs_sums(self) -> bool:

@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_gkd.ops.pointwise import pointwise, weighted
+from megatron_gkd.ops.pointwise import pointwise, softcap_slope, weighted
 from megatron_gkd.ops.reference import FORWARD_KL, REVERSE_KL
 from megatron_gkd.ops.spec import TopKShardSpec, accumulate_dtype
 from megatron_gkd.ops.topk import TopK, finite, max_and_sum, row_blocks
@@ -158,7 +158,7 @@ def write_topk_gradient(out: Tensor, student_NV: Tensor, topk: TopK, rows: TopKR
         student_NV: this rank's valid columns.
         topk: flat, [N, k].
         rows: in the dtype of the statistics.
-        spec: the divergence, the shard and the tail mode.
+        spec: the divergence, the shard, the softcap and the tail mode.
     """
     valid, normalizers = spec.shard.valid, rows.normalizers
     out[:, valid:] = 0
@@ -167,14 +167,15 @@ def write_topk_gradient(out: Tensor, student_NV: Tensor, topk: TopK, rows: TopKR
         a = normalizers.student.log_shares(own.logits, block, spec.temperature)
         teacher = _teacher_log_probs(topk[block], spec, rows.slope_sum.dtype)
         factor, slopes = rows.weight[block, None] / spec.temperature, rows.slope_sum[block, None]
-        gradient = _softmax_gradient(a, teacher.tokens, slopes, spec) * factor
+        gradient = _softmax_gradient(a, teacher.tokens, slopes, spec) * factor * _softcap_slope(own.logits, spec)
         gradient = torch.where(own.here & (factor != 0), gradient, 0).to(out.dtype)
         if normalizers.others is not None and teacher.bucket is not None:
             bucket_a = normalizers.bucket_log_prob(normalizers.others, block, spec.temperature)
             bucket = _softmax_gradient(bucket_a, teacher.bucket, slopes, spec)
             others = _without(student_NV[block], own)
             shares = normalizers.others.log_shares(others, block, spec.temperature).exp()
-            out[block, :valid] = torch.where(factor == 0, 0, shares * (bucket * factor))
+            by_others = shares * (bucket * factor) * _softcap_slope(others, spec)
+            out[block, :valid] = torch.where(factor == 0, 0, by_others)
         else:
             out[block, :valid] = 0
         out[block].scatter_add_(1, own.columns, gradient)  # adds to zeros: at the ids the shares in the bucket are 0
@@ -185,6 +186,11 @@ def _softmax_gradient(a: Tensor, b: Tensor, slope_sum: Tensor, spec: TopKShardSp
     p = a.exp()
     _, slope = pointwise(spec.base.divergence)(a, b, p, b.exp(), spec.base.beta)
     return slope - p * slope_sum
+
+
+def _softcap_slope(logits: Tensor, spec: TopKShardSpec) -> Tensor | float:
+    softcap = spec.base.softcap
+    return 1.0 if softcap is None else softcap_slope(logits, softcap)
 
 
 class _Own(NamedTuple):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_gkd.ops.params import DivergenceRows, LabelRows, Logits
-from megatron_gkd.ops.pointwise import pointwise, weighted
+from megatron_gkd.ops.pointwise import pointwise, softcap_slope, weighted
 from megatron_gkd.ops.spec import LOG2_E, ShardSpec, accumulate_dtype, round_to
 
 # Rows are taken in blocks, which bounds the temporaries of a pass whatever N is: about 1 MiB each in fp32, so that they
@@ -127,18 +127,18 @@ def gradient(out: Tensor, logits: Logits, rows: DivergenceRows, labels: LabelRow
         total = torch.where(factor == 0, 0, (slope - p * rows.slope_sum[block, None]) * factor)
         if labels is not None:
             _add_cross_entropy(total, z, labels, block)
-        out[block, :valid] = total
+        out[block, :valid] = _before_softcap(total, z, spec.softcap)
     out[:, valid:] = 0
 
 
-def cross_entropy_gradient(out: Tensor, student_NV: Tensor, labels: LabelRows) -> None:
+def cross_entropy_gradient(out: Tensor, student_NV: Tensor, labels: LabelRows, softcap: float | None = None) -> None:
     """Compute ``passes.cross_entropy_gradient`` in plain torch."""
     dtype, valid = labels.weight.dtype, student_NV.shape[1]
     for block in _blocks(student_NV):
         z = student_NV[block].to(dtype)
         total = torch.zeros_like(z)
         _add_cross_entropy(total, z, labels, block)
-        out[block, :valid] = total
+        out[block, :valid] = _before_softcap(total, z, softcap)
     out[:, valid:] = 0
 
 
@@ -150,3 +150,15 @@ def _add_cross_entropy(total: Tensor, z: Tensor, labels: LabelRows, block: slice
     if z.shape[1]:
         column = labels.column[block, None]
         total.scatter_add_(1, column.clamp(min=0), torch.where(column < 0, 0, -factor))
+
+
+def _before_softcap(gradient: Tensor, logits: Tensor, softcap: float | None) -> Tensor:
+    """Return the gradient by what the logits were before their softcap."""
+    return gradient if softcap is None else gradient * softcap_slope(logits, softcap)
+
+
+def softcap(logits_NV: Tensor, cap: float) -> None:
+    """Compute ``passes.softcap`` in plain torch."""
+    for block in _blocks(logits_NV):
+        z = logits_NV[block].to(accumulate_dtype(logits_NV.dtype))
+        logits_NV[block] = (z / cap).tanh() * cap

@@ -17,6 +17,7 @@ from megatron_gkd.ops import (
     DivergenceSpec,
     FusedLinearOptions,
     LinearHead,
+    OutputHead,
     TokenTargets,
     fused_linear_divergence,
     reference,
@@ -70,8 +71,8 @@ class Heads:
 
 
 def ours(case: HeadCase, heads: Heads) -> Callable[[], Tensor]:
-    student = LinearHead(heads.student_hidden, heads.student_weight)
-    teacher = LinearHead(heads.teacher_hidden, heads.teacher_weight)
+    student = LinearHead(heads.student_hidden, OutputHead(heads.student_weight))
+    teacher = LinearHead(heads.teacher_hidden, OutputHead(heads.teacher_weight))
     weights = torch.full((case.tokens,), 1 / case.tokens, device=heads.student_hidden.device)
     tokens, spec, options = TokenTargets(weights), DivergenceSpec(case.beta), FusedLinearOptions(CHUNK_TOKENS)
     return lambda: fused_linear_divergence(student, teacher, tokens, spec, options=options)[0]

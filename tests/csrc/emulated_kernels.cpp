@@ -11,6 +11,7 @@ namespace gkd::generic {
 void statistics(const StatisticsParams& params, int64_t begin, int64_t end);
 void sums(const SumsParams& params, int64_t begin, int64_t end);
 void gradient(const GradientParams& params, int64_t begin, int64_t end);
+void softcap(const SoftcapParams& params, int64_t begin, int64_t end);
 }  // namespace gkd::generic
 
 namespace {
@@ -78,6 +79,9 @@ const char* cuda_sums(const gkd::SumsParams* params) {
 const char* cuda_gradient(const gkd::GradientParams* params) {
   return guarded([&] { gkd::cuda::gradient(*params, nullptr); });
 }
+const char* cuda_softcap(const gkd::SoftcapParams* params) {
+  return guarded([&] { gkd::cuda::softcap(*params, nullptr); });
+}
 
 const char* cpu_statistics(const gkd::StatisticsParams* params) {
   return guarded([&] { gkd::generic::statistics(*params, 0, params->logits.rows); });
@@ -87,6 +91,9 @@ const char* cpu_sums(const gkd::SumsParams* params) {
 }
 const char* cpu_gradient(const gkd::GradientParams* params) {
   return guarded([&] { gkd::generic::gradient(*params, 0, params->logits.rows); });
+}
+const char* cpu_softcap(const gkd::SoftcapParams* params) {
+  return guarded([&] { gkd::generic::softcap(*params, 0, params->logits.rows); });
 }
 
 void reverse_threads(bool reverse) { cuda_emulator::reverse_order = reverse; }

@@ -35,6 +35,8 @@ SOURCES = (
     "csrc/cuda/statistics.cu",
     "csrc/cuda/sums.cu",
     "csrc/cuda/gradient.cu",
+    "csrc/cuda/gradient_capped.cu",
+    "csrc/cuda/softcap.cu",
     "csrc/cpu/kernels_default.cpp",
     "tests/csrc/emulated_kernels.cpp",
 )
@@ -107,7 +109,15 @@ class GradientParams(Structure):
         ("label_shift", c_void_p),
         ("label_bias", c_void_p),
         ("label", c_void_p),
+        ("inverse_softcap", c_float),
     ]
+
+
+class SoftcapParams(Structure):
+    _fields_ = [("logits", Logits), ("out", c_void_p), ("out_stride", c_int64), ("cap", c_float)]
+
+
+PARAMS = {"statistics": StatisticsParams, "sums": SumsParams, "gradient": GradientParams, "softcap": SoftcapParams}
 
 
 class KernelError(RuntimeError):
@@ -139,7 +149,7 @@ def _run(*command: str) -> None:
 
 def _with_types(library: ctypes.CDLL) -> ctypes.CDLL:
     for device in ("cuda", "cpu"):
-        for name, params in (("statistics", StatisticsParams), ("sums", SumsParams), ("gradient", GradientParams)):
+        for name, params in PARAMS.items():
             function = getattr(library, f"{device}_{name}")
             function.argtypes, function.restype = [POINTER(params)], ctypes.c_char_p
     library.reverse_threads.argtypes, library.reverse_threads.restype = [c_bool], None
@@ -227,6 +237,7 @@ class Kernels:
         beta: float = 0.5,
         temperature: float = 1.0,
         cross_entropy: tuple[Tensor, Tensor, Tensor] | None = None,
+        softcap: float | None = None,
     ) -> None:
         """Write the gradient into `out` [N, width].
 
@@ -247,11 +258,18 @@ class Kernels:
             DIVERGENCES.index(kind),
             beta,
             *(_pointer(x) for x in (label_weight, shift, bias, label)),
+            0 if softcap is None else 1 / softcap,
         )
         self._call("gradient", params)
 
     def cross_entropy_gradient(
-        self, out: Tensor, student: Tensor, untempered: Tensor, label_weight: Tensor, label: Tensor
+        self,
+        out: Tensor,
+        student: Tensor,
+        untempered: Tensor,
+        label_weight: Tensor,
+        label: Tensor,
+        softcap: float | None = None,
     ) -> None:
         """Into `out` [N, width], without a teacher."""
         params = GradientParams(logits=Logits.from_tensors(student, None), out=out.data_ptr(), out_stride=out.stride(0))
@@ -259,7 +277,12 @@ class Kernels:
         params.kind = DIVERGENCES.index("forward_kl")
         params.label_weight, params.label = label_weight.data_ptr(), label.data_ptr()
         params.label_shift, params.label_bias = (x.data_ptr() for x in untempered)
+        params.inverse_softcap = 0 if softcap is None else 1 / softcap
         self._call("gradient", params)
+
+    def softcap(self, out: Tensor, logits: Tensor, cap: float) -> None:
+        """Write the bounded logits into `out` [N, V], which may be the logits."""
+        self._call("softcap", SoftcapParams(Logits.from_tensors(logits, None), out.data_ptr(), out.stride(0), cap))
 
 
 def _pointer(x: Tensor | None) -> int | None:

@@ -140,6 +140,54 @@ def test_gradient(cuda, cpu, kind, layout, width, dtype):
         assert cross_entropy is not None or not actual[4].any()
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("width", [1, 9, 2049])
+@pytest.mark.parametrize("dtype", TYPES, ids=TYPE_IDS)
+def test_softcap(cuda, cpu, dtype, width, layout):
+    cap, (place, _, output) = 5.0, LAYOUTS[layout]
+    values = random_logits(4, width, scale=5.0)[0]
+    values[1, 0], values[2, 0], values[3, 0] = torch.nan, torch.inf, -torch.inf
+    exact = cap * (values.to(dtype).double() / cap).tanh()
+    for kernels in (cuda, cpu):
+        logits, out = place.place(values, dtype), output.place(torch.zeros(4, width), dtype, around=7.0)
+        kernels.softcap(out, logits, cap)
+        assert_same(out.double(), exact, rtol=ROUNDING[dtype], atol=0)
+        assert (elements_around(out) == 7).all() and out[2:, 0].tolist() == [cap, -cap]
+        kernels.softcap(logits, logits, cap)
+        assert_same(logits, out, rtol=0, atol=0)
+
+
+CAPPED_CASES = [(kind, "alike", 257) for kind in DIVERGENCES]
+CAPPED_CASES += [("generalized_jsd", layout, 9) for layout in LAYOUTS]
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=TYPE_IDS)
+@pytest.mark.parametrize(("kind", "layout", "width"), CAPPED_CASES)
+def test_gradient_before_a_softcap(cuda, cpu, kind, layout, width, dtype):
+    """The gradient by the logits times 1 - (logit / cap)^2, of rows with both losses, with one, with none."""
+    cap, (*inputs, output) = 5.0, LAYOUTS[layout]
+    values = [x.clamp(-cap, cap) for x in random_logits(4, width)]
+    student, teacher = (place.place(x, dtype) for place, x in zip(inputs, values, strict=True))
+    statistics = cpu.statistics(student, teacher, untempered=True)
+    rows = normalizers_of(statistics), torch.full((4,), 0.1), torch.tensor([0.5, -2.0, 0.0, 0.0])
+    untempered = torch.stack([statistics[:, 0], statistics[:, -1].log2()]).contiguous()
+    labels = torch.tensor([1.0, 0.0, 0.3, 0.0]), untempered, torch.tensor([0, width - 1, width - 1, 0])
+    slope = 1 - (student.double() / cap).square()
+    for cross_entropy in (None, labels):
+        by_logits = torch.empty_like(student)
+        options = {"kind": kind, "beta": 0.3, "cross_entropy": cross_entropy}
+        cpu.gradient(by_logits, student, teacher, *rows, **options)
+        for kernels in (cuda, cpu):
+            out = output.place(torch.full((4, width + 5), 9.0), dtype, around=7.0)
+            kernels.gradient(out, student, teacher, *rows, **options, softcap=cap)
+            assert_same(out[:, :width].double(), by_logits.double() * slope, rtol=2 * ROUNDING[dtype], atol=1e-6)
+            assert not out[:, width:].any() and (elements_around(out) == 7).all() and not out[3].any()
+    for kernels in (cuda, cpu):  # row 2 has a label alone
+        alone = torch.empty_like(student)
+        kernels.cross_entropy_gradient(alone, student, untempered, labels[0], labels[2], softcap=cap)
+        assert_same(alone[2], out[2, :width], rtol=ROUNDING[dtype], atol=1e-7)
+
+
 @pytest.mark.parametrize("layout", ["aligned", "alike", "bases apart"])
 @pytest.mark.parametrize("dtype", TYPES, ids=TYPE_IDS)
 @pytest.mark.parametrize("over", ["student", "teacher"])

@@ -31,7 +31,7 @@ def test_the_kernels_know_every_name(name):
 
     logits, rows = torch.zeros(2, 3), torch.zeros(2)
     out = torch.empty(2, 3)
-    _C.gradient(out, logits, logits, torch.zeros(2, 4), rows, rows, None, None, None, name, 0.5, 1.0)
+    _C.gradient(out, logits, logits, torch.zeros(2, 4), rows, rows, None, None, None, name, 0.5, 1.0, None)
     assert not out.any()
 
 

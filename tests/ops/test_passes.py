@@ -8,7 +8,7 @@ import types
 
 import pytest
 import torch
-from ops.oracle import MIDDLES, POINTS, divergence_of, random_logits, relative_error
+from ops.oracle import MIDDLES, POINTS, divergence_of, random_logits, relative_error, rounding
 
 from megatron_gkd.ops import passes, torch_passes
 from megatron_gkd.ops.divergence import _backward, _forward
@@ -21,13 +21,15 @@ WIDTHS = [1, 5, 16, 21, 64, 2049]
 needs_kernels = pytest.mark.skipif(passes.implementation() == "torch", reason="plain torch is what is tested")
 
 
-def everything(divergence, beta, width, dtype=torch.float32, *, in_place=False, offset=0, module=passes):
+def everything(divergence, beta, width, dtype=torch.float32, *, in_place=False, offset=0, module=passes, softcap=None):
     """What the three passes return for some rows, each with a label, as a list of tensors."""
     storage = [random_logits(ROWS, width + offset, seed=seed, dtype=dtype) for seed in (0, 1)]
     logits = Logits(*(x[:, offset:] for x in storage))  # unaligned rows, and strides that are no multiple of anything
     labels = torch.arange(ROWS) % width
     labels[::3] = -1
-    spec = DivergenceSpec(beta, 0.9, divergence).on_shard(width)
+    spec = DivergenceSpec(beta, 0.9, divergence).on_shard(width, softcap)
+    if softcap is not None:
+        module.softcap(logits.student, softcap)
     statistics = module.statistics(logits, spec, moments=True, untempered=True)
     found = compute_forward_with_statistics(logits, spec, labels.clamp(min=0))
     weight = random_logits(ROWS, seed=2)
@@ -41,17 +43,20 @@ def everything(divergence, beta, width, dtype=torch.float32, *, in_place=False, 
     return [statistics, sums, out]
 
 
-def student_alone(width, dtype, *, offset=0, in_place=False, module=passes):
+def student_alone(width, dtype, *, offset=0, in_place=False, module=passes, softcap=None):
     """What the two passes without a teacher return, as a list of tensors."""
     student = random_logits(ROWS, width + offset, seed=0, dtype=dtype)[:, offset:]
     labels = torch.arange(ROWS) % width
     spec = DivergenceSpec(0.5, 0.9).on_shard(width)
+    if softcap is not None:
+        module.softcap(student, softcap)
     statistics = module.student_statistics(student, spec)
     found = compute_student_forward(student, spec, labels)
     weight = random_logits(ROWS, seed=3)
     weight[::5] = 0
     out = student if in_place else torch.full((ROWS, width + 3), torch.nan, dtype=dtype)
-    module.cross_entropy_gradient(out, student, LabelRows(found.cross_entropy.normalizers, weight, labels))
+    labels = LabelRows(found.cross_entropy.normalizers, weight, labels)
+    module.cross_entropy_gradient(out, student, labels, softcap)
     return [statistics, out]
 
 
@@ -98,14 +103,57 @@ def test_kernels_equal_plain_torch(divergence, beta, width):
     torch.testing.assert_close(ours[1][:, 0], theirs[1][:, 0], rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("module", [passes, torch_passes], ids=["passes", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [5, 21, 2049])
+def test_the_softcap_against_fp64(width, dtype, module):
+    cap = 30.0
+    logits = random_logits(ROWS, width + 1, seed=0, scale=20.0, dtype=dtype)[:, 1:]
+    logits[:4, 0] = torch.tensor([torch.inf, -torch.inf, torch.nan, 1e-4])
+    exact = cap * (logits.double() / cap).tanh()
+    module.softcap(logits, cap)
+    tolerance = max(rounding(dtype), 1e-6)
+    torch.testing.assert_close(logits.double(), exact, rtol=tolerance, atol=0, equal_nan=True)
+    assert logits[:2, 0].tolist() == [cap, -cap]
+
+
+@pytest.mark.parametrize("module", [passes, torch_passes], ids=["passes", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("divergence", "beta"), [("jsd", 0.0), ("jsd", 1.0), *MIDDLES])
+def test_the_gradient_before_a_softcap_is_that_by_the_logits_times_the_slope(divergence, beta, dtype, module):
+    cap, width = 4.0, 77
+    student, teacher = (random_logits(ROWS, width + 1, seed=seed, dtype=dtype)[:, 1:] for seed in (0, 1))
+    module.softcap(student, cap)
+    labels = torch.arange(ROWS) * 2 - 1
+    weight, label_weight = random_logits(ROWS, seed=2), random_logits(ROWS, seed=3)
+    spec = DivergenceSpec(beta, 0.9, divergence)
+    found = compute_forward_with_statistics(Logits(student, teacher), spec.on_shard(width), labels.clamp(min=0))
+    rows = DivergenceRows(found.normalizers.packed(), found.slope_sum, weight)
+    label_rows = LabelRows(found.cross_entropy.normalizers, label_weight, labels)
+    by_logits, before_softcap = torch.full((2, ROWS, width + 3), torch.nan, dtype=dtype)
+    for out, softcap in ((by_logits, None), (before_softcap, cap)):
+        module.gradient(out, Logits(student, teacher), rows, label_rows, spec.on_shard(width, softcap))
+    slope = 1 - (student.double() / cap).square()
+    assert slope.min() < 0.2 and slope.max() > 0.9
+    expected = by_logits[:, :width].double() * slope
+    tolerance = {"rtol": max(2 * rounding(dtype), 1e-5), "atol": 1e-7}
+    torch.testing.assert_close(before_softcap[:, :width].double(), expected, **tolerance)
+    assert not before_softcap[:, width:].any()
+    for out, softcap in ((by_logits, None), (before_softcap, cap)):
+        module.cross_entropy_gradient(out, student, label_rows, softcap)
+    torch.testing.assert_close(before_softcap[:, :width].double(), by_logits[:, :width].double() * slope, **tolerance)
+
+
 @pytest.mark.parametrize(("divergence", "beta"), MIDDLES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("width", WIDTHS)
 def test_in_place_equals_out_of_place_and_padding_becomes_zero(divergence, beta, dtype, width):
-    out = everything(divergence, beta, width, dtype)[-1]
-    assert torch.equal(everything(divergence, beta, width, dtype, in_place=True)[-1], out[:, :width])
-    assert (out[:, width:] == 0).all()
-    assert (out[::15] == 0).all()  # neither the divergence nor the cross-entropy counts there
+    for softcap in (None, 4.0):
+        out = everything(divergence, beta, width, dtype, softcap=softcap)[-1]
+        in_place = everything(divergence, beta, width, dtype, in_place=True, softcap=softcap)[-1]
+        assert torch.equal(in_place, out[:, :width])
+        assert (out[:, width:] == 0).all()
+        assert (out[::15] == 0).all()  # neither the divergence nor the cross-entropy counts there
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
@@ -238,6 +286,16 @@ def test_the_binding_rejects_wrong_arguments(change, message):
 
 @pytest.mark.cpu
 @needs_kernels
+@pytest.mark.parametrize("cap", [0.0, -1.0, 1e-40, 1e39, float("inf"), float("nan")])
+def test_the_binding_rejects_a_softcap_that_is_no_number(cap):
+    from megatron_gkd import _C
+
+    with pytest.raises(ValueError, match=r"softcap = .*: must be a positive normal float, and so must its inverse"):
+        _C.softcap(torch.zeros(3, 5), cap)
+
+
+@pytest.mark.cpu
+@needs_kernels
 def test_the_binding_rejects_other_dtypes():
     from megatron_gkd import _C
 
@@ -250,11 +308,12 @@ def test_the_binding_rejects_other_dtypes():
 @pytest.mark.parametrize("width", [9, 1025])
 def test_sanitizer(dtype, width):
     """Small, and every kernel once: what a memory checker is run on."""
-    for (divergence, beta), offset in itertools.product([("jsd", 0.0), ("jsd", 0.5), ("jsd", 1.0)], [0, 1]):
-        statistics, sums, out = everything(divergence, beta, width, dtype, offset=offset)
+    points = [("jsd", 0.0), ("jsd", 0.5), ("jsd", 1.0)]
+    for (divergence, beta), offset, softcap in itertools.product(points, [0, 1], [None, 4.0]):
+        statistics, sums, out = everything(divergence, beta, width, dtype, offset=offset, softcap=softcap)
         assert statistics.isfinite().all() and sums.isfinite().all() and out.isfinite().all()
-    for offset in (0, 1):
-        assert all(x.isfinite().all() for x in student_alone(width, dtype, offset=offset))
+    for offset, softcap in itertools.product([0, 1], [None, 4.0]):
+        assert all(x.isfinite().all() for x in student_alone(width, dtype, offset=offset, softcap=softcap))
 
 
 @pytest.mark.parametrize("masked", [False, True])
