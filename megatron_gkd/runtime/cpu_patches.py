@@ -21,6 +21,7 @@ _CPU = torch.device("cpu")
 def apply_cpu_patches() -> None:
     """Apply all patches, once, before Megatron-Core is imported."""
     _replace_cuda_functions()
+    _import_uncompiled()
     _CudaMeansCpu().__enter__()
     _patch_gloo()
     _patch_rng_tracker()
@@ -112,6 +113,17 @@ def _replace_cuda_functions() -> None:
         range_push=lambda *args, **kwargs: None,
         range_pop=lambda *args, **kwargs: None,
     )
+
+
+def _import_uncompiled() -> None:
+    """Import Megatron-Core without compiling its small functions: each would take a C++ compiler half a minute."""
+    original = torch.compile
+    vars(torch)["compile"] = lambda function, *args, **kwargs: function
+    try:
+        from megatron.core import jit
+    finally:
+        vars(torch)["compile"] = original
+    jit.disable_jit_fuser()
 
 
 def _patch_gloo() -> None:

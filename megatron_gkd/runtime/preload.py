@@ -28,6 +28,9 @@ apply_megatron_workarounds()
 
 import transformers  # noqa: F401
 
+from megatron_gkd.runtime.gated_delta_rule import install_gated_delta_rule
+
 import mcore_bridge  # noqa: F401
 
+install_gated_delta_rule()
 hide_log_warnings()

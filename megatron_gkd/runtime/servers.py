@@ -27,7 +27,7 @@ class ServerDown(Exception):
 
 
 class RouteMissing(UserError):
-    """The server has no such route (404)."""
+    """The server has no such route (404), or was started without it (403)."""
 
 
 class Backoff:
@@ -99,7 +99,7 @@ def exchange(http: httpx.Client, method: str, url: str, *, hint: str = "", **opt
     text = f"{url}: {response.status_code}: {' '.join(response.text[:_SHOWN].split())}"
     if response.status_code >= 500 or response.status_code in _RETRIABLE:
         raise ServerDown(text)
-    if response.status_code == 404:
+    if response.status_code in (403, 404):
         raise RouteMissing(f"{text}; {hint}" if hint else text)
     raise UserError(text)
 

@@ -14,6 +14,7 @@ import torch
 from megatron_gkd.errors import GkdError
 from megatron_gkd.rollout.vllm.client import StudentServer
 from megatron_gkd.rollout.vllm.handshake import ServerRequirements
+from megatron_gkd.rollout.vllm.requests import CompletionRequest
 from megatron_gkd.rollout.vllm.weight_folder import WeightFolder, load_from_folder
 from megatron_gkd.rollout.vllm.weight_transfer import WeightTransfer
 from megatron_gkd.runtime.servers import exchange
@@ -59,7 +60,7 @@ def completion_of(body: dict[str, Any]) -> dict[str, Any]:
     return {"choices": [scores | sampled]}
 
 
-REQUEST = {"prompt": [5, 6], "max_tokens": 4}
+REQUEST = CompletionRequest("/v1/completions", {"prompt": [5, 6], "max_tokens": 4}, max_tokens=4)
 
 
 def use_student(http: httpx.Client, folder) -> None:

@@ -33,7 +33,7 @@ def attention(dropout=0.0):
 
     config = TransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=4, attention_dropout=dropout)
     groups = SimpleNamespace(cp=SimpleNamespace(size=lambda: 1, rank=lambda: 0))
-    return TEDotProductAttention(config, attn_mask_type=AttnMaskType.causal, pg_collection=groups)
+    return TEDotProductAttention(config, 1, attn_mask_type=AttnMaskType.causal, pg_collection=groups)
 
 
 def qkv(queries=6, keys=6, batch=()):
@@ -134,6 +134,29 @@ def test_flash_attention_is_refused_without_its_requirements(on_host, what, monk
     with pytest.raises(UserError, match=f"train.attention_backend = flash: needs {what}"):
         transformer_engine.choose_attention("flash", BF16)
     assert transformer_engine.choose_attention("auto", BF16) == "auto", "the fallback's"
+
+
+@pytest.mark.parametrize(
+    ("changes", "missing"),
+    [
+        ({}, None),
+        ({"window_size": (3, 0)}, None),
+        ({"window_size": (3, 0), "context_parallel_size": 2}, "attention windows under context parallelism"),
+        ({"softmax_type": "learnable"}, "attention sinks"),
+    ],
+)
+def test_torch_attends_where_transformer_engine_has_no_kernel(changes, missing):
+    from megatron_gkd.runtime.transformer_engine import needs_torch_attention
+
+    config = SimpleNamespace(**{"softmax_type": "vanilla", "window_size": None, "context_parallel_size": 1} | changes)
+    assert needs_torch_attention("sdpa", config)
+    assert needs_torch_attention("auto", config) is (missing is not None)
+    if missing is None:
+        assert not needs_torch_attention("flash", config)
+    else:
+        message = f"train.attention_backend = flash: has no {missing} for packed rows; auto and sdpa have"
+        with pytest.raises(UserError, match=f"^{message}$"):
+            needs_torch_attention("flash", config)
 
 
 def attention_of(rank, world_size, path, attn, dtype):

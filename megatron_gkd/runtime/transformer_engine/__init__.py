@@ -13,12 +13,16 @@ import importlib.util
 import sys
 import types
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from megatron_gkd.errors import UserError
 from megatron_gkd.runtime import portability
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_config import TransformerConfig
 
 _VERSION = "2.8.0"  # the version whose interface the fallback has
 _EMPTY_CLASSES = (
@@ -40,7 +44,7 @@ def install_fallback() -> bool:
     if importlib.util.find_spec("transformer_engine") is not None:
         return False
 
-    from megatron_gkd.runtime.transformer_engine import attention, linear, norm
+    from megatron_gkd.runtime.transformer_engine import attention, grouped_linear, linear, norm
 
     import megatron.core.extensions.transformer_engine as extension
 
@@ -50,9 +54,9 @@ def install_fallback() -> bool:
         "TEColumnParallelLinear": linear.TEColumnParallelLinear,
         "TERowParallelLinear": linear.TERowParallelLinear,
         "TELayerNormColumnParallelLinear": linear.TELayerNormColumnParallelLinear,
-        "TEGroupedLinear": linear.TEGroupedLinear,
-        "TEColumnParallelGroupedLinear": linear.TEColumnParallelGroupedLinear,
-        "TERowParallelGroupedLinear": linear.TERowParallelGroupedLinear,
+        "TEGroupedLinear": grouped_linear.TEGroupedLinear,
+        "TEColumnParallelGroupedLinear": grouped_linear.TEColumnParallelGroupedLinear,
+        "TERowParallelGroupedLinear": grouped_linear.TERowParallelGroupedLinear,
         "TEDotProductAttention": attention.TEDotProductAttention,
     }
     for name, cls in classes.items():
@@ -91,6 +95,25 @@ def choose_attention(attn: str, dtype: torch.dtype) -> str:
         if condition:
             raise UserError(f"train.attention_backend = {attn}: {problem}; auto and sdpa run everywhere")
     return attn
+
+
+def needs_torch_attention(attn: str, config: TransformerConfig) -> bool:
+    """Return whether a model is built with torch's attention under `attn`, as `choose_attention` returned it.
+
+    Transformer Engine (main branch of 2025, read) has no attention with sinks for packed rows, and none with windows
+    where context-parallel ranks send keys in a ring, as they do by default.
+
+    Raises:
+        UserError: Transformer Engine's attention is requested, and it has none for this model.
+    """
+    missing = None
+    if config.softmax_type != "vanilla":
+        missing = "attention sinks"
+    elif config.window_size is not None and config.context_parallel_size > 1:
+        missing = "attention windows under context parallelism"
+    if missing is not None and attn in ("flash", "fused"):
+        raise UserError(f"train.attention_backend = {attn}: has no {missing} for packed rows; auto and sdpa have")
+    return attn == "sdpa" or missing is not None
 
 
 @contextlib.contextmanager

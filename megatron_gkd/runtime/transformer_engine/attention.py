@@ -1,4 +1,4 @@
-"""Core attention on torch's scaled_dot_product_attention: grouped queries, packed sequences, context parallelism.
+"""Core attention for Megatron-Core: packed sequences, context parallelism, windows and sinks of single layers.
 
 Shapes: s tokens of this rank, t tokens of all context-parallel ranks, b batch, h query heads, g key/value heads, d head
 size. Packed ("thd") input has no batch dimension; its sequences are delimited by `cu_seqlens_q_padded` (or
@@ -11,6 +11,8 @@ of queries attends to a prefix of its sequence, which is a causal mask aligned t
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -18,25 +20,35 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
-from torch.nn.attention.bias import CausalBias, causal_lower_right
+from torch import Tensor, nn
 
 from megatron_gkd.runtime.context_parallel import context_parallel_indices
+from megatron_gkd.runtime.transformer_engine.causal_attention import CausalAttention
+from megatron_gkd.runtime.transformer_engine.norm import new_parameter
 
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
+from megatron.core.utils import divide
 
 
 class TEDotProductAttention(MegatronModule):
-    """Causal or masked attention under Transformer Engine's name, with the signature that Megatron-Core calls."""
+    """Causal or masked attention under Transformer Engine's name, with the signature that Megatron-Core calls.
+
+    Attributes:
+        window: number of newest keys that a query of this layer sees, its own included; None for all.
+        softmax_offset: [h / TP], the sinks, under Transformer Engine's name; None without.
+    """
 
     def __init__(
         self,
         config: TransformerConfig,
+        layer_number: int,
         *,
         attn_mask_type: AttnMaskType,
         attention_dropout: float | None = None,
@@ -45,12 +57,12 @@ class TEDotProductAttention(MegatronModule):
         **_: Any,
     ) -> None:
         super().__init__(config)
-        if getattr(config, "window_size", None) is not None:
-            raise ValueError("sliding-window attention needs Transformer Engine")
         self.attn_mask_type = attn_mask_type
         self.softmax_scale = softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.cp_group = getattr(pg_collection, "cp", None) or parallel_state.get_context_parallel_group()
+        self.window = window_of_layer(config, layer_number)
+        self.softmax_offset = _new_sinks(config)
 
     def forward(
         self,
@@ -70,9 +82,21 @@ class TEDotProductAttention(MegatronModule):
             raise ValueError("context parallelism needs packed sequences without Transformer Engine")
         mask_type = attn_mask_type or self.attn_mask_type
         q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
-        mask = attention_mask if mask_type in (AttnMaskType.arbitrary, AttnMaskType.padding) else None
-        is_causal = mask_type in (AttnMaskType.causal, AttnMaskType.padding_causal)
-        return self._attend(q, k, v, is_causal=is_causal, mask=mask).permute(2, 0, 1, 3).flatten(2)
+        if mask_type in (AttnMaskType.causal, AttnMaskType.padding_causal, AttnMaskType.causal_bottom_right):
+            out = self._attend_causally(q, k, v)
+        else:
+            out = self._attend_with_mask(q, k, v, None if mask_type == AttnMaskType.no_mask else attention_mask)
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> ShardedStateDict:
+        """Return the sinks for a distributed checkpoint."""
+        state = self.state_dict(prefix="", keep_vars=True)
+        return make_sharded_tensors_for_checkpoint(state, prefix, {"softmax_offset": 0}, sharded_offsets)
 
     def _packed(self, q: Tensor, k: Tensor, v: Tensor, packing: _Packing) -> Tensor:
         lengths = [length for _, _, length in packing.chunks]
@@ -84,21 +108,66 @@ class TEDotProductAttention(MegatronModule):
         outputs = []
         for chunk in zip(q.split(lengths), keys, values, strict=True):
             q_chunk, k_chunk, v_chunk = (x.transpose(0, 1)[None] for x in chunk)
-            outputs.append(self._attend(q_chunk, k_chunk, v_chunk, is_causal=True)[0].transpose(0, 1))
+            outputs.append(self._attend_causally(q_chunk, k_chunk, v_chunk)[0].transpose(0, 1))
         return torch.cat(outputs)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, mask: Tensor | None = None) -> Tensor:
-        """Attend, [b,h,s,d] each. A causal mask is aligned to the last key, as decoding with a cache needs."""
-        allowed: Tensor | CausalBias | None = None if mask is None else ~mask  # Megatron's mask is true where masked
-        if is_causal and q.shape[2] != k.shape[2]:
-            allowed, is_causal = causal_lower_right(q.shape[2], k.shape[2]), False
-        options: dict[str, Any] = dict(
-            attn_mask=allowed, is_causal=is_causal, scale=self.softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
+    def _attend_causally(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with self._dropout() as dropout_p:
+            return causal_attention_of(self)(q, k, v, dropout_p)
+
+    def _attend_with_mask(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Attend, [b,h,s,d] each; the mask is true where masked, as Megatron's, and None masks nothing."""
+        if self.window is not None or self.softmax_offset is not None:
+            raise ValueError("windows and sinks need causal attention without Transformer Engine")
+        with self._dropout() as dropout_p:
+            return F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                None if mask is None else ~mask,
+                dropout_p,
+                scale=self.softmax_scale,
+                enable_gqa=q.shape[1] != k.shape[1],
+            )
+
+    @contextlib.contextmanager
+    def _dropout(self) -> Iterator[float]:
+        """Yield the probability at which weights are dropped."""
         if not self.training or self.dropout == 0.0:
-            return F.scaled_dot_product_attention(q, k, v, **options)
+            yield 0.0
+            return
         with tensor_parallel.get_cuda_rng_tracker().fork():  # heads differ over TP ranks, and so must their dropout
-            return F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout, **options)
+            yield self.dropout
+
+
+def window_of_layer(config: TransformerConfig, layer_number: int) -> int | None:
+    """Return how many newest keys a query of this layer (counted from 1) sees, its own included; None for all."""
+    if not is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number):
+        return None
+    before = config.window_size[0]  # -1 for all
+    return None if before < 0 else before + 1
+
+
+def causal_attention_of(core: Any) -> CausalAttention:
+    """Return what a causal core attention computes, of this module or of Transformer Engine."""
+    is_own = isinstance(core, TEDotProductAttention)
+    window = core.window if is_own else window_of_layer(core.config, core.layer_number)
+    return CausalAttention(core.softmax_scale, window, getattr(core, "softmax_offset", None))
+
+
+def _new_sinks(config: TransformerConfig) -> nn.Parameter | None:
+    """Return this rank's sinks [h / TP] as a tensor-parallel parameter; None where the configuration has none."""
+    if config.softmax_type == "vanilla":
+        return None
+    if config.softmax_type != "learnable":
+        raise ValueError(f"softmax_type = {config.softmax_type}: needs Transformer Engine")
+    num_heads = divide(config.num_attention_heads, config.tensor_model_parallel_size)
+    return new_parameter(
+        torch.zeros(num_heads, dtype=config.params_dtype),
+        tensor_model_parallel=True,
+        partition_dim=0,
+        partition_stride=1,
+    )
 
 
 @dataclass(frozen=True)

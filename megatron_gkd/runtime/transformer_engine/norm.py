@@ -15,13 +15,17 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 class Norm(nn.Module):
-    """RMSNorm or LayerNorm over the last dimension, chosen by `config.normalization`; statistics in fp32."""
+    """RMSNorm or LayerNorm over the last dimension, chosen by `config.normalization`; statistics in fp32.
+
+    Attributes:
+        zero_centered_gamma: whether the weight is gamma less one; callers may change it after building.
+    """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.eps, self.kind = eps, config.normalization
-        self.gamma_offset = 1.0 if config.layernorm_zero_centered_gamma else 0.0
-        gamma = torch.full((hidden_size,), 1.0 - self.gamma_offset, dtype=config.params_dtype)
+        self.zero_centered_gamma = config.layernorm_zero_centered_gamma
+        gamma = torch.full((hidden_size,), 0.0 if self.zero_centered_gamma else 1.0, dtype=config.params_dtype)
         self.weight = new_parameter(gamma, sequence_parallel=config.sequence_parallel)
         self.bias: nn.Parameter | None = None
         if self.kind == "LayerNorm":
@@ -30,23 +34,29 @@ class Norm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x [..., H], normalized, in its dtype."""
-        return normalize(x, self.weight, self.bias, self.eps, self.kind, self.gamma_offset)
+        return normalize(x, self.weight, self.bias, self.eps, self.kind, zero_centered_gamma=self.zero_centered_gamma)
 
 
 def normalize(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, kind: str, gamma_offset: float = 0.0
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+    kind: str,
+    *,
+    zero_centered_gamma: bool,
 ) -> torch.Tensor:
     """Return x [..., H], normalized, in its dtype.
 
     Args:
         x: the input.
-        weight: [H], gamma without its offset.
+        weight: [H], gamma, less one where it is centered at zero.
         bias: [H] for LayerNorm, otherwise None.
         eps: added to the variance or mean square.
         kind: "RMSNorm" or "LayerNorm".
-        gamma_offset: 1 where `weight` is centered at zero.
+        zero_centered_gamma: whether `weight` is centered at zero.
     """
-    gamma = weight + gamma_offset if gamma_offset else weight
+    gamma = weight + 1 if zero_centered_gamma else weight
     if kind == "LayerNorm":
         return F.layer_norm(x, x.shape[-1:], gamma, bias, eps)
     return gamma * F.rms_norm(x.float() if x.dtype != torch.float64 else x, x.shape[-1:], eps=eps).to(x.dtype)
