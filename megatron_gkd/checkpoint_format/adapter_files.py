@@ -13,7 +13,13 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from megatron_gkd.checkpoint_format.fingerprint import weights_fingerprint
-from megatron_gkd.checkpoint_format.lora_layers import AdaptedLayer, BaseLayer, describe_joined, value_of_name
+from megatron_gkd.checkpoint_format.lora_layers import (
+    DECODER,
+    AdaptedLayer,
+    BaseLayer,
+    describe_joined,
+    value_of_name,
+)
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BASE = "base_model.json"
@@ -264,9 +270,13 @@ def adapter_config(
 
 
 def _target_modules(layers: Sequence[AdaptedLayer], all_layers: Sequence[BaseLayer]) -> list[str]:
-    """Return last parts of names where all modules with them are adapted, and whole names elsewhere."""
+    """Return last parts of names where all modules with them are adapted, and whole names elsewhere.
+
+    The last parts may also be those of modules in a multimodal model's tower.
+    """
     adapted = {layer.base.name for layer in layers}
-    partly = {leaf for layer in all_layers if layer.name not in adapted for leaf in layer.leaves}
+    is_text_model = all(name.startswith(f"{DECODER}.") for layer in all_layers for name in layer.hf_names)
+    partly = {leaf for layer in all_layers if layer.name not in adapted or not is_text_model for leaf in layer.leaves}
     names = {
         hf_name if leaf in partly else leaf
         for layer in layers

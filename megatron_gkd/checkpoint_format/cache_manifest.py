@@ -22,6 +22,7 @@ class Manifest:
         tokenizer: hash of the student's tokenizer (`data.cache.hash_tokenizer`).
         teacher: names of the models or servers that scored.
         vocab_size: ids are below it.
+        images: hash of what the student's processor makes of images; None for a text model.
     """
 
     k: int
@@ -29,6 +30,7 @@ class Manifest:
     tokenizer: str
     teacher: str
     vocab_size: int
+    images: str | None = None
 
     @classmethod
     def read(cls, folder: str | Path) -> Manifest:
@@ -53,8 +55,9 @@ class Manifest:
             raise ValueError(f"its {FILE} is not that of a teacher cache ({error})") from error
 
     def text(self) -> str:
-        """Return the content of the file."""
-        return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=2) + "\n"
+        """Return the content of the file. That of a text model is as it was before there were images."""
+        values = {name: value for name, value in asdict(self).items() if name != "images" or value is not None}
+        return json.dumps({"format": FORMAT, "version": VERSION, **values}, indent=2) + "\n"
 
     @property
     def identity(self) -> str:

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 ALL_LINEAR = "all-linear"
+DECODER = "model.layers"  # the module of a text model's layers in transformers
+LANGUAGE = "llm"  # the part of a multimodal model that a text model consists of
 _PARTS = {
     "self_attention.linear_qkv": ("self_attn", ("q_proj", "k_proj", "v_proj")),
     "self_attention.linear_proj": ("self_attn", ("o_proj",)),
@@ -42,18 +44,21 @@ class BaseLayer:
         name: its name in the whole model, with the layer's number there: `decoder.layers.3.mlp.linear_fc1`.
         hf_names: the Hugging Face modules that it joins: `model.layers.3.mlp.gate_proj`, `model.layers.3.mlp.up_proj`.
         container: the Hugging Face name of all experts of the layer; None for a dense layer.
+        part: the part of a multimodal model that it belongs to: llm, vit or aligner. Layers of the last two are
+            transformers' own, and have one name.
     """
 
     name: str
     hf_names: tuple[str, ...]
     container: str | None = None
+    part: str = LANGUAGE
 
     @classmethod
-    def from_name(cls, name: str, num_experts: int) -> BaseLayer:
-        """Return the layer with a name of Megatron-Core in a model of so many experts."""
+    def from_name(cls, name: str, num_experts: int, decoder: str = DECODER) -> BaseLayer:
+        """Return the layer with a name of Megatron-Core in a model of so many experts; `decoder`: see `DECODER`."""
         number, part = name.removeprefix("decoder.layers.").split(".", 1)
         parent, leaves = _PARTS[part]
-        parent = f"model.layers.{number}.{parent}"
+        parent = f"{decoder}.{number}.{parent}"
         if not parent.endswith(".experts"):
             return cls(name, tuple(f"{parent}.{leaf}" for leaf in leaves))
         names = tuple(f"{parent}.{expert}.{leaf}" for expert in range(num_experts) for leaf in leaves)
@@ -88,6 +93,8 @@ class LayerRules:
         target_regex: instead of them, an expression that whole names must match.
         rank_pattern: ranks by Hugging Face names, whole, their last parts, or expressions for these.
         alpha_pattern: alphas by the same names.
+        parts: the parts of a multimodal model that `all-linear` covers. A name in `target_modules` means layers of
+            vision tower and aligner only if the language model has none of that name.
     """
 
     rank: int = 8
@@ -97,6 +104,7 @@ class LayerRules:
     use_rslora: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    parts: frozenset[str] = frozenset({LANGUAGE})
 
     def choose(self, layers: Sequence[BaseLayer]) -> tuple[AdaptedLayer, ...]:
         """Return those of `layers`, all of a model, that are adapted.
@@ -105,7 +113,9 @@ class LayerRules:
             LoraProblem: the rules do not suit the model.
         """
         self._require_known_names(layers)
-        chosen = [layer for layer in layers if self._is_target(layer)]
+        language = [layer for layer in layers if layer.part == LANGUAGE]
+        elsewhere = {entry for entry in self.target_modules if not any(_names_layer(entry, one) for one in language)}
+        chosen = [layer for layer in layers if self._is_target(layer, elsewhere)]
         if not chosen:
             raise LoraProblem(f"{self._shown_targets}: no layer of the model has such a name")
         _require_all_or_no_experts(layers, chosen, self._shown_targets)
@@ -131,14 +141,19 @@ class LayerRules:
                     f"target_modules = {entry}: no layer of the model has this name; use all-linear, {_known(layers)}"
                 )
 
-    def _is_target(self, layer: BaseLayer) -> bool:
+    def _is_target(self, layer: BaseLayer, elsewhere: set[str]) -> bool:
+        """Return whether a layer is adapted; `elsewhere`: the entries that name no layer of the language model."""
         if self.target_regex is not None:
             expression = _compiled("target_regex", self.target_regex)
             if expression.fullmatch(layer.name):
                 return True
             matched = [name for name in layer.hf_names if expression.fullmatch(name)]
         else:
-            if any(entry == ALL_LINEAR or _is_part(entry, layer.name) for entry in self.target_modules):
+            if ALL_LINEAR in self.target_modules and layer.part in self.parts:
+                return True
+            if layer.part != LANGUAGE:
+                return any(_is_part(entry, layer.name) for entry in elsewhere)
+            if any(_is_part(entry, layer.name) for entry in self.target_modules):
                 return True
             if layer.container and any(_is_part(entry, layer.container) for entry in self.target_modules):
                 return True
@@ -153,15 +168,20 @@ class LayerRules:
         return AdaptedLayer(layer, rank, alpha / rank**0.5 if self.use_rslora else alpha / rank)
 
 
-def layers_of_shape(num_layers: int, num_experts: int) -> list[BaseLayer]:
-    """Return the layers of a model whose decoder layers are all alike."""
+def layers_of_shape(num_layers: int, num_experts: int, decoder: str = DECODER) -> list[BaseLayer]:
+    """Return the layers of a model whose decoder layers are all alike; `decoder`: see `DECODER`."""
     mlp = "mlp.experts" if num_experts else "mlp"
     parts = ("self_attention.linear_qkv", "self_attention.linear_proj", f"{mlp}.linear_fc1", f"{mlp}.linear_fc2")
     return [
-        BaseLayer.from_name(f"decoder.layers.{number}.{part}", num_experts)
+        BaseLayer.from_name(f"decoder.layers.{number}.{part}", num_experts, decoder)
         for number in range(num_layers)
         for part in parts
     ]
+
+
+def why_no_adapters(model_type: str) -> str:
+    """Return why a model of a family without `takes_lora`, or with experts in some layers, gets no adapters."""
+    return f"adapters on all linear layers of this {model_type} model are not supported"
 
 
 def can_be_adapted(name: str) -> bool:
@@ -180,6 +200,7 @@ def _names_layer(entry: str, layer: BaseLayer) -> bool:
 
 
 def _known(layers: Iterable[BaseLayer]) -> str:
+    layers = [layer for layer in layers if layer.part == LANGUAGE]
     hf_leaves = dict.fromkeys(leaf for layer in layers for leaf in layer.leaves)
     own = dict.fromkeys(layer.name.rpartition(".")[2] for layer in layers)
     experts = ["experts"] if any(layer.container for layer in layers) else []

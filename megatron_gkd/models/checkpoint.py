@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -11,12 +11,21 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from megatron_gkd.checkpoint_format.adapter_files import AdapterFiles, AdapterProblem
-from megatron_gkd.checkpoint_format.config_file import CheckpointProblem, architecture, read_config
-from megatron_gkd.checkpoint_format.weight_files import HEAD, StoredTensor, read_tensors
+from megatron_gkd.checkpoint_format.config_file import CheckpointProblem, read_config, require_trust
+from megatron_gkd.checkpoint_format.config_values import num_experts
+from megatron_gkd.checkpoint_format.families import FAMILIES, Family
+from megatron_gkd.checkpoint_format.model_shape import ModelShape, shape_of
+from megatron_gkd.checkpoint_format.output_head import HeadScaling, read_head_scaling
+from megatron_gkd.checkpoint_format.quantization import block_size, is_scale
+from megatron_gkd.checkpoint_format.stored_tensor import StoredTensor
+from megatron_gkd.checkpoint_format.weight_files import count_parameters, head_name, read_tensors
 from megatron_gkd.errors import UserError
 from megatron_gkd.models.location import locate
 from megatron_gkd.models.merged_adapters import MergedAdapters
+from megatron_gkd.models.own_configurations import register_own_configurations
 from megatron_gkd.runtime.nodes import Nodes
+
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tiktoken.model", "vocab.json")
 
 
 @dataclass(frozen=True)
@@ -29,6 +38,7 @@ class Checkpoint:
         tensors: the parameters in its safetensors files, by name.
         adapters: PEFT adapters that are merged into the weights when these are read; None for the weights as stored.
         hub_id: the hub's name of a model that was downloaded.
+        trust_remote_code: whether a tokenizer that is code in the directory may be run.
     """
 
     path: Path
@@ -36,10 +46,16 @@ class Checkpoint:
     tensors: dict[str, StoredTensor] = field(repr=False)
     adapters: MergedAdapters | None = None
     hub_id: str | None = None
+    trust_remote_code: bool = False
 
     @classmethod
-    def open(cls, model: str, nodes: Nodes | None = None) -> Checkpoint:
+    def open(cls, model: str, nodes: Nodes | None = None, *, trust_remote_code: bool = False) -> Checkpoint:
         """Open a directory or a hub id, which one rank of each node downloads. All ranks of `nodes` must call it.
+
+        Args:
+            model: the directory or the hub id.
+            nodes: the run's nodes; None for this process alone.
+            trust_remote_code: whether a tokenizer that is code in the directory may be run.
 
         Raises:
             RunStopped: in all ranks; there is no such directory or hub model, or the nodes' directories differ.
@@ -47,8 +63,10 @@ class Checkpoint:
                 describes.
         """
         path = locate(model, nodes or Nodes.alone())
+        register_own_configurations()
         try:
             raw = read_config(path)
+            require_trust(path, trust_remote_code=trust_remote_code)
             tensors = read_tensors(path, raw)
         except CheckpointProblem as problem:
             raise UserError(f"{model}: {problem}") from problem
@@ -57,7 +75,8 @@ class Checkpoint:
         except Exception as error:  # transformers raises many kinds for a wrong value
             reason = " ".join(str(error).split())
             raise UserError(f"{model}: its config.json is not a model's configuration ({reason})") from error
-        return cls(path, config, tensors, hub_id=None if Path(model).is_dir() else model)
+        hub_id = None if Path(model).is_dir() else model
+        return cls(path, config, tensors, hub_id=hub_id, trust_remote_code=trust_remote_code)
 
     def with_adapters(self, folder: Path, key: str) -> Checkpoint:
         """Return this checkpoint with the PEFT adapters in `folder` merged; `key` is the recipe's key for messages.
@@ -67,7 +86,8 @@ class Checkpoint:
         """
         try:
             AdapterFiles.open(folder).require_base(self.path)
-            return replace(self, adapters=MergedAdapters(folder, self.shapes))
+            merged = MergedAdapters(folder, self.parameter_shapes, self.family.parameter_name)
+            return replace(self, adapters=merged)
         except AdapterProblem as problem:
             raise UserError(f"{key} = {folder}: {problem}") from problem
 
@@ -76,20 +96,67 @@ class Checkpoint:
         return self.adapters is other.adapters is None and self.path.resolve() == other.path.resolve()
 
     @property
+    def family(self) -> Family:
+        """What is known of the model's family."""
+        return FAMILIES[self.config.model_type]
+
+    @property
+    def text_config(self) -> PretrainedConfig:
+        """The part of `config` that describes the language model; `config` itself for a language model alone."""
+        return self.config.get_text_config()
+
+    @property
+    def head_scaling(self) -> HeadScaling:
+        """How the model scales and bounds its logits."""
+        return read_head_scaling(self.text_config.to_dict(), self.family.head_keys)
+
+    @property
     def vocab_size(self) -> int:
         """Number of rows of the checkpoint's embedding: the ids in its softmax."""
-        return self.config.vocab_size
+        return self.text_config.vocab_size
+
+    @property
+    def has_images(self) -> bool:
+        """Whether the model reads images."""
+        return self.family.has_images
+
+    @functools.cached_property
+    def is_tied(self) -> bool:
+        """Whether the LM head is the embedding: the configuration says so, or no file has a head.
+
+        A multimodal model's default does not count where a file has a head: transformers reads it, too.
+        """
+        if head_name(self.tensors) is None:
+            return True
+        if self.has_images:
+            return bool(_read_json(self.path / "config.json").get("tie_word_embeddings"))
+        return bool(self.config.tie_word_embeddings)
+
+    @property
+    def block_size(self) -> tuple[int, int] | None:
+        """The rows and columns that share a scale in FP8 files, None for other files."""
+        return block_size(self.config.to_dict())
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each of `tensors`."""
-        return {name: tensor.shape for name, tensor in self.tensors.items()}
+        """The shape of each of `tensors`, without the scales of FP8 matrices."""
+        has_scales = self.block_size is not None
+        return {name: one.shape for name, one in self.tensors.items() if not (has_scales and is_scale(name))}
+
+    @property
+    def shape(self) -> ModelShape:
+        """What a layout and a recipe have to fit."""
+        return shape_of(self.config.to_dict())
+
+    @property
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """`shapes` by the names in transformers, where files have older names."""
+        return {self.family.parameter_name(name): shape for name, shape in self.shapes.items()}
 
     @property
     def num_parameters(self) -> int:
         """Number of the model's parameters over all ranks; a head that is the embedding counts once."""
-        is_tied = self.config.tie_word_embeddings
-        return sum(math.prod(shape) for name, shape in self.shapes.items() if not (is_tied and name == HEAD))
+        return count_parameters(self.tensors, is_tied=self.is_tied)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -101,7 +168,12 @@ class Checkpoint:
     @property
     def is_moe(self) -> bool:
         """Whether the model is a mixture of experts."""
-        return architecture(self.config.model_type).has_experts
+        return num_experts(self.text_config.to_dict()) > 0
+
+    @property
+    def router_aux_loss_coef(self) -> float:
+        """The checkpoint's coefficient of the experts' load-balancing loss; 0 where it names none."""
+        return float(getattr(self.text_config, "router_aux_loss_coef", None) or 0.0)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Open the tokenizer.
@@ -109,12 +181,16 @@ class Checkpoint:
         Raises:
             UserError: the directory has none. (Without its files transformers would return an empty one.)
         """
-        if not any((self.path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-            raise UserError(f"{self.path}: has no tokenizer; expected tokenizer.json, tokenizer.model or vocab.json")
+        if not any((self.path / name).exists() for name in _TOKENIZERS):
+            raise UserError(
+                f"{self.path}: has no tokenizer; expected {', '.join(_TOKENIZERS[:-1])} or {_TOKENIZERS[-1]}"
+            )
         try:
-            return AutoTokenizer.from_pretrained(self.path)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.path}: the tokenizer can't be opened ({error})") from error
+            return AutoTokenizer.from_pretrained(
+                self.path, config=self.config, trust_remote_code=self.trust_remote_code
+            )
+        except Exception as error:  # transformers and code in the folder raise many kinds
+            raise UserError(f"{self.path}: the tokenizer can't be opened ({' '.join(str(error).split())})") from error
 
 
 def _read_json(path: Path) -> dict:

@@ -6,7 +6,7 @@ keeps its initial values. Either gives a different model without an error, so bo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -15,23 +15,17 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from megatron_gkd.checkpoint_format.weight_files import EMBEDDING, HEAD, StoredTensor
+from megatron_gkd.checkpoint_format.quantization import is_scale
+from megatron_gkd.checkpoint_format.stored_tensor import StoredTensor
+from megatron_gkd.checkpoint_format.weight_files import embedding_name, head_name, shorten
+from megatron_gkd.models.block_scales import BlockScales
 from megatron_gkd.models.checkpoint import Checkpoint
-from megatron_gkd.models.merged_adapters import MergedAdapters
+from megatron_gkd.models.lazy_tensor import LazyTensor
 from megatron_gkd.runtime import portability
 from megatron_gkd.runtime.agreement import raise_together
 from megatron_gkd.runtime.quiet import hidden_stderr
 
 _COMPARED_ROWS = 8192
-_MOST_NAMES = 3
-
-
-class LazyTensor(Protocol):
-    """A tensor of a file, which mcore-bridge reads with `load`."""
-
-    def load(self) -> Tensor:
-        """Read the tensor."""
-        ...
 
 
 class Bridge(Protocol):
@@ -42,9 +36,9 @@ class Bridge(Protocol):
         mg_models: Sequence[nn.Module],
         hf_model_dir: str,
         *,
-        converter: Callable[[str, LazyTensor], tuple[str, LazyTensor]],
+        converter: Callable[[str, LazyTensor], tuple[str, LazyTensor] | None],
     ) -> None:
-        """Read the tensors in `hf_model_dir`, each of which `converter` may replace, into the chunks."""
+        """Read the tensors in `hf_model_dir`, which `converter` may replace or leave out (None), into the chunks."""
         ...
 
 
@@ -69,7 +63,7 @@ def read_weights(
     parameters = {
         f"chunk {index}: {name}" if len(chunks) > 1 else name: parameter
         for index, chunk in enumerate(chunks)
-        for name, parameter in chunk.named_parameters()
+        for name, parameter in _stored_tensors(chunk)
     }
     with torch.no_grad():
         for parameter in parameters.values():
@@ -82,34 +76,56 @@ def read_weights(
     raise_together(None if problem is None else f"{checkpoint.path}: {problem}")
 
 
-class _RecordedTensor:
-    """Wraps mcore-bridge's lazy tensor: merges its adapters, and records its name in `read` when it is loaded."""
+def _stored_tensors(chunk: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a chunk that a checkpoint has: its parameters, and the routers' correction biases."""
+    yield from chunk.named_parameters()
+    for name, buffer in chunk.named_buffers():
+        if name.endswith(".expert_bias"):
+            yield name, buffer
 
-    def __init__(
-        self,
-        name: str,
-        tensor: LazyTensor,
-        read: set[str],
-        report: Callable[[int], None],
-        adapters: MergedAdapters | None,
-    ) -> None:
+
+class _RecordedTensor:
+    """Wraps mcore-bridge's lazy tensor, and records its name in `read` when it is loaded."""
+
+    def __init__(self, name: str, tensor: LazyTensor, read: set[str], report: Callable[[int], None]) -> None:
         self._name, self._tensor, self._read, self._report = name, tensor, read, report
-        self._adapters = adapters
 
     def load(self) -> Tensor:
         self._read.add(self._name)
         tensor = self._tensor.load()
         self._report(len(self._read))
-        return tensor if self._adapters is None else self._adapters.merge(self._name, tensor)
+        return tensor
+
+
+class _ChangedTensor:
+    """Wraps a lazy tensor: `changes` get its name and its values, one after the other, when it is loaded."""
+
+    def __init__(self, name: str, tensor: LazyTensor, changes: Sequence[Callable[[str, Tensor], Tensor]]) -> None:
+        self._name, self._tensor, self._changes = name, tensor, changes
+
+    def load(self) -> Tensor:
+        tensor = self._tensor.load()
+        for change in self._changes:
+            tensor = change(self._name, tensor)
+        return tensor
 
 
 def _load(
     bridge: Bridge, chunks: Sequence[nn.Module], checkpoint: Checkpoint, read: set[str], report: Callable[[int], None]
 ) -> str | None:
     """Load the weights and add the names of the tensors to `read`. Return what failed."""
+    blocks = checkpoint.block_size
+    scales = None if blocks is None else BlockScales(blocks, next(chunks[0].parameters()).dtype)
+    changes = [] if scales is None else [scales.dequantize]
+    if checkpoint.adapters is not None:
+        changes.append(checkpoint.adapters.merge)
 
-    def record(name: str, tensor: LazyTensor) -> tuple[str, LazyTensor]:
-        return name, _RecordedTensor(name, tensor, read, report, checkpoint.adapters)
+    def record(name: str, tensor: LazyTensor) -> tuple[str, LazyTensor] | None:
+        recorded = _RecordedTensor(name, tensor, read, report)
+        if scales is not None and is_scale(name):
+            scales.add(name, recorded)
+            return None
+        return name, _ChangedTensor(name, recorded, changes)
 
     try:
         with hidden_stderr():
@@ -121,14 +137,14 @@ def _load(
     return None
 
 
-def _describe_unfilled(parameters: dict[str, nn.Parameter]) -> str | None:
+def _describe_unfilled(parameters: Mapping[str, Tensor]) -> str | None:
     """Name the parameters that still hold the NaN from before the load, or other values that are not finite."""
     not_finite = [name for name, parameter in parameters.items() if not bool(parameter.detach().isfinite().all())]
     unfilled = [name for name in not_finite if bool(parameters[name].detach().isnan().all())]
     if unfilled:
-        return f"no tensor fills the model's {_shorten(unfilled)} in rank {dist.get_rank()}"
+        return f"no tensor fills the model's {shorten(unfilled)} in rank {dist.get_rank()}"
     if not_finite:
-        return f"NaN or infinite values in the weights: the model's {_shorten(not_finite)} in rank {dist.get_rank()}"
+        return f"NaN or infinite values in the weights: the model's {shorten(not_finite)} in rank {dist.get_rank()}"
     return None
 
 
@@ -141,30 +157,25 @@ def _unused_everywhere(names: Sequence[str], read: set[str]) -> list[str]:
 
 def _describe_unused(unused: Sequence[str], checkpoint: Checkpoint) -> str | None:
     tensors = checkpoint.tensors
-    if checkpoint.config.tie_word_embeddings and HEAD in unused:
-        unused = [name for name in unused if name != HEAD]
-        if not _are_equal(checkpoint.path, tensors[HEAD], tensors[EMBEDDING]):
+    head = head_name(unused)
+    if checkpoint.is_tied and head is not None:
+        unused = [name for name in unused if name != head]
+        embedding = embedding_name(tensors)
+        if not _are_equal(checkpoint.path, tensors, head, embedding):
             return (
-                f"{tensors[HEAD].file}: {HEAD} differs from {EMBEDDING}, but config.json has tie_word_embeddings = "
+                f"{tensors[head].file}: {head} differs from {embedding}, but config.json has tie_word_embeddings = "
                 "true; set it to false, or remove the tensor"
             )
     if unused:
-        return f"{tensors[unused[0]].file}: the model has no parameter for {_shorten(unused)}"
+        return f"{tensors[unused[0]].file}: the model has no parameter for {shorten(unused)}"
     return None
 
 
-def _are_equal(path: Path, head: StoredTensor, embedding: StoredTensor) -> bool:
+def _are_equal(path: Path, tensors: Mapping[str, StoredTensor], one: str, other: str) -> bool:
     with (
-        safe_open(path / head.file, framework="pt") as head_file,
-        safe_open(path / embedding.file, framework="pt") as embedding_file,
+        safe_open(path / tensors[one].file, framework="pt") as one_file,
+        safe_open(path / tensors[other].file, framework="pt") as other_file,
     ):
-        heads, embeddings = head_file.get_slice(HEAD), embedding_file.get_slice(EMBEDDING)
-        rows = range(0, head.shape[0], _COMPARED_ROWS)
-        return all(
-            torch.equal(heads[row : row + _COMPARED_ROWS], embeddings[row : row + _COMPARED_ROWS]) for row in rows
-        )
-
-
-def _shorten(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
-    return ", ".join(names[:_MOST_NAMES]) + more
+        ones, others = one_file.get_slice(one), other_file.get_slice(other)
+        rows = range(0, tensors[one].shape[0], _COMPARED_ROWS)
+        return all(torch.equal(ones[row : row + _COMPARED_ROWS], others[row : row + _COMPARED_ROWS]) for row in rows)

@@ -47,18 +47,17 @@ MUST = "its config.json has "
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
-        ("qwen3", {"architectures": ["FalconForCausalLM"]}, "its architecture (FalconForCausalLM) must be one of "),
+        ("qwen3", {"architectures": ["FalconForCausalLM"]}, "its architecture (FalconForCausalLM) must be of one o"),
         ("qwen3", {"architectures": ["LlamaForCausalLM"]}, MUST + 'model_type = "qwen3": contradicts architectures = '),
         ("qwen3", {"model_type": None}, MUST + "model_type = null: contradicts architectures = Qwen3ForCausalLM; must"),
-        ("qwen3_moe", {"decoder_sparse_step": 2}, MUST + "decoder_sparse_step = 2: is not supported; must be 1"),
-        ("qwen3_moe", {"mlp_only_layers": [1]}, MUST + "mlp_only_layers = [1]: is not supported; must be []"),
-        ("qwen2", {"use_sliding_window": True}, MUST + "use_sliding_window = true: is not supported; must be false"),
-        ("qwen3", {"layer_types": ["sliding_attention"] * 4}, MUST + "layer_types with sliding_attention; all must be"),
+        ("qwen3", {"layer_types": ["linear_attention"] * 4}, MUST + "layer_types with linear_attention; all must be "),
+        ("qwen3", {"layer_types": ["full_attention"] * 3}, MUST + 'layer_types = ["full_attention", "full_attention"'),
+        ("qwen3", {"architectures": ["GraniteForCausalLM"]}, "its architecture (GraniteForCausalLM) is not supported:"),
         ("llama", {"attention_bias": True}, MUST + "attention_bias = true: is not supported; must be false"),
         ("qwen3", {"attention_bias": True}, MUST + "attention_bias = true: is not supported; must be false"),
         ("llama", {"mlp_bias": True}, MUST + "mlp_bias = true: is not supported; must be false"),
         ("llama", {"hidden_act": "gelu"}, MUST + 'hidden_act = "gelu": is not supported; must be "silu"'),
-        ("qwen3", {"quantization_config": {"quant_method": "fp8"}}, MUST + 'quantization_config = {"quant_method"'),
+        ("qwen3", {"quantization_config": {"quant_method": "awq"}}, MUST + 'quantization_config = {"quant_method"'),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, MUST + 'rope_type = "dynamic", which'),
         ("llama", {"rope_parameters": {"rope_type": "of my own"}}, MUST + 'rope_type = "of my own", which is not'),
         ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, MUST + "partial_rotary_factor = 0.5: is not"),
@@ -87,7 +86,8 @@ O_PROJ = "model.layers.3.self_attn.o_proj.weight"
         ({}, {EMBEDDING: torch.zeros(90, 32)}, f"{EMBEDDING} has the shape (90, 32), but config.json has vocab_size"),
         ({"vocab_size": 112}, {}, f"{EMBEDDING} has the shape (99, 32), but config.json has vocab_size = 112"),
         ({}, {HEAD: torch.zeros(90, 32)}, f"{HEAD} has the shape (90, 32), but config.json has vocab_size = 99"),
-        ({"num_hidden_layers": 3}, {}, "model.layers.3.input_layernorm.weight, model.layers.3.mlp.down_proj.weight, "
+        ({"num_hidden_layers": 3, "layer_types": None}, {}, "model.layers.3.input_layernorm.weight, model.layers.3."
+         "mlp.down_proj.weight, "
          "model.layers.3.mlp.gate_proj.weight and 8 more tensors: config.json has no use for it (num_hidden_lay"),
         ({}, {O_PROJ: torch.zeros(32, 32)}, f"{O_PROJ} has the shape (32, 32); must be (32, 64) by config.json"),
         ({}, {O_PROJ: torch.zeros(32, 64, dtype=torch.int8)}, f"{O_PROJ} is of type I8; must be one of BF16, F16"),

@@ -8,6 +8,7 @@ from checkpoints import tiny_checkpoint, tiny_tokenizer
 from megatron_gkd.errors import UserError
 from megatron_gkd.models.checkpoint import Checkpoint
 from megatron_gkd.models.vocabulary import require_same_tokenizer, reshard_head, shared_vocab_size
+from megatron_gkd.ops.output_head import OutputHead
 
 
 def test_the_shared_ids_are_those_of_the_smaller_embedding():
@@ -34,9 +35,12 @@ def test_same_ids_but_another_segmentation_is_refused():
 def lay_out(rank, world_size, old_rows, new_rows):
     whole = torch.arange(world_size * old_rows * 2, dtype=torch.float32).view(-1, 2)
     shard = whole[rank * old_rows : (rank + 1) * old_rows].clone()
-    laid_out = reshard_head(shard, new_rows, dist.group.WORLD)
-    assert (laid_out is shard) == (old_rows == new_rows)
-    return laid_out
+    head = OutputHead(shard, shard[:, 1].clone(), scale=0.5, softcap=7.0)
+    laid_out = reshard_head(head, new_rows, dist.group.WORLD)
+    assert (laid_out.weight.data_ptr() == shard.data_ptr()) == (old_rows == new_rows)
+    assert torch.equal(laid_out.bias, laid_out.weight[:, 1])
+    assert (laid_out.scale, laid_out.softcap) == (0.5, 7.0)
+    return laid_out.weight
 
 
 @pytest.mark.parametrize(("old_rows", "new_rows"), [(5, 5), (5, 3), (5, 7), (5, 11)])

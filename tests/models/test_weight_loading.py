@@ -25,14 +25,20 @@ def stored_tensors(path, _):
         }
 
 
-def load(rank, world_size, path, layout):
-    """What each rank raises, or None, for a checkpoint whose files have not been checked."""
+def load(rank, world_size, path, layout, claimed=()):
+    """What each rank raises, or None, for a checkpoint whose files have not been checked.
+
+    The checkpoint says that it has the tensors `claimed`, too.
+    """
     from megatron_gkd.errors import UserError
     from megatron_gkd.models import checkpoint
     from megatron_gkd.models.megatron_model import BuildOptions, MegatronModel
     from megatron_gkd.runtime.mesh import Layout, destroy_mesh, initialize_mesh
 
-    checks = {"read_tensors": stored_tensors, "read_config": lambda path: None}
+    def tensors(*arguments):
+        return stored_tensors(*arguments) | dict.fromkeys(claimed, SimpleNamespace(file="none", shape=()))
+
+    checks = {"read_tensors": tensors, "read_config": lambda path: None}
     saved = {name: getattr(checkpoint, name, None) for name in checks}
     vars(checkpoint).update(checks)
     mesh = initialize_mesh(Layout(**layout), seed=1)
@@ -111,10 +117,10 @@ def changed(tmp_path):
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
-def test_a_tensor_that_no_rank_reads_is_an_error(gloo_world):
-    path = tiny_checkpoint("llama", attention_bias=True)
-    names = [f"model.layers.{layer}.self_attn.o_proj.bias" for layer in range(3)]
-    message = f"{path}: model.safetensors: the model has no parameter for {', '.join(names)} and 1 more"
+def test_a_tensor_that_no_rank_reads_is_an_error(gloo_world, changed):
+    names = [f"model.layers.{layer}.self_attn.o_proj.bias" for layer in range(4)]
+    path = changed(tiny_checkpoint("llama"), {name: torch.zeros(32) for name in names})
+    message = f"{path}: model.safetensors: the model has no parameter for {', '.join(names[:3])} and 1 more tensors"
     assert gloo_world(2).run(load, path, PP2) == [message, message]
 
 
@@ -127,7 +133,7 @@ def test_a_surplus_layer_is_an_error(gloo_world, changed):
 def test_a_parameter_that_nothing_fills_is_an_error(gloo_world, changed):
     path = changed(tiny_checkpoint("qwen3"), {HEAD: None})
     message = f"{path}: no tensor fills the model's output_layer.weight in rank 1"
-    assert gloo_world(2).run(load, path, PP2) == [message, message]
+    assert gloo_world(2).run(load, path, PP2, [HEAD]) == [message, message]
 
 
 def test_a_tensor_that_one_rank_misses_is_an_error_on_all(gloo_world, changed):

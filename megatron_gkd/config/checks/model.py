@@ -8,27 +8,33 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_gkd.checkpoint_format.adapter_files import AdapterFiles, AdapterProblem
-from megatron_gkd.checkpoint_format.config_file import read_config
+from megatron_gkd.checkpoint_format.config_file import read_config, require_trust
+from megatron_gkd.checkpoint_format.layer_limits import embedded_engine_problems, layout_problems, vllm_problems
 from megatron_gkd.checkpoint_format.model_shape import ModelShape, read_shape
 from megatron_gkd.checkpoint_format.weight_files import has_weights, read_tensors
 from megatron_gkd.config.checks.registry import check
+from megatron_gkd.config.checks.shapes import shape_of
 from megatron_gkd.config.checks.teacher import SOURCE
 from megatron_gkd.config.schema import Recipe
 
 _MODELS = ("model", *SOURCE)
 
 
-@check("model", needs_files=True)
+@check("model", "trust_remote_code", needs_files=True)
 def student_is_readable(recipe: Recipe, _: int) -> Iterator[str]:
     """Find a student that is neither a supported local checkpoint nor a hub id."""
-    yield from _unreadable("student.model", recipe.student.model)
+    student = recipe.student
+    yield from _unreadable("student.model", student.model, trust_remote_code=student.trust_remote_code)
 
 
-@check(*SOURCE, needs_files=True)
+@check(*SOURCE, "teacher_trust_remote_code", needs_files=True)
 def teachers_are_readable(recipe: Recipe, _: int) -> Iterator[str]:
     """Find local teachers that are neither supported local checkpoints nor hub ids."""
-    for key, model in _local_teachers(recipe).items():
-        yield from _unreadable(key, model)
+    for place, teacher in recipe.teacher.all.items():
+        model = teacher.teacher_model
+        if teacher.source == "local" and model:
+            key, is_trusted = f"{place}.teacher_model", teacher.teacher_trust_remote_code
+            yield from _unreadable(key, model, trust_remote_code=is_trusted)
 
 
 @check(*SOURCE, "teacher_adapters", needs_files=True)
@@ -60,9 +66,11 @@ def tensor_parallel_divides_layers(recipe: Recipe, _: int) -> Iterator[str]:
                 f"parallel.tensor_model_parallel_size = {tp}: must divide the {groups} key-value heads of {model}, or "
                 "be a multiple of them"
             )
-        if not model.shape.num_experts:
-            rows = model.shape.feed_forward_size
+        for rows in dict.fromkeys(model.shape.feed_forward_sizes):
             yield from model.divided("feed-forward rows", rows, "tensor_model_parallel_size", tp)
+        if model.shape.delta_heads:
+            heads = model.shape.delta_heads
+            yield from model.divided("key heads of the delta nets", heads, "tensor_model_parallel_size", tp)
 
 
 @check(*_MODELS, "expert_model_parallel_size", "expert_tensor_parallel_size", needs_files=True)
@@ -72,7 +80,7 @@ def expert_parallel_divides_experts(recipe: Recipe, _: int) -> Iterator[str]:
     models = list(_models(recipe))
     for model in models:
         if model.shape.num_experts:
-            rows = model.shape.feed_forward_size
+            rows = model.shape.expert_size
             experts = model.shape.num_experts
             yield from model.divided("experts", experts, "expert_model_parallel_size", sizes["model"])
             yield from model.divided("feed-forward rows", rows, "expert_tensor_parallel_size", sizes["tensor"])
@@ -81,6 +89,33 @@ def expert_parallel_divides_experts(recipe: Recipe, _: int) -> Iterator[str]:
         for leaf, size in sizes.items():
             if size > 1:
                 yield f"parallel.expert_{leaf}_parallel_size = {size}: must be 1, as no model here has experts"
+
+
+@check(*_MODELS, "context_parallel_size", "expert_tensor_parallel_size", needs_files=True)
+def layers_have_the_layout(recipe: Recipe, _: int) -> Iterator[str]:
+    """Find sizes of the layout that Megatron-Core does not have for a model's layers."""
+    p = recipe.parallel
+    for model in _models(recipe):
+        yield from layout_problems(
+            model.shape, str(model), context=p.context_parallel_size, expert_tensor=p.expert_tensor_parallel_size
+        )
+
+
+@check("model", "engine", "lmbda", needs_files=True)
+def embedded_engine_has_the_layers(recipe: Recipe, _: int) -> Iterator[str]:
+    """Find an embedded engine that can't decode with the student."""
+    student = _student(recipe)
+    if student and recipe.rollout.engine == "megatron" and recipe.distill.lmbda > 0:
+        yield from embedded_engine_problems(student.shape, str(student))
+
+
+@check("model", "engine", "weight_sync", "lmbda", needs_files=True)
+def vllm_takes_the_weights(recipe: Recipe, _: int) -> Iterator[str]:
+    """Find engines of vLLM that can't get the weights of a student with quantized files."""
+    rollout, student = recipe.rollout, _student(recipe)
+    if student and rollout.engine != "megatron" and recipe.distill.lmbda > 0:
+        engine, weight_sync = rollout.engine, rollout.weight_sync
+        yield from vllm_problems(student.shape, str(student), engine=engine, weight_sync=weight_sync)
 
 
 @check("model", "tensor_model_parallel_size", "sequence_parallel", needs_files=True)
@@ -139,8 +174,11 @@ def top_k_fits_vocabulary(recipe: Recipe, _: int) -> Iterator[str]:
 FIT_THE_STUDENT = (
     tensor_parallel_divides_layers,
     expert_parallel_divides_experts,
+    layers_have_the_layout,
     mixture_has_sequence_parallel,
     engines_divide_heads,
+    embedded_engine_has_the_layers,
+    vllm_takes_the_weights,
     stages_divide_layers,
     sequences_fit_positions,
     top_k_fits_vocabulary,
@@ -172,19 +210,13 @@ class _Model:
 def _models(recipe: Recipe) -> Iterator[_Model]:
     """Yield the student and the local teachers that are local checkpoints; unreadable ones are reported above."""
     for key, path in ({"student.model": recipe.student.model} | _local_teachers(recipe)).items():
-        try:
-            shape = read_shape(path)
-        except ValueError:
-            continue
+        shape = shape_of(path)
         if shape is not None:
             yield _Model(key, path, shape)
 
 
 def _student(recipe: Recipe) -> _Model | None:
-    try:
-        shape = read_shape(recipe.student.model)
-    except ValueError:
-        return None
+    shape = shape_of(recipe.student.model)
     return None if shape is None else _Model("student.model", recipe.student.model, shape)
 
 
@@ -196,10 +228,13 @@ def _local_teachers(recipe: Recipe) -> dict[str, str]:
     }
 
 
-def _unreadable(key: str, value: str) -> Iterator[str]:
+def _unreadable(key: str, value: str, *, trust_remote_code: bool) -> Iterator[str]:
     try:
-        shape = read_shape(value)
-        if shape is not None and has_weights(Path(value)):
-            read_tensors(Path(value), read_config(Path(value)))
+        if read_shape(value) is None:  # a hub id
+            return
+        config = read_config(Path(value))
+        require_trust(Path(value), trust_remote_code=trust_remote_code)
+        if has_weights(Path(value)):
+            read_tensors(Path(value), config)
     except ValueError as error:
         yield f"{key} = {value}: {error}"

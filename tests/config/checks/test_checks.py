@@ -33,6 +33,9 @@ def flags(text: str) -> list[str]:
         (2, "--packing --micro_batch_size 2",
          "train.micro_batch_size = 2: must be 1 with data.packing, where max_length "
          "decides how many rows a microbatch holds"),
+        (2, "--min_pixels 9 --max_pixels 4", "data.min_pixels = 9: must not be above data.max_pixels = 4"),
+        (2, "--max_patches 64", "data.max_patches = 64: limits packed microbatches; set data.packing to true, or leave "
+         "it out and set train.micro_batch_size"),
         (2, "--recompute_granularity full --recompute_method uniform",
          "parallel.recompute_num_layers = null: must be set with recompute_granularity full"),
         (2, "--recompute_granularity full --recompute_num_layers 1", "parallel.recompute_method = null: must be set "

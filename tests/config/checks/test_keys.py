@@ -26,6 +26,8 @@ RECIPES = [
     "--overlap_param_gather",
     "--attention_backend flash --dtype fp32",
     "--lr_warmup_iters 3",
+    "--freeze_llm true --vit_lr 1",
+    "--pipeline_model_parallel_size 2 --aligner_lr 1",
     "--eval_interval 1 --eval_iters 1",
     "--gkd_logits_topk 8 --gkd_topk_tail bucket",
     "--external_plugins plugin.py",
@@ -115,8 +117,8 @@ def test_a_check_names_the_keys_that_it_reads(check, read_keys):
 def test_the_order_of_reports_is_that_of_the_modules():
     modules = [check.find.__module__.rpartition(".")[2] for check in checks.CHECKS]
     assert list(dict.fromkeys(modules)) == [
-        *("teacher", "cache", "distill", "rollout", "layout", "training", "attention", "lora", "data", "output"),
-        "model",
+        *("teacher", "cache", "distill", "rollout", "layout", "training", "attention", "lora", "vision", "data"),
+        *("output", "model"),
     ]
     assert modules == sorted(modules, key=list(dict.fromkeys(modules)).index)
 

@@ -1,6 +1,7 @@
 import pytest
 from recipe_workspace import DENSE, MIXTURE
 
+from megatron_gkd.checkpoint_format.families import FAMILIES
 from megatron_gkd.checkpoint_format.model_shape import read_shape
 
 EP2 = ("--expert_model_parallel_size", "2")
@@ -21,10 +22,10 @@ EP2 = ("--expert_model_parallel_size", "2")
         ({"max_position_embeddings": 100}, [], "data.max_length = 512: must be <= the 100 positions of KEY (NAME)"),
         ({"vocab_size": 31}, ["--gkd_logits_topk=32"], "distill.gkd_logits_topk = 32: must be <= the 31 tokens of "
          "KEY (NAME)"),
-        ({"architectures": ["GPT2LMHeadModel"]}, [], "KEY = NAME: its architecture (GPT2LMHeadModel) must be one of "
-         "LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM"),
-        ({"architectures": None}, [], "KEY = NAME: its architecture (none named) must be one of LlamaForCausalLM, "
-         "Qwen2ForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM"),
+        ({"architectures": ["GPT2LMHeadModel"]}, [], f"KEY = NAME: its architecture (GPT2LMHeadModel) must be of "
+         f"one of the families {', '.join(FAMILIES)}"),
+        ({"architectures": None}, [], f"KEY = NAME: its architecture (none named) must be of one of the families "
+         f"{', '.join(FAMILIES)}"),
         ({**MIXTURE, "num_local_experts": 9}, EP2, "parallel.expert_model_parallel_size = 2: must divide the 9 experts "
          "of KEY (NAME)"),
         ({**MIXTURE, "moe_intermediate_size": 7}, ["--expert_tensor_parallel_size=2"],

@@ -168,7 +168,8 @@ def answers_of(rank, world_size, path, adapters, source):
     if source == "student":
         changes = {"teacher": teacher, "lora": {"adapters": str(adapters)}}
     recipe = recipe_of(changes)
-    models = SimpleNamespace(student=Checkpoint.open(str(path)), teachers=open_teachers(recipe.teacher, Nodes.alone()))
+    teachers = open_teachers(recipe.teacher, Nodes.alone())
+    models = SimpleNamespace(student=Checkpoint.open(str(path)), teachers=teachers, images=None)
     engine = build_generation_engine(source, recipe, mesh, models)
     sampling = Sampling(max_completion_length=8, temperature=0, ignore_eos=True)
     found = [one.token_ids for one in engine.generate(PROMPTS, sampling, [0] * len(PROMPTS))]
