@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megatron_gkd.config.schema import Recipe
+from megatron_gkd.data.vision.processing import ImageProcessing
 
 if TYPE_CHECKING:  # it imports Megatron-Core, which reading and packing rows does not need
     from megatron_gkd.runtime.mesh import Mesh
@@ -28,6 +29,9 @@ class BatchConfig:
         pad_token_id: id of padding.
         microbatch_multiple: the number of microbatches of a rank is a multiple of this (interleaved pipelines need it).
         equal_lengths: pad all microbatches of a rank and step to the longest of them.
+        images: what the student's processor makes of images; None for a text model.
+        needs_pixels: whether this rank's model reads pixels: it has the first pipeline stage of a multimodal model.
+        max_patches: most patches of the images in a packed microbatch; a single row may exceed it. None: any number.
     """
 
     global_batch_size: int
@@ -42,10 +46,22 @@ class BatchConfig:
     pad_token_id: int
     microbatch_multiple: int = 1
     equal_lengths: bool = False
+    images: ImageProcessing | None = None
+    needs_pixels: bool = False
+    max_patches: int | None = None
 
     @classmethod
-    def from_recipe(cls, recipe: Recipe, mesh: Mesh, pad_token_id: int) -> BatchConfig:
-        """Build what training and validation loaders share, for this rank."""
+    def from_recipe(
+        cls, recipe: Recipe, mesh: Mesh, pad_token_id: int, images: ImageProcessing | None = None
+    ) -> BatchConfig:
+        """Build what training and validation loaders share, for this rank of the student.
+
+        Args:
+            recipe: the recipe.
+            mesh: the ranks.
+            pad_token_id: id of padding.
+            images: what the student's processor makes of images; None for a text model.
+        """
         layout = mesh.layout
         return cls(
             global_batch_size=recipe.train.global_batch_size,
@@ -61,4 +77,7 @@ class BatchConfig:
             # The interleaved schedule needs a multiple of the pipeline's length, and one shape for all.
             microbatch_multiple=layout.pipeline if layout.virtual_pipeline else 1,
             equal_lengths=layout.virtual_pipeline is not None,
+            images=images,
+            needs_pixels=images is not None and mesh.pp.rank() == 0,
+            max_patches=recipe.data.max_patches,
         )

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -19,18 +19,22 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_gkd.config.schema import DataSection
 from megatron_gkd.data.cache import CacheFolder, default_cache_dir, fingerprint, hash_texts, hash_tokenizer
+from megatron_gkd.data.columns import IMAGES
 from megatron_gkd.data.plugins import find_preprocessor, load_plugins
 from megatron_gkd.data.report import DataReport
 from megatron_gkd.data.sample import FROM_DATASET, Sample
 from megatron_gkd.data.shards import ShardSummary, ShardWriter, tokenize_shards
 from megatron_gkd.data.sources import Source, open_source
 from megatron_gkd.data.tokenizing import RowOptions, RowTokenizer
+from megatron_gkd.data.vision.files import ImageStore
+from megatron_gkd.data.vision.image import from_record
 from megatron_gkd.errors import UserError
 from megatron_gkd.reporting.phases import phase
 from megatron_gkd.runtime.nodes import Nodes
 
 VISIBLE_WITHIN_S = 5.0  # how long another node may take to see a folder of a shared file system
 _ROWS, _REPORT = "rows", "report.json"  # names in a cache folder
+_STORED_IMAGES = "images"  # the folder of fetched images, beside the cache folders
 
 
 class TokenizedDataset:
@@ -42,11 +46,19 @@ class TokenizedDataset:
         num_labels: int64 [rows], labels of each sample that are not -100.
         teacher_lengths: int64 [rows], tokens of each sample as the teacher reads it, where that has a prompt of its
             own; else 0.
+        num_patches: int64 [rows], patches of the images that each sample has for the student or the teacher, whichever
+            are more.
+        num_videos: int64 [rows], videos among these images.
         tags: the tags that rows have.
     """
 
     def __init__(self, parts: Sequence[datasets.Dataset]) -> None:
-        self._rows = datasets.concatenate_datasets(list(parts)).with_format("numpy")
+        rows = datasets.concatenate_datasets(list(parts))
+        has_images = "images" in rows.column_names
+        self.num_patches = _column(rows, "num_patches") if has_images else np.zeros(len(rows), np.int64)
+        self.num_videos = _column(rows, "num_videos") if has_images else np.zeros(len(rows), np.int64)
+        self._images = rows.select_columns(list(IMAGES)).with_format(None) if has_images else None
+        self._rows = rows.remove_columns(list(IMAGES) if has_images else []).with_format("numpy")
         self.sizes = [len(part) for part in parts]
         self.lengths = _column(self._rows, "length")
         self.num_labels = _column(self._rows, "num_labels")
@@ -67,8 +79,14 @@ class TokenizedDataset:
     def __getitem__(self, index: int) -> Sample:
         row = self._rows[int(index)]
         input_ids, labels = row["input_ids"].astype(np.int64), row["labels"].astype(np.int64)
-        teacher_prompt = row["teacher_prompt"].astype(np.int64) if self.teacher_lengths[index] else None
-        return Sample(input_ids, labels, FROM_DATASET, int(index), teacher_prompt, str(row["tag"]) or None)
+        has_teacher_prompt = bool(self.teacher_lengths[index])
+        teacher_prompt = row["teacher_prompt"].astype(np.int64) if has_teacher_prompt else None
+        sample = Sample(input_ids, labels, FROM_DATASET, int(index), teacher_prompt, str(row["tag"]) or None)
+        if self._images is None:
+            return sample
+        found = self._images[int(index)]
+        images, teacher_images = (tuple(map(from_record, found[name])) for name in IMAGES)
+        return replace(sample, images=images, teacher_images=teacher_images if has_teacher_prompt else None)
 
 
 def build_dataset(
@@ -181,6 +199,7 @@ class _Tokenization:
             "prompt_limits": None if options.prompt_limits is None else asdict(options.prompt_limits),
             "tag_key": options.tag_key,
             "vocab_size": options.vocab_size,
+            "images": None if options.images is None else options.images.settings,
         }
 
     def write(self, path: str, parts: Path, out: Path, *, is_main: bool = False, digest: str | None = None) -> None:
@@ -206,8 +225,11 @@ class _Tokenization:
                 source = open_source(path, str(parts.parent / "source"))
             if len(source.table) == 0:
                 raise UserError(f"{path}: yields nothing to train on: it has no rows")
+            # `out` is a folder in that of the unfinished cache, which is beside the cache folders.
+            root = Path(path).resolve()
+            store = ImageStore(root if root.is_dir() else root.parent, out.parents[1] / _STORED_IMAGES)
             writer = ShardWriter(
-                source.table, RowTokenizer(self.tokenizer, source.is_json, section, self.options), parts
+                source.table, RowTokenizer(self.tokenizer, source.is_json, section, self.options, store), parts
             )
             with phase(f"Tokenizing {name}", is_main=is_main, unit="rows") as shown:
                 summaries = tokenize_shards(writer, section.preprocessing_num_workers, shown.update)
@@ -240,7 +262,8 @@ def _report(source: Source, summaries: Sequence[ShardSummary], data_errors: str)
     dropped = sum((Counter(summary.dropped) for summary in summaries), Counter[str]())
     used = sum(summary.used for summary in summaries)
     shortened = sum(summary.shortened for summary in summaries)
-    report = DataReport(used + dropped.total(), used, dict(sorted(dropped.items())), shortened, first)
+    images = sum(summary.images for summary in summaries)
+    report = DataReport(used + dropped.total(), used, dict(sorted(dropped.items())), shortened, first, images)
     if used == 0:
         raise UserError(f"{source.path}: yields nothing to train on: {report.summary()}")
     return report

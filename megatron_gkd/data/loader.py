@@ -22,6 +22,7 @@ class SampleDataset(Protocol):
 
     lengths: np.ndarray  # tokens of each sample
     num_labels: np.ndarray  # labels of each sample that are not -100
+    num_patches: np.ndarray  # patches of each sample's images
 
     def __len__(self) -> int: ...
 
@@ -70,7 +71,13 @@ class StepLoader:
         # A generator of its own: the workers' seeds would otherwise be drawn from the global one, like dropout.
         generator = torch.Generator()
         loader = DataLoader(
-            steps, batch_size=None, collate_fn=_as_is, num_workers=self._num_workers, generator=generator
+            steps,
+            batch_size=None,
+            collate_fn=_as_is,
+            num_workers=self._num_workers,
+            generator=generator,
+            # Each worker is two steps ahead by default; pixels take too much memory for that.
+            prefetch_factor=1 if self._num_workers and self._config.needs_pixels else None,
         )
         for item in loader:
             if isinstance(item, UserError):
@@ -84,10 +91,14 @@ class StepLoader:
         rows = self._order.rows_of_step(step, self._config.global_batch_size)
         require_responses(self._dataset, [row for row in rows if row != PADDING_ROW], step)
         lengths = [self._length(row) for row in rows]
-        return self._planner.make_microbatches(lengths, lambda position: self._sample(rows[position]))
+        patches = [] if self._config.max_patches is None else [self._num_patches(row) for row in rows]
+        return self._planner.make_microbatches(lengths, lambda position: self._sample(rows[position]), patches)
 
     def _length(self, row: int) -> int:
         return 1 if row == PADDING_ROW else int(self._dataset.lengths[row])
+
+    def _num_patches(self, row: int) -> int:
+        return 0 if row == PADDING_ROW else int(self._dataset.num_patches[row])
 
     def _sample(self, row: int) -> Sample:
         return padding_sample(self._config.pad_token_id) if row == PADDING_ROW else self._dataset[row]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import numpy as np
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from megatron_gkd.data.sample import FROM_STUDENT, IGNORED_LABEL, PAD_TOKEN_ID, Sample
+from megatron_gkd.data.vision.inputs import VisionInputs
+from megatron_gkd.data.vision.processing import ImageProcessing
 from megatron_gkd.runtime.context_parallel import context_parallel_indices
 
 
@@ -30,6 +32,7 @@ class Microbatch:
         num_rows: number of sequences, S.
         samples: the rows behind the sequences, in order and whole on every context-parallel rank; sequences of padding
             alone, at the end, have none.
+        vision: what a multimodal model reads beside the tokens; None for a text model.
     """
 
     input_ids: Tensor
@@ -41,6 +44,7 @@ class Microbatch:
     max_seqlen: int
     num_rows: int
     samples: tuple[Sample, ...]
+    vision: VisionInputs | None = field(default=None, kw_only=True)
 
     @property
     def label_positions(self) -> Tensor:
@@ -62,11 +66,12 @@ class Microbatch:
         tensors: dict[str, Any] = {
             name: value.to(device) for name, value in vars(self).items() if torch.is_tensor(value)
         }
-        return replace(self, **tensors)
+        return replace(self, **tensors, vision=None if self.vision is None else self.vision.to(device))
 
     def to_arrays(self) -> dict[str, Any]:
         """Return the fields by name, with NumPy arrays in place of tensors (which must be on the CPU)."""
-        return {name: value.numpy() if torch.is_tensor(value) else value for name, value in vars(self).items()}
+        fields = {name: value.numpy() if torch.is_tensor(value) else value for name, value in vars(self).items()}
+        return fields | {"vision": None if self.vision is None else self.vision.to_arrays()}
 
     @classmethod
     def from_arrays(cls, fields: dict[str, Any]) -> Microbatch:
@@ -74,13 +79,21 @@ class Microbatch:
         values: dict[str, Any] = {
             name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in fields.items()
         }
-        return cls(**values)
+        vision = fields["vision"]
+        return cls(**values | {"vision": None if vision is None else VisionInputs.from_arrays(vision)})
 
 
-def collate(samples: Sequence[Sample], *, pad_multiple: int, pad_token_id: int = PAD_TOKEN_ID) -> Microbatch:
+def collate(
+    samples: Sequence[Sample],
+    *,
+    pad_multiple: int,
+    pad_token_id: int = PAD_TOKEN_ID,
+    images: ImageProcessing | None = None,
+) -> Microbatch:
     """Concatenate samples, each padded at its end to a multiple of `pad_multiple`, into a whole microbatch.
 
-    Padding has the id `pad_token_id` and the label -100, and continues the positions of its sequence.
+    Padding has the id `pad_token_id` and the label -100, and continues the positions of its sequence. With `images`,
+    the processing of a multimodal model, it has `vision`, without pixels (``add_pixels``).
 
     Raises:
         ValueError: there is no sample, or one without tokens.
@@ -99,8 +112,9 @@ def collate(samples: Sequence[Sample], *, pad_multiple: int, pad_token_id: int =
         padding_mask[start : start + length] = False
     from_dataset = np.repeat([sample.source != FROM_STUDENT for sample in samples], padded)
     position_ids = np.concatenate([np.arange(length, dtype=np.int64) for length in padded])
+    whole_ids = _row(input_ids)
     return Microbatch(
-        input_ids=_row(input_ids),
+        input_ids=whole_ids,
         labels=_row(labels),
         position_ids=_row(position_ids),
         padding_mask=_row(padding_mask),
@@ -109,7 +123,20 @@ def collate(samples: Sequence[Sample], *, pad_multiple: int, pad_token_id: int =
         max_seqlen=max(padded),
         num_rows=len(samples),
         samples=tuple(samples),
+        vision=None if images is None else VisionInputs.from_samples(samples, padded, whole_ids, images),
     )
+
+
+def add_pixels(microbatch: Microbatch, images: ImageProcessing) -> Microbatch:
+    """Decode the images of a microbatch that has `vision`, for the first pipeline stage of a multimodal model.
+
+    Raises:
+        UserError: an image cannot be read, or is not the one that was tokenized.
+    """
+    if microbatch.vision is None:
+        raise ValueError("the microbatch was collated for a text model")
+    pixels = images.pixels([image for sample in microbatch.samples for image in sample.images])
+    return replace(microbatch, vision=replace(microbatch.vision, pixels=pixels))
 
 
 def pad_to(microbatch: Microbatch, total_length: int, pad_token_id: int = PAD_TOKEN_ID) -> Microbatch:
@@ -131,6 +158,7 @@ def pad_to(microbatch: Microbatch, total_length: int, pad_token_id: int = PAD_TO
     return replace(
         microbatch,
         **columns,
+        vision=None if microbatch.vision is None else microbatch.vision.append_padding(padding["input_ids"]),
         cu_seqlens=torch.cat([microbatch.cu_seqlens, end]),
         max_seqlen=max(microbatch.max_seqlen, missing),
     )
@@ -139,14 +167,15 @@ def pad_to(microbatch: Microbatch, total_length: int, pad_token_id: int = PAD_TO
 def shard_context_parallel(microbatch: Microbatch, rank: int, size: int) -> Microbatch:
     """Return the part of a whole microbatch that a context-parallel rank holds; see `context_parallel_indices`.
 
-    `cu_seqlens`, `max_seqlen`, `num_rows` and `samples` stay those of the whole.
+    `cu_seqlens`, `max_seqlen`, `num_rows`, `samples` and the pixels stay those of the whole.
     """
     if size == 1:
         return microbatch
     indices = context_parallel_indices(microbatch.cu_seqlens, rank, size)
     by_token = ("input_ids", "labels", "position_ids", "padding_mask", "from_dataset")
     shards: dict[str, Any] = {name: getattr(microbatch, name)[:, indices] for name in by_token}
-    return replace(microbatch, **shards)
+    vision = None if microbatch.vision is None else microbatch.vision.select_positions(indices)
+    return replace(microbatch, **shards, vision=vision)
 
 
 def padded_length(length: int, pad_multiple: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from megatron_gkd.data.batch_config import BatchConfig
 from megatron_gkd.data.microbatch import padded_length
@@ -11,14 +12,15 @@ from megatron_gkd.data.microbatch import padded_length
 Bin = list[int]  # positions of rows that share a microbatch
 
 
-def plan_microbatches(lengths: Sequence[int], config: BatchConfig) -> list[list[Bin]]:
+def plan_microbatches(lengths: Sequence[int], config: BatchConfig, patches: Sequence[int] = ()) -> list[list[Bin]]:
     """Plan the microbatches of one step. Pure and deterministic: every rank computes the same plan.
 
-    Packed microbatches are filled by first-fit decreasing.
+    Packed microbatches are filled by first-fit decreasing, up to `max_length` tokens and `max_patches` patches.
 
     Args:
         lengths: tokens of each row of the global batch, without padding.
         config: batch sizes, padding and number of data-parallel ranks.
+        patches: of the images of each row; empty where no row has any.
 
     Returns:
         `plan[dp_rank][microbatch]`, a list of positions in `lengths`. Every rank has the same number of microbatches,
@@ -34,7 +36,7 @@ def plan_microbatches(lengths: Sequence[int], config: BatchConfig) -> list[list[
         raise ValueError(f"{len(lengths)} rows cannot be divided: not a positive multiple of {divisor}")
     padded = [padded_length(length, config.pad_multiple) for length in lengths]
     if config.packing:
-        bins = _split(_first_fit_decreasing(padded, config.max_length), padded, rank_divisor)
+        bins = _split(_first_fit_decreasing(_Sizes.from_config(padded, patches, config)), padded, rank_divisor)
     else:
         size = config.micro_batch_size
         bins = [list(range(start, start + size)) for start in range(0, len(padded), size)]
@@ -49,18 +51,43 @@ def _longest_first(rows: Sequence[int], lengths: Sequence[int]) -> list[int]:
     return sorted(rows, key=lambda row: (-lengths[row], row))
 
 
-def _first_fit_decreasing(lengths: Sequence[int], max_length: int) -> list[Bin]:
+@dataclass(frozen=True)
+class _Sizes:
+    """What rows take of a microbatch: tokens and patches of images, and how many of each it has room for."""
+
+    tokens: Sequence[int]
+    patches: Sequence[int]
+    max_tokens: int
+    max_patches: int
+
+    @classmethod
+    def from_config(cls, tokens: Sequence[int], patches: Sequence[int], config: BatchConfig) -> _Sizes:
+        if config.max_patches is None or not patches:
+            return cls(tokens, [0] * len(tokens), config.max_length, 1)
+        return cls(tokens, patches, config.max_length, config.max_patches)
+
+    def largest_first(self) -> list[int]:
+        """Return the rows by the larger of their two shares of a microbatch."""
+
+        def share(row: int) -> int:  # of both limits multiplied, to compare whole numbers
+            return max(self.tokens[row] * self.max_patches, self.patches[row] * self.max_tokens)
+
+        return sorted(range(len(self.tokens)), key=lambda row: (-share(row), row))
+
+
+def _first_fit_decreasing(sizes: _Sizes) -> list[Bin]:
     bins: list[Bin] = []
-    space: list[int] = []
-    for row in _longest_first(range(len(lengths)), lengths):
-        for index, free in enumerate(space):
-            if lengths[row] <= free:
+    space: list[tuple[int, int]] = []  # tokens and patches
+    for row in sizes.largest_first():
+        tokens, patches = sizes.tokens[row], sizes.patches[row]
+        for index, (free_tokens, free_patches) in enumerate(space):
+            if tokens <= free_tokens and (patches <= free_patches or patches == 0):
                 bins[index].append(row)
-                space[index] -= lengths[row]
+                space[index] = (free_tokens - tokens, free_patches - patches)
                 break
         else:
             bins.append([row])
-            space.append(max_length - lengths[row])
+            space.append((sizes.max_tokens - tokens, sizes.max_patches - patches))
     return bins
 
 

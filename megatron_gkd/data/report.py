@@ -10,6 +10,7 @@ TOO_LONG = "longer than max_length"
 TOO_LONG_FOR_TEACHER = "longer than teacher_max_length with its teacher_prompt"
 NO_ROOM = "prompt without room for a completion"
 NO_ROOM_FOR_TEACHER = "teacher_prompt without room for a completion"
+IMAGE_CUT = "too long, and truncation would cut an image off"
 NOTHING_TO_LEARN = "no response token left"
 MASKED = "masked"
 PREPROCESSOR = "dropped by the preprocessor"
@@ -25,6 +26,7 @@ class DataReport:
         dropped: number of dropped rows by reason.
         shortened: number of used rows whose prompt lost its start, to leave room for a completion.
         first_bad_row: place and reason of the first bad row, if there is one.
+        images: number of images in used rows.
     """
 
     rows_read: int
@@ -32,6 +34,7 @@ class DataReport:
     dropped: dict[str, int] = field(default_factory=dict)
     shortened: int = 0
     first_bad_row: str | None = None
+    images: int = 0
 
     @staticmethod
     def merge(reports: Iterable[DataReport]) -> DataReport:
@@ -46,11 +49,14 @@ class DataReport:
             dropped=dict(dropped),
             shortened=sum(report.shortened for report in reports),
             first_bad_row=next((report.first_bad_row for report in reports if report.first_bad_row), None),
+            images=sum(report.images for report in reports),
         )
 
     def summary(self) -> str:
         """Return one line: `8 of 10 rows used; dropped: 2 not JSON (first bad row: a.jsonl, line 3: not JSON: ...)`."""
         line = f"{self.rows_used} of {self.rows_read} rows used"
+        if self.images:
+            line += f", with {self.images} images"
         if self.dropped:
             line += "; dropped: " + ", ".join(f"{count} {reason}" for reason, count in sorted(self.dropped.items()))
         if self.shortened:

@@ -1,143 +1,197 @@
-"""Check of a row as it was written, and its three forms: a conversation, a text and its continuation, token ids."""
+"""Check of a row as it was written."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
+from megatron_gkd.data.bad_row import BadRow, require
+from megatron_gkd.data.row_forms import Conversation, PlainText, Row, TokenIds, count_images
+from megatron_gkd.data.vision.parts import (
+    MISPLACED,
+    VIDEO,
+    Content,
+    Kind,
+    Media,
+    PlacedContent,
+    Reference,
+    kind_of,
+    place_images,
+    read_column,
+    refuse_others,
+    take_references,
+)
+
 _ONLY_ALONE = "only distill.lmbda = 1 takes prompts alone"
-
-
-class BadRow(Exception):
-    """A row that cannot be trained on.
-
-    Args:
-        reason: what such rows are counted by.
-        detail: what is wrong with this row.
-    """
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
-        self.detail = detail
+_TEXT_ALONE = "the row has images, and the student reads text alone"
 
 
 @dataclass(frozen=True)
-class Conversation:
-    """Messages for the chat template.
+class _Reader:
+    """The keys of a row, and how they are read: the arguments of `parse_row`."""
 
-    The last one is an assistant turn; later messages are removed. A prompt alone has no such turn.
-    """
+    row: dict[str, Any]
+    allows_prompts: bool
+    media: Media
 
-    messages: list[dict[str, Any]]
-    tools: list[dict[str, Any]] | None = None
-    template_kwargs: dict[str, Any] = field(default_factory=dict)
-    teacher_prompt: str | None = None
+    def read(self) -> Row:
+        """Return the row in one of its forms."""
+        row = self.row
+        refuse_others(row, self.media)
+        if not self.media.images and (row.get("images") or row.get("teacher_images")):
+            raise BadRow(MISPLACED, _TEXT_ALONE)
+        if "prompt_token_ids" in row:  # before the text that may stand beside them for people
+            return self._token_ids()
+        if "messages" in row:
+            return self._conversation(_messages(row["messages"], "messages"))
+        if "prompt" not in row:
+            keys = ", ".join(sorted(map(str, row))) or "nothing"
+            raise BadRow("no messages", f"a row needs `messages`, or `prompt` and `response`; this one has {keys}")
+        prompt = require(row["prompt"], (str, list), "prompt")
+        if "response" not in row:
+            if not self.allows_prompts:
+                raise BadRow("no assistant turn", f"the row has a prompt but no response; {_ONLY_ALONE}")
+            return self._plain_text(prompt, None) if isinstance(prompt, str) else self._prompt_alone(prompt)
+        response = require(row["response"], str, "response")
+        if not response.strip():
+            raise BadRow("empty response", "response is empty")
+        if isinstance(prompt, str):
+            return self._plain_text(prompt, response)
+        return self._conversation([*_messages(prompt, "prompt"), {"role": "assistant", "content": response}])
 
-    def for_teacher(self) -> Conversation:
-        """Return the row with `teacher_prompt` as the content of the last user message.
+    def _prompt_alone(self, messages: list[Any]) -> Conversation:
+        return self._build(_messages(messages, "prompt"), len(messages))
 
-        Raises:
-            BadRow: "no user message".
-        """
-        users = [index for index, message in enumerate(self.messages) if message["role"] == "user"]
-        if not users:
-            raise BadRow("no user message", "teacher_prompt replaces the last user message, and there is none")
-        messages = list(self.messages)
-        messages[users[-1]] = {**messages[users[-1]], "content": self.teacher_prompt}
-        return replace(self, messages=messages, teacher_prompt=None)
+    def _plain_text(self, prompt: str, response: str | None) -> PlainText:
+        teacher_prompt = self._teacher_prompt()
+        has_column = any(self.row.get(name) for name in ("images", "teacher_images", "videos"))
+        is_text = not self._place(prompt, "prompt").slots
+        if has_column or not is_text or not isinstance(teacher_prompt, str | None):
+            raise BadRow(MISPLACED, "plain text has no place for images; write the prompt as `messages`")
+        return PlainText(prompt, response, teacher_prompt)
+
+    def _conversation(self, messages: list[dict[str, Any]]) -> Conversation:
+        assistant_turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        if self.allows_prompts and messages and not assistant_turns:
+            return self._build(messages, len(messages))
+        if not assistant_turns:
+            roles = ", ".join(message["role"] for message in messages) or "no message at all"
+            raise BadRow("no assistant turn", f"the roles are: {roles}; {_ONLY_ALONE}")
+        row = self._build(messages, assistant_turns[-1] + 1)
+        last = row.messages[-1]
+        if not (last["content"].strip() or last.get("tool_calls")):
+            raise BadRow(
+                "empty response", f"messages[{assistant_turns[-1]}] (assistant) has neither content nor tool_calls"
+            )
+        return row
+
+    def _build(self, messages: list[dict[str, Any]], count: int) -> Conversation:
+        """Return the first `count` messages, with their images."""
+        row = self.row
+        placed = [
+            self._place(message["content"], f"messages[{index}].content", is_response=message["role"] == "assistant")
+            for index, message in enumerate(messages)
+        ]
+        slots = [slot for one in placed for slot in one.slots]
+        images = take_references(
+            slots, {"image": ("images", read_column(row, "images")), "video": ("videos", read_column(row, "videos"))}
+        )
+        kept = [message | {"content": one.content} for message, one in zip(messages, placed, strict=True)][:count]
+        number = sum(len(one.slots) for one in placed[:count])
+        return Conversation(
+            kept,
+            _tools(row.get("tools")),
+            _template_kwargs(row),
+            self._teacher_prompt(),
+            images[:number],
+            self._teacher_images(kept, images),
+        )
+
+    def _place(self, content: Any, name: str, *, is_response: bool = False) -> PlacedContent:
+        placed = place_images(content, name, self.media)
+        if placed.slots and not self.media.images:
+            raise BadRow(MISPLACED, _TEXT_ALONE)
+        if placed.slots and is_response:
+            raise BadRow(MISPLACED, f"{name} (assistant) has an image; the student responds with text alone")
+        return placed
+
+    def _teacher_prompt(self) -> Content | None:
+        if "teacher_prompt" not in self.row:
+            return None
+        content = self._place_teacher_prompt().content
+        if isinstance(content, str) and not content.strip():
+            reason = "teacher_prompt is empty; null, or no such key, if the teacher has none"
+            raise BadRow("empty teacher_prompt", reason)
+        return content
+
+    def _place_teacher_prompt(self) -> PlacedContent:
+        return self._place(self.row["teacher_prompt"], "teacher_prompt")
+
+    def _teacher_images(
+        self, messages: list[dict[str, Any]], images: tuple[Reference, ...]
+    ) -> tuple[Reference, ...] | None:
+        """Return the images of `teacher_prompt`; None where it has none of its own."""
+        column = read_column(self.row, "teacher_images")
+        if "teacher_prompt" not in self.row:
+            if column:
+                raise BadRow(MISPLACED, "teacher_images are those of teacher_prompt, and there is none")
+            return None
+        slots = self._place_teacher_prompt().slots
+        if not slots and not column:
+            return None
+        replaced = _images_of_last_user(messages, images)
+        columns: dict[Kind, tuple[str, list[Reference] | None]] = {"image": ("teacher_images", column)}
+        for kind in ("image", "video"):
+            if any(slot.kind == kind and slot.reference is None for slot in slots) and (
+                kind == "video" or column is None
+            ):
+                columns[kind] = (f"{kind}s", [reference for reference in replaced if kind_of(reference) == kind])
+        return take_references(slots, columns)
+
+    def _token_ids(self) -> TokenIds:
+        row = self.row
+        if row.get("videos"):
+            raise BadRow(VIDEO, "rows of token ids have no videos; write the prompt as `messages`")
+        prompt = _ids(row["prompt_token_ids"], "prompt_token_ids")
+        names = ("response_token_ids", "teacher_prompt_token_ids")
+        response, teacher_prompt = (_ids(row[name], name) if name in row else None for name in names)
+        if response is None and not self.allows_prompts:
+            raise BadRow("no assistant turn", f"the row has prompt_token_ids but no response_token_ids; {_ONLY_ALONE}")
+        masked = require(row.get("masked", False), bool, "masked")
+        images, teacher_images = (read_column(row, name) for name in ("images", "teacher_images"))
+        return TokenIds(
+            prompt,
+            response,
+            teacher_prompt,
+            masked,
+            tuple(images or ()),
+            None if teacher_images is None else tuple(teacher_images),
+        )
 
 
-@dataclass(frozen=True)
-class PlainText:
-    """Plain text and its continuation (None where a prompt alone is a row), without a chat template."""
-
-    prompt: str
-    response: str | None
-    teacher_prompt: str | None = None
-
-    def for_teacher(self) -> PlainText:
-        """Return the row with `teacher_prompt` as the prompt."""
-        return PlainText(self.prompt if self.teacher_prompt is None else self.teacher_prompt, self.response)
-
-
-@dataclass(frozen=True)
-class TokenIds:
-    """A prompt and its response as ids of the student's tokenizer.
-
-    Attributes:
-        prompt: ids of the prompt.
-        response: ids of the response; None where a prompt alone is a row.
-        teacher_prompt: ids that the teacher reads in place of the prompt.
-        masked: the row is not to be trained on.
-    """
-
-    prompt: list[int]
-    response: list[int] | None
-    teacher_prompt: list[int] | None = None
-    masked: bool = False
-
-    def for_teacher(self) -> TokenIds:
-        """Return the row with `teacher_prompt` as the prompt."""
-        return TokenIds(self.prompt if self.teacher_prompt is None else self.teacher_prompt, self.response)
-
-
-Row = Conversation | PlainText | TokenIds
-
-
-def parse_row(row: Any, *, allows_prompts: bool = False) -> Row:
+def parse_row(row: Any, *, allows_prompts: bool = False, reads_images: bool = False, reads_videos: bool = False) -> Row:
     """Check a row and return it in one of its forms. Keys whose value is null count as absent.
 
     Args:
         row: as it was written.
         allows_prompts: a row may be a prompt alone: messages without an assistant turn, or no response.
+        reads_images: the student reads images; then `<image>` in a message stands for one.
+        reads_videos: the student reads videos; then `<video>` stands for one.
 
     Raises:
-        BadRow: with reason "wrong type", "no messages", "no assistant turn", "empty response" or "empty
-            teacher_prompt".
+        BadRow: with reason "wrong type", "no messages", "no assistant turn", "empty response", "empty
+            teacher_prompt", "number of images", "misplaced image" or "video".
     """
-    _require(row, dict, "the row")
+    require(row, dict, "the row")
     row = {key: value for key, value in row.items() if value is not None}
-    if "prompt_token_ids" in row:  # before the text that may stand beside them for people
-        return _token_ids(row, allows_prompts)
-    if "messages" in row:
-        return _conversation(row, _messages(row["messages"], "messages"), allows_prompts)
-    if "prompt" not in row:
-        keys = ", ".join(sorted(map(str, row))) or "nothing"
-        raise BadRow("no messages", f"a row needs `messages`, or `prompt` and `response`; this one has {keys}")
-    prompt = _require(row["prompt"], (str, list), "prompt")
-    if "response" not in row:
-        if not allows_prompts:
-            raise BadRow("no assistant turn", f"the row has a prompt but no response; {_ONLY_ALONE}")
-        if isinstance(prompt, str):
-            return PlainText(prompt, None, _teacher_prompt(row))
-        return _build_conversation(row, _messages(prompt, "prompt"))
-    response = _require(row["response"], str, "response")
-    if not response.strip():
-        raise BadRow("empty response", "response is empty")
-    if isinstance(prompt, str):
-        return PlainText(prompt, response, _teacher_prompt(row))
-    return _conversation(
-        row, [*_messages(prompt, "prompt"), {"role": "assistant", "content": response}], allows_prompts
-    )
+    return _Reader(row, allows_prompts, Media(reads_images, reads_videos)).read()
 
 
-def _conversation(row: dict[str, Any], messages: list[dict[str, Any]], allows_prompts: bool) -> Conversation:
-    assistant_turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    if allows_prompts and messages and not assistant_turns:
-        return _build_conversation(row, messages)
-    if not assistant_turns:
-        roles = ", ".join(message["role"] for message in messages) or "no message at all"
-        raise BadRow("no assistant turn", f"the roles are: {roles}; {_ONLY_ALONE}")
-    last = assistant_turns[-1]
-    if not (messages[last]["content"].strip() or messages[last].get("tool_calls")):
-        raise BadRow("empty response", f"messages[{last}] (assistant) has neither content nor tool_calls")
-    return _build_conversation(row, messages[: last + 1])
-
-
-def _build_conversation(row: dict[str, Any], messages: list[dict[str, Any]]) -> Conversation:
-    return Conversation(messages, _tools(row.get("tools")), _template_kwargs(row), _teacher_prompt(row))
+def _images_of_last_user(messages: list[dict[str, Any]], images: tuple[Reference, ...]) -> tuple[Reference, ...]:
+    counts = [count_images(message["content"]) for message in messages]
+    users = [index for index, message in enumerate(messages) if message["role"] == "user"]
+    return images[sum(counts[: users[-1]]) : sum(counts[: users[-1] + 1])] if users else ()
 
 
 def read_tag(row: Any, key: str) -> str:
@@ -148,29 +202,11 @@ def read_tag(row: Any, key: str) -> str:
     """
     if row.get(key) in (None, ""):
         raise BadRow("no tag", f"a row needs {key}, which selects its teacher")
-    return _require(row[key], str, key)
-
-
-def _teacher_prompt(row: dict[str, Any]) -> str | None:
-    if "teacher_prompt" not in row:
-        return None
-    text = _require(row["teacher_prompt"], str, "teacher_prompt")
-    if not text.strip():
-        raise BadRow("empty teacher_prompt", "teacher_prompt is empty; null, or no such key, if the teacher has none")
-    return text
-
-
-def _token_ids(row: dict[str, Any], allows_prompts: bool) -> TokenIds:
-    prompt = _ids(row["prompt_token_ids"], "prompt_token_ids")
-    names = ("response_token_ids", "teacher_prompt_token_ids")
-    response, teacher_prompt = (_ids(row[name], name) if name in row else None for name in names)
-    if response is None and not allows_prompts:
-        raise BadRow("no assistant turn", f"the row has prompt_token_ids but no response_token_ids; {_ONLY_ALONE}")
-    return TokenIds(prompt, response, teacher_prompt, _require(row.get("masked", False), bool, "masked"))
+    return require(row[key], str, key)
 
 
 def _ids(ids: Any, name: str) -> list[int]:
-    for index, token in enumerate(_require(ids, list, name)):
+    for index, token in enumerate(require(ids, list, name)):
         if isinstance(token, bool) or not isinstance(token, int):
             raise BadRow("wrong type", f"{name}[{index}] must be a token id, but is {token!r}")
     if not ids:
@@ -179,21 +215,21 @@ def _ids(ids: Any, name: str) -> list[int]:
 
 
 def _template_kwargs(row: dict[str, Any]) -> dict[str, Any]:
-    return _require(row.get("chat_template_kwargs", {}), dict, "chat_template_kwargs")
+    return require(row.get("chat_template_kwargs", {}), dict, "chat_template_kwargs")
 
 
 def _messages(messages: Any, name: str) -> list[dict[str, Any]]:
-    return [_message(message, f"{name}[{index}]") for index, message in enumerate(_require(messages, list, name))]
+    return [_message(message, f"{name}[{index}]") for index, message in enumerate(require(messages, list, name))]
 
 
 def _message(message: Any, name: str) -> dict[str, Any]:
-    _require(message, dict, name)
+    require(message, dict, name)
     message = {key: value for key, value in message.items() if value is not None}
-    _require(message.get("role"), str, f"{name}.role")
+    require(message.get("role"), str, f"{name}.role")
     if "tool_calls" in message:
-        _require(message["tool_calls"], list, f"{name}.tool_calls")
+        require(message["tool_calls"], list, f"{name}.tool_calls")
         message.setdefault("content", "")
-    _require(message.get("content"), str, f"{name}.content")
+    require(message.get("content"), (str, list), f"{name}.content")
     return message
 
 
@@ -206,17 +242,4 @@ def _tools(tools: Any) -> list[dict[str, Any]] | None:
             raise BadRow("wrong type", f"tools is text but not JSON: {error}") from error
     if not tools:
         return None
-    return [_require(tool, dict, f"tools[{index}]") for index, tool in enumerate(_require(tools, list, "tools"))]
-
-
-_NAMES = {dict: "an object", list: "a list", str: "a string", int: "a number", float: "a number", bool: "true or false"}
-
-
-def _require(value: Any, kind: type | tuple[type, ...], name: str) -> Any:
-    """Return `value`; raise BadRow where it is not of type `kind`."""
-    if isinstance(value, kind):
-        return value
-    kinds = kind if isinstance(kind, tuple) else (kind,)
-    expected = " or ".join(_NAMES[kind] for kind in kinds)
-    actual = "missing" if value is None else _NAMES.get(type(value), type(value).__name__)
-    raise BadRow("wrong type", f"{name} must be {expected}, but is {actual}")
+    return [require(tool, dict, f"tools[{index}]") for index, tool in enumerate(require(tools, list, "tools"))]

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_gkd.data.vision.image import Image
+
 IGNORED_LABEL = -100  # the label of a position that is not trained on
 PAD_TOKEN_ID = 0  # the id of padding where the tokenizer has none; what padding holds has no effect on any result
 FROM_DATASET = "dataset"
@@ -25,6 +27,8 @@ class Sample:
         teacher_prompt: int64 [P], what the teacher reads in place of the prompt (all before the last response); None
             where it reads the same.
         tag: which teacher scores the row, where there are several.
+        images: the images whose tokens are in `input_ids`, in order.
+        teacher_images: those whose tokens are in `teacher_prompt`; None where the teacher reads the same.
     """
 
     input_ids: np.ndarray
@@ -33,6 +37,8 @@ class Sample:
     row_id: int
     teacher_prompt: np.ndarray | None = None
     tag: str | None = None
+    images: tuple[Image, ...] = ()
+    teacher_images: tuple[Image, ...] | None = None
 
     @property
     def label_positions(self) -> np.ndarray:

@@ -22,7 +22,8 @@ import datasets
 import numpy as np
 from datasets.arrow_writer import ArrowWriter
 
-from megatron_gkd.data.tokenizing import BLANK, FEATURES, STATUS, RowTokenizer
+from megatron_gkd.data.columns import IMAGES, STATUS
+from megatron_gkd.data.tokenizing import BLANK, RowTokenizer
 from megatron_gkd.errors import UserError
 from megatron_gkd.runtime.disk import publish
 
@@ -30,7 +31,6 @@ SHARD_ROWS = 2048  # of a shard; more where the source would have more than MAX_
 MAX_SHARDS = 256  # all of them are open together at the end of a build
 MAX_WORKERS = 16  # where the recipe does not set their number
 _BATCH_ROWS = 256
-_SAMPLE = [name for name in FEATURES if name not in STATUS]
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class ShardSummary:
         bad: rows that are wrong in themselves.
         first_bad: number in the source and error of the first of these.
         digest: hash of the used rows.
+        images: number of images in the used rows.
     """
 
     used: int
@@ -52,6 +53,7 @@ class ShardSummary:
     bad: int
     first_bad: tuple[int, str] | None
     digest: str
+    images: int = 0
 
 
 @dataclass(frozen=True)
@@ -91,14 +93,13 @@ class ShardWriter:
         rows = self.rows_of(shard)
         unfinished = self.path(shard).with_suffix(f".{os.getpid()}")
         tally = _Tally()
-        with ArrowWriter(
-            features=datasets.Features({name: FEATURES[name] for name in _SAMPLE}), path=str(unfinished)
-        ) as file:
+        features = {name: value for name, value in self.tokenize.features.items() if name not in STATUS}
+        with ArrowWriter(features=datasets.Features(features), path=str(unfinished)) as file:
             for first in range(rows.start, rows.stop, _BATCH_ROWS):
                 columns = self.tokenize(self.table[first : min(first + _BATCH_ROWS, rows.stop)])
                 used = tally.add(first, columns)
                 if used:
-                    file.write_batch({name: [columns[name][row] for row in used] for name in _SAMPLE})
+                    file.write_batch({name: [columns[name][row] for row in used] for name in features})
             file.finalize()
         publish(unfinished, self.path(shard))
         unfinished.write_text(json.dumps(asdict(tally.summary())), encoding="utf-8")
@@ -183,7 +184,7 @@ class _Tally:
     """Counts the rows of a shard, batch after batch."""
 
     def __init__(self) -> None:
-        self._used, self._shortened = 0, 0
+        self._used, self._shortened, self._images = 0, 0, 0
         self._dropped: Counter[str] = Counter()
         self._bad = 0
         self._first_bad: tuple[int, str] | None = None
@@ -203,6 +204,10 @@ class _Tally:
             for name in ("input_ids", "labels", "teacher_prompt"):
                 self._add_to_digest(np.asarray(columns[name][row], dtype="<i4").tobytes())
             self._add_to_digest(columns["tag"][row].encode())
+            for name in IMAGES:
+                for image in columns[name][row] if name in columns else ():  # absent where the student reads text alone
+                    self._add_to_digest(f"{name} {image['digest']}".encode())
+        self._images += sum(len(columns["images"][row]) for row in used) if "images" in columns else 0
         return used
 
     def _add_to_digest(self, content: bytes) -> None:
@@ -210,5 +215,11 @@ class _Tally:
 
     def summary(self) -> ShardSummary:
         return ShardSummary(
-            self._used, dict(self._dropped), self._shortened, self._bad, self._first_bad, self._digest.hexdigest()
+            self._used,
+            dict(self._dropped),
+            self._shortened,
+            self._bad,
+            self._first_bad,
+            self._digest.hexdigest(),
+            self._images,
         )

@@ -14,7 +14,7 @@ from typing import Any
 
 import datasets
 
-from megatron_gkd.data.rows import BadRow
+from megatron_gkd.data.bad_row import BadRow
 from megatron_gkd.errors import UserError
 
 TEXT = "text"  # the column that holds a JSON row
@@ -66,9 +66,11 @@ def open_source(path: str, scratch: str) -> Source:
     kind = _kind(path)
     try:
         if kind == "folder":
-            return Source(path, datasets.load_from_disk(path).with_format(None), "row", is_json=False)
+            return Source(
+                path, _without_decoding(datasets.load_from_disk(path).with_format(None)), "row", is_json=False
+            )
         if kind == "parquet":
-            return Source(path, _load("parquet", path, scratch), "row", is_json=False)
+            return Source(path, _without_decoding(_load("parquet", path, scratch)), "row", is_json=False)
         if Path(path).stat().st_size == 0:
             return Source(path, datasets.Dataset.from_dict({TEXT: []}), "line", is_json=True)
         if kind == "json" and _starts_with_bracket(path):
@@ -122,6 +124,17 @@ def _kind(path: str) -> str:
 
 def _load(builder: str, path: str, scratch: str, **kwargs: Any) -> datasets.Dataset:
     return datasets.load_dataset(builder, data_files=[glob.escape(path)], split="train", cache_dir=scratch, **kwargs)
+
+
+def _without_decoding(table: datasets.Dataset) -> datasets.Dataset:
+    """Return a table whose columns of images, alone or in lists, hold encoded images rather than pixels."""
+    encoded = datasets.Image(decode=False)
+    for name, feature in table.features.items():
+        if isinstance(feature, datasets.Image):
+            table = table.cast_column(name, encoded)
+        elif isinstance(getattr(feature, "feature", None), datasets.Image):
+            table = table.cast_column(name, type(feature)(encoded))
+    return table
 
 
 def _starts_with_bracket(path: str) -> bool:

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 
+from megatron_gkd.data.bad_row import BadRow
 from megatron_gkd.data.prompt import prompt_length
-from megatron_gkd.data.rows import BadRow
 from megatron_gkd.data.sample import IGNORED_LABEL, Sample
 
 TokensAndLabels = tuple[np.ndarray, np.ndarray]  # ids and shifted labels, both int64 [L]
@@ -16,8 +16,8 @@ TokensAndLabels = tuple[np.ndarray, np.ndarray]  # ids and shifted labels, both 
 def teacher_view(sample: Sample) -> Sample:
     """Return the teacher's sequence with the same labels in the same order; `sample` itself where it reads the same.
 
-    The response follows `teacher_prompt`. Labels of earlier turns keep their positions: both prompts begin with those
-    turns (``extract_teacher_prompt``).
+    The response follows `teacher_prompt`, whose images are `teacher_images`, or the row's where that is None. Labels
+    of earlier turns keep their positions: both prompts begin with those turns (``extract_teacher_prompt``).
     """
     if sample.teacher_prompt is None or not sample.num_labels:
         return sample
@@ -30,6 +30,8 @@ def teacher_view(sample: Sample) -> Sample:
         input_ids=np.concatenate([sample.teacher_prompt, sample.input_ids[start:]]),
         labels=np.concatenate([before, sample.labels[start - 1 :]]),
         teacher_prompt=None,
+        images=sample.images if sample.teacher_images is None else sample.teacher_images,
+        teacher_images=None,
     )
 
 

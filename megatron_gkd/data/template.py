@@ -11,6 +11,7 @@ so a conversation is rendered once, whole, and the assistant turns are searched 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -18,8 +19,12 @@ from typing import Any, Literal
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from megatron_gkd.data.rows import BadRow, Conversation, PlainText, Row, TokenIds
+from megatron_gkd.data.bad_row import BadRow
+from megatron_gkd.data.row_forms import Conversation, PlainText, Row, TokenIds
 from megatron_gkd.data.sample import shift_labels
+from megatron_gkd.data.vision.image import Image
+from megatron_gkd.data.vision.placeholders import expand_placeholders, refuse_literals, require_tokens
+from megatron_gkd.data.vision.processing import ImageProcessing
 
 Span = tuple[int, int]  # start and end in characters
 
@@ -44,21 +49,29 @@ class RowRenderer:
         loss_on: "last": only the last assistant turn is trained on; "all": every one.
         template_kwargs: arguments of the chat template; those of a row win over them.
         vocab_size: number of ids that every model of the run can read; None: of the tokenizer's tokens.
+        processing: what the student's processor makes of images; None where it reads text alone.
     """
 
     tokenizer: PreTrainedTokenizerBase
     loss_on: Literal["last", "all"] = "last"
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     vocab_size: int | None = None
+    processing: ImageProcessing | None = None
 
-    def __call__(self, row: Row) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, row: Row, images: Sequence[Image] = ()) -> tuple[np.ndarray, np.ndarray]:
         """Return the row's token ids and shifted labels.
 
+        Args:
+            row: what is rendered.
+            images: those that the row refers to, in order.
+
         Raises:
-            BadRow: "chat template", "not Unicode" or "foreign token id": the row cannot be rendered, its turns cannot
-                be found, or its ids are of another vocabulary.
+            BadRow: "chat template", "not Unicode", "foreign token id", "number of images" or "placeholder in a text":
+                the row cannot be rendered, its turns or images cannot be found, or its ids are of another vocabulary.
         """
         input_ids, labels = self._tokenize(row)
+        if self.processing is not None:
+            input_ids, labels = self._put_images(row, images, input_ids, labels)
         most = (len(self.tokenizer) if self.vocab_size is None else self.vocab_size) - 1
         foreign = input_ids[(input_ids < 0) | (input_ids > most)]
         if len(foreign):
@@ -67,6 +80,19 @@ class RowRenderer:
             reason = f"{foreign[0]}{named} is none of the ids that all models of the run have, which are 0 to {most}"
             raise BadRow("foreign token id", reason)
         return input_ids, labels
+
+    def _put_images(
+        self, row: Row, images: Sequence[Image], input_ids: np.ndarray, labels: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ids and labels with the tokens of `images`, which token ids have already."""
+        assert self.processing is not None
+        if isinstance(row, TokenIds):
+            require_tokens(row.prompt, images, self.processing)
+            require_tokens(row.response or [], (), self.processing)
+            return input_ids, labels
+        texts = [value for name, value in vars(row).items() if name not in ("images", "teacher_images")]
+        refuse_literals(texts, self.processing, self.tokenizer)
+        return expand_placeholders(input_ids, labels, images, self.processing)
 
     def _tokenize(self, row: Row) -> tuple[np.ndarray, np.ndarray]:
         if isinstance(row, TokenIds):

@@ -50,10 +50,13 @@ def test_a_turn_of_tool_calls_needs_no_content():
         ({"messages": [{"content": "hi"}]}, "wrong type: messages[0].role must be a string, but is missing"),
         (
             {"messages": [USER, {"role": "assistant"}]},
-            "wrong type: messages[1].content must be a string",
+            "wrong type: messages[1].content must be a string or a list, but is missing",
         ),
-        ({"messages": [{**USER, "content": []}]}, "wrong type: messages[0].content must be a string, but is a list"),
-        ({"messages": [{**USER, "content": 3}]}, "wrong type: messages[0].content must be a string, but is a number"),
+        ({"messages": [{**USER, "content": 3}]}, "wrong type: messages[0].content must be a string or a list, but is"),
+        (
+            {"messages": [{**USER, "content": [3]}, ASSISTANT]},
+            "wrong type: messages[0].content[0] must be an object, but is a number",
+        ),
         (
             {"messages": [{**CALL, "tool_calls": {}}]},
             "wrong type: messages[0].tool_calls must be a list",
