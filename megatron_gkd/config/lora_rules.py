@@ -1,7 +1,8 @@
 """The layers with adapters, from the keys of the section `lora`."""
 
 from megatron_gkd.checkpoint_format.lora_layers import LayerRules
-from megatron_gkd.config.schema import LoraSection
+from megatron_gkd.config.schema import LoraSection, TrainSection
+from megatron_gkd.config.vision_rules import PARTS, frozen_parts
 
 RULES = (
     "lora_rank",
@@ -11,12 +12,15 @@ RULES = (
     "use_rslora",
     "rank_pattern",
     "alpha_pattern",
+    "freeze_vit",
+    "freeze_aligner",
+    "freeze_llm",
 )
 """The keys that `layer_rules` reads."""
 
 
-def layer_rules(section: LoraSection) -> LayerRules:
-    """Return the section's choice of layers, ranks and scales."""
+def layer_rules(section: LoraSection, train: TrainSection) -> LayerRules:
+    """Return the choice of layers, ranks and scales; `all-linear` leaves out the frozen parts of a multimodal model."""
     return LayerRules(
         rank=section.lora_rank,
         alpha=section.lora_alpha,
@@ -25,4 +29,5 @@ def layer_rules(section: LoraSection) -> LayerRules:
         use_rslora=section.use_rslora,
         rank_pattern=section.rank_pattern,
         alpha_pattern=section.alpha_pattern,
+        parts=frozenset(PARTS) - frozen_parts(train),
     )

@@ -44,7 +44,7 @@ def export_adapters(model: MegatronModel, directory: str | Path) -> Path:
         publish(unfinished, directory, remove=shutil.rmtree)
 
     run_on_main(prepare, os_error=f"{directory}: can't be written to")
-    with model.exporting() as bridge, hidden_stderr():
+    with model.exporting_adapters() as bridge, hidden_stderr():
         bridge.save_weights(model.chunks, str(unfinished), peft_format=True)
     run_on_main(finish, os_error=f"{directory}: can't be written to")
     return directory

@@ -18,9 +18,18 @@ from megatron_gkd.runtime.agreement import run_on_main
 from megatron_gkd.runtime.disk import publish
 from megatron_gkd.runtime.quiet import hidden_stderr
 
+PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)
+"""The files of a multimodal model's processor beside those of its tokenizer."""
+
 
 def export_checkpoint(model: MegatronModel, directory: str | Path) -> Path:
-    """Write weights, config, generation config and tokenizer of `model` into `directory`. All ranks must call it.
+    """Write weights, config, generation config, tokenizer and processor of `model`. All ranks must call it.
 
     Adapters are merged into their layers. The checkpoint is written beside `directory`, which it replaces when all of
     it is there, so that an interrupted run leaves no incomplete one.
@@ -67,7 +76,9 @@ def try_companions(checkpoint: Checkpoint, dtype: torch.dtype, folder: Path) -> 
 
 
 def write_companions(checkpoint: Checkpoint, dtype: torch.dtype, directory: Path) -> None:
-    """Write config, generation config and tokenizer of `checkpoint`, for weights of `dtype`, into `directory`.
+    """Write config, generation config, tokenizer and processor of `checkpoint`, for weights of `dtype`.
+
+    The processor's files are copied as they are: image processors may need libraries that are not installed.
 
     Raises:
         UserError: transformers refuses to write one of them. (A folder that can't be written to is an OSError.)
@@ -75,8 +86,14 @@ def write_companions(checkpoint: Checkpoint, dtype: torch.dtype, directory: Path
 
     def write_config() -> None:
         config = checkpoint.config.__class__.from_pretrained(checkpoint.path)
-        config.dtype = dtype
+        for part in (config, *(getattr(config, name) for name in config.sub_configs if hasattr(config, name))):
+            part.dtype = dtype
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config  # the weights were dequantized when they were read
         config.save_pretrained(directory)
+        if hasattr(config, "auto_map"):  # which names classes in these files
+            for file in checkpoint.path.glob("*.py"):
+                shutil.copyfile(file, directory / file.name)
 
     def write_generation_config() -> None:
         own = checkpoint.path / GENERATION_CONFIG_NAME
@@ -88,6 +105,14 @@ def write_companions(checkpoint: Checkpoint, dtype: torch.dtype, directory: Path
     _attempt(write_config, f"{checkpoint.path}/config.json")
     _attempt(write_generation_config, f"{checkpoint.path}/{GENERATION_CONFIG_NAME}")
     write_tokenizer(checkpoint, directory)
+    if checkpoint.has_images:
+        _copy_processor(checkpoint.path, directory)
+
+
+def _copy_processor(folder: Path, directory: Path) -> None:
+    for name in PROCESSOR_FILES:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, directory / name)
 
 
 def write_tokenizer(checkpoint: Checkpoint, directory: Path) -> None:

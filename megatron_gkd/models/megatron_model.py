@@ -8,27 +8,38 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from megatron_gkd.data.microbatch import Microbatch
+from megatron_gkd.models.build_options import BuildOptions, build_config
 from megatron_gkd.models.checkpoint import Checkpoint
+from megatron_gkd.models.family_settings import require_family_supports
 from megatron_gkd.models.lora.factors import lora_modules
 from megatron_gkd.models.lora.injection import Adapters, inject_adapters
 from megatron_gkd.models.lora.merged import MergingExport
-from megatron_gkd.models.lora.options import LoraOptions
 from megatron_gkd.models.lora.reading import read_adapters
 from megatron_gkd.models.moe import prepare_experts
+from megatron_gkd.models.repairs import repair
+from megatron_gkd.models.vision.forward import (
+    PADDING_MASK,
+    prepare_forward,
+    recompute_tower,
+    require_layers_of_features,
+    vision_forward,
+)
+from megatron_gkd.models.vision.parts import freeze, language_model
 from megatron_gkd.models.weight_loading import read_weights
+from megatron_gkd.ops.output_head import OutputHead
 from megatron_gkd.runtime import portability
 from megatron_gkd.runtime.mesh import Mesh
-from megatron_gkd.runtime.transformer_engine import choose_attention, torch_attention
+from megatron_gkd.runtime.transformer_engine import choose_attention, needs_torch_attention, torch_attention
 from megatron_gkd.runtime.transformer_engine.attention import TEDotProductAttention
 
-from mcore_bridge import ModelConfig, get_mcore_model, hf_to_mcore_config
+from mcore_bridge import ModelConfig, get_mcore_model
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -38,32 +49,6 @@ from megatron.core.tensor_parallel.layers import (
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
 )
-from megatron.core.transformer.enums import AttnBackend
-
-
-@dataclass(frozen=True)
-class BuildOptions:
-    """Options of a model beside its checkpoint and its mesh; None for the default of Megatron or of the checkpoint.
-
-    Attributes:
-        dtype: dtype of the parameters and the computation.
-        attn: "auto", "flash", "fused" or "sdpa".
-        virtual_pipeline: number of chunks on each rank of the pipeline; None for one.
-        recompute_granularity: Megatron's option of this name, as are the next two.
-        recompute_method: "uniform" or "block".
-        recompute_num_layers: number of layers that are recomputed together.
-        moe_aux_loss_coeff: coefficient of the experts' load-balancing loss; None for the checkpoint's.
-        lora: options of the adapters; None to train all parameters.
-    """
-
-    dtype: torch.dtype = torch.float32
-    attn: str = "auto"
-    virtual_pipeline: int | None = None
-    recompute_granularity: str | None = None
-    recompute_method: str | None = None
-    recompute_num_layers: int | None = None
-    moe_aux_loss_coeff: float | None = None
-    lora: LoraOptions | None = None
 
 
 class MegatronModel:
@@ -93,7 +78,7 @@ class MegatronModel:
         for chunk in chunks:
             if chunk.post_process:
                 # The module is still called: its hooks wait for its parameters.
-                chunk.output_layer.forward = _pass_hidden_states
+                language_model(chunk).output_layer.forward = _pass_hidden_states
 
     @classmethod
     def load(
@@ -115,24 +100,36 @@ class MegatronModel:
             needs_weights: whether to read the weights; false if all parameters are set afterwards.
 
         Raises:
-            UserError: in all ranks; the checkpoint's tensors and the model's parameters do not match, or the options of
-                LoRA do not suit the model.
+            UserError: in all ranks; the checkpoint's tensors and the model's parameters do not match, or the layout or
+                the options of LoRA do not suit the model.
         """
+        require_family_supports(checkpoint, mesh.layout, has_lora=options.lora is not None)
+        require_layers_of_features(checkpoint, mesh.layout.pipeline * (options.virtual_pipeline or 1))
         options = replace(options, attn=choose_attention(options.attn, options.dtype))
-        config = _model_config(checkpoint, mesh, options)
+        config = build_config(checkpoint, mesh.layout, options)
+        uses_torch = needs_torch_attention(options.attn, config)
         with mesh.virtual_stages(options.virtual_pipeline):
-            with torch_attention() if options.attn == "sdpa" else contextlib.nullcontext():
+            with torch_attention() if uses_torch else contextlib.nullcontext():
                 chunks = [chunk.to(portability.device()) for chunk in get_mcore_model(config)]
+            for chunk in chunks:
+                repair(chunk, config)
             if needs_weights:
                 read_weights(config.bridge, chunks, checkpoint, report)
             adapters = None
             if options.lora is not None:
-                adapters = inject_adapters(chunks, mesh, options.lora, config.num_moe_experts or 0)
+                adapters = inject_adapters(
+                    chunks, mesh, options.lora, config.num_moe_experts or 0, checkpoint.family.decoder
+                )
                 if options.lora.adapters is not None:
                     read_adapters(chunks, config, adapters, checkpoint, options.lora.adapters)
         for chunk in chunks:
             _mark_shards(chunk)
             prepare_experts(chunk)
+            prepare_forward(chunk)
+            if options.lora is None:  # otherwise all but the adapters is frozen
+                freeze(chunk, options.frozen)
+            if options.recomputes_tower:
+                recompute_tower(chunk)
         return cls(checkpoint, chunks, config, mesh, adapters)
 
     @property
@@ -148,7 +145,16 @@ class MegatronModel:
             return None
         if chunk.share_embeddings_and_output_weights:
             return chunk.shared_embedding_or_output_weight()
-        return chunk.output_layer.weight
+        return language_model(chunk).output_layer.weight
+
+    @property
+    def head(self) -> OutputHead | None:
+        """This rank's rows of the LM head with what else makes its logits; None before the last pipeline stage."""
+        weight = self.head_weight
+        if weight is None:
+            return None
+        scaling = self.checkpoint.head_scaling
+        return OutputHead(weight, language_model(self.chunks[-1]).output_layer.bias, scaling.scale, scaling.softcap)
 
     def named_tensors(self, merged_dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield every whole parameter with its Hugging Face name. All ranks must iterate together.
@@ -173,7 +179,7 @@ class MegatronModel:
 
         Modules that share a factor A yield it once each.
         """
-        with self.exporting() as bridge:
+        with self.exporting_adapters() as bridge:
             yield from bridge.export_weights(self.chunks, peft_format=True)
 
     @contextlib.contextmanager
@@ -198,6 +204,16 @@ class MegatronModel:
         with self.mesh.virtual_stages(self.config.virtual_pipeline_model_parallel_size):
             yield self.config.bridge
 
+    @contextlib.contextmanager
+    def exporting_adapters(self) -> Iterator[Any]:
+        """Yield the bridge, which names layers as transformers does, even where checkpoints have older names."""
+        with self.exporting() as bridge:
+            bridge.hf_state_dict_mapping = {}  # hides the class's own
+            try:
+                yield bridge
+            finally:
+                del bridge.hf_state_dict_mapping
+
 
 def hidden_states(chunk: GPTModel | DistributedDataParallel, microbatch: Microbatch) -> torch.Tensor:
     """Compute one chunk's output for this rank's tokens: [1, T, H], or [1, T/TP, H] under sequence parallelism."""
@@ -218,7 +234,9 @@ def hidden_states(chunk: GPTModel | DistributedDataParallel, microbatch: Microba
         padding = microbatch.padding_mask
         if config.sequence_parallel:
             padding = padding.chunk(config.tensor_model_parallel_size, dim=1)[_tensor_parallel_rank(chunk)]
-        extra["padding_mask"] = padding.contiguous()
+        extra[PADDING_MASK] = padding.contiguous()
+    if language_model(chunk) is not getattr(chunk, "module", chunk):
+        return vision_forward(chunk, microbatch, packed_seq_params=packed, **extra)
     return chunk(
         microbatch.input_ids, microbatch.position_ids, None, packed_seq_params=packed, extra_block_kwargs=extra
     )
@@ -255,42 +273,8 @@ def _mark_shards(chunk: nn.Module) -> None:
 
 
 def _tensor_parallel_rank(chunk: GPTModel | DistributedDataParallel) -> int:
-    return getattr(chunk, "module", chunk).pg_collection.tp.rank()
+    return language_model(chunk).pg_collection.tp.rank()
 
 
 def _pass_hidden_states(hidden: torch.Tensor, *args: Any, **options: Any) -> tuple[torch.Tensor, None]:
     return hidden, None
-
-
-def _model_config(checkpoint: Checkpoint, mesh: Mesh, options: BuildOptions) -> ModelConfig:
-    layout = mesh.layout
-    family = hf_to_mcore_config(checkpoint.config)
-    if checkpoint.is_moe:
-        coefficient = options.moe_aux_loss_coeff
-        family["moe_aux_loss_coeff"] = checkpoint.config.router_aux_loss_coef if coefficient is None else coefficient
-    return ModelConfig(
-        params_dtype=options.dtype,
-        bf16=options.dtype == torch.bfloat16,
-        tensor_model_parallel_size=layout.tensor,
-        pipeline_model_parallel_size=layout.pipeline,
-        virtual_pipeline_model_parallel_size=options.virtual_pipeline,
-        context_parallel_size=layout.context,
-        expert_model_parallel_size=layout.expert if checkpoint.is_moe else 1,
-        expert_tensor_parallel_size=layout.expert_tensor if checkpoint.is_moe else None,
-        sequence_parallel=layout.sequence_parallel,
-        attention_backend=AttnBackend[options.attn] if options.attn != "sdpa" else AttnBackend.auto,
-        recompute_granularity=options.recompute_granularity,
-        recompute_method=options.recompute_method,
-        recompute_num_layers=options.recompute_num_layers,
-        calculate_per_token_loss=True,
-        use_cpu_initialization=portability.builds_on_host(),
-        # Kernels of Apex and Transformer Engine, which may be absent.
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False,
-        # The plain schedule sends the shapes with the tensors. The interleaved one can't: between two stages the
-        # messages of both directions would be mixed up; its microbatches have one length (`StepLoader`).
-        variable_seq_lengths=options.virtual_pipeline is None,
-        overlap_p2p_comm=options.virtual_pipeline is not None and portability.sends_are_stream_ordered(),
-        batch_p2p_comm=False,
-        **family,
-    )

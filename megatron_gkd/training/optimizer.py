@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 
 import megatron_gkd.runtime.preload  # noqa: F401  (before any import of Megatron-Core)
 from megatron_gkd.config.schema import TrainSection
+from megatron_gkd.models.vision.parts import Part, named_parts
 from megatron_gkd.runtime.agreement import holds_everywhere
 
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    ParamKey,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.optimizer_config import ParamPredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 
@@ -40,7 +49,32 @@ def build_optimizer(
         params_dtype=dtype,
         use_distributed_optimizer=distributed,
     )
-    return get_megatron_optimizer(config, chunks, use_gloo_process_groups=False)
+    overrides = get_standard_config_overrides(config)
+    rates: dict[Part, float | None] = {"vit": train.vit_lr, "aligner": train.aligner_lr}
+    for part, rate in rates.items():
+        if rate is not None and rate != train.lr:
+            overrides |= _group_with_rate(chunks, part, rate, train)
+    return get_megatron_optimizer(config, chunks, config_overrides=overrides, use_gloo_process_groups=False)
+
+
+def base_learning_rate(optimizer: MegatronOptimizer) -> float:
+    """Return the learning rate of the next update, if possible of parameters without a rate of their own."""
+    groups = optimizer.param_groups
+    return max(group["lr"] for group in [one for one in groups if one["default_config"]] or groups)
+
+
+def _group_with_rate(
+    chunks: Iterable[nn.Module], part: Part, rate: float, train: TrainSection
+) -> dict[ParamKey, dict[str, float]]:
+    """Return Megatron's override that gives a part of the model its own learning rate, on the schedule of `train.lr`.
+
+    A loaded checkpoint's groups are recognized by `lr_mult` among others, and not by the rates (Megatron-Core 0.16.1
+    and 0.19.2, `param_group_identifier_keys`): without it the part's group would get the rates of another.
+    """
+    members = {id(parameter) for chunk in chunks for own, parameter in named_parts(chunk) if own == part}
+    ratio = rate / train.lr
+    predicate = ParamPredicate(name=part, fn=lambda parameter: id(parameter) in members)
+    return {ParamKey(predicate=predicate): {"max_lr": rate, "min_lr": train.min_lr * ratio, "lr_mult": ratio}}
 
 
 def step_if_finite(optimizer: MegatronOptimizer) -> float:

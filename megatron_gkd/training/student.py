@@ -12,7 +12,7 @@ from megatron_gkd.models.megatron_model import MegatronModel, hidden_states
 from megatron_gkd.models.pipeline import Pipeline
 from megatron_gkd.teachers.base import TeacherSignal
 from megatron_gkd.training.loss import SUMS, MicrobatchMetrics, Objective
-from megatron_gkd.training.optimizer import build_optimizer, build_scheduler, step_if_finite
+from megatron_gkd.training.optimizer import base_learning_rate, build_optimizer, build_scheduler, step_if_finite
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
@@ -69,8 +69,8 @@ class Student:
 
     @property
     def learning_rate(self) -> float:
-        """The learning rate of the next update."""
-        return max(group["lr"] for group in self.optimizer.param_groups)
+        """The learning rate of the next update; see `base_learning_rate`."""
+        return base_learning_rate(self.optimizer)
 
     def compute_gradients(
         self,
@@ -133,7 +133,7 @@ class Student:
         backward: bool,
         force_all_reduce: bool = False,
     ) -> dict[str, float]:
-        head = self.model.head_weight
+        head = self.model.head
 
         def loss(hidden: torch.Tensor, index: int) -> tuple[torch.Tensor, torch.Tensor, MicrobatchMetrics]:
             if head is None:

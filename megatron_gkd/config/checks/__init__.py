@@ -14,11 +14,12 @@ from megatron_gkd.config.checks import (
     rollout,
     teacher,
     training,
+    vision,
 )
 from megatron_gkd.config.checks.registry import Check, CommandChecks, registered_checks
 from megatron_gkd.config.schema import Recipe
 
-_IN_ORDER = (teacher, cache, distill, rollout, layout, training, attention, lora, data, output, model)
+_IN_ORDER = (teacher, cache, distill, rollout, layout, training, attention, lora, vision, data, output, model)
 CHECKS = registered_checks(tuple(module.__name__ for module in _IN_ORDER))
 """All checks in the order of their reports."""
 

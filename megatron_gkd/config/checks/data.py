@@ -29,3 +29,22 @@ def plugins_exist(recipe: Recipe, _: int) -> Iterator[str]:
 
 def _missing(key: str, paths: list[str]) -> Iterator[str]:
     yield from (f"{key} = {path}: must be a file or folder that exists" for path in paths if not Path(path).exists())
+
+
+@check("min_pixels", "max_pixels")
+def pixel_limits_are_a_range(recipe: Recipe, _: int) -> Iterator[str]:
+    """Find limits of which the smaller is larger."""
+    least, most = recipe.data.min_pixels, recipe.data.max_pixels
+    if least is not None and most is not None and least > most:
+        yield f"data.min_pixels = {least}: must not be above data.max_pixels = {most}"
+
+
+@check("max_patches", "packing")
+def patches_are_of_packed_microbatches(recipe: Recipe, _: int) -> Iterator[str]:
+    """Find a limit that would have no effect."""
+    most, is_packed = recipe.data.max_patches, recipe.data.packing
+    if most is not None and not is_packed:
+        yield (
+            f"data.max_patches = {most}: limits packed microbatches; set data.packing to true, or "
+            "leave it out and set train.micro_batch_size"
+        )

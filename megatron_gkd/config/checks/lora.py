@@ -4,9 +4,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_gkd.checkpoint_format.adapter_files import AdapterFiles, AdapterProblem
-from megatron_gkd.checkpoint_format.lora_layers import ALL_LINEAR, AdaptedLayer, LoraProblem, layers_of_shape
-from megatron_gkd.checkpoint_format.model_shape import ModelShape, read_shape
+from megatron_gkd.checkpoint_format.lora_layers import (
+    ALL_LINEAR,
+    LANGUAGE,
+    AdaptedLayer,
+    LoraProblem,
+    layers_of_shape,
+    why_no_adapters,
+)
+from megatron_gkd.checkpoint_format.model_shape import ModelShape
 from megatron_gkd.config.checks.registry import check
+from megatron_gkd.config.checks.shapes import shape_of
 from megatron_gkd.config.lora_rules import RULES, layer_rules
 from megatron_gkd.config.schema import Recipe
 
@@ -78,6 +86,14 @@ def merged_weights_have_a_type(recipe: Recipe, _: int) -> Iterator[str]:
         yield "lora.merge_dtype = bf16: must be fp32 or null where train.dtype = fp32"
 
 
+@check("model", "tuner_type", needs_files=True)
+def student_takes_adapters(recipe: Recipe, _: int) -> Iterator[str]:
+    """Find a student with linear layers that have no adapters here."""
+    shape = None if recipe.lora is None else shape_of(recipe.student.model)
+    if shape is not None and not shape.takes_lora:
+        yield f"train.tuner_type = lora: {why_no_adapters(shape.model_type)}; use full"
+
+
 @check(*_LAYERS, needs_files=True)
 def targets_are_in_the_student(recipe: Recipe, _: int) -> Iterator[str]:
     """Find target layers that the student does not have, or that can only be adapted together."""
@@ -129,12 +145,11 @@ def _adapted_layers(recipe: Recipe) -> tuple[ModelShape, tuple[AdaptedLayer, ...
     Raises:
         LoraProblem: the keys of the section do not suit the student.
     """
-    if recipe.lora is None:
+    shape = None if recipe.lora is None else shape_of(recipe.student.model)
+    if recipe.lora is None or shape is None or not shape.takes_lora:  # the last is reported above
         return None
-    try:
-        shape = read_shape(recipe.student.model)
-    except ValueError:  # reported by the model's own check
-        return None
-    if shape is None:
-        return None
-    return shape, layer_rules(recipe.lora).choose(layers_of_shape(shape.num_layers, shape.num_experts))
+    rules = layer_rules(recipe.lora, recipe.train)
+    is_whole_language_model = rules.target_regex is None and rules.target_modules == (ALL_LINEAR,)
+    if shape.has_images and not (is_whole_language_model and rules.parts == {LANGUAGE}):
+        return None  # the layers of vision towers are known when the model is built
+    return shape, rules.choose(layers_of_shape(shape.num_layers, shape.num_experts, shape.decoder))

@@ -35,6 +35,18 @@ class DataSection(Section):
         description="longest sequence, in tokens, of a row's teacher_prompt with its response; null: max_length",
     )
     packing: bool = Field(False, description="fill microbatches of max_length tokens with whole rows")
+    min_pixels: int | None = Field(
+        None, ge=1, description="smaller images are enlarged to so many pixels; null: the student's processor decides"
+    )
+    max_pixels: int | None = Field(
+        None, ge=1, description="larger images are reduced to so many pixels; null: the student's processor decides"
+    )
+    max_patches: int | None = Field(
+        None,
+        ge=1,
+        description="most image patches of a packed microbatch, by which the memory of the vision tower goes; one row "
+        "may have more; null: any number",
+    )
     truncation_strategy: Literal["delete", "left", "right"] = Field(
         "delete",
         description="rows longer than max_length: leave out, cut the prompt's start, or cut the end; where lmbda > 0 "

@@ -9,3 +9,6 @@ class StudentSection(Section):
     """The model that is trained."""
 
     model: PathText = Field(description="the student: a local Hugging Face directory or a hub id")
+    trust_remote_code: bool = Field(
+        False, description="run a tokenizer that is code in the student's folder; other code is never run"
+    )

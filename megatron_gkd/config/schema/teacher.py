@@ -23,6 +23,9 @@ class OneTeacher(Section):
         description="local: a Hugging Face directory or a hub id; self: student.model for the student's initial "
         "weights, null for its current ones",
     )
+    teacher_trust_remote_code: bool = Field(
+        False, description="local: run a tokenizer that is code in the folder of teacher_model"
+    )
     teacher_model_server: Annotated[tuple[ServerUrl, ...], BeforeValidator(as_sequence)] = Field(
         (), description="server: addresses of vLLM servers of one teacher (http://host:8000), which share the rows"
     )

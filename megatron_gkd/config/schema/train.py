@@ -26,6 +26,22 @@ class TrainSection(Section):
     lr_warmup_fraction: float | None = Field(
         None, ge=0, lt=1, description="warm-up as a share of all steps, in place of lr_warmup_iters"
     )
+    freeze_vit: bool | None = Field(
+        None, description="leave a multimodal student's vision tower as it is, without its aligner; null: true"
+    )
+    freeze_aligner: bool | None = Field(
+        None, description="leave what connects the vision tower to the language model as it is; null: true"
+    )
+    freeze_llm: bool = Field(False, description="leave a multimodal student's language model as it is")
+    vit_lr: float | None = Field(
+        None, gt=0, description="highest learning rate of the vision tower, on the schedule of lr; null: lr"
+    )
+    aligner_lr: float | None = Field(
+        None, gt=0, description="highest learning rate of the aligner, on the schedule of lr; null: lr"
+    )
+    vit_gradient_checkpointing: bool = Field(
+        False, description="compute the vision tower's activations again in the backward pass, which saves memory"
+    )
     weight_decay: float = Field(0.1, ge=0, description="AdamW's decoupled weight decay")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="decay of Adam's first moment")
     adam_beta2: float = Field(0.95, ge=0, lt=1, description="decay of Adam's second moment")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from mcore_bridge.tuners.lora import LoraParallelLinear
@@ -61,10 +62,10 @@ def global_name(chunk: GPTModel, name: str) -> str:
     return f"decoder.{prefix}.{chunk.decoder.layers[int(number)].layer_number - 1}.{rest}"
 
 
-def lora_modules(chunk: nn.Module) -> Iterator[tuple[str, LoraParallelLinear]]:
-    """Yield the adapted layers of a chunk with their names in it."""
+def lora_modules(chunk: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield the adapted layers of a chunk with their names in it: mcore-bridge's, and PEFT's in a vision tower."""
     for name, module in chunk.named_modules():
-        if isinstance(module, LoraParallelLinear):
+        if isinstance(module, LoraLayer):
             yield name, module
 
 
@@ -80,6 +81,20 @@ def factors_of(chunks: Sequence[GPTModel], expert_rank: int) -> Iterator[Factor]
     for chunk in chunks:
         for name, module in lora_modules(chunk):
             yield from _factors(global_name(chunk, name), name, module, expert_rank)
+
+
+def tower_factors(layer: str, name: str, module: Any) -> Iterator[Factor]:
+    """Yield the factors of a layer of a vision tower, which every rank that has the tower has whole.
+
+    Args:
+        layer: the layer's name in transformers.
+        name: its name in the chunk.
+        module: PEFT's.
+    """
+    factors: dict[Literal["A", "B"], nn.Module] = {"A": module.lora_A[ADAPTER], "B": module.lora_B[ADAPTER]}
+    for kind, linear in factors.items():
+        (weight,) = weights_of(linear)
+        yield Factor(layer, kind, None, weight, f"{name}.lora_{kind}.{ADAPTER}.weight", None, has_halves=False)
 
 
 def _factors(layer: str, name: str, module: LoraParallelLinear, expert_rank: int) -> Iterator[Factor]:

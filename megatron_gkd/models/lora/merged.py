@@ -31,8 +31,8 @@ class MergingExport:
     def __init__(self, bridge: Any) -> None:
         self.is_merging = True
         self.dtype: torch.dtype | None = None
-        self._bridge, self._set_layer_state = bridge, bridge._set_layer_state
-        bridge._set_layer_state = self._export_layer
+        self._bridge, self._set_layer_state, self._set_module = bridge, bridge._set_layer_state, bridge._set_module
+        bridge._set_layer_state, bridge._set_module = self._export_layer, self._export_tower
 
     @contextlib.contextmanager
     def base_weights(self) -> Iterator[None]:
@@ -57,6 +57,12 @@ class MergingExport:
             return self._set_layer_state(layer, hf_state, prefix, index, to_mcore)
         with _merged(layer, self.dtype):
             return self._set_layer_state(layer, hf_state, prefix, index, to_mcore)
+
+    def _export_tower(self, tower: nn.Module | None, hf_state: Any, prefix: str, to_mcore: bool) -> Any:
+        if tower is None or to_mcore or self._bridge._peft_format or not self.is_merging:
+            return self._set_module(tower, hf_state, prefix, to_mcore)
+        with _merged(tower, self.dtype):
+            return self._set_module(tower, hf_state, prefix, to_mcore)
 
 
 @contextlib.contextmanager

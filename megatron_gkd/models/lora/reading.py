@@ -32,7 +32,7 @@ def read_adapters(
 
     def read() -> None:
         files = AdapterFiles.open(folder)
-        files.require_fit(adapters.layers, checkpoint.shapes)
+        files.require_fit(adapters.layers, checkpoint.parameter_shapes)
         if files.base is not None and files.base != weights_fingerprint(checkpoint.path):
             raise AdapterProblem(f"its adapters are of other weights than those in student.model ({checkpoint.path})")
         _require_shared_factors(folder, adapters.layers)

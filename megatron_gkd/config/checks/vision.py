@@ -1,0 +1,67 @@
+"""Whether the keys of multimodal students go together, and suit the student and the layout."""
+
+from collections.abc import Iterator
+
+from megatron_gkd.config.checks.registry import check
+from megatron_gkd.config.checks.shapes import shape_of
+from megatron_gkd.config.checks.teacher import SOURCE
+from megatron_gkd.config.schema import Recipe, TrainSection
+from megatron_gkd.config.vision_rules import PARTS, frozen_parts
+
+_FREEZE = ("freeze_vit", "freeze_aligner", "freeze_llm")
+_RATES = {"vit_lr": "vit", "aligner_lr": "aligner"}
+_KEYS = (*_FREEZE, *_RATES, "vit_gradient_checkpointing")
+_STAGES = ("pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size")
+
+
+@check(*_FREEZE)
+def something_is_trained(recipe: Recipe, _: int) -> Iterator[str]:
+    """Find a student of which nothing is trained."""
+    t = recipe.train
+    if len(frozen_parts(t)) == len(PARTS):
+        yield (
+            "train.freeze_llm = true: at least one part must be trained; set freeze_vit = false or "
+            "freeze_aligner = false, or freeze_llm = false"
+        )
+
+
+@check(*_FREEZE, *_RATES)
+def rates_are_of_trained_parts(recipe: Recipe, _: int) -> Iterator[str]:
+    """Find learning rates of parts that are not trained."""
+    frozen = frozen_parts(recipe.train)
+    for leaf, part in _RATES.items():
+        rate = getattr(recipe.train, leaf)
+        if rate is not None and part in frozen:
+            yield f"train.{leaf} = {rate}: this part is not trained; set freeze_{part} = false, or leave it out"
+
+
+@check("model", *_KEYS, needs_files=True)
+def parts_are_in_the_student(recipe: Recipe, _: int) -> Iterator[str]:
+    """Find keys of multimodal students beside a student of text alone."""
+    shape = shape_of(recipe.student.model)
+    if shape is None or shape.has_images:
+        return
+    for leaf in _KEYS:
+        value = getattr(recipe.train, leaf)
+        if value is not None and value != TrainSection.model_fields[leaf].default:
+            shown = str(value).lower() if isinstance(value, bool) else value
+            yield f"train.{leaf} = {shown}: only with a student that reads images; {recipe.student.model} does not"
+
+
+@check("model", *SOURCE, *_STAGES, needs_files=True)
+def first_stage_has_the_layers_of_image_features(recipe: Recipe, _: int) -> Iterator[str]:
+    """Find first stages with fewer layers than there are features of images for the first layers."""
+    p = recipe.parallel
+    models = {"student.model": (recipe.student.model, p.virtual_pipeline_model_parallel_size or 1)}
+    for place, teacher in recipe.teacher.all.items():
+        if teacher.source == "local" and teacher.teacher_model:
+            models[f"{place}.teacher_model"] = (teacher.teacher_model, 1)
+    for key, (path, virtual) in models.items():
+        shape, stages = shape_of(path), p.pipeline_model_parallel_size * virtual
+        if shape is None or shape.num_layers % stages or shape.num_layers // stages >= shape.num_deepstack:
+            continue
+        leaves = "pipeline_model_parallel_size" + (" x virtual_pipeline_model_parallel_size" if virtual > 1 else "")
+        yield (
+            f"parallel.{leaves} = {stages}: gives the first stage {shape.num_layers // stages} of {shape.num_layers} "
+            f"layers; must give it the {shape.num_deepstack} layers to which {key} ({path}) adds features of images"
+        )
