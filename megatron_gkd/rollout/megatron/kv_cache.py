@@ -3,8 +3,8 @@
 Megatron-Core's own inference contexts do not fit: the static one has one length for the whole batch, the dynamic one
 requires flash-attn, and neither supports hidden states as the model's output. But training packs sequences ("thd") and
 gives every token its position, and decoding can do the same; only the core attention has to change. Inside
-`installed()` the core attention of every layer is torch's, over the cache: no token is sent around a context-parallel
-group.
+`installed()` the core attention of every layer is torch's, over the cache, with the scale, window and sinks of the
+layer's own: no token is sent around a context-parallel group.
 
 Shapes: T tokens of a forward pass, h query heads, g key/value heads, d head size (of this tensor-parallel rank),
 n started sequences, p prompts.
@@ -14,14 +14,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+import megatron_gkd.runtime.preload  # noqa: F401
 from megatron_gkd.rollout.megatron.decode_batch import DecodeInputs
+from megatron_gkd.runtime.transformer_engine.attention import causal_attention_of
+from megatron_gkd.runtime.transformer_engine.causal_attention import CausalAttention
 
 
 class KeyValueCache:
@@ -30,11 +33,10 @@ class KeyValueCache:
     Args:
         batch_sizes: rows of the cache for each `DecodeBatch`.
         capacity: tokens of a row.
-        softmax_scale: of the attention; None: torch's default.
     """
 
-    def __init__(self, batch_sizes: Sequence[int], capacity: int, softmax_scale: float | None = None) -> None:
-        self.batch_sizes, self.capacity, self.softmax_scale = batch_sizes, capacity, softmax_scale
+    def __init__(self, batch_sizes: Sequence[int], capacity: int) -> None:
+        self.batch_sizes, self.capacity = batch_sizes, capacity
         self._memory: dict[tuple[int, nn.Module], tuple[Tensor, Tensor]] = {}
         self._plan: _AttentionPlan | None = None
 
@@ -67,43 +69,53 @@ class KeyValueCache:
         plan = self._plan
         if plan is None:
             raise RuntimeError("KeyValueCache.begin must be called before a forward pass")
-        out = q.new_zeros(q.shape[0], q.shape[1] * q.shape[2])
+        out = q.new_zeros(q.shape[0], q.shape[1] * v.shape[2])
         if plan.num_rows == 0:
             return out
-        rows = self._rows(plan.batch, core, k, v)
+        rows, attention = self._rows(plan.batch, core, k, v), causal_attention_of(core)
         n, end = plan.num_started, plan.num_tokens
         if n:
-            out[:n] = self._decode(plan, (q[:n], k[:n], v[:n]), rows)
+            out[:n] = self._decode(plan, attention, (q[:n], k[:n], v[:n]), rows)
         if end > n:
-            out[n:end] = self._prefill(plan, (q[n:end], k[n:end], v[n:end]), rows)
+            out[n:end] = self._prefill(plan, attention, (q[n:end], k[n:end], v[n:end]), rows)
         return out
 
-    def _decode(self, plan: _AttentionPlan, qkv: tuple[Tensor, Tensor, Tensor], rows: tuple[Tensor, Tensor]) -> Tensor:
+    def _decode(
+        self,
+        plan: _AttentionPlan,
+        attention: CausalAttention,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        rows: tuple[Tensor, Tensor],
+    ) -> Tensor:
         (q, k, v), (keys, values) = qkv, rows
         n, heads, size = q.shape
         keys[plan.started, :, plan.positions] = k
         values[plan.started, :, plan.positions] = v
         # Query heads that share a key head take the place of several queries of one head: [n, g, h/g, d].
-        attended = F.scaled_dot_product_attention(
-            q.view(n, k.shape[1], heads // k.shape[1], size),
+        per_group = (k.shape[1], heads // k.shape[1])
+        if attention.sinks is not None:
+            attention = replace(attention, sinks=attention.sinks.view(per_group))
+        return attention.attend(
+            q.view(n, *per_group, size),
             keys[:n, :, : plan.max_length],
             values[:n, :, : plan.max_length],
-            attn_mask=plan.visible,
-            scale=self.softmax_scale,
-        )
-        return attended.flatten(1)
+            plan.visible(attention.window),
+        ).flatten(1)
 
-    def _prefill(self, plan: _AttentionPlan, qkv: tuple[Tensor, Tensor, Tensor], rows: tuple[Tensor, Tensor]) -> Tensor:
+    def _prefill(
+        self,
+        plan: _AttentionPlan,
+        attention: CausalAttention,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        rows: tuple[Tensor, Tensor],
+    ) -> Tensor:
         q, k, v = (plan.pad(x) for x in qkv)
         keys, values = rows
         places = slice(plan.num_started, plan.num_rows)
         # Padding is written behind a row's last token; attention does not read there before it is overwritten.
         keys[places, :, : k.shape[2]] = k
         values[places, :, : v.shape[2]] = v
-        attended = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
-        return plan.unpad(attended)
+        return plan.unpad(attention(q, k, v))
 
     def _rows(self, batch: int, core: nn.Module, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values of one layer, [size, g, capacity, d] each."""
@@ -116,7 +128,7 @@ class KeyValueCache:
 
 
 def _layers(chunks: Sequence[Any]) -> list[Any]:
-    return [layer for chunk in chunks for layer in chunk.decoder.layers]
+    return [layer for chunk in chunks for layer in getattr(chunk, "language_model", chunk).decoder.layers]
 
 
 class _AttentionPlan:
@@ -128,15 +140,21 @@ class _AttentionPlan:
         self.positions, self.max_length = inputs.decode_positions, inputs.max_decode_length
         self.num_started = len(inputs.decode_positions)
         self.num_tokens = self.num_started + sum(inputs.prompt_lengths)
-        if self.num_started:
-            self.started = torch.arange(self.num_started, device=device)
-            is_visible = torch.arange(self.max_length, device=device) <= inputs.decode_positions[:, None]
-            self.visible = is_visible[:, None, None]
+        self._visible: dict[int | None, Tensor] = {}
+        self.started = torch.arange(self.num_started, device=device)
         if inputs.prompt_lengths:
             self.padded_shape = len(inputs.prompt_lengths), max(inputs.prompt_lengths)
             lengths = torch.tensor(inputs.prompt_lengths, device=device)
             is_token = torch.arange(self.padded_shape[1], device=device) < lengths[:, None]
             self.places = is_token.flatten().nonzero().squeeze(1)
+
+    def visible(self, window: int | None) -> Tensor:
+        """Return bool [n, 1, 1, max_length]: the keys that started sequences see, at most `window` newest ones."""
+        if window not in self._visible:
+            ages = self.positions[:, None] - torch.arange(self.max_length, device=self.positions.device)
+            is_visible = ages >= 0 if window is None else (ages >= 0) & (ages < window)
+            self._visible[window] = is_visible[:, None, None]
+        return self._visible[window]
 
     def pad(self, x: Tensor) -> Tensor:
         """Pad prompts that follow each other, [tokens, heads, d] -> [p, heads, longest, d]."""

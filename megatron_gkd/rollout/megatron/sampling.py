@@ -14,6 +14,7 @@ Shape suffixes: n rows, V this rank's columns, R ranks, c numbers of a candidate
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -34,12 +35,12 @@ def sample(
         logits_nV: this rank's columns, of any floating type; computed with in fp64.
         seeds_n: int64, one a row.
         positions_n: int64, how many tokens of its completion a row has already.
-        sampling: temperature, top-k and top-p.
+        sampling: temperature, top-k, top-p and reserved ids.
         shard: the columns of this rank, and how many ids may be drawn.
 
     Returns:
-        The tokens, int64 [n], and their log-probabilities in nats, fp64 [n], untempered and unfiltered. The same on
-        every rank.
+        The tokens, int64 [n], and their log-probabilities in nats, fp64 [n], untempered and unfiltered; reserved ids
+        count in them. The same on every rank.
     """
     rows = max(1, _MAX_BLOCK_ELEMENTS // logits_nV.shape[1])
     blocks = zip(logits_nV.split(rows), seeds_n.split(rows), positions_n.split(rows), strict=True)
@@ -54,9 +55,9 @@ def _sample_block(
         logits_nV = logits_nV[:, : shard.valid].double()
     else:  # one column that is never drawn, so that the ranks make the same collectives
         logits_nV = logits_nV.new_full((len(logits_nV), 1), -math.inf, dtype=torch.float64)
-    scores_nV = logits_nV
+    scores_nV = _exclude(logits_nV, sampling.reserved_ids, shard)
     if sampling.temperature > 0:
-        scores_nV = logits_nV / sampling.temperature
+        scores_nV = scores_nV / sampling.temperature
         if sampling.top_k:
             scores_nV = apply_top_k(scores_nV, sampling.top_k, shard)
         if sampling.top_p < 1:
@@ -76,6 +77,12 @@ def _sample_block(
     best_n = gathered_Rnc[..., 0].argmax(0)  # of equal scores the first rank's, and so the lowest id
     chosen_nc = gathered_Rnc[best_n, torch.arange(len(best_n), device=best_n.device)]
     return chosen_nc[:, 1].long(), chosen_nc[:, 2] - gathered_Rnc[..., 3].logsumexp(0)
+
+
+def _exclude(logits_nV: Tensor, ids: Sequence[int], shard: VocabShard) -> Tensor:
+    """Return the logits with -inf at those of `ids` that this rank has."""
+    columns = [one - shard.first for one in ids if 0 <= one - shard.first < logits_nV.shape[1]]
+    return logits_nV.index_fill(1, torch.tensor(columns, device=logits_nV.device), -math.inf) if columns else logits_nV
 
 
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # SplitMix64's constants (Steele, Lea and Flood 2014), as int64

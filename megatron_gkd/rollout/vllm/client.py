@@ -13,14 +13,23 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import httpx
 import msgspec
 
 from megatron_gkd.errors import GkdError, UserError
-from megatron_gkd.rollout.vllm.completion_response import DECODER, FINISH_REASONS, Sampled, read_choice
+from megatron_gkd.rollout.vllm.completion_response import (
+    COMPLETION_DECODER,
+    FINISH_REASONS,
+    GENERATION_DECODER,
+    CompletionResponse,
+    GenerationResponse,
+    Sampled,
+    read_choice,
+)
 from megatron_gkd.rollout.vllm.handshake import Handshake, ServerInfo, ServerRequirements, find_problems
+from megatron_gkd.rollout.vllm.prompt import require_same_tokens
+from megatron_gkd.rollout.vllm.requests import COMPLETIONS, GENERATE_HINT, CompletionRequest
 from megatron_gkd.runtime import servers
 from megatron_gkd.runtime.servers import Backoff, ServedModel, Server, ServerDown
 
@@ -124,13 +133,18 @@ class StudentServer(Server):
         self.wanted = weights
         self.ensure_current()
 
-    def complete(self, request: dict[str, Any]) -> tuple[str, Sampled]:
-        """Send a request to /v1/completions.
+    def complete(self, request: CompletionRequest) -> tuple[str, Sampled]:
+        """Let the server complete a prompt.
 
-        It is repeated until it succeeds, as it is idempotent; a server that has been restarted gets the weights again.
+        The request is repeated until it succeeds, as it is idempotent; a server that has been restarted gets the
+        weights again.
 
         Returns:
             The server's label when the request was sent, and what the server sampled.
+
+        Raises:
+            UserError: the server refuses the request, or makes other tokens of the prompt's images.
+            ServiceError: it is gone for too long.
         """
         backoff = RolloutBackoff(self.max_downtime)
         while True:
@@ -142,21 +156,28 @@ class StudentServer(Server):
                 backoff.wait(error)
             self._ensure_current(backoff)
 
-    def _sample(self, request: dict[str, Any]) -> Sampled:
-        path = "/v1/completions"
+    def _sample(self, request: CompletionRequest) -> Sampled:
         try:
-            choice = self.request("POST", path, DECODER, json=request).choices[0]
+            response = self._respond(request)
         except servers.RouteMissing as error:  # vLLM's response, too, if it has no model of this name
             if self.handshake is None or self.handshake.requirements.lora_rank is None:
                 raise
             raise ServerDown(str(error)) from error  # it was restarted, and has to load the adapters again
+        choice = response.first
         reason = FINISH_REASONS.get(choice.finish_reason)
         if reason is None:
             raise ServerDown(f"{self.url}: ended a completion by {choice.finish_reason!r}")
+        if request.prompt is not None:
+            require_same_tokens(request.prompt, response.prompt_token_ids, request.processing, self.url)
         try:
-            return read_choice(choice, reason, request["max_tokens"])
+            return read_choice(choice, reason, request.max_tokens)
         except ValueError as error:
-            raise UserError(f"{self.url}{path}: {error}") from error
+            raise UserError(f"{self.url}{request.path}: {error}") from error
+
+    def _respond(self, request: CompletionRequest) -> CompletionResponse | GenerationResponse:
+        if request.path == COMPLETIONS:
+            return self.request("POST", request.path, COMPLETION_DECODER, json=request.body)
+        return self.request("POST", request.path, GENERATION_DECODER, hint=GENERATE_HINT, json=request.body)
 
     def ensure_current(self) -> str:
         """Load the newest weights unless the server has them, and return its label."""

@@ -16,10 +16,13 @@ from typing import TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_gkd.data.vision.files import read_encoded
+from megatron_gkd.data.vision.processing import ImageProcessing
 from megatron_gkd.errors import GkdError
 from megatron_gkd.models.checkpoint import Checkpoint
-from megatron_gkd.rollout.base import Completion, RolloutFailed, Sampling, check_prompts
+from megatron_gkd.rollout.base import Completion, Images, RolloutFailed, Sampling, check_prompts
 from megatron_gkd.rollout.vllm.process import ColocatedOptions, VllmProcess
+from megatron_gkd.rollout.vllm.prompt import VllmPrompt, build_prompts
 from megatron_gkd.rollout.vllm.weight_folder import Shapes, check_shapes
 from megatron_gkd.runtime.mesh import Mesh
 
@@ -34,7 +37,7 @@ class _PromptRequest:
 
     replica: int
     index: int
-    prompt: Sequence[int]
+    prompt: VllmPrompt
     seed: int
 
 
@@ -55,21 +58,23 @@ class VllmColocatedEngine:
         self.engine, self.place = divmod(dist.get_rank(), options.tensor_parallel_size)
         self.num_engines = dist.get_world_size() // options.tensor_parallel_size
         self.expected = checkpoint.shapes
-        self.optional = ("lm_head.weight",) if checkpoint.config.tie_word_embeddings else ()
+        self.optional = ("lm_head.weight",) if checkpoint.is_tied else ()
         self.version: int | None = None
         self.asleep: tuple[str, ...] = ()
         self._sleep()
 
     @classmethod
-    def start(cls, mesh: Mesh, checkpoint: Checkpoint, options: ColocatedOptions) -> VllmColocatedEngine:
-        """Start vLLM on all ranks.
+    def start(
+        cls, mesh: Mesh, checkpoint: Checkpoint, options: ColocatedOptions, images: ImageProcessing | None = None
+    ) -> VllmColocatedEngine:
+        """Start vLLM on all ranks. `images`: what the student's processor makes of images; None for a text model.
 
         Raises:
             RolloutFailed: on all ranks; vLLM can't be started on one.
         """
         problem: Exception | None = None
         try:
-            vllm = VllmProcess(checkpoint, options)
+            vllm = VllmProcess(checkpoint, options, images)
         except Exception as error:
             problem = _build_failure(error)
         _all_gather(None, problem)
@@ -108,26 +113,36 @@ class VllmColocatedEngine:
         _all_gather(None, problem)
         self.version = version
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Completion]:
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        images: Images | None = None,
+    ) -> list[Completion]:
         """Generate one completion a prompt; see `RolloutEngine.generate`.
 
         Raises:
-            RolloutFailed: a prompt leaves no room for a token, or vLLM fails.
+            RolloutFailed: a prompt leaves no room for a token, an image can't be read, or vLLM fails.
         """
         problem: Exception | None = None
+        own: list[_PromptRequest] = []
         try:
-            check_prompts(prompts, seeds, self.checkpoint.vocab_size)
+            check_prompts(prompts, seeds, self.checkpoint.vocab_size, images)
             self._check_ready(prompts)
+            built = build_prompts(prompts, images, self.vllm.images)
+            own = [
+                _PromptRequest(self.replica, index, *pair) for index, pair in enumerate(zip(built, seeds, strict=True))
+            ]
         except (ValueError, RolloutFailed) as error:
             problem = error
-        own = [
-            _PromptRequest(self.replica, index, prompt, seed)
-            for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=False))
-        ]
         requests = [request for part in _all_gather(own if self.is_leader else [], problem) for request in part]
+        of_engine = requests[self.engine :: self.num_engines]
+        if any(request.prompt.images for request in requests):
+            _all_gather(None, _find_unreadable(of_engine))
         completions: list[tuple[_PromptRequest, Completion]] = []
         try:
-            completions = self._complete(requests[self.engine :: self.num_engines], sampling)
+            completions = self._complete(of_engine, sampling)
         except Exception as error:
             problem = _build_failure(error)
         # One rank of each engine returns the completions; the prompts stay where they are.
@@ -159,7 +174,7 @@ class VllmColocatedEngine:
             [request.prompt for request in requests],
             [request.seed for request in requests],
             [
-                min(sampling.max_completion_length, self.options.max_model_len - len(request.prompt))
+                min(sampling.max_completion_length, self.options.max_model_len - len(request.prompt.token_ids))
                 for request in requests
             ],
             replace(sampling, stop_token_ids=tuple(sorted({*sampling.stop_token_ids, *eos}))),
@@ -182,6 +197,17 @@ class VllmColocatedEngine:
             self.asleep = _PARTS
             if level == 2:
                 self.version = None  # what wakes up is memory without content
+
+
+def _find_unreadable(requests: Iterable[_PromptRequest]) -> RolloutFailed | None:
+    """Return the failure of the first image that can't be read; in vLLM the ranks of an engine would wait for it."""
+    try:
+        for request in requests:
+            for image in request.prompt.images:
+                read_encoded(image)
+    except GkdError as error:
+        return _build_failure(error)
+    return None
 
 
 class _ExpectedTensors:

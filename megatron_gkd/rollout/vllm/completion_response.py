@@ -1,4 +1,4 @@
-"""The responses of /v1/completions, checked."""
+"""The responses of /v1/completions and /inference/v1/generate, checked."""
 
 from __future__ import annotations
 
@@ -40,11 +40,49 @@ class SampledChoice(msgspec.Struct):
     logprobs: _LogProbs | None = None
 
 
-class _CompletionResponse(msgspec.Struct):
+class CompletionResponse(msgspec.Struct):
+    """A response of /v1/completions."""
+
     choices: Annotated[list[SampledChoice], msgspec.Meta(min_length=1)]
 
+    prompt_token_ids: list[int] | None = None
 
-DECODER = msgspec.json.Decoder(_CompletionResponse)
+    @property
+    def first(self) -> SampledChoice:
+        """The first completion."""
+        return self.choices[0]
+
+
+class _TokenLogProb(msgspec.Struct):
+    logprob: float | None
+
+
+class _LogProbsOfTokens(msgspec.Struct):
+    content: list[_TokenLogProb]
+
+
+class _GeneratedChoice(msgspec.Struct):
+    finish_reason: str
+    token_ids: list[int] | None = None
+    logprobs: _LogProbsOfTokens | None = None
+
+
+class GenerationResponse(msgspec.Struct):
+    """A response of /inference/v1/generate: the same under other names."""
+
+    choices: Annotated[list[_GeneratedChoice], msgspec.Meta(min_length=1)]
+    prompt_token_ids: list[int] | None = None
+
+    @property
+    def first(self) -> SampledChoice:
+        """The first completion, as in a response of /v1/completions."""
+        choice = self.choices[0]
+        log_probs = None if choice.logprobs is None else _LogProbs([one.logprob for one in choice.logprobs.content])
+        return SampledChoice(choice.finish_reason, choice.token_ids, log_probs)
+
+
+COMPLETION_DECODER = msgspec.json.Decoder(CompletionResponse)
+GENERATION_DECODER = msgspec.json.Decoder(GenerationResponse)
 
 
 def read_choice(choice: SampledChoice, reason: FinishReason, max_tokens: int) -> Sampled:

@@ -1,4 +1,4 @@
-"""vLLM's `logit_bias`, by which ids that not every model of the run can read are excluded."""
+"""vLLM's `logit_bias`, by which ids are excluded that not every model of the run can read, or that stand for images."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ def logit_bias(sampling: Sampling, vocab_size: int) -> dict[int, float] | None:
     Raises:
         UserError: more ids are excluded than vLLM has room for.
     """
-    excluded = sampling.excluded_ids(vocab_size)
+    excluded, shared = sampling.excluded_ids(vocab_size), sampling.num_shared_ids(vocab_size)
     if len(excluded) > _MAX_IDS:
+        reserved = len(excluded) - (vocab_size - shared)
         raise UserError(
             f"rollout.engine: the model that samples has {vocab_size} ids, and student and teacher share "
-            f"{excluded.start}; vLLM can exclude at most {_MAX_IDS} ids. Use engine = megatron, or give both models "
-            "as many embedding rows"
+            f"{shared}{f', of which {reserved} stand for images' if reserved else ''}; vLLM can exclude at most "
+            f"{_MAX_IDS} ids. Use engine = megatron, or give both models as many embedding rows"
         )
     return dict.fromkeys(excluded, _BIAS) or None

@@ -6,24 +6,26 @@ share one by tensor parallelism, all running the same requests.
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import importlib.util
 import os
-import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_gkd.data.vision.files import load_image
+from megatron_gkd.data.vision.processing import ImageProcessing
+from megatron_gkd.data.vision.vllm_settings import processor_options
 from megatron_gkd.errors import UserError
 from megatron_gkd.models.checkpoint import Checkpoint
 from megatron_gkd.rollout.base import Sampling
 from megatron_gkd.rollout.vllm.completion_response import Sampled
+from megatron_gkd.rollout.vllm.isolation import isolated
 from megatron_gkd.rollout.vllm.logit_bias import logit_bias
+from megatron_gkd.rollout.vllm.prompt import VllmPrompt, require_same_tokens
 from megatron_gkd.rollout.vllm.tied_head import repack_tied_head
 from megatron_gkd.runtime import portability
 
@@ -63,17 +65,21 @@ class VllmProcess:
     Args:
         checkpoint: of the model's architecture.
         options: how vLLM runs.
+        images: what the model's processor makes of images; None for a text model.
 
     Raises:
         UserError: vLLM is not installed, or can't be started with these options.
     """
 
-    def __init__(self, checkpoint: Checkpoint, options: ColocatedOptions) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, options: ColocatedOptions, images: ImageProcessing | None = None
+    ) -> None:
         if importlib.util.find_spec("vllm") is None:
             raise UserError("rollout.engine = vllm: vLLM is not installed beside the trainer; pip install vllm")
         self.on_host, self.vocab_size = portability.builds_on_host(), checkpoint.vocab_size
+        self.images = images
         self.can_sleep = options.sleep_level > 0 and not self.on_host
-        with _isolated():
+        with isolated():
             for name, value in _ENVIRONMENT.items():
                 os.environ.setdefault(name, value)
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process, not in one of its own
@@ -88,7 +94,6 @@ class VllmProcess:
             try:
                 self.llm = LLM(
                     model=str(checkpoint.path),
-                    load_format="dummy",  # the student's weights come before the first sample
                     generation_config="vllm",  # nothing from the model's generation_config.json
                     dtype=options.dtype,
                     max_model_len=options.max_model_len,
@@ -100,6 +105,7 @@ class VllmProcess:
                     enable_sleep_mode=self.can_sleep,
                     enforce_eager=options.enforce_eager or self.on_host,
                     seed=0,  # the same on all ranks of an engine; every request has its own
+                    **_image_options(images),
                 )
             except (ValueError, RuntimeError, AssertionError) as error:
                 raise UserError(f"rollout.engine = vllm: vLLM can't be started: {error}") from error
@@ -107,20 +113,25 @@ class VllmProcess:
 
     def load(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Load whole tensors under their Hugging Face names; the same on every rank, which takes its share."""
-        with _isolated():
+        with isolated():
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named_tensors)})
             if self.on_host:
                 self.llm.apply_model(repack_tied_head)
             # Its blocks hold keys and values of the old weights.
             if not self.llm.reset_prefix_cache():
                 raise RuntimeError("vLLM's prefix cache is in use and can't be reset")
+            if self.images is not None:  # vLLM's worker has dropped the embeddings of images, its scheduler has not
+                self.llm.llm_engine.reset_encoder_cache()
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], max_tokens: Sequence[int], sampling: Sampling
+        self, prompts: Sequence[VllmPrompt], seeds: Sequence[int], max_tokens: Sequence[int], sampling: Sampling
     ) -> list[Sampled]:
         """Generate one completion a prompt, in order. Only `stop_token_ids` and `stop` end a completion early.
 
         Ranks of one engine call it together. Token ids in, token ids out: text is decoded only to find stop strings.
+
+        Raises:
+            UserError: an image can't be read, or vLLM makes other tokens of one than the model's processor.
         """
         from vllm import SamplingParams
 
@@ -145,21 +156,24 @@ class VllmProcess:
             )
             for seed, limit in zip(seeds, max_tokens, strict=True)
         ]
-        with _isolated():
-            requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-            return [_read_output(out.outputs[0]) for out in self.llm.generate(requests, parameters, use_tqdm=False)]
+        requests = [_build_request(prompt) for prompt in prompts]
+        with isolated():
+            outputs = self.llm.generate(requests, parameters, use_tqdm=False)
+        for prompt, output in zip(prompts, outputs, strict=True):
+            require_same_tokens(prompt, output.prompt_token_ids, self.images, "rollout.engine = vllm")
+        return [_read_output(output.outputs[0]) for output in outputs]
 
     def sleep(self, level: int) -> None:
         """Free device memory, until `wake_up`; see `ColocatedOptions.sleep_level`. On a CPU it does nothing."""
         if self.can_sleep:
-            with _isolated():
+            with isolated():
                 self.llm.sleep(level=level)
 
     def wake_up(self, parts: Sequence[str]) -> None:
         """Allocate the memory of `parts`, of "weights" and "kv_cache", again."""
         if self.can_sleep:
             portability.empty_cache()  # vLLM maps memory by itself, and does not use torch's cache
-            with _isolated():
+            with isolated():
                 self.llm.wake_up(tags=list(parts))
 
 
@@ -173,13 +187,33 @@ def require_head_dim(checkpoint: Checkpoint, allowed: Sequence[int]) -> None:
     Raises:
         UserError: there is no kernel.
     """
-    config = checkpoint.config
+    config = checkpoint.text_config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if allowed and head_dim not in allowed:
         raise UserError(
             f"{checkpoint.path}: head_dim = {head_dim}: vLLM can't serve this on CPUs; allowed are "
             f"{', '.join(map(str, allowed))}; use rollout.engine = megatron, or another model"
         )
+
+
+def _image_options(images: ImageProcessing | None) -> dict[str, Any]:
+    """Return those of vLLM's options that depend on whether the model reads images."""
+    if images is None:
+        return {"load_format": "dummy"}  # the student's weights come before the first sample
+    return {
+        # Dummy weights replace buffers, too, which the student's weights do not restore: mean and standard deviation of
+        # pixels (vLLM 0.32, `FusedMMInputNorm`).
+        "load_format": "auto",
+        "mm_processor_kwargs": processor_options(images) or None,
+        "mm_processor_cache_gb": 0,  # every rank would keep 4 GB of pixels, which seldom come again
+    }
+
+
+def _build_request(prompt: VllmPrompt) -> dict[str, Any]:
+    request: dict[str, Any] = {"prompt_token_ids": list(prompt.rendered_ids)}
+    if prompt.images:
+        request["multi_modal_data"] = {"image": [load_image(image) for image in prompt.images]}
+    return request
 
 
 def _head_dims_on_cpus() -> list[int]:
@@ -205,39 +239,3 @@ def _read_output(output: Any) -> Sampled:
     token_ids = list(output.token_ids)
     log_probs = [entry[token].logprob for entry, token in zip(output.logprobs, token_ids, strict=True)]
     return Sampled(token_ids, log_probs, output.finish_reason)
-
-
-# What vLLM replaces in torch, on CPUs.
-_FUNCTIONS = ((torch, "set_num_threads"), (torch, "Event"), (torch.cuda, "Stream"))
-
-
-@contextlib.contextmanager
-def _isolated() -> Iterator[None]:
-    """Restore random states, threads, torch's functions and the environment (but for vLLM's own) at the end."""
-    random_states = random.getstate(), np.random.get_state(), torch.get_rng_state(), torch.cuda.get_rng_state()
-    functions = [(owner, name, getattr(owner, name)) for owner, name in _FUNCTIONS]
-    threads, dtype, environment = torch.get_num_threads(), torch.get_default_dtype(), dict(os.environ)
-    # Compiling its sampler for a CPU takes most of a minute, in every process.
-    stance = torch.compiler.set_stance("force_eager") if portability.builds_on_host() else contextlib.nullcontext()
-    try:
-        with stance:
-            yield
-    finally:
-        for owner, name, function in functions:
-            setattr(owner, name, function)
-        torch.set_num_threads(threads)
-        torch.set_default_dtype(dtype)
-        for name in os.environ.keys() | environment.keys():
-            if not name.startswith("VLLM_"):
-                _set_variable(name, environment.get(name))
-        random.setstate(random_states[0])
-        np.random.set_state(random_states[1])
-        torch.set_rng_state(random_states[2])
-        torch.cuda.set_rng_state(random_states[3])
-
-
-def _set_variable(name: str, value: str | None) -> None:
-    if value is None:
-        os.environ.pop(name, None)
-    elif os.environ.get(name) != value:
-        os.environ[name] = value

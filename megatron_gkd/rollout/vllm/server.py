@@ -13,19 +13,20 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import Any
 
 import httpx
 from torch import Tensor
 
+from megatron_gkd.data.vision.processing import ImageProcessing
 from megatron_gkd.errors import ServiceError, UserError
 from megatron_gkd.models.checkpoint import Checkpoint
-from megatron_gkd.rollout.base import Completion, OnCompletion, RolloutFailed, Sampling, check_prompts
+from megatron_gkd.rollout.base import Completion, Images, OnCompletion, RolloutFailed, Sampling, check_prompts
 from megatron_gkd.rollout.vllm.adapters import AdapterFolder, adapter_name, load_adapters_from_folder
 from megatron_gkd.rollout.vllm.client import StudentServer, Weights
 from megatron_gkd.rollout.vllm.completion_response import Sampled
 from megatron_gkd.rollout.vllm.handshake import Handshake
-from megatron_gkd.rollout.vllm.logit_bias import logit_bias
+from megatron_gkd.rollout.vllm.prompt import VllmPrompt, build_prompts
+from megatron_gkd.rollout.vllm.requests import CompletionRequest, RequestBuilder
 from megatron_gkd.rollout.vllm.server_options import RolloutServerOptions
 from megatron_gkd.rollout.vllm.weight_folder import SharedWeights, WeightFolder, load_from_folder
 from megatron_gkd.rollout.vllm.weight_transfer import HealthMonitor, WeightTransfer, wait_for_main_rank
@@ -41,7 +42,7 @@ _MAX_ROUNDS = 5  # of requests for a prompt that a server completes with other w
 class _GenerationRequest:
     """The prompts of one generation, for the threads that complete them."""
 
-    prompts: Sequence[Sequence[int]]
+    prompts: Sequence[VllmPrompt]
     sampling: Sampling
     seeds: Sequence[int]
     version: int
@@ -55,6 +56,7 @@ class VllmServerEngine:
         mesh: of the ranks.
         checkpoint: what the student began as: new weights have its names and shapes, and its EOS ends completions.
         options: the servers, and how they are used.
+        images: what the student's processor makes of images; None for a text model.
 
     Raises:
         RolloutFailed: a server can not be used.
@@ -62,8 +64,11 @@ class VllmServerEngine:
 
     server_kind: type[StudentServer] = StudentServer
 
-    def __init__(self, mesh: Mesh, checkpoint: Checkpoint, options: RolloutServerOptions) -> None:
+    def __init__(
+        self, mesh: Mesh, checkpoint: Checkpoint, options: RolloutServerOptions, images: ImageProcessing | None = None
+    ) -> None:
         self.mesh, self.checkpoint, self.options = mesh, checkpoint, options
+        self.requests = RequestBuilder(checkpoint.vocab_size, checkpoint.eos_token_ids, images)
         self.weights: Weights | None = None
         self.http: httpx.Client | None = None
         self.servers: list[StudentServer] = []
@@ -83,7 +88,7 @@ class VllmServerEngine:
     def _build_sync(self) -> WeightFolder | WeightTransfer | None:
         """Build what sends weights from the main rank; None if the servers' weights never change."""
         options, expected = self.options, self.checkpoint.shapes
-        optional = ("lm_head.weight",) if self.checkpoint.config.tie_word_embeddings else ()
+        optional = ("lm_head.weight",) if self.checkpoint.is_tied else ()
         if options.adapters is not None:
             return AdapterFolder(options.weight_sync_dir, options.adapters.shapes, options.adapters.config)
         if options.transfer_backend is None:
@@ -122,25 +127,33 @@ class VllmServerEngine:
             raise RuntimeError("the main rank has no folder and no connection for weights")
         return self.sync.load(named_tensors, version, self.servers)
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Completion]:
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        images: Images | None = None,
+    ) -> list[Completion]:
         """Generate one completion a prompt; see `RolloutEngine.generate`.
 
         Raises:
             RolloutFailed: a server is gone for too long, or refuses a request.
         """
-        return self.start(prompts, sampling, seeds).result()
+        return self.start(prompts, sampling, seeds, images).result()
 
     def start(
         self,
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
         seeds: Sequence[int],
+        images: Images | None = None,
         on_completion: OnCompletion | None = None,
     ) -> ServerGeneration:
         """Start to generate in the background; see `BackgroundEngine.start`."""
-        check_prompts(prompts, seeds, self.checkpoint.vocab_size)
+        check_prompts(prompts, seeds, self.checkpoint.vocab_size, images)
         version = 0 if self.weights is None else self.weights.version
-        request = _GenerationRequest(prompts, sampling, seeds, version, on_completion)
+        built = build_prompts(prompts, images, self.requests.processing)
+        request = _GenerationRequest(built, sampling, seeds, version, on_completion)
         return ServerGeneration(self, in_background(lambda: self._complete(request)) if self.mesh.is_leader else None)
 
     def close(self) -> None:
@@ -160,8 +173,9 @@ class VllmServerEngine:
 
         def complete(index: int) -> Completion:
             turn = (first + index) % len(self.servers)
-            body = self._build_body(models[turn], request.prompts[index], request.sampling, request.seeds[index])
-            completion = self._complete_prompt(self.servers[turn], body, request.version)
+            prompt, seed = request.prompts[index], request.seeds[index]
+            one = self.requests.build(models[turn], prompt, request.sampling, seed)
+            completion = self._complete_prompt(self.servers[turn], one, request.version)
             if request.on_completion is not None:
                 request.on_completion(index, completion)
             return completion
@@ -170,51 +184,21 @@ class VllmServerEngine:
         completions = parallel_map(complete, range(len(request.prompts)), self.options.concurrency)
         return completions, time.perf_counter() - start
 
-    def _complete_prompt(self, server: StudentServer, body: dict[str, Any], version: int) -> Completion:
+    def _complete_prompt(self, server: StudentServer, request: CompletionRequest, version: int) -> Completion:
         for _ in range(_MAX_ROUNDS):
-            label, sampled = server.complete(body)
+            label, sampled = server.complete(request)
             if server.still_has(label):
-                return self._build_completion(server, sampled, body, version)
+                return self._build_completion(server, sampled, request.max_tokens, version)
         raise ServiceError(
             f"{server.url}: lost the student's weights {_MAX_ROUNDS} times while it completed the same prompt; look "
             "into its log, and whether another run uses it"
         )
 
-    def _build_body(self, model: ServedModel, prompt: Sequence[int], sampling: Sampling, seed: int) -> dict[str, Any]:
-        """Build a request to /v1/completions.
-
-        It names all parameters that a server would otherwise take from the model's generation_config.json.
-        """
-        eos = () if sampling.ignore_eos else self.checkpoint.eos_token_ids
-        bias = logit_bias(sampling, self.checkpoint.vocab_size)
-        return {
-            "model": model.name,
-            "prompt": list(prompt),
-            "max_tokens": min(sampling.max_completion_length, model.max_model_len - len(prompt)),
-            "temperature": sampling.temperature,
-            "top_k": sampling.top_k or 0,
-            "top_p": sampling.top_p,
-            "min_p": 0.0,
-            "repetition_penalty": 1.0,
-            "presence_penalty": 0.0,
-            "frequency_penalty": 0.0,
-            "seed": seed % 2**63,  # vLLM takes -1 for none
-            "ignore_eos": True,  # the student's checkpoint has the EOS, which the server's may not have
-            "stop_token_ids": sorted({*sampling.stop_token_ids, *eos}),
-            "stop": list(sampling.stop),
-            "include_stop_str_in_output": True,
-            "skip_special_tokens": False,  # a stop string may be of such tokens
-            "logprobs": 0,  # of the sampled token alone
-            "return_token_ids": True,
-        } | ({} if bias is None else {"logit_bias": bias})
-
-    def _build_completion(
-        self, server: StudentServer, sampled: Sampled, body: dict[str, Any], version: int
-    ) -> Completion:
+    def _build_completion(self, server: StudentServer, sampled: Sampled, max_tokens: int, version: int) -> Completion:
         token_ids, vocab_size = sampled.token_ids, self.checkpoint.vocab_size
-        if sampled.finish_reason == "length" and len(token_ids) < body["max_tokens"]:
+        if sampled.finish_reason == "length" and len(token_ids) < max_tokens:
             raise UserError(
-                f"{server.url}: ended a completion at {len(token_ids)} tokens where {body['max_tokens']} were "
+                f"{server.url}: ended a completion at {len(token_ids)} tokens where {max_tokens} were "
                 "requested: its generation_config.json has max_new_tokens; start it with --generation-config vllm"
             )
         if max(token_ids) >= vocab_size:

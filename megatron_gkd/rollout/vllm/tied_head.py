@@ -7,6 +7,7 @@ from typing import Any
 
 def repack_tied_head(model: Any) -> None:
     """Renew the packed copy of a tied head, by which vLLM multiplies on CPUs, from the embedding's new weights."""
-    head, embedding = getattr(model, "lm_head", None), getattr(model.model, "embed_tokens", None)
+    language = getattr(model, "language_model", model)  # of a multimodal model
+    head, embedding = getattr(language, "lm_head", None), getattr(language.model, "embed_tokens", None)
     if head is not None and embedding is not None and head.weight is embedding.weight:
         head.quant_method.process_weights_after_loading(head)

@@ -70,6 +70,12 @@ SETTINGS = [
     Sampling(1, temperature=temperature, top_k=top_k, top_p=top_p)
     for temperature, top_k, top_p in itertools.product((0.3, 1.0, 2.5), (None, 1, 7, 60, 98, 500), (1.0, 0.999, 0.6))
 ] + [Sampling(1, temperature=0), Sampling(1, temperature=0.7, top_p=1e-6)]
+RESERVED = (*range(1, 56), 70, 98)
+"""Among them all ids of the second of four shards."""
+SETTINGS += [
+    Sampling(1, temperature=temperature, top_k=top_k, top_p=top_p, reserved_ids=RESERVED)
+    for temperature, top_k, top_p in ((0, None, 1.0), (1.0, None, 1.0), (1.0, 7, 1.0), (1.0, 60, 0.6), (0.3, None, 0.9))
+]
 VOCAB_SIZES = (99, 97, 40, 3, 1)
 """Ids that may be drawn: all, and so few that whole shards are excluded."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -13,11 +14,17 @@ from megatron_gkd.rollout.vllm.adapters import AdapterFolder, adapter_name, load
 from megatron_gkd.rollout.vllm.client import StudentServer
 from megatron_gkd.rollout.vllm.completion_response import Sampled
 from megatron_gkd.rollout.vllm.handshake import Handshake, ServerRequirements
+from megatron_gkd.rollout.vllm.requests import CompletionRequest
 from megatron_gkd.rollout.vllm.weight_folder import WeightFolder, load_from_folder
 
 CHOICE = {"finish_reason": "stop", "token_ids": [5], "logprobs": {"token_logprobs": [-1.0]}}
 SAMPLED = Sampled([5], [-1.0], "stop")
-REQUEST = {"max_tokens": 4}
+REQUEST = CompletionRequest("/v1/completions", {"max_tokens": 4}, max_tokens=4)
+
+
+def naming(model):
+    """The request, of a model of this name."""
+    return replace(REQUEST, body=REQUEST.body | {"model": model})
 
 
 class Scripted:
@@ -249,14 +256,14 @@ def test_a_server_has_the_newest_adapters_alone_and_under_a_new_name(lora_server
         assert (weights.directory / "adapter_config.json").read_text() == '{\n  "r": 8\n}\n'
         lora_server.load(weights)
         assert scripted.adapters == {"of another": "elsewhere", adapter_name(weights): str(weights.directory)}
-    assert lora_server.complete(REQUEST | {"model": adapter_name(weights)}) == (scripted.label, SAMPLED)
+    assert lora_server.complete(naming(adapter_name(weights))) == (scripted.label, SAMPLED)
 
 
 def test_a_server_that_was_started_anew_is_given_the_adapters_again(lora_server, scripted, adapters):
     weights = adapters(1)
     lora_server.load(weights)
     scripted.label, scripted.adapters = "default", {}
-    assert lora_server.complete(REQUEST | {"model": adapter_name(weights)}) == (scripted.label, SAMPLED)
+    assert lora_server.complete(naming(adapter_name(weights))) == (scripted.label, SAMPLED)
     assert list(scripted.adapters) == [adapter_name(weights)]
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from rollout.contract import CHECKPOINT, GREEDY
 from safetensors.torch import load_file
+from vision_checkpoints import write_image
 
+from megatron_gkd.data.vision.files import ImageStore
 from megatron_gkd.rollout.base import RolloutFailed
 from megatron_gkd.rollout.vllm.completion_response import Sampled
 from megatron_gkd.rollout.vllm.process import ColocatedOptions
@@ -14,6 +18,8 @@ from megatron_gkd.rollout.vllm.process import ColocatedOptions
 
 class FakeVllm:
     """Complete a prompt with its own tokens and the seed, and record the requests."""
+
+    images = None
 
     def __init__(self, can_sleep=False, fails_at=None):
         self.can_sleep, self.fails_at, self.calls, self.num_tensors = can_sleep, fails_at, [], []
@@ -25,6 +31,7 @@ class FakeVllm:
     def generate(self, prompts, seeds, max_tokens, sampling):
         if self.fails_at in seeds:
             raise MemoryError("no room")
+        prompts = [prompt.rendered_ids for prompt in prompts]
         self.calls.append([list(prompt) for prompt in prompts])
         completions = [[*prompt, seed][:most] for prompt, seed, most in zip(prompts, seeds, max_tokens, strict=True)]
         return [Sampled(tokens, [-1.0] * len(tokens), "length") for tokens in completions]
@@ -156,3 +163,35 @@ def test_vllm_is_awake_only_from_new_weights_to_the_last_sample(level, gloo_worl
     assert calls == [sleep, *step, *step, "wake weights kv_cache", *again, sleep]
     assert refused == (2 if level == 1 else 3)
     assert len(set(num_tensors)) == 1 and num_tensors[0] == len(weights_of(CHECKPOINT()))
+
+
+class TwoTokens:
+    """The processing of a model with two tokens for each image."""
+
+    placeholder_id = 9
+
+    def tokens(self, image):
+        return [9, 9]
+
+
+def complete_where_one_rank_lacks_a_file(rank, world_size, checkpoint, directory):
+    from megatron_gkd.rollout.vllm import colocated
+
+    vllm = FakeVllm()
+    vllm.images = TwoTokens()
+    engine = open_engine(vllm, checkpoint, {"tensor": 2}, tensor_parallel_size=2)
+    engine.load_weights(weights_of(checkpoint), version=1)
+    image = ImageStore(directory).resolve(str(write_image(directory / str(rank))))
+    prompts, images = [[5, 9, 9, 6]], [(replace(image, location=str(directory / "gone.png")),)]
+    assert engine.generate(prompts, GREEDY, [1], [(image,)])[0].token_ids[:3] == [5, 9, 6]
+    original = colocated.read_encoded
+    if rank == 0:  # the file is on the other's disk
+        colocated.read_encoded = lambda image: b""
+    with pytest.raises(RolloutFailed, match=r"gone\.png: No such file or directory; it was there when"):
+        engine.generate(prompts, GREEDY, [1], images)
+    colocated.read_encoded = original
+    return vllm.calls.count([[5, 9, 6]])
+
+
+def test_an_image_that_one_rank_of_an_engine_cannot_read_is_an_error_before_vllm_starts(gloo_world, tmp_path):
+    assert gloo_world(2).run(complete_where_one_rank_lacks_a_file, CHECKPOINT(), tmp_path) == [1, 1]
