@@ -13,6 +13,7 @@ from megatron_gkd.data.microbatch import Microbatch
 from megatron_gkd.data.sample import Sample
 from megatron_gkd.errors import ServiceError
 from megatron_gkd.models.sharded_rows import ShardedRows
+from megatron_gkd.ops.output_head import OutputHead
 from megatron_gkd.ops.topk import TopK
 
 
@@ -29,12 +30,12 @@ class Hidden:
     Attributes:
         states: [N, H_T] after the final norm, one row for every label of the microbatch in order; sharded over the
             tensor-parallel ranks until the loss needs them.
-        head_weight: [ceil(V/TP), H_T], the teacher's LM head over the same ids as the student's shard; shared by all
+        head: the teacher's LM head, ceil(V/TP) rows over the same ids as the student's shard; shared by all
             microbatches.
     """
 
     states: ShardedRows
-    head_weight: Tensor
+    head: OutputHead
 
 
 @dataclass(frozen=True)

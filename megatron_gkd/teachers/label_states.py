@@ -1,8 +1,8 @@
 """Hidden states of a Megatron model at the student's labels, from the sequences that the teacher reads.
 
-Where a row has a `teacher_prompt` the teacher's sequence has another length, so that its tokens are at other positions
-of the microbatch and on other context-parallel ranks than the student's. The labels are the same in both, one to one:
-their indices determine the rank whose student needs a state.
+Where a row has a `teacher_prompt`, or images of which the teacher makes other tokens, the teacher's sequence has
+another length, so that its tokens are at other positions of the microbatch and on other context-parallel ranks than the
+student's. The labels are the same in both, one to one: their indices determine the rank whose student needs a state.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_gkd.data.label_indices import local_label_indices
-from megatron_gkd.data.microbatch import Microbatch, collate, pad_to, shard_context_parallel
-from megatron_gkd.data.teacher_view import teacher_view
+from megatron_gkd.data.microbatch import Microbatch
 from megatron_gkd.models.label_rows import label_rows
 from megatron_gkd.models.megatron_model import MegatronModel, hidden_states
 from megatron_gkd.models.pipeline import Pipeline
 from megatron_gkd.models.sharded_rows import ShardedRows
+from megatron_gkd.ops.output_head import OutputHead
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.teachers.base import Hidden
+from megatron_gkd.teachers.model_inputs import ModelInputs
 
 
 def compute_hidden(
-    model: MegatronModel, microbatches: Sequence[Microbatch], head_weight: Tensor | None
+    model: MegatronModel, microbatches: Sequence[Microbatch], head: OutputHead | None, inputs: ModelInputs
 ) -> list[Hidden | None]:
     """Return a model's signals: one for each microbatch on the last pipeline stage, None elsewhere.
 
@@ -34,15 +35,19 @@ def compute_hidden(
     Args:
         model: computes the hidden states.
         microbatches: of this rank.
-        head_weight: see `Hidden`; None before the last stage.
+        head: see `Hidden`; None before the last stage.
+        inputs: what the model reads of the microbatches.
+
+    Raises:
+        UserError: in all ranks; an image can't be read.
     """
-    states = compute_label_states(model.chunks, microbatches, model.mesh)
-    return [None if rows is None or head_weight is None else Hidden(rows, head_weight) for rows in states]
+    states = compute_label_states(model.chunks, microbatches, model.mesh, inputs)
+    return [None if rows is None or head is None else Hidden(rows, head) for rows in states]
 
 
 @torch.no_grad()
 def compute_label_states(
-    chunks: list[nn.Module], microbatches: Sequence[Microbatch], mesh: Mesh
+    chunks: list[nn.Module], microbatches: Sequence[Microbatch], mesh: Mesh, inputs: ModelInputs
 ) -> list[ShardedRows | None]:
     """Run Megatron's forward-only pipeline over all microbatches. All ranks call it together.
 
@@ -50,44 +55,21 @@ def compute_label_states(
         On the last stage [N, H] for each microbatch, a row for every label that this context-parallel rank has of it,
         sharded over the tensor-parallel ranks; None elsewhere.
     """
-    teacher_microbatches = _build_teacher_microbatches(microbatches, mesh, equal_lengths=len(chunks) > 1)
-    student_microbatches = {id(read): one for read, one in zip(teacher_microbatches, microbatches, strict=True)}
+    read = inputs.build(microbatches, mesh, equal_lengths=len(chunks) > 1)
+    # Of the teacher's microbatches: a microbatch of the student whose labels are elsewhere.
+    moved = {
+        id(one.microbatch): students
+        for one, students in zip(read, microbatches, strict=True)
+        if not one.has_students_labels
+    }
 
-    def collect(output: Tensor, read: Microbatch) -> ShardedRows:
-        states, microbatch = label_rows(output, read.label_positions, mesh), student_microbatches[id(read)]
-        if read is not microbatch:
-            states = _exchange_states(states, read, microbatch, mesh)
+    def collect(output: Tensor, microbatch: Microbatch) -> ShardedRows:
+        states = label_rows(output, microbatch.label_positions, mesh)
+        if id(microbatch) in moved:
+            states = _exchange_states(states, microbatch, moved[id(microbatch)], mesh)
         return ShardedRows.from_replicated(states, mesh.tp)
 
-    return Pipeline(chunks, mesh).forward_only(teacher_microbatches, hidden_states, collect)
-
-
-def _build_teacher_microbatches(
-    microbatches: Sequence[Microbatch], mesh: Mesh, *, equal_lengths: bool
-) -> list[Microbatch]:
-    """Build the microbatches that the teacher reads on this rank; the student's own where they are the same.
-
-    Args:
-        microbatches: the student's.
-        mesh: the groups of this rank.
-        equal_lengths: pad all to the longest, as the interleaved schedule needs it.
-    """
-    differs = [any(teacher_view(sample) is not sample for sample in one.samples) for one in microbatches]
-    if equal_lengths and (any(differs) or len({one.total_length for one in microbatches}) > 1):
-        differs = [True] * len(microbatches)
-    wholes = {
-        index: collate([teacher_view(sample) for sample in one.samples], pad_multiple=mesh.layout.pad_multiple)
-        for index, one in enumerate(microbatches)
-        if differs[index]
-    }
-    if equal_lengths and wholes:
-        longest = max(whole.total_length for whole in wholes.values())
-        wholes = {index: pad_to(whole, longest) for index, whole in wholes.items()}
-    result = list(microbatches)
-    for index, whole in wholes.items():
-        part = shard_context_parallel(whole, mesh.cp.rank(), mesh.cp.size())
-        result[index] = part.to(microbatches[index].input_ids.device)
-    return result
+    return Pipeline(chunks, mesh).forward_only([one.microbatch for one in read], hidden_states, collect)
 
 
 def _exchange_states(states: Tensor, read: Microbatch, microbatch: Microbatch, mesh: Mesh) -> Tensor:

@@ -11,6 +11,7 @@ from megatron_gkd.models.offload import OffloadedWeights
 from megatron_gkd.models.vocabulary import reshard_head
 from megatron_gkd.teachers.base import Hidden
 from megatron_gkd.teachers.label_states import compute_hidden
+from megatron_gkd.teachers.model_inputs import ModelInputs
 
 
 class LocalTeacher:
@@ -19,21 +20,26 @@ class LocalTeacher:
     Args:
         model: the teacher.
         head_rows: rows of the student's head shard (any value on earlier pipeline stages).
+        inputs: what it reads of the student's rows; None where both are text models.
         offload: keep the weights in pinned host memory outside of `resident()`; the head shard stays on the device,
             since the student's loss needs it.
     """
 
-    def __init__(self, model: MegatronModel, *, head_rows: int, offload: bool = False) -> None:
-        self.model = model
+    def __init__(
+        self, model: MegatronModel, *, head_rows: int, inputs: ModelInputs | None = None, offload: bool = False
+    ) -> None:
+        self.model, self._inputs = model, inputs or ModelInputs()
         for chunk in model.chunks:
             chunk.eval().requires_grad_(False)
-        head = model.head_weight
-        self.head_weight = None if head is None else reshard_head(head.data, head_rows, model.mesh.tp)
+        head = model.head
+        self.head = None if head is None else reshard_head(head, head_rows, model.mesh.tp)
         self._weights: OffloadedWeights | None = None
         if offload:
-            stays = head if head is not None and head.shape[0] == head_rows else None
+            stays = () if head is None or head.weight.shape[0] != head_rows else (head.weight, head.bias)
             everything = (parameter for chunk in model.chunks for parameter in chunk.parameters())
-            self._weights = OffloadedWeights(parameter for parameter in everything if parameter is not stays)
+            self._weights = OffloadedWeights(
+                parameter for parameter in everything if all(parameter is not one for one in stays)
+            )
 
     def resident(self) -> contextlib.AbstractContextManager[None]:
         """See ``TeacherSource.resident``; offloaded weights are on the device inside the context."""
@@ -41,4 +47,4 @@ class LocalTeacher:
 
     def score(self, microbatches: Sequence[Microbatch]) -> list[Hidden | None]:
         """See ``TeacherSource.score``."""
-        return compute_hidden(self.model, microbatches, self.head_weight)
+        return compute_hidden(self.model, microbatches, self.head, self._inputs)

@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 from megatron_gkd.data.dataset import TokenizedDataset
 from megatron_gkd.data.microbatch import Microbatch
+from megatron_gkd.data.vision.processing import ImageProcessing
 from megatron_gkd.errors import UserError
 from megatron_gkd.models.megatron_model import MegatronModel, in_eval_mode
 from megatron_gkd.teachers.base import Hidden
 from megatron_gkd.teachers.label_states import compute_hidden
+from megatron_gkd.teachers.model_inputs import ModelInputs
 from megatron_gkd.teachers.self_weights import TeacherWeights
 
 
@@ -25,10 +27,18 @@ class SelfTeacher:
         model: the student's.
         weights: the teacher's, which the modules compute with while they score.
         finish_gather: finishes a parameter gather in progress (``Student.gather_parameters``).
+        images: what the model's processor makes of images; None for a text model.
     """
 
-    def __init__(self, model: MegatronModel, weights: TeacherWeights, finish_gather: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        model: MegatronModel,
+        weights: TeacherWeights,
+        finish_gather: Callable[[], None],
+        images: ImageProcessing | None = None,
+    ) -> None:
         self.model, self.weights, self._finish_gather = model, weights, finish_gather
+        self._inputs = ModelInputs(images, images)
 
     @contextlib.contextmanager
     def resident(self) -> Iterator[None]:
@@ -40,7 +50,7 @@ class SelfTeacher:
     def score(self, microbatches: Sequence[Microbatch]) -> list[Hidden | None]:
         """See ``TeacherSource.score``."""
         with in_eval_mode(self.model.chunks):
-            return compute_hidden(self.model, microbatches, self.weights.head_weight)
+            return compute_hidden(self.model, microbatches, self.weights.head, self._inputs)
 
     def after_update(self) -> None:
         """See ``FollowsStudent.after_update``."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from megatron_gkd.models.host_memory import HostTensors
 from megatron_gkd.models.megatron_model import MegatronModel
+from megatron_gkd.ops.output_head import OutputHead
 from megatron_gkd.runtime import portability
 
 
@@ -18,8 +19,8 @@ class TeacherWeights(Protocol):
     """Weights of a teacher that uses the student's modules."""
 
     @property
-    def head_weight(self) -> Tensor | None:
-        """[ceil(V/TP), H] without gradient: that of the newest `active()` context; None before the last stage."""
+    def head(self) -> OutputHead | None:
+        """The LM head without gradient: that of the newest `active()` context; None before the last stage."""
         ...
 
     def active(self) -> contextlib.AbstractContextManager[None]:
@@ -38,9 +39,9 @@ class CurrentWeights:
         self._model = model
 
     @property
-    def head_weight(self) -> Tensor | None:
-        """See ``TeacherWeights.head_weight``."""
-        head = self._model.head_weight
+    def head(self) -> OutputHead | None:
+        """See ``TeacherWeights.head``."""
+        head = self._model.head
         return None if head is None else head.detach()
 
     def active(self) -> contextlib.AbstractContextManager[None]:
@@ -60,7 +61,7 @@ class BaseWeights(CurrentWeights):
 
 
 class InitialWeights:
-    """The trainable weights that the student had when this was created (of a student with adapters, those alone).
+    """The trainable weights and buffers that the student had when this was created (with adapters, those alone).
 
     They are in page-locked host memory and are swapped with the student's, so that the device has one model at a time.
     The device has both heads' shards, since the loss needs them.
@@ -71,22 +72,21 @@ class InitialWeights:
     """
 
     def __init__(self, model: MegatronModel, dtype: torch.dtype | None = None) -> None:
-        self._parameters = {
-            f"{index}.{name}": parameter
+        self._tensors = {
+            f"{index}.{name}": tensor
             for index, chunk in enumerate(model.chunks)
-            for name, parameter in chunk.named_parameters()
-            if parameter.requires_grad
+            for name, tensor in _changing_tensors(chunk)
         }
-        self._teacher_memory = HostTensors(self._parameters, dtype)
-        self._student_memory = HostTensors(self._parameters)
-        self._head = model.head_weight
-        self._teacher_head = None if self._head is None else self._head.detach().clone()
+        self._teacher_memory = HostTensors(self._tensors, dtype)
+        self._student_memory = HostTensors(self._tensors)
+        self._head = model.head
+        self._teacher_head = None if self._head is None else self._head.clone()
         self._store(self._teacher_memory)
         portability.synchronize()
 
     @property
-    def head_weight(self) -> Tensor | None:
-        """See ``TeacherWeights.head_weight``."""
+    def head(self) -> OutputHead | None:
+        """See ``TeacherWeights.head``."""
         return self._teacher_head
 
     @contextlib.contextmanager
@@ -97,7 +97,7 @@ class InitialWeights:
         try:
             self._load(self._teacher_memory)
             if self._head is not None and self._teacher_head is not None:
-                self._teacher_head.copy_(self._head.data)
+                self._teacher_head.copy_(self._head)
             yield
         finally:
             self._load(self._student_memory)
@@ -106,12 +106,12 @@ class InitialWeights:
         """Do nothing: these weights do not follow the student."""
 
     def _store(self, memory: HostTensors) -> None:
-        for name, parameter in self._parameters.items():
-            memory.write(name, parameter.data)
+        for name, tensor in self._tensors.items():
+            memory.write(name, tensor.data)
 
     def _load(self, memory: HostTensors) -> None:
-        for name, parameter in self._parameters.items():
-            parameter.data.copy_(memory.read(name, parameter.device))
+        for name, tensor in self._tensors.items():
+            tensor.data.copy_(memory.read(name, tensor.device))
 
 
 class AverageWeights(InitialWeights):
@@ -131,9 +131,9 @@ class AverageWeights(InitialWeights):
     def after_update(self) -> None:
         """See ``TeacherWeights.after_update``."""
         self._finish_gather()
-        for name, parameter in self._parameters.items():
-            average = self._teacher_memory.read(name, parameter.device)
-            average.lerp_(parameter.data.float(), 1 - self.decay)
+        for name, tensor in self._tensors.items():
+            average = self._teacher_memory.read(name, tensor.device)
+            average.lerp_(tensor.data.float(), 1 - self.decay)
             self._teacher_memory.write(name, average)
 
     def by_parameter(self) -> dict[nn.Parameter, Tensor]:
@@ -141,11 +141,24 @@ class AverageWeights(InitialWeights):
         portability.synchronize()
         return {
             parameter: self._teacher_memory.read(name, torch.device("cpu"))
-            for name, parameter in self._parameters.items()
+            for name, parameter in self._tensors.items()
+            if isinstance(parameter, nn.Parameter)
         }
 
     def replace(self, tensors: Mapping[nn.Parameter, Tensor]) -> None:
         """Replace the average by what `by_parameter` returned."""
         portability.synchronize()
-        for name, parameter in self._parameters.items():
-            self._teacher_memory.write(name, tensors[parameter])
+        for name, parameter in self._tensors.items():
+            if isinstance(parameter, nn.Parameter):
+                self._teacher_memory.write(name, tensors[parameter])
+
+
+def _changing_tensors(chunk: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield what training may change: trainable parameters, and the buffers in checkpoints, such as experts' biases."""
+    for name, parameter in chunk.named_parameters():
+        if parameter.requires_grad:
+            yield name, parameter
+    for prefix, module in chunk.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
+                yield f"{prefix}.{name}", buffer

@@ -132,8 +132,8 @@ def score_microbatches(teacher, mesh) -> RankResults:
     )
 
 
-def read_signal(signal, microbatch, mesh) -> list[LabelEntries] | None:
-    """Return any signal in one form, an element for each of its parts."""
+def read_signal(signal, microbatch, mesh, vocab_size: int = 99) -> list[LabelEntries] | None:
+    """Return any signal in one form, an element for each of its parts; `vocab_size`: of hidden states' heads."""
     from megatron_gkd.data.label_indices import local_label_indices
     from megatron_gkd.teachers.base import Hidden, Parts
 
@@ -145,10 +145,11 @@ def read_signal(signal, microbatch, mesh) -> list[LabelEntries] | None:
     for rows, part in parts:
         if isinstance(part, Hidden):
             states = part.states.gather()
-            shards = [torch.empty(len(states), len(part.head_weight)) for _ in range(mesh.tp.size())]
-            dist.all_gather(shards, (states @ part.head_weight.T).contiguous(), group=mesh.tp)
-            values = torch.cat(shards, 1)[:, :99]
-            ids, shard = torch.arange(99).expand_as(values), part.states.shard
+            logits = part.head.compute_logits(states)
+            shards = [torch.empty_like(logits) for _ in range(mesh.tp.size())]
+            dist.all_gather(shards, logits, group=mesh.tp)
+            values = torch.cat(shards, 1)[:, :vocab_size]
+            ids, shard = torch.arange(vocab_size).expand_as(values), part.states.shard
             held_rows = shard.untyped_storage().nbytes() // (shard.element_size() * shard.shape[1])
             entries.append(LabelEntries(numbers[rows], ids, values, None, None, held_rows))
         else:

@@ -4,29 +4,43 @@ from __future__ import annotations
 
 import json
 import socket
+import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import torch
 from teachers.contract import transformers_model
+from teachers.vision_rows import vision_logits, vision_model
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from megatron_gkd.data.vision.expansion import replace_tokens
+from megatron_gkd.data.vision.files import ImageStore
+from megatron_gkd.data.vision.image import Image
+from megatron_gkd.data.vision.processing import ImageProcessing
 
 
 class FakeServer:
     """Of a checkpoint, in fp32 by transformers. Usable in a `with` statement, which it runs in.
 
     Attributes:
-        max_model_len, max_logprobs: as vLLM's options.
+        max_model_len, max_logprobs, enable_scale_out: as vLLM's options.
+        processing: what a multimodal checkpoint's processor makes of images; None for a text model.
         delays: seconds that the next completions take beside the time they need.
         spoil: changes the answer to a completion (a dict) in place, or returns what is sent instead.
         asked: the paths of all requests that were answered, in order.
     """
 
-    def __init__(self, checkpoint: Path, tokenizer: PreTrainedTokenizerBase | None = None):
-        self.checkpoint = checkpoint
+    def __init__(
+        self,
+        checkpoint: Path,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        processing: ImageProcessing | None = None,
+    ):
+        self.checkpoint, self.processing, self.enable_scale_out = checkpoint, processing, True
         self.tokenizer = tokenizer or AutoTokenizer.from_pretrained(checkpoint)
         self.max_model_len, self.max_logprobs = 257, 64
         self.delays: list[float] = []
@@ -43,6 +57,10 @@ class FakeServer:
     @property
     def completions(self) -> int:
         return self.asked.count("/v1/completions")
+
+    @property
+    def generations(self) -> int:
+        return self.asked.count("/inference/v1/generate")
 
     def __enter__(self) -> FakeServer:
         self.start()
@@ -79,25 +97,62 @@ class FakeServer:
                     return 200, {"tokens": ids, "token_strs": self.tokenizer.convert_ids_to_tokens(ids)}
                 case "/v1/completions":
                     return self._complete(body)
+                case "/inference/v1/generate":
+                    return self._generate(body)
         return 404, {"detail": "Not Found"}
 
     def _complete(self, body: dict) -> tuple[int, dict | bytes]:
         k, ids = body["prompt_logprobs"], body["prompt"]
         assert body["model"] == "teacher" and body["max_tokens"] == 1
-        if k > self.max_logprobs:
-            message = f"Requested prompt logprobs of {k}, which is greater than max allowed: {self.max_logprobs}"
-            return 400, {"error": {"message": message}}
-        if len(ids) + 1 > self.max_model_len:
-            return 400, {"error": {"message": f"maximum context length is {self.max_model_len} tokens"}}
+        refusal = self._refuse(k, len(ids))
+        if refusal:
+            return 400, {"error": {"message": refusal}}
         choice = {"index": 0, "text": "", "prompt_token_ids": ids, "prompt_logprobs": self._log_probs(ids, k)}
-        answer = {"object": "text_completion", "choices": [choice]}
+        return 200, self._spoil({"object": "text_completion", "choices": [choice]})
+
+    def _generate(self, body: dict) -> tuple[int, dict | bytes]:
+        """Put in the tokens of images at their placeholders, one each."""
+        if not self.enable_scale_out:
+            message = "Scale-out endpoints are disabled. Restart vllm serve with --enable-scale-out to enable them."
+            return 403, {"error": {"message": message, "type": "PermissionDeniedError", "code": 403}}
+        sampling, processing = body["sampling_params"], self.processing
+        assert body["model"] == "teacher" and body["return_token_ids"] and sampling["max_tokens"] == 1
+        if processing is None:
+            return 400, {"error": {"message": "teacher is not a multimodal model"}}
+        with tempfile.TemporaryDirectory() as folder:
+            store = ImageStore(Path(folder), Path(folder))
+            images = [store.resolve(part["url"]) for part in body["content_parts"]]
+            assert all(part["type"] == "image_url" for part in body["content_parts"])
+            places = [slice(i, i + 1) for i, id_ in enumerate(body["token_ids"]) if id_ == processing.placeholder_id]
+            tokens = [processing.tokens(image) for image in images]
+            ids = replace_tokens(np.array(body["token_ids"]), places, tokens).tolist()
+            k = sampling["prompt_logprobs"]
+            refusal = self._refuse(k, len(ids))
+            if refusal:
+                return 400, {"error": {"message": refusal}}
+            choice = {"index": 0, "token_ids": [2], "finish_reason": "length"}
+            log_probs = self._log_probs(ids, k, images)
+            return 200, self._spoil({"choices": [choice], "prompt_token_ids": ids, "prompt_logprobs": log_probs})
+
+    def _refuse(self, k: int, length: int) -> str | None:
+        if k > self.max_logprobs:
+            return f"Requested prompt logprobs of {k}, which is greater than max allowed: {self.max_logprobs}"
+        if length + 1 > self.max_model_len:
+            return f"maximum context length is {self.max_model_len} tokens"
+        return None
+
+    def _spoil(self, answer: dict) -> dict | bytes:
         spoiled = self.spoil(answer) if self.spoil else None
-        return 200, answer if spoiled is None else spoiled
+        return answer if spoiled is None else spoiled
 
     @torch.no_grad()
-    def _log_probs(self, ids: list[int], k: int) -> list[dict | None]:
+    def _log_probs(self, ids: list[int], k: int, images: Sequence[Image] = ()) -> list[dict | None]:
         """As vLLM: the actual token first, wherever it ranks, then the k most likely ones."""
-        log_probs = transformers_model(self.checkpoint)(torch.tensor([ids])).logits[0].log_softmax(-1)
+        if self.processing is None:
+            logits = transformers_model(self.checkpoint)(torch.tensor([ids])).logits[0]
+        else:
+            logits = vision_logits(vision_model(self.checkpoint), self.processing, ids, images)
+        log_probs = logits.log_softmax(-1)
         entries: list[dict | None] = [None]
         for row, token in zip(log_probs[:-1], ids[1:], strict=True):
             best = row.topk(k)

@@ -47,17 +47,17 @@ class Rows:
 
 def check_rows_of_several_recipes(rank, world_size):
     from megatron_gkd.config.schema import TeacherSection
-    from megatron_gkd.training.build_teacher import check_rows
+    from megatron_gkd.training.teacher_rows import check_training_rows
 
     dynamic = TeacherSection(teacher_kind="self")
-    check_rows(dynamic, Rows(0, 7))
+    check_training_rows(dynamic, Rows(0, 7), {})
     for other in (
         {"teacher_kind": "self", "teacher_model": "x"},
         {"teacher_kind": "self", "teacher_ema": 0.9},
         {"teacher_model": "x"},
     ):
-        check_rows(TeacherSection(**other), Rows(0, 0))
-    check_rows(dynamic, Rows(0, 0))
+        check_training_rows(TeacherSection(**other), Rows(0, 0), {})
+    check_training_rows(dynamic, Rows(0, 0), {})
 
 
 def test_the_current_weights_without_teacher_prompts_are_refused(gloo_world):

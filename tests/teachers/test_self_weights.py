@@ -11,6 +11,7 @@ from torch import nn
 
 from megatron_gkd.models import host_memory
 from megatron_gkd.models.host_memory import SMALLEST_PIECE
+from megatron_gkd.ops.output_head import OutputHead
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def self_weights():
 def student(dtype: torch.dtype):
     torch.manual_seed(0)
     chunks = [nn.Sequential(nn.Linear(300, 70, dtype=dtype), nn.LayerNorm(70)), nn.Linear(70, 90, dtype=dtype)]
-    return SimpleNamespace(chunks=chunks, head_weight=chunks[1].weight)
+    return SimpleNamespace(chunks=chunks, head=OutputHead(chunks[1].weight, chunks[1].bias))
 
 
 def parameters(model) -> list[nn.Parameter]:
@@ -58,12 +59,13 @@ def test_the_initial_weights_are_swapped_with_the_students(self_weights, dtype, 
         weights = self_weights.InitialWeights(model)
     assert set(allocations.pinned) <= {1 << bit for bit in range(15)}
     assert 2 * num_bytes <= sum(allocations.pinned) < 2 * (num_bytes + SMALLEST_PIECE)
-    head, largest = model.head_weight.nbytes, max(parameter.nbytes for parameter in initial)
+    head, largest = model.head.weight.nbytes + model.head.bias.nbytes, max(parameter.nbytes for parameter in initial)
     assert allocations.peak <= num_bytes + head + largest
     trained = randomize(model)
     for _ in range(2):
         with allocations, weights.active():
-            assert equal(model, initial) and torch.equal(weights.head_weight, initial[-2])
+            assert equal(model, initial)
+            assert torch.equal(weights.head.weight, initial[-2]) and torch.equal(weights.head.bias, initial[-1])
         assert equal(model, trained)
         trained = randomize(model)
     assert allocations.peak <= num_bytes + head + largest
@@ -87,3 +89,24 @@ def test_the_average_is_kept_in_fp32(self_weights):
     other.replace(dict(zip(parameters(later), average, strict=True)))
     held = other.by_parameter()
     assert all(torch.equal(held[p], value) for p, value in zip(parameters(later), average, strict=True))
+
+
+def test_buffers_of_checkpoints_are_swapped_and_averaged_like_parameters(self_weights):
+    """Training moves the biases of some experts, which are no parameters."""
+    model = student(torch.bfloat16)
+    layer = model.chunks[0][0]
+    layer.register_buffer("bias_of_experts", torch.tensor([1.0, 3.0]))
+    layer.register_buffer("counts", torch.tensor([5]))
+    layer.register_buffer("derived", torch.tensor([7.0]), persistent=False)
+    initial = self_weights.InitialWeights(model)
+    average = self_weights.AverageWeights(model, decay=0.75, finish_gather=lambda: None)
+    layer.bias_of_experts.copy_(torch.tensor([2.0, 7.0]))
+    for buffer in (layer.counts, layer.derived):
+        buffer.add_(1)
+    average.after_update()
+    for weights, expected in ((initial, [1.0, 3.0]), (average, [1.25, 4.0])):
+        with weights.active():
+            assert layer.bias_of_experts.tolist() == expected
+            assert (layer.counts.item(), layer.derived.item()) == (6, 8)
+        assert layer.bias_of_experts.tolist() == [2.0, 7.0]
+    assert set(average.by_parameter()) == set(parameters(model))

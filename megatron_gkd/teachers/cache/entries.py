@@ -76,7 +76,7 @@ def _build_entries(signal: TeacherSignal, manifest: Manifest, mesh: Mesh, chunk_
 
 
 def _from_hidden(signal: Hidden, states: Tensor, manifest: Manifest, mesh: Mesh) -> _Entries:
-    logits = states @ signal.head_weight.T
+    logits = signal.head.compute_logits(states)
     shard = VocabShard.from_group(logits.shape[1], mesh.tp, manifest.vocab_size)
     logits = logits[:, : shard.valid]
     topk = choose_topk(logits, manifest.k, shard, manifest.temperature)

@@ -1,4 +1,4 @@
-"""Keys of cached rows: hashes of a row's tokens, of the positions that are trained on, and of the teacher's prompt.
+"""Keys of cached rows: hashes of a row's tokens, images, the positions that are trained on, and the teacher's prompt.
 
 A row has the same key in every file, batch and layout, and equal rows share one entry.
 """
@@ -6,6 +6,7 @@ A row has the same key in every file, batch and layout, and equal rows share one
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable
 
 import numpy as np
@@ -13,19 +14,30 @@ import torch.distributed as dist
 
 from megatron_gkd.data.loader import SampleDataset
 from megatron_gkd.data.sample import IGNORED_LABEL, Sample
+from megatron_gkd.data.vision.image import Image
 
 KEY_BYTES = 16
 KEY = np.dtype(f"S{KEY_BYTES}")  # compared and sorted in arrays; taken out, an element would lose zeros at its end
 
 
 def row_key(sample: Sample) -> bytes:
-    """Return the BLAKE2b hash, of `KEY_BYTES` bytes, of a row's token ids, label positions and teacher's prompt."""
+    """Return the BLAKE2b hash, of `KEY_BYTES` bytes, of all that the teacher may read of a row.
+
+    These are the token ids, the label positions, the teacher's prompt, and the digests of the images of both. Rows
+    without images have the keys that they had before there were images, so that older caches stay valid.
+    """
     key = hashlib.blake2b(digest_size=KEY_BYTES)
     for ids in (sample.input_ids, sample.teacher_prompt):
         key.update((-1 if ids is None else len(ids)).to_bytes(8, "little", signed=True))
         key.update(b"" if ids is None else np.ascontiguousarray(ids, dtype="<i8").tobytes())
     key.update(np.packbits(sample.labels != IGNORED_LABEL).tobytes())
+    if sample.images or sample.teacher_images:
+        key.update(json.dumps([_digests(sample.images), _digests(sample.teacher_images)]).encode())
     return key.digest()
+
+
+def _digests(images: Iterable[Image] | None) -> list[str] | None:
+    return None if images is None else [image.digest for image in images]
 
 
 def row_keys(samples: Iterable[Sample]) -> np.ndarray:

@@ -17,16 +17,19 @@ import httpx
 import msgspec
 import numpy as np
 
+from megatron_gkd.data.vision.processing import ImageProcessing
+from megatron_gkd.data.vision.vllm_settings import describe_remedy
 from megatron_gkd.errors import ServiceError, UserError
 from megatron_gkd.runtime.background import parallel_map
 from megatron_gkd.runtime.servers import Backoff, Server, ServerDown
+from megatron_gkd.teachers.server.images import image_probe
 from megatron_gkd.teachers.server.response import (
-    RESPONSE_DECODER,
     ScoreRequest,
     Scores,
     mean_difference,
     parse_response,
 )
+from megatron_gkd.teachers.server.routes import request_scores, route_of
 from megatron_gkd.teachers.server.tokenizer import Probe, require_same_tokens
 
 _KNOWN_PROMPT_LENGTH = 32  # tokens at most
@@ -51,17 +54,29 @@ class TeacherRequirements:
         k: tokens of each distribution.
         max_length: tokens of the longest sequence.
         probes: texts with their ids and tokens in the student's tokenizer, which the server's must equal.
+        images: what the student's processor makes of images, where rows have some; the server must make the same.
     """
 
     k: int
     max_length: int
     probes: Sequence[Probe]
+    images: ImageProcessing | None = None
 
     def known_prompt(self) -> ScoreRequest:
         """Build the request that identifies a server's model."""
         length = min(_KNOWN_PROMPT_LENGTH, self.max_length)
         ids = np.array([i for probe in self.probes for i in probe.ids][:length])
         return ScoreRequest(ids, np.arange(len(ids) - 1))
+
+    def image_probe(self) -> ScoreRequest | None:
+        """Build the request that shows whether a server reads images; None where no row has one.
+
+        It is None, too, where the image's tokens don't fit into a sequence.
+        """
+        if self.images is None:
+            return None
+        probe = image_probe(self.known_prompt().token_ids[:4], self.images)
+        return probe if len(probe.token_ids) <= self.max_length else None
 
 
 @dataclass(frozen=True)
@@ -95,7 +110,7 @@ class TeacherServer(Server):
         self.requirements, self.k = requirements, requirements.k
         self.identity: ModelIdentity | None = None
         self.down_since: float | None = None
-        self._known_prompt = requirements.known_prompt()
+        self._known_prompt, self._image_probe = requirements.known_prompt(), requirements.image_probe()
         self._name: str | None = None
         self._losses = self._losses_checked = 0  # lost connections; those that a handshake has followed
         self._lock = threading.Lock()  # held during a handshake
@@ -106,7 +121,7 @@ class TeacherServer(Server):
         Raises:
             ServiceError: the server does not respond, or what responds is no vLLM server.
             UserError: it cannot score for this student: sequences shorter than `max_length`, another tokenizer (see
-                `server_tokenizer`), or fewer log-probabilities than `k`.
+                `require_same_tokens`), fewer log-probabilities than `k`, or other tokens of images or none at all.
         """
         self.identity = _retry(self._handshake, max_downtime)
         return self.identity
@@ -158,6 +173,8 @@ class TeacherServer(Server):
         self.require_running()
         for probe in self.requirements.probes:
             self._compare(probe)
+        if self._image_probe is not None:
+            self._score(self._image_probe)
         return ModelIdentity(model.name, self._score(self._known_prompt))
 
     def _compare(self, probe: Probe) -> None:
@@ -201,24 +218,13 @@ class TeacherServer(Server):
         return self.identity
 
     def _score(self, request: ScoreRequest) -> Scores:
-        path = "/v1/completions"
-        body = {
-            "model": self._name or self._known_identity().name,
-            "prompt": request.token_ids.tolist(),
-            "prompt_logprobs": self.k,
-            "max_tokens": 1,  # 0 is refused
-            "temperature": 0.0,  # of the sampled token; log-probabilities are always those at 1
-            "return_token_ids": True,
-        }
+        prompt = request_scores(self, self._name or self._known_identity().name, request, self.k)
         try:
-            response = self.request("POST", path, RESPONSE_DECODER, json=body)
+            return parse_response(prompt, request, self.k)
         except UserError as error:
-            hint = f"; for {self.k} tokens (distill.gkd_logits_topk) start it with --max-logprobs {self.k}"
-            raise UserError(f"{error}{hint if 'max allowed' in str(error) else ''}") from error
-        try:
-            return parse_response(response, request, self.k)
+            raise UserError(f"{self.url}: {error}{describe_remedy(self.requirements.images)}") from error
         except ServiceError as error:
-            raise ServiceError(f"{self.url}{path}: {error}") from error
+            raise ServiceError(f"{self.url}{route_of(request)}: {error}") from error
 
 
 def _retry(attempt: Callable[[], T], max_downtime: float) -> T:

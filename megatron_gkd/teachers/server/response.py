@@ -15,7 +15,10 @@ import msgspec
 import numpy as np
 
 from megatron_gkd.data.sample import Sample
-from megatron_gkd.errors import ServiceError
+from megatron_gkd.data.vision.expansion import find_image_tokens, replace_tokens
+from megatron_gkd.data.vision.image import Image, Video
+from megatron_gkd.data.vision.processing import ImageProcessing
+from megatron_gkd.errors import ServiceError, UserError
 
 MINUS_INFINITY = -9999.0
 """What vLLM writes for -inf, which JSON cannot express."""
@@ -29,22 +32,49 @@ class ScoreRequest:
     Attributes:
         token_ids: int64 [L], the sequence up to the token after the last position.
         positions: int64 [n], rising, at least one: after each of these tokens.
+        images: those whose tokens are in `token_ids`, in order.
+        rendered_ids: `token_ids` with one placeholder for each image, as a server takes them; None without images.
     """
 
     token_ids: np.ndarray
     positions: np.ndarray
+    images: tuple[Image, ...] = ()
+    rendered_ids: np.ndarray | None = None
 
     @classmethod
-    def from_sample(cls, sample: Sample) -> ScoreRequest | None:
-        """Build the request for a sample's labels; None where it has none."""
+    def from_sample(cls, sample: Sample, processing: ImageProcessing | None = None) -> ScoreRequest | None:
+        """Build the request for a sample's labels; None where it has none.
+
+        Args:
+            sample: as the teacher reads it.
+            processing: made the tokens of its images.
+
+        Raises:
+            UserError: it has a video.
+        """
         positions = sample.label_positions
-        return cls(sample.input_ids[: positions[-1] + 2], positions) if len(positions) else None
+        if not len(positions):
+            return None
+        token_ids = sample.input_ids[: positions[-1] + 2]
+        if not sample.images or processing is None:
+            return cls(token_ids, positions)
+        for image in sample.images:
+            if isinstance(image, Video):
+                raise UserError(
+                    f"{image.location}: a teacher's server is sent no videos; use a "
+                    "teacher_model, or a cache of one's scores"
+                )
+        spans = find_image_tokens(sample.input_ids, sample.images, processing)
+        spans = [span for span in spans if span.stop <= len(token_ids)]
+        rendered_ids = replace_tokens(token_ids, spans, [[processing.placeholder_id]] * len(spans))
+        return cls(token_ids, positions, sample.images[: len(spans)], rendered_ids)
 
     @cached_property
     def key(self) -> bytes:
         """Hash of the request, the same in every process."""
         lengths = np.array([len(self.token_ids)])
-        parts = (np.asarray(part, dtype=np.int64).tobytes() for part in (lengths, self.token_ids, self.positions))
+        parts = [np.asarray(part, dtype=np.int64).tobytes() for part in (lengths, self.token_ids, self.positions)]
+        parts += [image.digest.encode() for image in self.images]
         return hashlib.blake2b(b"".join(parts), digest_size=16).digest()
 
 
@@ -84,31 +114,37 @@ class _Entry(msgspec.Struct):
     rank: int
 
 
-class _Choice(msgspec.Struct):
+class PromptScores(msgspec.Struct):
+    """What a response has of the prompt: its tokens, and the entries of each of them but the first."""
+
     prompt_token_ids: list[int]
     prompt_logprobs: list[msgspec.Raw]
 
 
-class _Response(msgspec.Struct):
-    choices: Annotated[list[_Choice], msgspec.Meta(min_length=1)]
+class _Completions(msgspec.Struct):
+    choices: Annotated[list[PromptScores], msgspec.Meta(min_length=1)]
 
 
-RESPONSE_DECODER = msgspec.json.Decoder(_Response)
+COMPLETIONS_DECODER = msgspec.json.Decoder(_Completions)
 """Decoder of the content of a response of /v1/completions."""
+GENERATION_DECODER = msgspec.json.Decoder(PromptScores)
+"""Decoder of the content of a response of /inference/v1/generate."""
 _Token = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 _ENTRIES = msgspec.json.Decoder(dict[_Token, _Entry] | None)
 
 
-def parse_response(response: _Response, request: ScoreRequest, k: int) -> Scores:
+def parse_response(prompt: PromptScores, request: ScoreRequest, k: int) -> Scores:
     """Return the k log-probabilities at each position of the request.
 
     Raises:
-        ServiceError: the response lacks some, or has other values; the message does not have the server's address.
+        UserError: the server makes other tokens of the images; no message has the server's address.
+        ServiceError: the response lacks some log-probabilities, or has other values.
     """
-    choice = response.choices[0]
-    if choice.prompt_token_ids != request.token_ids.tolist():
+    if prompt.prompt_token_ids != request.token_ids.tolist():
+        if request.images:
+            raise UserError(_other_image_tokens(prompt, request))
         raise ServiceError("the response has other token ids than the request")
-    entries = choice.prompt_logprobs
+    entries = prompt.prompt_logprobs
     if len(entries) != len(request.token_ids):
         raise ServiceError(f"the response has {len(entries)} positions; the request has {len(request.token_ids)}")
     ids = np.empty((len(request.positions), k), dtype=np.int32)
@@ -124,6 +160,15 @@ def parse_response(response: _Response, request: ScoreRequest, k: int) -> Scores
             f"add up to {mass:.4g}; start the server with --logprobs-mode raw_logprobs"
         )
     return Scores(ids, log_probs)
+
+
+def _other_image_tokens(prompt: PromptScores, request: ScoreRequest) -> str:
+    sizes = ", ".join(f"{image.width}x{image.height}" for image in request.images)
+    return (
+        f"makes {len(prompt.prompt_token_ids)} tokens of a sequence with images of {sizes} pixels, of which the "
+        f"student's processor makes {len(request.token_ids)}; both need the same settings, and the limits "
+        "data.min_pixels and data.max_pixels"
+    )
 
 
 def _parse_position(raw: msgspec.Raw, position: int, next_token: int, k: int) -> tuple[list[int], list[float]]:

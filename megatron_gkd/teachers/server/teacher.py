@@ -21,6 +21,7 @@ from megatron_gkd.data.label_indices import local_label_indices
 from megatron_gkd.data.microbatch import Microbatch
 from megatron_gkd.data.sample import Sample
 from megatron_gkd.data.teacher_view import teacher_view
+from megatron_gkd.data.vision.processing import ImageProcessing
 from megatron_gkd.errors import GkdError, ServiceError
 from megatron_gkd.ops.topk import MISSING, TopK
 from megatron_gkd.runtime.agreement import run_on_all, run_on_main
@@ -43,6 +44,7 @@ class TeacherServerOptions:
         urls: the servers' roots; they get requests in turn.
         k: tokens of each distribution.
         max_length: tokens of the longest sequence.
+        has_images: whether rows have images, which the servers must be able to read.
         concurrency: requests of one replica at the same time, over all servers.
         timeout: seconds that one response may take.
         max_downtime: seconds that servers may be unreachable before the run stops.
@@ -52,6 +54,7 @@ class TeacherServerOptions:
     urls: tuple[str, ...]
     k: int
     max_length: int
+    has_images: bool = False
     concurrency: int = 64
     timeout: float = 600.0
     max_downtime: float = 300.0
@@ -79,6 +82,7 @@ class ServerTeacher:
         tokenizer: the student's, which the servers' must equal.
         vocab_size: tokens with ids from here on are missing entries.
         options: the servers, and how they are used.
+        images: what the student's processor makes of images; None for a text model.
 
     Attributes:
         dispatcher: on the leader of each model replica; None elsewhere.
@@ -88,16 +92,22 @@ class ServerTeacher:
     """
 
     def __init__(
-        self, mesh: Mesh, tokenizer: PreTrainedTokenizerBase, vocab_size: int, options: TeacherServerOptions
+        self,
+        mesh: Mesh,
+        tokenizer: PreTrainedTokenizerBase,
+        vocab_size: int,
+        options: TeacherServerOptions,
+        images: ImageProcessing | None = None,
     ) -> None:
-        self.mesh, self.vocab_size, self.options = mesh, vocab_size, options
+        self.mesh, self.vocab_size, self.options, self.images = mesh, vocab_size, options, images
         self.dispatcher: RequestDispatcher | None = None
         self._largest_scoring = options.concurrency  # number of requests
         self._num_scorings = 0
         servers: list[TeacherServer] = []
         if mesh.is_leader or mesh.is_main:
             http = open_client(options.timeout, options.concurrency)
-            requirements = TeacherRequirements(options.k, options.max_length, tokenizer_probes(tokenizer))
+            processing = images if options.has_images else None
+            requirements = TeacherRequirements(options.k, options.max_length, tokenizer_probes(tokenizer), processing)
             servers = [TeacherServer(url, http, requirements) for url in options.urls]
         identities = run_on_main(lambda: handshake_all(servers, options.max_downtime), TeacherFailed)
         if mesh.is_leader:
@@ -114,11 +124,11 @@ class ServerTeacher:
     def begin(self, samples: Iterable[Sample]) -> None:
         """See ``ScoresAhead.begin``."""
         if self.dispatcher is not None:
-            self.dispatcher.begin(filter(None, map(_build_request, samples)))
+            self.dispatcher.begin(filter(None, map(self._build_request, samples)))
 
     def score(self, microbatches: Sequence[Microbatch]) -> list[TopK | None]:
         """See ``TeacherSource.score``; values are log-probabilities at temperature 1, [N, k]."""
-        built = [_build_request(sample) for microbatch in microbatches for sample in microbatch.samples]
+        built = [self._build_request(sample) for microbatch in microbatches for sample in microbatch.samples]
         requests = [request for request in built if request is not None]
         scores = self._collect(requests)
         if not self.mesh.is_last_stage:
@@ -211,7 +221,6 @@ class ServerTeacher:
         ids, log_probs = packed[0, indices].long(), packed[1, indices].view(torch.float32)
         return TopK.from_log_probs(ids.masked_fill(ids >= self.vocab_size, MISSING), log_probs)
 
-
-def _build_request(sample: Sample) -> ScoreRequest | None:
-    """Build the request for the sequence that the teacher reads; None for a sample without labels."""
-    return ScoreRequest.from_sample(teacher_view(sample))
+    def _build_request(self, sample: Sample) -> ScoreRequest | None:
+        """Build the request for the sequence that the teacher reads; None for a sample without labels."""
+        return ScoreRequest.from_sample(teacher_view(sample), self.images)

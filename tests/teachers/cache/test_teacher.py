@@ -23,6 +23,7 @@ from teachers.contract import (
 
 from megatron_gkd.checkpoint_format.cache_manifest import FILE, Manifest
 from megatron_gkd.data.sample import IGNORED_LABEL
+from megatron_gkd.data.vision.image import Image
 from megatron_gkd.errors import UserError
 from megatron_gkd.teachers.cache.keys import row_key, row_keys
 from megatron_gkd.teachers.cache.shards import CachedRow, write_shard
@@ -30,6 +31,7 @@ from megatron_gkd.teachers.cache.teacher import NOT_FOUND, TeacherCache
 from megatron_gkd.teachers.cache.writer import plan_shards, require_consistent_tags
 
 ROWS = [sample(length, slice(2, None), seed=length) for length in range(4, 14)]
+TEXT_KEY, PROMPTED_KEY = "098ac6c0f1d66e7f4857fd52ebf4408a", "e89e432ac22638dffba71f3e7dd4b533"  # of ROWS[0]
 MANIFEST = Manifest(k=5, temperature=0.9, tokenizer="t", teacher="big", vocab_size=200_000)
 
 
@@ -66,6 +68,26 @@ class TestKeys:
             replace(row, teacher_prompt=row.input_ids[:3]),
         ]
         assert len({row_key(one) for one in (row, *others)}) == 5
+
+    def test_the_key_depends_on_what_images_show_and_not_on_where_they_are(self):
+        first, other = Image("/a.png", 8, 8, "1"), Image("/a.png", 8, 8, "2")
+        row = replace(ROWS[3], images=(first,))
+        assert row_key(row) == row_key(replace(row, images=(replace(first, location="/b.png"),)))
+        prompted = replace(row, teacher_prompt=row.input_ids[:2], teacher_images=())
+        others = [
+            ROWS[3],
+            replace(row, images=(other,)),
+            replace(row, images=(first, first)),
+            prompted,
+            replace(prompted, teacher_images=None),
+            replace(prompted, teacher_images=(first,)),
+            replace(prompted, images=(), teacher_images=(first,)),
+        ]
+        assert len({row_key(one) for one in (row, *others)}) == 8
+
+    def test_rows_of_text_have_the_keys_of_older_caches(self):
+        assert row_key(ROWS[0]).hex() == TEXT_KEY
+        assert row_key(replace(ROWS[0], teacher_prompt=ROWS[0].input_ids[:2], teacher_images=())).hex() == PROMPTED_KEY
 
 
 class TestFiles:
@@ -108,6 +130,10 @@ class TestFiles:
     def test_unfinished_files_are_not_read(self, tmp_path):
         (cache_of(tmp_path, ROWS[:2]) / ".rows-0.safetensors.77").write_bytes(b"half")
         assert len(TeacherCache(tmp_path)) == 2
+
+    def test_the_manifest_of_a_text_model_is_as_it_was_before_there_were_images(self):
+        assert "images" not in MANIFEST.text()
+        assert replace(MANIFEST, images="p").identity != MANIFEST.identity
 
     @pytest.mark.parametrize(
         ("text", "problem"),

@@ -12,7 +12,7 @@ from megatron_gkd.data.sample import Sample, shift_labels
 from megatron_gkd.errors import ServiceError
 from megatron_gkd.runtime.servers import decode
 from megatron_gkd.teachers.server.response import (
-    RESPONSE_DECODER,
+    COMPLETIONS_DECODER,
     ScoreRequest,
     Scores,
     mean_difference,
@@ -39,7 +39,7 @@ def response() -> dict:
 
 
 def read(content: bytes) -> Scores:
-    return parse_response(decode(content, RESPONSE_DECODER, "http://server/v1/completions"), REQUEST, k=2)
+    return parse_response(decode(content, COMPLETIONS_DECODER, "http://server/v1/completions").choices[0], REQUEST, k=2)
 
 
 def test_the_top_k_after_each_position():

@@ -6,19 +6,26 @@ import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
+import torch
 import vllm_server
 from checkpoints import tiny_checkpoint, tiny_tokenizer
 from command_line import train
 from layouts import DENSE
 from teachers.contract import CHECKPOINT, TeacherContract, in_every_rank
+from teachers.server.test_images import K, images_that_readers_turn, score_rows
+from teachers.server.test_images import rows as image_rows
 from teachers.server.test_run import prepare, steps_of
 from teachers.server.test_teacher import fail_to_make, results_of
+from teachers.vision_rows import image_sample, processing_of, vision_log_probs, vision_teacher
 from training.test_layouts import assert_equal_runs
 from training.test_server_teacher import TAILS
 from training_layouts import train_steps
+from vision_checkpoints import vision_tokenizer
 
+from megatron_gkd.data.vision.processor import PixelLimits
 from megatron_gkd.errors import UserError
 from megatron_gkd.runtime.servers import open_client
 from megatron_gkd.teachers.server.client import TeacherRequirements, TeacherServer
@@ -71,6 +78,46 @@ def test_its_tokenizer_is_compared(teacher_server):
     connect(tiny_tokenizer()).check()
     with pytest.raises(UserError, match="its tokenizer is not the student's"):
         connect(tiny_tokenizer(prefix="v"))
+
+
+@pytest.fixture(scope="module")
+def image_server(tmp_path_factory) -> Iterator[vllm_server.VllmServer]:
+    if not vllm_server.is_installed():
+        pytest.skip(vllm_server.WHY_ABSENT)
+    server = vllm_server.VllmServer(vision_teacher(), tmp_path_factory.mktemp("images") / "server.log")
+    server.flags.append("--enable-scale-out")
+    try:
+        server.ensure_running()
+        yield server
+    finally:
+        server.kill()
+
+
+def test_rows_with_images_are_scored_as_by_transformers(image_server, gloo_world):
+    """Also those that no two readers decode alike, unless they are sent as they were read here."""
+    processing = processing_of(vision_teacher())
+    rows = [*image_rows(processing), *map(partial(image_sample, processing, 3), images_that_readers_turn())]
+    expected = torch.cat([vision_log_probs(vision_teacher(), row) for row in rows]).topk(K).values.float()
+    for values in gloo_world(2).run(score_rows, image_server.url, vision_teacher(), rows):
+        torch.testing.assert_close(values.sort(-1, descending=True).values, expected, atol=1e-4, rtol=0)
+
+
+def test_a_server_with_other_limits_of_pixels_is_refused(image_server):
+    limits = PixelLimits(max_pixels=32 * 32)
+    requirements = TeacherRequirements(
+        4, 255, tokenizer_probes(vision_tokenizer()), processing_of(vision_teacher(), limits)
+    )
+    server = TeacherServer(image_server.url, open_client(60.0, 4), requirements)
+    with pytest.raises(UserError, match="images of 64x64 pixels, of which the student's processor makes"):
+        server.handshake(max_downtime=5.0)
+
+
+def test_a_server_without_the_route_of_images_is_refused(teacher_server):
+    images = processing_of(vision_teacher())
+    requirements = TeacherRequirements(4, 255, tokenizer_probes(tiny_tokenizer()), images)
+    server = TeacherServer(teacher_server.url, open_client(60.0, 4), requirements)
+    with pytest.raises(UserError, match="start it with --enable-scale-out"):
+        server.handshake(max_downtime=5.0)
 
 
 @pytest.mark.parametrize("tail", TAILS)
