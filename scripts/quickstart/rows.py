@@ -71,6 +71,12 @@ LORA = (
     ON_POLICY[1],
     Row("offline GKD, LoRA", "further_lora", "#c44e52", start="cross-entropy", has_adapters=True),
 )
+# A multimodal student that reads drawn digits.
+IMAGES_TEACHER = "images_teacher"
+IMAGES = (
+    Row("cross-entropy", "images_ce", "#d1701f", has_teacher=False),
+    Row("GKD", "images_gkd", "#4878a8"),
+)
 
 
 def select_rows(*, on_policy: bool, is_own_teacher: bool, lora: bool) -> tuple[Row, ...]:
@@ -82,5 +88,5 @@ def select_rows(*, on_policy: bool, is_own_teacher: bool, lora: bool) -> tuple[R
 
 def result_names(rows: Sequence[Row]) -> list[str]:
     """Return the names of the results of these rows: the parts of the experiment that they belong to."""
-    marks = {"quick": QUICK[0], "on_policy": ON_POLICY[0], "self": SELF[0], "lora": LORA[-1]}
+    marks = {"quick": QUICK[0], "on_policy": ON_POLICY[0], "self": SELF[0], "lora": LORA[-1], "images": IMAGES[0]}
     return [name for name, row in marks.items() if row in rows] or ["results"]

@@ -21,3 +21,14 @@ def test_seeds_are_positive(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         quickstart._parse()
     assert "--seeds = 0: must be at least 1" in capsys.readouterr().err
+
+
+def test_images_take_seeds_and_no_option_of_the_experiment(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["quickstart", "--images", "--seeds", "3"])
+    plan = quickstart._plan(quickstart._parse())
+    assert [row.recipe for row in plan.rows] == ["images_ce", "images_gkd"] and list(plan.seeds) == [1, 2, 3]
+    for option in ("--experiment", "--lora"):
+        monkeypatch.setattr(sys, "argv", ["quickstart", "--images", option])
+        with pytest.raises(SystemExit):
+            quickstart._parse()
+    assert "--lora: needs --experiment" in capsys.readouterr().err

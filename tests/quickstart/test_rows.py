@@ -4,6 +4,8 @@ import pytest
 from quickstart.rows import (
     EXPERIMENT_TEACHER,
     FROM_SCRATCH,
+    IMAGES,
+    IMAGES_TEACHER,
     LORA,
     ON_POLICY,
     QUICK,
@@ -17,7 +19,11 @@ from world import REPOSITORY
 from megatron_gkd.config.load import load
 
 ROWS = select_rows(on_policy=True, is_own_teacher=True, lora=True)
-TEACHERS = {**dict.fromkeys(ROWS, EXPERIMENT_TEACHER), **dict.fromkeys(QUICK, QUICK_TEACHER)}
+TEACHERS = {
+    **dict.fromkeys(ROWS, EXPERIMENT_TEACHER),
+    **dict.fromkeys(QUICK, QUICK_TEACHER),
+    **dict.fromkeys(IMAGES, IMAGES_TEACHER),
+}
 
 
 def recipe_of(row):
@@ -27,18 +33,22 @@ def recipe_of(row):
 @pytest.mark.parametrize("row", TEACHERS, ids=lambda row: row.recipe)
 def test_recipe_and_row_agree(row):
     recipe = recipe_of(row)
-    start = {other.name: f"{other.recipe}_seed1/hf" for other in ROWS}.get(row.start, "untrained/student_seed1")
-    assert recipe.student.model == f"runs/quickstart/{start}"
+    folder = "runs/quickstart/images" if row in IMAGES else "runs/quickstart"
+    untrained = f"{folder}/untrained/student_seed1"
+    start = {other.name: f"runs/quickstart/{other.recipe}_seed1/hf" for other in ROWS}.get(row.start, untrained)
+    assert recipe.student.model == start
     assert recipe.output.output_dir == f"runs/quickstart/{row.recipe}_seed1"
     assert (recipe.teacher.source == "local") == row.has_teacher
     if row.has_teacher:
         assert recipe.teacher.teacher_model == f"runs/quickstart/{TEACHERS[row]}/hf"
     assert (recipe.teacher.teacher_model == recipe.student.model) == row.is_own_teacher
     assert (recipe.lora is not None and recipe.lora.merge_lora) == row.has_adapters
-    assert [entry.path for entry in recipe.data.dataset] == [f"runs/quickstart/data/{row.data}.jsonl"]
+    assert [entry.path for entry in recipe.data.dataset] == [f"{folder}/data/{row.data}.jsonl"]
 
 
-@pytest.mark.parametrize("rows", [QUICK, FROM_SCRATCH, ON_POLICY], ids=["quick", "from scratch", "on-policy"])
+@pytest.mark.parametrize(
+    "rows", [QUICK, FROM_SCRATCH, ON_POLICY, IMAGES], ids=["quick", "from scratch", "on-policy", "images"]
+)
 def test_rows_that_are_compared_have_the_same_steps(rows):
     recipes = [recipe_of(row) for row in rows]
     for section in ("parallel", "data", "train", "student"):
@@ -77,3 +87,7 @@ def test_adapters_differ_from_all_parameters_in_the_learning_rate_alone():
 def test_each_row_is_selected_once_and_results_have_a_name(chosen, rows, names):
     found = select_rows(**{name: name in chosen for name in ("on_policy", "is_own_teacher", "lora")})
     assert found == rows and result_names(found) == names
+
+
+def test_results_with_images_have_a_name():
+    assert result_names(IMAGES) == ["images"]

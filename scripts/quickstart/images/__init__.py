@@ -1,0 +1,1 @@
+"""The experiment with images: models that learn to read drawn digits."""

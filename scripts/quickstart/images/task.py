@@ -1,0 +1,32 @@
+"""The task of reading drawn digits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quickstart.images import prepare
+from quickstart.task import HERE, OUT, Task
+
+if TYPE_CHECKING:
+    from quickstart.evaluate import Scores
+
+
+def _evaluate(checkpoint: Path, teacher: Path, data: Path) -> Scores:
+    from quickstart.images.evaluate import evaluate
+
+    return evaluate(checkpoint, teacher, list(prepare.read_readings(data / "test.jsonl")))
+
+
+IMAGES = Task(
+    folder=OUT / "images",
+    code=[HERE / name for name in ("images/digits.py", "images/prepare.py", "tokenizer.py")],
+    evaluation_code=[HERE / name for name in ("evaluate.py", "images/digits.py", "images/evaluate.py")],
+    teacher=prepare.TEACHER,
+    student=prepare.STUDENT,
+    test_rows=prepare.TEST_ROWS,
+    write_data=prepare.write_data,
+    write_tokenizer=prepare.write_tokenizer,
+    write_untrained=prepare.write_untrained,
+    evaluate=_evaluate,
+)
