@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -86,3 +87,22 @@ def student_server(vllm_process) -> vllm_server.VllmServer:
     """Return that server, which runs."""
     vllm_process.ensure_running()
     return vllm_process
+
+
+@pytest.fixture(scope="session")
+def vision_server(tmp_path_factory) -> Iterator[vllm_server.VllmServer]:
+    """Return a vLLM server of a model that reads images, with weights that no test trains; see `vision_contract`."""
+    from rollout.vision_contract import LIMITS, VISION_CHECKPOINT
+
+    from megatron_gkd.data.vision.processor import open_processing
+    from megatron_gkd.data.vision.vllm_settings import processor_options
+
+    if not vllm_server.is_installed():
+        pytest.skip(vllm_server.WHY_ABSENT)
+    model = VISION_CHECKPOINT(8)
+    server = vllm_server.VllmServer(model, tmp_path_factory.mktemp("vllm") / "server.log", max_model_len=128)
+    server.flags.append("--enable-scale-out")
+    server.arguments["--mm-processor-kwargs"] = json.dumps(processor_options(open_processing(model, LIMITS)))
+    server.ensure_running()
+    yield server
+    server.kill()

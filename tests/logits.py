@@ -26,7 +26,7 @@ def logits_of_megatron(model) -> torch.Tensor | None:
     mesh = model.mesh
     samples = [Sample(s.numpy(), s.numpy(), "dataset", i) for i, s in enumerate(sequences())]
     whole = collate(samples, pad_multiple=mesh.layout.pad_multiple, pad_token_id=0)
-    head = model.head_weight
+    head = model.head
 
     def gathered(x, group, dim):
         parts = [torch.empty_like(x) for _ in range(group.size())]
@@ -37,7 +37,7 @@ def logits_of_megatron(model) -> torch.Tensor | None:
         rows = hidden.squeeze(0)
         if mesh.layout.sequence_parallel:
             rows = gathered(rows, mesh.tp, 0)
-        own = gathered(rows @ head.T, mesh.tp, 1)[:, : model.checkpoint.vocab_size]
+        own = gathered(head.compute_logits(rows), mesh.tp, 1)[:, : model.checkpoint.vocab_size]
         in_rank_order = gathered(own, mesh.cp, 0)
         places = [context_parallel_indices(whole.cu_seqlens, r, mesh.cp.size()) for r in range(mesh.cp.size())]
         return in_rank_order[torch.cat(places).argsort()][~whole.padding_mask.squeeze(0)]

@@ -26,6 +26,12 @@ MIXTURE = {
     "num_local_experts": 8,
     "moe_intermediate_size": 32,
 }
+VISION = {
+    "architectures": ["Qwen3VLForConditionalGeneration"],
+    "model_type": "qwen3_vl",
+    "text_config": {key: value for key, value in DENSE.items() if key not in ("architectures", "model_type")},
+    "vision_config": {"deepstack_visual_indexes": [0, 1, 2]},
+}
 
 RECIPE = """\
 student:  {model: student}

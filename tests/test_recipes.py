@@ -10,7 +10,9 @@ import pytest
 import yaml
 from checkpoints import tiny_checkpoint
 from command_line import run, train
+from PIL import Image
 from teachers.fake_server import FakeServer
+from vision_checkpoints import tiny_vision_checkpoint
 from world import REPOSITORY
 
 from megatron_gkd.config.load import load
@@ -36,6 +38,7 @@ SWIFT_EXAMPLE = {
     "temperature": 1.0,
     "sequence_parallel": True,
 }
+READ_IMAGES = {"qwen2_5_vl", "qwen3_vl", "internvl"}  # the recipes of these names, and small models
 NO_VLLM = "no vLLM in this environment: bash scripts/test.sh runs this in .venv-vllm"
 
 
@@ -84,6 +87,8 @@ def test_the_example_of_ms_swift_passes_check(tmp_path):
 def small_teacher(path: Path) -> Iterator[list[str]]:
     """Return the arguments that put small models in the place of the recipe's teachers."""
     section, checkpoint = loaded(path).teacher, tiny_checkpoint("qwen3", seed=1)
+    if path.stem in READ_IMAGES:
+        checkpoint = tiny_vision_checkpoint(path.stem, seed=1)
     if section.teachers:
         yield [
             "--teachers",
@@ -102,6 +107,8 @@ def small_teacher(path: Path) -> Iterator[list[str]]:
 
 def small_student(path: Path, request) -> list[str]:
     """Return the arguments that name a student which the recipe's rollout engine can serve, and the engine's own."""
+    if path.stem in READ_IMAGES:
+        return ["--model", str(tiny_vision_checkpoint(path.stem, seed=2))]
     match engine_of(path):
         case "vllm":
             return ["--model", str(tiny_checkpoint("qwen3_tied", seed=2, head_dim=32)), "--vllm_kv_cache_gib", "0.03"]
@@ -138,11 +145,25 @@ def prepared(path: Path, folder: Path, *arguments: str) -> list[str]:
     return made
 
 
+def rows_with_images(folder: Path) -> list[dict]:
+    """Return rows with images in both of the ways that a recipe's header names, and one of text alone."""
+    Image.new("RGB", (16, 24), (200, 30, 90)).save(folder / "page.png")
+    answer = {"role": "assistant", "content": "w3 w4"}
+    image, text = {"type": "image", "image": "page.png"}, {"type": "text", "text": "w1"}
+    return [
+        {"messages": [{"role": "user", "content": [image, text]}, answer]},
+        {"messages": [{"role": "user", "content": "<image> w2"}, answer], "images": ["page.png"]},
+        {"messages": [{"role": "user", "content": "w1 w2"}, answer]},
+    ] * 4
+
+
 @pytest.mark.parametrize("path", [case(path) for path in RECIPES])
 def test_trains_the_embedded_models(path, tmp_path, request):
     (tmp_path / "recipe.yaml").write_text(path.read_text())
     turns = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3 w4"}]
     rows = [{"messages": turns, "subject": subject} for subject in ("math", "code")] * 6
+    if path.stem in READ_IMAGES:
+        rows = rows_with_images(tmp_path)
     if loaded(path).data.preprocessor is not None:
         rows = [{"problem": "w1 w2", "solution": "w3 w4"}] * 12
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -10,7 +10,7 @@ from megatron_gkd.data.loader import StepLoader, validation_batches
 from megatron_gkd.rollout.vllm.logit_bias import logit_bias
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.teachers.base import ScoresAhead, TeacherSource
-from megatron_gkd.training.batches import TrainingData
+from megatron_gkd.training.batches import AgreedBatches, TrainingData
 from megatron_gkd.training.build import build_engine, build_student, rollout_tensors, sampling_of
 from megatron_gkd.training.build_teacher import averages_of, build_teacher
 from megatron_gkd.training.checkpointing.loader import load, load_weights
@@ -43,7 +43,7 @@ def assemble(recipe: Recipe, mesh: Mesh, prepared: PreparedRun) -> AssembledRun:
     """Build the parts of a run and load the weights that it starts with. All ranks must call it."""
     train_iters = prepared.train_iters
     student = build_student(recipe, mesh, prepared.models.student, prepared.vocab_size, train_iters)
-    teacher = build_teacher(recipe, mesh, student, prepared.models.teachers)
+    teacher = build_teacher(recipe, mesh, student, prepared.models.teachers, has_images=prepared.has_images)
     rollouts = None if recipe.distill.lmbda == 0 else build_rollouts(recipe, mesh, prepared, student, teacher)
     batches = StepLoader(
         prepared.training,
@@ -61,7 +61,15 @@ def assemble(recipe: Recipe, mesh: Mesh, prepared: PreparedRun) -> AssembledRun:
         load(saved, prepared.point.path, prepared.point.step)
     elif recipe.train.init_from is not None:
         load_weights(saved, find_checkpoint(recipe.train.init_from))
-    return AssembledRun(student, teacher, TrainingData(batches, validation, rollouts), saved)
+    return AssembledRun(student, teacher, _build_data(prepared, batches, validation, rollouts), saved)
+
+
+def _build_data(
+    prepared: PreparedRun, batches: StepLoader, validation: StepLoader | None, rollouts: Rollouts | None
+) -> TrainingData:
+    if not prepared.has_images:
+        return TrainingData(batches, validation, rollouts)
+    return TrainingData(AgreedBatches(batches), None if validation is None else AgreedBatches(validation), rollouts)
 
 
 def build_rollouts(
@@ -69,8 +77,8 @@ def build_rollouts(
 ) -> Rollouts:
     """Build what samples the steps that the lambda schedule gives to the student."""
     section = recipe.rollout
-    checkpoint = prepared.models.student
-    sampling = sampling_of(section, student.objective.vocab_size)
+    checkpoint, images = prepared.models.student, prepared.models.images
+    sampling = sampling_of(section, student.objective.vocab_size, prepared.models.find_reserved_ids())
     if section.engine != "megatron":
         logit_bias(sampling, checkpoint.vocab_size)  # too many excluded ids end the run before the engine starts
     options = RolloutOptions(
@@ -88,7 +96,7 @@ def build_rollouts(
         recipe.data.teacher_max_length,
     )
     return Rollouts(
-        build_engine(recipe, mesh, student.model, checkpoint), prompts, options, mesh.dp, _announce_to(teacher)
+        build_engine(recipe, mesh, student.model, checkpoint, images), prompts, options, mesh.dp, _announce_to(teacher)
     )
 
 

@@ -9,9 +9,11 @@ from typing import Any
 
 from torch.profiler import record_function
 
+from megatron_gkd.data.loader import StepLoader
 from megatron_gkd.data.microbatch import Microbatch
 from megatron_gkd.data.sample import FROM_DATASET
 from megatron_gkd.runtime import portability
+from megatron_gkd.runtime.agreement import run_on_all
 from megatron_gkd.teachers.base import ScoresAhead, TeacherSource
 from megatron_gkd.training.metrics import describe_rollouts
 from megatron_gkd.training.on_policy import Rollouts
@@ -20,6 +22,24 @@ from megatron_gkd.training.student import Student
 
 Batch = list[Microbatch] | None
 """The microbatches of a step; None where the student samples them."""
+
+
+class AgreedBatches:
+    """Batches of which a failure on one rank is raised on all ranks.
+
+    Images are decoded on some ranks alone, so that one that can't be read there would leave the others waiting.
+
+    Args:
+        loader: of this rank; all ranks have as many steps, and iterate together.
+    """
+
+    def __init__(self, loader: StepLoader) -> None:
+        self._loader = loader
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches = iter(self._loader)
+        for _ in range(len(self._loader)):
+            yield run_on_all(lambda: next(batches))
 
 
 @dataclass(frozen=True)

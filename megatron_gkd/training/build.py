@@ -11,14 +11,19 @@ import torch
 from torch import Tensor
 
 from megatron_gkd.checkpoint_format.adapter_files import adapter_config, factor_shapes
+from megatron_gkd.checkpoint_format.layer_limits import vllm_problems
+from megatron_gkd.checkpoint_format.lora_layers import LANGUAGE
 from megatron_gkd.checkpoint_format.weight_files import HEAD
 from megatron_gkd.config.lora_rules import layer_rules
-from megatron_gkd.config.schema import LoraSection, Recipe, RolloutSection
+from megatron_gkd.config.schema import LoraSection, Recipe, RolloutSection, TrainSection
+from megatron_gkd.config.vision_rules import frozen_parts
 from megatron_gkd.data.prompt import PromptLimits
+from megatron_gkd.data.vision.processing import ImageProcessing
 from megatron_gkd.errors import UserError
+from megatron_gkd.models.build_options import BuildOptions
 from megatron_gkd.models.checkpoint import Checkpoint
 from megatron_gkd.models.lora.options import Initialization, LoraOptions
-from megatron_gkd.models.megatron_model import BuildOptions, MegatronModel
+from megatron_gkd.models.megatron_model import MegatronModel
 from megatron_gkd.reporting.phases import phase
 from megatron_gkd.rollout.base import RolloutEngine, Sampling
 from megatron_gkd.rollout.megatron.engine import MegatronEngine
@@ -45,6 +50,7 @@ def build_student(recipe: Recipe, mesh: Mesh, checkpoint: Checkpoint, vocab_size
         train_iters: number of steps of the learning-rate schedule.
     """
     parallel, distill, section = recipe.parallel, recipe.distill, recipe.train
+    _require_parts(section, checkpoint)
     model = load_model(
         f"the student {recipe.student.model}",
         checkpoint,
@@ -57,7 +63,9 @@ def build_student(recipe: Recipe, mesh: Mesh, checkpoint: Checkpoint, vocab_size
             recompute_method=parallel.recompute_method,
             recompute_num_layers=parallel.recompute_num_layers,
             moe_aux_loss_coeff=section.moe_aux_loss_coeff,
-            lora=None if recipe.lora is None else lora_options(recipe.lora, section.seed),
+            lora=None if recipe.lora is None else lora_options(recipe.lora, section),
+            frozen=frozen_parts(section),
+            recomputes_tower=section.vit_gradient_checkpointing,
         ),
     )
     objective = Objective(
@@ -75,14 +83,23 @@ def build_student(recipe: Recipe, mesh: Mesh, checkpoint: Checkpoint, vocab_size
     return Student(model, objective, parallel, section, train_iters)
 
 
-def lora_options(section: LoraSection, seed: int) -> LoraOptions:
-    """Return the options of the student's adapters. `seed`: recipe key `train.seed`."""
+def _require_parts(section: TrainSection, checkpoint: Checkpoint) -> None:
+    """Raise a UserError for keys of a multimodal student's parts beside a student from the hub that has none."""
+    keys = {"freeze_llm": section.freeze_llm, "vit_lr": section.vit_lr, "aligner_lr": section.aligner_lr}
+    for leaf, value in keys.items():
+        if value and not checkpoint.has_images:
+            reason = f"only with a student that reads images; {checkpoint.path} does not"
+            raise UserError(f"train.{leaf} = {value}: {reason}")
+
+
+def lora_options(section: LoraSection, train: TrainSection) -> LoraOptions:
+    """Return the options of the student's adapters."""
     return LoraOptions(
-        rules=layer_rules(section),
+        rules=layer_rules(section, train),
         dropout=section.lora_dropout,
         initialization=_INITIALIZATIONS[section.init_lora_weights],
         dtype=None if section.lora_dtype is None else DTYPES[section.lora_dtype],
-        seed=seed,
+        seed=train.seed,
         adapters=None if section.adapters is None else Path(section.adapters),
     )
 
@@ -112,8 +129,14 @@ def prompt_limits(recipe: Recipe) -> PromptLimits:
     return PromptLimits.from_lengths(longest, data.teacher_max_length or data.max_length, rollout.max_completion_length)
 
 
-def sampling_of(section: RolloutSection, vocab_size: int | None = None) -> Sampling:
-    """Return the recipe's sampling parameters. Only ids below `vocab_size` are sampled (None: all)."""
+def sampling_of(section: RolloutSection, vocab_size: int | None = None, reserved_ids: tuple[int, ...] = ()) -> Sampling:
+    """Return the recipe's sampling parameters.
+
+    Args:
+        section: of the recipe.
+        vocab_size: only ids below it are sampled; None: all.
+        reserved_ids: ids that are never sampled.
+    """
     return Sampling(
         max_completion_length=section.max_completion_length,
         temperature=section.rollout_temperature,
@@ -122,22 +145,40 @@ def sampling_of(section: RolloutSection, vocab_size: int | None = None) -> Sampl
         stop_token_ids=section.stop_token_ids,
         stop=section.stop_words,
         vocab_size=vocab_size,
+        reserved_ids=reserved_ids,
     )
 
 
-def build_engine(recipe: Recipe, mesh: Mesh, model: MegatronModel, checkpoint: Checkpoint) -> RolloutEngine:
+def build_engine(
+    recipe: Recipe,
+    mesh: Mesh,
+    model: MegatronModel,
+    checkpoint: Checkpoint,
+    images: ImageProcessing | None = None,
+) -> RolloutEngine:
     """Build the engine that samples from `model`, once it has its weights. All ranks must call it.
 
-    `checkpoint`: the weights that `model` started with.
+    Args:
+        recipe: of the run.
+        mesh: of the ranks.
+        model: the model that samples.
+        checkpoint: the weights that `model` started with.
+        images: what the model's processor makes of images; None for a text model.
     """
     with phase(f"Starting the rollout engine {recipe.rollout.engine}", is_main=mesh.is_main):
-        return _build_engine(recipe, mesh, model, checkpoint)
+        return _build_engine(recipe, mesh, model, checkpoint, images)
 
 
-def _build_engine(recipe: Recipe, mesh: Mesh, model: MegatronModel, checkpoint: Checkpoint) -> RolloutEngine:
+def _build_engine(
+    recipe: Recipe, mesh: Mesh, model: MegatronModel, checkpoint: Checkpoint, images: ImageProcessing | None
+) -> RolloutEngine:
     section = recipe.rollout
     if section.engine == "megatron":
-        return MegatronEngine(model, checkpoint.eos_token_ids)
+        return MegatronEngine(model, checkpoint.eos_token_ids, images)
+    for problem in vllm_problems(
+        checkpoint.shape, str(checkpoint.path), engine=section.engine, weight_sync=section.weight_sync
+    ):
+        raise UserError(problem)
     if section.engine == "vllm":
         cache = section.vllm_kv_cache_gib
         return VllmColocatedEngine.start(
@@ -152,11 +193,12 @@ def _build_engine(recipe: Recipe, mesh: Mesh, model: MegatronModel, checkpoint: 
                 sleep_level=section.sleep_level,
                 enforce_eager=section.enforce_eager,
             ),
+            images,
         )
     options = server_options(recipe, section.vllm_server_urls)
     if section.weight_sync == "lora":
         options = replace(options, adapters=served_adapters(model))
-    return VllmServerEngine(mesh, checkpoint, options)
+    return VllmServerEngine(mesh, checkpoint, options, images)
 
 
 def served_adapters(model: MegatronModel) -> ServedAdapters:
@@ -164,10 +206,15 @@ def served_adapters(model: MegatronModel) -> ServedAdapters:
     adapters = model.adapters
     if adapters is None:
         raise UserError("rollout.weight_sync = lora: the student has no adapters; set train.tuner_type = lora")
+    if any(layer.base.part != LANGUAGE for layer in adapters.layers):
+        raise UserError(
+            "rollout.weight_sync = lora: servers get adapters of the language model alone, and the student has some on "
+            "its vision tower; use folder, nccl or gloo, which send merged weights"
+        )
     config = adapter_config(
         adapters.layers, adapters.base_layers, str(model.checkpoint.path), adapters.options.rules.rank
     )
-    return ServedAdapters(config, factor_shapes(adapters.layers, model.checkpoint.shapes))
+    return ServedAdapters(config, factor_shapes(adapters.layers, model.checkpoint.parameter_shapes))
 
 
 def server_options(recipe: Recipe, urls: Sequence[str]) -> RolloutServerOptions:
@@ -204,5 +251,4 @@ def _tensors_of_main_rank(checkpoint: Checkpoint, mesh: Mesh) -> int | None:
     """Return the number of tensors that rank 0 reads; None where it reads only some of the layers or experts."""
     if mesh.layout.pipeline > 1 or (checkpoint.is_moe and mesh.layout.expert > 1):
         return None
-    is_tied = checkpoint.config.tie_word_embeddings
-    return sum(not (is_tied and name == HEAD) for name in checkpoint.tensors)
+    return sum(not (checkpoint.is_tied and name.endswith(HEAD)) for name in checkpoint.tensors)

@@ -4,26 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
 from megatron_gkd.checkpoint_format.cache_manifest import Manifest
 from megatron_gkd.config.schema import OneTeacher, Recipe, TaggedTeacher, TeacherSection
 from megatron_gkd.data.cache import hash_tokenizer
-from megatron_gkd.data.dataset import TokenizedDataset
+from megatron_gkd.data.vision.comparison import hash_processing
+from megatron_gkd.data.vision.processing import ImageProcessing
+from megatron_gkd.data.vision.processor import PixelLimits, open_processing
 from megatron_gkd.errors import UserError
+from megatron_gkd.models.build_options import BuildOptions
 from megatron_gkd.models.checkpoint import Checkpoint
-from megatron_gkd.models.megatron_model import BuildOptions
 from megatron_gkd.models.vocabulary import shared_vocab_size
 from megatron_gkd.reporting.phases import phase
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.runtime.nodes import Nodes
 from megatron_gkd.teachers.base import TeacherSource
-from megatron_gkd.teachers.cache.teacher import CachedTeacher, open_cache, require_rows
+from megatron_gkd.teachers.cache.teacher import CachedTeacher, open_cache
 from megatron_gkd.teachers.local import LocalTeacher
-from megatron_gkd.teachers.self_teacher import SelfTeacher, require_teacher_prompts
+from megatron_gkd.teachers.model_inputs import ModelInputs
+from megatron_gkd.teachers.self_teacher import SelfTeacher
 from megatron_gkd.teachers.self_weights import (
     AverageWeights,
     BaseWeights,
@@ -32,11 +35,10 @@ from megatron_gkd.teachers.self_weights import (
     TeacherWeights,
 )
 from megatron_gkd.teachers.server.teacher import ServerTeacher, TeacherServerOptions
-from megatron_gkd.teachers.several import SeveralTeachers, require_teachers
+from megatron_gkd.teachers.several import SeveralTeachers
 from megatron_gkd.training.build import DTYPES, load_model
 from megatron_gkd.training.student import Student
-
-T = TypeVar("T")
+from megatron_gkd.training.teacher_rows import require_key
 
 
 def open_teachers(section: TeacherSection, nodes: Nodes) -> dict[str, Checkpoint]:
@@ -44,9 +46,9 @@ def open_teachers(section: TeacherSection, nodes: Nodes) -> dict[str, Checkpoint
     opened = {}
     for place, teacher in section.all.items():
         if teacher.source == "local":
-            name = _require(teacher.teacher_model, f"{place}.teacher_model")
+            name = require_key(teacher.teacher_model, f"{place}.teacher_model")
             with phase(f"Opening the teacher {name}", is_main=nodes.is_main):
-                opened[place] = Checkpoint.open(name, nodes)
+                opened[place] = Checkpoint.open(name, nodes, trust_remote_code=teacher.teacher_trust_remote_code)
                 if teacher.teacher_adapters is not None:
                     folder, key = Path(teacher.teacher_adapters), f"{place}.teacher_adapters"
                     opened[place] = opened[place].with_adapters(folder, key)
@@ -62,20 +64,41 @@ def shared_vocab_size_of_all(student: Checkpoint, teachers: Mapping[str, Checkpo
     return min([student.vocab_size, *(shared_vocab_size(student, teacher) for teacher in teachers.values())])
 
 
-def read_manifests(section: TeacherSection, tokenizer: PreTrainedTokenizerBase) -> list[Manifest]:
+def open_images(recipe: Recipe, checkpoint: Checkpoint) -> ImageProcessing | None:
+    """Open what a checkpoint's processor makes of images within the recipe's limits; None for a text model."""
+    if not checkpoint.has_images:
+        return None
+    return open_processing(checkpoint.path, PixelLimits(recipe.data.min_pixels, recipe.data.max_pixels))
+
+
+def read_manifests(
+    section: TeacherSection, tokenizer: PreTrainedTokenizerBase, images: ImageProcessing | None = None
+) -> list[Manifest]:
     """Return the manifests of the teachers' caches.
 
+    Args:
+        section: the recipe's teachers.
+        tokenizer: the student's.
+        images: what the student's processor makes of images; None for a text model.
+
     Raises:
-        UserError: the tokenizer of a cache is not `tokenizer`, the student's. Their whole content must be equal, since
-            cached rows are found by their token ids.
+        UserError: a cache is of another tokenizer or processor than the student's. Their whole content must be equal,
+            since cached rows are found by their token ids.
     """
     manifests = []
+    processing = None if images is None else hash_processing(images)
     for place, teacher in section.all.items():
         if teacher.teacher_cache is not None:
             manifests.append(Manifest.read(teacher.teacher_cache))
             if manifests[-1].tokenizer != hash_tokenizer(tokenizer):
                 key = f"{place}.teacher_cache = {teacher.teacher_cache}"
                 raise UserError(f"{key}: its rows are of another tokenizer than the student's")
+            if manifests[-1].images != processing:
+                key = f"{place}.teacher_cache = {teacher.teacher_cache}"
+                raise UserError(
+                    f"{key}: its images were read with other settings than the student's; score the rows anew with "
+                    "this student.model, data.min_pixels and data.max_pixels"
+                )
     return manifests
 
 
@@ -93,36 +116,6 @@ def averages_of(teacher: TeacherSource | None) -> tuple[AverageWeights, ...]:
     return ()
 
 
-def check_rows(section: TeacherSection, dataset: TokenizedDataset) -> None:
-    """Raise a UserError where the training rows lack what a teacher needs."""
-    for place, teacher in section.all.items():
-        if teacher.source == "self" and teacher.teacher_model is None and teacher.teacher_ema is None:
-            require_teacher_prompts(dataset, place)
-    check_tags(section, dataset)
-
-
-def check_tags(section: TeacherSection, dataset: TokenizedDataset) -> None:
-    """Raise a UserError for a row whose tag is that of none of several teachers."""
-    if section.teachers:
-        tag_key = _require(section.teacher_tag_key, "teacher.teacher_tag_key")
-        require_teachers(dataset, (tag for teacher in section.teachers for tag in teacher.tags), tag_key)
-
-
-def require_cached_rows(section: TeacherSection, dataset: TokenizedDataset, name: str) -> None:
-    """Raise a UserError for a row that is missing in a cache without a fallback. All ranks must call it.
-
-    Args:
-        section: the recipe's teachers.
-        dataset: the rows.
-        name: of the dataset, for the message.
-    """
-    for place, teacher in section.all.items():
-        if teacher.source == "cache":
-            tags = teacher.tags if isinstance(teacher, TaggedTeacher) else None
-            folder = _require(teacher.teacher_cache, f"{place}.teacher_cache")
-            require_rows(open_cache(folder), dataset, name, tags)
-
-
 def begins_as_student(section: TeacherSection, student: Checkpoint, teachers: Mapping[str, Checkpoint]) -> bool:
     """Return whether every teacher has the weights that the student starts with. `teachers`: see `open_teachers`."""
 
@@ -133,7 +126,12 @@ def begins_as_student(section: TeacherSection, student: Checkpoint, teachers: Ma
 
 
 def build_teacher(
-    recipe: Recipe, mesh: Mesh, student: Student | Checkpoint, checkpoints: Mapping[str, Checkpoint]
+    recipe: Recipe,
+    mesh: Mesh,
+    student: Student | Checkpoint,
+    checkpoints: Mapping[str, Checkpoint],
+    *,
+    has_images: bool = False,
 ) -> TeacherSource | None:
     """Build the teacher with the student's layout; None for plain cross-entropy. All ranks must call it.
 
@@ -143,8 +141,9 @@ def build_teacher(
         student: in training; or the checkpoint that it starts as, where the teacher's signals are not for a loss but
             for a cache. The recipe's caches are not read then.
         checkpoints: see `open_teachers`.
+        has_images: whether rows have images, which servers must be able to read.
     """
-    builder = _TeacherBuilder(recipe, mesh, student, checkpoints)
+    builder = _TeacherBuilder(recipe, mesh, student, checkpoints, has_images)
     if not recipe.teacher.teachers:
         return builder.build("teacher", recipe.teacher)
     teachers = {}
@@ -163,6 +162,11 @@ class _TeacherBuilder:
     mesh: Mesh
     student: Student | Checkpoint
     checkpoints: Mapping[str, Checkpoint]
+    has_images: bool
+
+    @cached_property
+    def images(self) -> ImageProcessing | None:
+        return open_images(self.recipe, self.student_checkpoint)
 
     @property
     def student_checkpoint(self) -> Checkpoint:
@@ -196,25 +200,28 @@ class _TeacherBuilder:
         student = self.student
         if isinstance(student, Student) and student.model.adapters is not None:
             if checkpoint.has_weights_of(student.model.checkpoint):  # without a second copy
-                return SelfTeacher(student.model, BaseWeights(student.model), student.gather_parameters)
+                weights = BaseWeights(student.model)
+                return SelfTeacher(student.model, weights, student.gather_parameters, self.images)
         model = load_model(f"the teacher {teacher.teacher_model}", checkpoint, self.mesh, self.options)
         head_rows = -(-self.student_checkpoint.vocab_size // self.mesh.tp.size())
-        return LocalTeacher(model, head_rows=head_rows, offload=teacher.offload_teacher_model)
+        inputs = ModelInputs(self.images, open_images(self.recipe, checkpoint))
+        return LocalTeacher(model, head_rows=head_rows, inputs=inputs, offload=teacher.offload_teacher_model)
 
     def _build_self(self, teacher: OneTeacher, student: Student | Checkpoint) -> TeacherSource:
         if isinstance(student, Checkpoint):  # nothing is trained: all kinds of its weights are the same
             model = load_model(f"the student {self.recipe.student.model}", student, self.mesh, self.options)
-            return SelfTeacher(model, CurrentWeights(model), lambda: None)
+            return SelfTeacher(model, CurrentWeights(model), lambda: None, self.images)
         weights = _choose_weights(student, teacher)
-        return SelfTeacher(student.model, weights, student.gather_parameters)
+        return SelfTeacher(student.model, weights, student.gather_parameters, self.images)
 
     def _build_server(self, teacher: OneTeacher) -> TeacherSource:
         student, checkpoint = self.student, self.student_checkpoint
         is_training = isinstance(student, Student)
         options = TeacherServerOptions(
             urls=teacher.teacher_model_server,
-            k=_require(self.recipe.distill.gkd_logits_topk, "distill.gkd_logits_topk"),
+            k=require_key(self.recipe.distill.gkd_logits_topk, "distill.gkd_logits_topk"),
             max_length=self.recipe.data.longest_for_teacher,
+            has_images=self.has_images,
             concurrency=teacher.teacher_server_concurrency,
             timeout=teacher.teacher_server_timeout_s,
             max_downtime=teacher.teacher_server_max_downtime_s,
@@ -222,7 +229,7 @@ class _TeacherBuilder:
             check_interval=teacher.teacher_server_check_interval if is_training else 1,
         )
         vocab_size = student.objective.vocab_size if isinstance(student, Student) else checkpoint.vocab_size
-        return ServerTeacher(self.mesh, checkpoint.tokenizer(), vocab_size, options)
+        return ServerTeacher(self.mesh, checkpoint.tokenizer(), vocab_size, options, self.images)
 
 
 def _choose_weights(student: Student, teacher: OneTeacher) -> TeacherWeights:
@@ -233,10 +240,3 @@ def _choose_weights(student: Student, teacher: OneTeacher) -> TeacherWeights:
     if teacher.teacher_model is None:
         return CurrentWeights(model)
     return InitialWeights(model) if model.adapters is None else BaseWeights(model)
-
-
-def _require(value: T | None, key: str) -> T:
-    """Return the value of a key that the recipe's checks require in this place."""
-    if value is None:
-        raise UserError(f"{key} = null: must be set for this teacher")
-    return value

@@ -9,10 +9,14 @@ from typing import TypeVar
 import numpy as np
 import torch.distributed as dist
 
+from megatron_gkd.data.prompt import extract_prompt
+from megatron_gkd.data.sample import Sample
+from megatron_gkd.data.vision.image import Image
 from megatron_gkd.rollout.base import (
     BackgroundEngine,
     Completion,
     Generation,
+    Images,
     OnCompletion,
     RolloutEngine,
     Sampling,
@@ -27,14 +31,21 @@ class SampleRequest:
     """One prompt to complete.
 
     Attributes:
-        prompt: int64 [P].
+        prompt: int64 [P], with the tokens of its images in place.
         seed: of the draws.
         max_response_length: most tokens of a response that the models' sequences have room for.
+        images: of the prompt, in order.
     """
 
     prompt: np.ndarray
     seed: int
     max_response_length: int
+    images: tuple[Image, ...] = ()
+
+    @classmethod
+    def from_sample(cls, sample: Sample, seed: int, max_response_length: int) -> SampleRequest:
+        """Build the request for the response to a row. All of its images are in the prompt: responses are text."""
+        return cls(extract_prompt(sample), seed, max_response_length, sample.images)
 
 
 class CompletionSampler:
@@ -61,9 +72,9 @@ class CompletionSampler:
 
     def generate_share(self, requests: Sequence[SampleRequest], sampling: Sampling | None = None) -> list[Completion]:
         """Return the completions of this rank's share, which `gather` takes."""
-        prompts, seeds = _prompts_and_seeds(self.share(requests))
+        prompts, seeds, images = _split(self.share(requests))
         with self.engine.resident():
-            return self.engine.generate(prompts, sampling or self.sampling, seeds)
+            return self.engine.generate(prompts, sampling or self.sampling, seeds, images)
 
     def start(self, requests: Sequence[SampleRequest], on_completion: OnCompletion | None = None) -> Generation:
         """Start to generate this rank's share in the background; `gather` takes the result.
@@ -73,8 +84,8 @@ class CompletionSampler:
         """
         if not isinstance(self.engine, BackgroundEngine):
             raise TypeError(f"{type(self.engine).__name__} can not generate in the background")
-        prompts, seeds = _prompts_and_seeds(self.share(requests))
-        return self.engine.start(prompts, self.sampling, seeds, on_completion)
+        prompts, seeds, images = _split(self.share(requests))
+        return self.engine.start(prompts, self.sampling, seeds, images, on_completion)
 
     def gather(self, requests: Sequence[SampleRequest], completions: Sequence[Completion]) -> list[Completion]:
         """Return the completions of all requests, truncated to their maximal lengths.
@@ -94,9 +105,11 @@ class CompletionSampler:
         parts: list[list[Completion]] = [[] for _ in range(size)]
         dist.all_gather_object(parts, truncated, group=self.dp)
         gathered = [parts[index % size][index // size] for index in range(len(requests))]
-        check_completions(gathered, self.sampling.vocab_size)
+        check_completions(gathered, self.sampling)
         return gathered
 
 
-def _prompts_and_seeds(requests: Sequence[SampleRequest]) -> tuple[list[list[int]], list[int]]:
-    return [request.prompt.tolist() for request in requests], [request.seed for request in requests]
+def _split(requests: Sequence[SampleRequest]) -> tuple[list[list[int]], list[int], Images | None]:
+    """Return prompts, seeds and images; None where no prompt has any."""
+    images = [request.images for request in requests] if any(request.images for request in requests) else None
+    return [request.prompt.tolist() for request in requests], [request.seed for request in requests], images

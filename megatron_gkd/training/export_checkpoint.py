@@ -8,9 +8,10 @@ from pathlib import Path
 from megatron_gkd.config.schema import Recipe
 from megatron_gkd.errors import RunStopped
 from megatron_gkd.models.adapter_export import export_adapters
+from megatron_gkd.models.build_options import BuildOptions
 from megatron_gkd.models.checkpoint import Checkpoint
 from megatron_gkd.models.export import export_checkpoint
-from megatron_gkd.models.megatron_model import BuildOptions, MegatronModel
+from megatron_gkd.models.megatron_model import MegatronModel
 from megatron_gkd.runtime.agreement import raise_together
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.runtime.nodes import Nodes
@@ -43,13 +44,14 @@ def export_student(recipe: Recipe, mesh: Mesh, path: Path, output: Path, *, has_
         UserError: in all ranks; the folder can't be written.
     """
     raise_together(verify(path), RunStopped)
-    lora = None if recipe.lora is None else replace(lora_options(recipe.lora, recipe.train.seed), adapters=None)
+    lora = None if recipe.lora is None else replace(lora_options(recipe.lora, recipe.train), adapters=None)
     options = BuildOptions(
         dtype=DTYPES[recipe.train.dtype],
         virtual_pipeline=recipe.parallel.virtual_pipeline_model_parallel_size,
         lora=lora,
     )
-    checkpoint = Checkpoint.open(recipe.student.model, Nodes.from_world())
+    section = recipe.student
+    checkpoint = Checkpoint.open(section.model, Nodes.from_world(), trust_remote_code=section.trust_remote_code)
     model = MegatronModel.load(checkpoint, mesh, options, needs_weights=lora is not None)
     load_model(model, path)
     if has_adapters:

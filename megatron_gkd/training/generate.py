@@ -27,6 +27,7 @@ from megatron_gkd.training.generated_file import GeneratedFile
 from megatron_gkd.training.generated_rows import GeneratedResponse, ResponseGenerator, RowFormatter
 from megatron_gkd.training.generation_engine import Source, build_generation_engine, source_name
 from megatron_gkd.training.setup import open_models, open_rows, world_of
+from megatron_gkd.training.teacher_rows import check_rows, refuse_videos
 
 _KNOWN_TOKENS = 5  # of each distribution of a known prompt, by which a teacher's server is recognized
 
@@ -39,6 +40,9 @@ def generate(recipe: Recipe, source: Source, output: str, n: int, chunk_rows: in
     with world_of(recipe) as mesh:
         models = open_models(recipe, mesh)
         dataset, _ = open_rows(recipe, models, "train", prompts=True)
+        refuse_videos(dataset)
+        if source == "teacher":
+            check_rows(recipe.teacher, dataset, models.teachers)
         name = source_name(recipe, source)
         file = GeneratedFile(Path(output).expanduser(), chunk_rows, settings_of(recipe, name, n, dataset))
         engine = build_generation_engine(source, recipe, mesh, models)
@@ -46,7 +50,8 @@ def generate(recipe: Recipe, source: Source, output: str, n: int, chunk_rows: in
         with closing:
             is_served = source == "teacher" and recipe.teacher.source == "server"
             verify = verify_teacher(recipe, mesh, models.tokenizer) if is_served else lambda: None
-            sampler = CompletionSampler(engine, sampling_of(recipe.rollout, models.vocab_size), mesh.dp)
+            sampling = sampling_of(recipe.rollout, models.vocab_size, models.find_reserved_ids())
+            sampler = CompletionSampler(engine, sampling, mesh.dp)
             generator = ResponseGenerator(recipe, dataset, sampler, n)
             write_responses(file, generator, RowFormatter(recipe, dataset, models.tokenizer, name), mesh, verify)
 

@@ -54,7 +54,7 @@ class ResponseGenerator:
             max_length = max_response_length(sample, data.max_length, data.teacher_max_length or data.max_length)
             for number in range(self.num_responses):
                 places.append((row, number))
-                requests.append(SampleRequest(extract_prompt(sample), self._seed(row, number), max_length))
+                requests.append(SampleRequest.from_sample(sample, self._seed(row, number), max_length))
         completions = self.sampler.generate(requests)
         return [GeneratedResponse(*place, completion) for place, completion in zip(places, completions, strict=True)]
 
@@ -99,8 +99,12 @@ class RowFormatter:
             "model": self.model,
             "version": completion.version,
         }
+        if sample.images:
+            record["images"] = [image.location for image in sample.images]
         if sample.teacher_prompt is not None:
             record["teacher_prompt_token_ids"] = sample.teacher_prompt.tolist()
+            if sample.teacher_images is not None and sample.teacher_images != sample.images:
+                record["teacher_images"] = [image.location for image in sample.teacher_images]
         tag_key = self.recipe.teacher.teacher_tag_key
         if tag_key is not None and sample.tag is not None:
             record[tag_key] = sample.tag

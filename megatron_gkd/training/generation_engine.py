@@ -6,12 +6,16 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_gkd.config.schema import Recipe
-from megatron_gkd.models.megatron_model import BuildOptions
+from megatron_gkd.data.vision.processing import ImageProcessing
+from megatron_gkd.errors import UserError
+from megatron_gkd.models.build_options import BuildOptions
+from megatron_gkd.models.checkpoint import Checkpoint
 from megatron_gkd.rollout.base import RolloutEngine
 from megatron_gkd.rollout.megatron.engine import MegatronEngine
 from megatron_gkd.rollout.vllm.own_weights import OwnWeightsEngine
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.training.build import DTYPES, build_engine, load_model, server_options
+from megatron_gkd.training.build_teacher import open_images
 from megatron_gkd.training.setup import Models
 
 Source = Literal["teacher", "student"]
@@ -25,17 +29,41 @@ def build_generation_engine(source: Source, recipe: Recipe, mesh: Mesh, models: 
     """
     section = recipe.teacher
     if source == "teacher" and section.source == "server":
-        return OwnWeightsEngine(mesh, models.student, server_options(recipe, section.teacher_model_server))
+        servers = server_options(recipe, section.teacher_model_server)
+        return OwnWeightsEngine(mesh, models.student, servers, models.images)
     checkpoint = models.student if source == "student" else models.teachers["teacher"]
     if source == "student" and recipe.lora is not None and recipe.lora.adapters is not None:
         checkpoint = checkpoint.with_adapters(Path(recipe.lora.adapters), "lora.adapters")
+    images = open_teachers_images(recipe, checkpoint, models.images) if source == "teacher" else models.images
     options = BuildOptions(dtype=DTYPES[recipe.train.dtype], attn=recipe.train.attention_backend)
     model = load_model(f"the {source} {source_name(recipe, source)}", checkpoint, mesh, options)
     if source == "teacher" and recipe.rollout.engine == "vllm_server":  # the servers are the student's
-        return MegatronEngine(model, checkpoint.eos_token_ids)
-    engine = build_engine(recipe, mesh, model, checkpoint)
+        return MegatronEngine(model, checkpoint.eos_token_ids, images)
+    engine = build_engine(recipe, mesh, model, checkpoint, images)
     engine.load_weights(model.named_tensors(), version=0)
     return engine
+
+
+def open_teachers_images(
+    recipe: Recipe, teacher: Checkpoint, students: ImageProcessing | None
+) -> ImageProcessing | None:
+    """Open what the teacher's processor makes of images; None for a text model, which completes rows of text.
+
+    Args:
+        recipe: of the run.
+        teacher: reads the student's prompts, which have the tokens of the student's processor.
+        students: what that makes of images; None for a text model, whose rows have none.
+
+    Raises:
+        UserError: the teacher's makes other tokens or pixels of them.
+    """
+    own = open_images(recipe, teacher)
+    if own is not None and students is not None and own.settings != students.settings:
+        raise UserError(
+            f"teacher.teacher_model = {recipe.teacher.teacher_model}: its image processor has other settings than that "
+            "of student.model, which made the prompts' tokens; a teacher that generates needs the same"
+        )
+    return own
 
 
 def source_name(recipe: Recipe, source: Source) -> str:

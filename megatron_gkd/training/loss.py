@@ -25,6 +25,7 @@ from megatron_gkd.ops.fused_linear import (
     TokenTargets,
     fused_linear_divergence,
 )
+from megatron_gkd.ops.output_head import OutputHead
 from megatron_gkd.ops.spec import DivergenceSpec, TailMode, TopKSpec
 from megatron_gkd.ops.topk import MISSING, TopK
 from megatron_gkd.runtime.mesh import Mesh
@@ -104,13 +105,13 @@ class Objective:
     upstream: float | None = None
 
     def __call__(
-        self, hidden: Tensor, head_weight: Tensor, microbatch: Microbatch, signal: TeacherSignal | None
+        self, hidden: Tensor, head: OutputHead, microbatch: Microbatch, signal: TeacherSignal | None
     ) -> tuple[Tensor, Tensor, MicrobatchMetrics]:
         """Compute the loss of one microbatch on the last pipeline stage.
 
         Args:
             hidden: [1, T(/TP), H_S], the student's last hidden states.
-            head_weight: [V/TP, H_S].
+            head: of the student, V/TP rows.
             microbatch: with N labels on this rank.
             signal: the teacher's, for the same N labels; None without a teacher.
 
@@ -121,7 +122,7 @@ class Objective:
         student = label_rows(hidden, positions, self.mesh)
         labels = microbatch.labels.squeeze(0)[positions]
         from_dataset = microbatch.from_dataset.squeeze(0)[positions].float()
-        total, token, valid_mask = self.compute(student, head_weight, labels, from_dataset, signal)
+        total, token, valid_mask = self.compute(student, head, labels, from_dataset, signal)
         by_dataset = from_dataset * valid_mask
         weighted = (
             (token.divergence, valid_mask),
@@ -139,21 +140,21 @@ class Objective:
         return total, valid_mask.sum().int(), MicrobatchMetrics(torch.stack([x.double() for x in sums]), divergence)
 
     def compute(
-        self, student: Tensor, head_weight: Tensor, labels: Tensor, from_dataset: Tensor, signal: TeacherSignal | None
+        self, student: Tensor, head: OutputHead, labels: Tensor, from_dataset: Tensor, signal: TeacherSignal | None
     ) -> LabelLosses:
         """Compute the loss of N labels.
 
         Args:
             student: [N, H_S], the student's last hidden states.
-            head_weight: [V/TP, H_S].
+            head: of the student, V/TP rows.
             labels: int64 [N].
             from_dataset: fp32 [N]: 1 for a label of the dataset, 0 for a token that the student sampled.
             signal: the teacher's, for the same N labels; None without a teacher.
         """
         if not isinstance(signal, Parts):
-            return self._compute(student, head_weight, labels, from_dataset, signal)
+            return self._compute(student, head, labels, from_dataset, signal)
         losses = [
-            self._compute(student[part.rows], head_weight, labels[part.rows], from_dataset[part.rows], part.signal)
+            self._compute(student[part.rows], head, labels[part.rows], from_dataset[part.rows], part.signal)
             for part in signal.parts
         ]
         order = torch.cat([part.rows for part in signal.parts]).argsort()
@@ -164,7 +165,7 @@ class Objective:
     def _compute(
         self,
         student: Tensor,
-        head_weight: Tensor,
+        head: OutputHead,
         labels: Tensor,
         from_dataset: Tensor,
         signal: Hidden | TopK | None,
@@ -180,8 +181,8 @@ class Objective:
         sft_alpha = 1.0 if signal is None else self.sft_alpha
         sft_weights = sft_alpha * from_dataset * valid_mask if sft_alpha else None
         total, token = fused_linear_divergence(
-            LinearHead(student, head_weight),
-            LinearHead(signal.states.gather(), signal.head_weight) if isinstance(signal, Hidden) else signal,
+            LinearHead(student, head),
+            LinearHead(signal.states.gather(), signal.head) if isinstance(signal, Hidden) else signal,
             TokenTargets(valid_mask, labels, sft_weights),
             DivergenceSpec(self.beta, self.temperature, self.divergence, self.mesh.tp, self.vocab_size),
             TopKSpec(self.k, self.tail_mode),

@@ -17,11 +17,18 @@ from megatron_gkd.errors import UserError
 from megatron_gkd.models.export import try_companions
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.training.build import DTYPES
-from megatron_gkd.training.build_teacher import check_rows, check_tags, read_manifests, require_cached_rows
+from megatron_gkd.training.build_teacher import read_manifests
 from megatron_gkd.training.checkpointing.identity import base_identity, data_identity
 from megatron_gkd.training.checkpointing.resume import ResumePoint, find_resume_point
 from megatron_gkd.training.checkpointing.workarounds import apply_workarounds
 from megatron_gkd.training.setup import Models, open_models, open_rows, pad_token_id
+from megatron_gkd.training.teacher_rows import (
+    check_rows,
+    check_training_rows,
+    has_images,
+    require_cached_rows,
+    require_readers_of_videos,
+)
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,11 @@ class PreparedRun:
         return self.rows["validation"][0] if "validation" in self.rows else None
 
     @property
+    def has_images(self) -> bool:
+        """Whether a row has images."""
+        return any(has_images(dataset) for dataset, _ in self.rows.values())
+
+    @property
     def last_step(self) -> int:
         """The newest step of the run that is resumed; 0 for a new run."""
         return 0 if self.point is None else self.point.step
@@ -79,9 +91,10 @@ def prepare(recipe: Recipe, mesh: Mesh) -> PreparedRun:
         (output_dir / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     models = open_models(recipe, mesh)
     try_companions(models.student, DTYPES[recipe.train.dtype], output_dir)
-    manifests = read_manifests(recipe.teacher, models.tokenizer)
+    manifests = read_manifests(recipe.teacher, models.tokenizer, models.images)
     training, report = open_rows(recipe, models, "train", prompts=recipe.distill.lmbda == 1)
-    check_rows(recipe.teacher, training)
+    check_training_rows(recipe.teacher, training, models.teachers)
+    require_readers_of_videos(recipe, training)
     require_cached_rows(recipe.teacher, training, "data.dataset")
     order = SampleOrder(
         training.sizes, [entry.weight for entry in recipe.data.dataset], recipe.train.seed, recipe.data.shuffle
@@ -95,7 +108,8 @@ def prepare(recipe: Recipe, mesh: Mesh) -> PreparedRun:
     rows = {"training": (training, report)}
     if recipe.data.val_dataset:
         rows["validation"] = open_rows(recipe, models, "validation")
-        check_tags(recipe.teacher, rows["validation"][0])
+        check_rows(recipe.teacher, rows["validation"][0], models.teachers)
+        require_readers_of_videos(recipe, rows["validation"][0])
         require_cached_rows(recipe.teacher, rows["validation"][0], "data.val_dataset")
     return PreparedRun(
         point=point,
@@ -103,7 +117,7 @@ def prepare(recipe: Recipe, mesh: Mesh) -> PreparedRun:
         vocab_size=min([models.vocab_size, *(manifest.vocab_size for manifest in manifests)]),
         rows=rows,
         order=order,
-        batch_config=BatchConfig.from_recipe(recipe, mesh, pad_token_id(models)),
+        batch_config=BatchConfig.from_recipe(recipe, mesh, pad_token_id(models), models.images),
         lambda_schedule=LambdaSchedule(recipe.distill.lmbda, recipe.distill.lmbda_granularity, recipe.train.seed),
         train_iters=train_iters,
         identity=identity,

@@ -19,6 +19,7 @@ from megatron_gkd.data.microbatch import Microbatch
 from megatron_gkd.data.microbatch_planner import MicrobatchPlanner
 from megatron_gkd.data.order import PADDING_ROW
 from megatron_gkd.data.sample import Sample
+from megatron_gkd.data.vision.comparison import hash_processing
 from megatron_gkd.errors import UserError
 from megatron_gkd.reporting.progress import Progress
 from megatron_gkd.runtime import portability
@@ -31,6 +32,7 @@ from megatron_gkd.teachers.cache.shards import CachedRow, write_shard
 from megatron_gkd.teachers.cache.writer import open_for_writing, plan_shards, require_consistent_tags
 from megatron_gkd.training.build_teacher import build_teacher
 from megatron_gkd.training.setup import Models, open_models, open_rows, pad_token_id, world_of
+from megatron_gkd.training.teacher_rows import check_rows, has_images, require_readers_of_videos
 
 
 def score(recipe: Recipe, output: str, shard_rows: int) -> None:
@@ -46,7 +48,11 @@ def score(recipe: Recipe, output: str, shard_rows: int) -> None:
         if recipe.data.val_dataset:
             datasets.append(open_rows(recipe, models, "validation")[0])
         rows = _ConcatenatedRows(datasets)
-        teacher = build_teacher(recipe, mesh, models.student, models.teachers)
+        for dataset in datasets:
+            check_rows(recipe.teacher, dataset, models.teachers)
+            require_readers_of_videos(recipe, dataset)
+        with_images = any(map(has_images, datasets))
+        teacher = build_teacher(recipe, mesh, models.student, models.teachers, has_images=with_images)
         if teacher is None:
             raise UserError("teacher.teacher_kind = none: there is no teacher whose scores a cache could hold")
         scorer = Scorer(recipe, mesh, rows, teacher, manifest_of(recipe, models), pad_token_id(models))
@@ -80,12 +86,14 @@ def manifest_of(recipe: Recipe, models: Models) -> Manifest:
     names = [name for one in named for name in one if name]
     # A server returns log-probabilities at temperature 1, from which the tail at another can't be computed.
     is_served = any(teacher.source == "server" for teacher in teachers)
+    images = models.images
     return Manifest(
         k=recipe.distill.gkd_logits_topk,
         temperature=1.0 if is_served else recipe.distill.temperature,
         tokenizer=hash_tokenizer(models.tokenizer),
         teacher=", ".join(names),
         vocab_size=models.vocab_size,
+        images=None if images is None else hash_processing(images),
     )
 
 
@@ -105,6 +113,7 @@ class _ConcatenatedRows:
         self._ends = np.cumsum([len(dataset) for dataset in datasets])
         self.lengths = np.concatenate([dataset.lengths for dataset in datasets])
         self.num_labels = np.concatenate([dataset.num_labels for dataset in datasets])
+        self.num_patches = np.concatenate([dataset.num_patches for dataset in datasets])
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -139,7 +148,7 @@ class Scorer:
         self.recipe, self.mesh, self.rows, self.manifest, self.teacher = recipe, mesh, rows, manifest, teacher
         self.chunk_tokens = recipe.distill.loss_chunk_tokens
         self.pad_token_id = pad_token_id
-        config = BatchConfig.from_recipe(recipe, mesh, pad_token_id)
+        config = BatchConfig.from_recipe(recipe, mesh, pad_token_id)  # the teacher decodes the images that it reads
         self.rows_of_call = config.global_batch_size // mesh.dp.size()  # as many as train would hold at once
         self.planner = MicrobatchPlanner(
             replace(config, dp_rank=0, dp_size=1, microbatch_multiple=1, equal_lengths=False)
@@ -181,6 +190,7 @@ class Scorer:
         microbatches = self.planner.make_microbatches(
             [1 if row == PADDING_ROW else int(self.rows.lengths[row]) for row in filled],
             lambda i: self._sample(filled[i]),
+            self._patches(filled),
         )
         most = torch.tensor([len(microbatches)], device=portability.device())
         dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.mesh.dp)
@@ -188,6 +198,12 @@ class Scorer:
         for _ in range(int(most) - len(microbatches)):
             (empty,) = self.planner.make_microbatches([1] * size, lambda _: self._sample(PADDING_ROW))
             yield empty.to(portability.device())
+
+    def _patches(self, rows: Sequence[int]) -> list[int]:
+        """Return the patches of each row's images; nothing where they are not limited."""
+        if self.planner.config.max_patches is None:
+            return []
+        return [0 if row == PADDING_ROW else int(self.rows.num_patches[row]) for row in rows]
 
     def _sample(self, row: int) -> Sample:
         return padding_sample(self.pad_token_id) if row == PADDING_ROW else self.rows[row]

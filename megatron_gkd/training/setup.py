@@ -17,6 +17,9 @@ from megatron_gkd.data.dataset import TokenizedDataset, build_dataset
 from megatron_gkd.data.report import DataReport
 from megatron_gkd.data.sample import PAD_TOKEN_ID
 from megatron_gkd.data.tokenizing import RowOptions
+from megatron_gkd.data.vision.processing import ImageProcessing
+from megatron_gkd.data.vision.processor import open_processing, read_chat_template
+from megatron_gkd.errors import UserError
 from megatron_gkd.models.checkpoint import Checkpoint
 from megatron_gkd.reporting.logging import log_to_console
 from megatron_gkd.reporting.phases import phase
@@ -24,7 +27,7 @@ from megatron_gkd.runtime import portability
 from megatron_gkd.runtime.mesh import Layout, Mesh, destroy_mesh, initialize_mesh
 from megatron_gkd.runtime.nodes import Nodes
 from megatron_gkd.training.build import prompt_limits
-from megatron_gkd.training.build_teacher import open_teachers, shared_vocab_size_of_all
+from megatron_gkd.training.build_teacher import open_images, open_teachers, shared_vocab_size_of_all
 
 
 @contextlib.contextmanager
@@ -65,25 +68,46 @@ class Models:
         teachers: the local teachers' checkpoints, by their keys in the recipe.
         tokenizer: the student's tokenizer.
         vocab_size: number of ids that all of them have logits for.
+        images: what the student's processor makes of images; None where it reads text alone.
     """
 
     student: Checkpoint
     teachers: dict[str, Checkpoint]
     tokenizer: PreTrainedTokenizerBase
     vocab_size: int
+    images: ImageProcessing | None = None
+
+    def find_reserved_ids(self) -> tuple[int, ...]:
+        """Return the ids that are never sampled: they would count as images for the student or a local teacher."""
+        opened = [open_processing(teacher.path) for teacher in self.teachers.values() if teacher.has_images]
+        return tuple(sorted({id_ for one in (self.images, *opened) if one is not None for id_ in one.reserved_ids}))
 
 
 def open_models(recipe: Recipe, mesh: Mesh) -> Models:
     """Open the checkpoints of student and teachers. All ranks must call it.
 
     Raises:
-        UserError: a model is not supported, or its tokenizer differs from the student's.
+        UserError: a model is not supported, its tokenizer differs from the student's, or the student reads no images
+            and the recipe limits their sizes.
     """
     nodes = Nodes.from_world()
     with phase(f"Opening the student {recipe.student.model}", is_main=mesh.is_main):
-        student = Checkpoint.open(recipe.student.model, nodes)
+        section = recipe.student
+        student = Checkpoint.open(section.model, nodes, trust_remote_code=section.trust_remote_code)
+    images = open_images(recipe, student)
+    _check_image_keys(recipe, images)
+    tokenizer = student.tokenizer()
+    if images is not None and (template := read_chat_template(student.path)) is not None:
+        tokenizer.chat_template = template
     teachers = open_teachers(recipe.teacher, nodes)
-    return Models(student, teachers, student.tokenizer(), shared_vocab_size_of_all(student, teachers))
+    return Models(student, teachers, tokenizer, shared_vocab_size_of_all(student, teachers), images)
+
+
+def _check_image_keys(recipe: Recipe, images: ImageProcessing | None) -> None:
+    for name in ("min_pixels", "max_pixels", "max_patches"):
+        value = getattr(recipe.data, name)
+        if images is None and value is not None:
+            raise UserError(f"data.{name} = {value}: the student {recipe.student.model} reads text alone; leave it out")
 
 
 def open_rows(
@@ -107,6 +131,7 @@ def open_rows(
             prompt_limits=prompt_limits(recipe) if is_completed else None,
             tag_key=recipe.teacher.teacher_tag_key,
             vocab_size=models.vocab_size,
+            images=models.images,
         ),
         nodes=Nodes.from_world(),
     )

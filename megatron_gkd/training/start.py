@@ -14,6 +14,8 @@ from megatron_gkd.checkpoint_format.adapter_files import count_parameters
 from megatron_gkd.checkpoint_format.cache_manifest import Manifest
 from megatron_gkd.config.layout import describe_layout
 from megatron_gkd.config.schema import OneTeacher, Recipe, TaggedTeacher
+from megatron_gkd.config.vision_rules import PARTS, frozen_parts
+from megatron_gkd.models.vision.parts import count_parameters_of
 from megatron_gkd.ops import passes
 from megatron_gkd.reporting.start_report import ModelLine, RowsLine, StartReport
 from megatron_gkd.runtime import portability
@@ -66,7 +68,10 @@ def describe_start(
     """
     parameters = trainable = models.student.num_parameters
     if student.adapters is not None:  # nothing else is trained
-        trainable = count_parameters(student.adapters.layers, models.student.shapes)
+        trainable = count_parameters(student.adapters.layers, models.student.parameter_shapes)
+    elif models.student.has_images:
+        trained, visual_class = set(PARTS) - frozen_parts(recipe.train), student.config.model_meta.visual_cls
+        trainable = count_parameters_of(trained, visual_class, models.student.parameter_shapes, parameters)
     return StartReport(
         versions={
             "megatron-gkd": __version__,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,8 +10,12 @@ import numpy as np
 from megatron_gkd.data.batch_config import BatchConfig
 from megatron_gkd.data.lambda_schedule import LambdaSchedule
 from megatron_gkd.data.loader import SampleDataset, StepOrder, require_responses
-from megatron_gkd.data.prompt import extract_prompt, max_response_length
+from megatron_gkd.data.microbatch import Microbatch
+from megatron_gkd.data.microbatch_planner import MicrobatchPlanner
+from megatron_gkd.data.packing import Bin
+from megatron_gkd.data.prompt import max_response_length
 from megatron_gkd.data.sample import Sample
+from megatron_gkd.runtime.agreement import run_on_all
 from megatron_gkd.training.completion_sampler import SampleRequest
 
 
@@ -56,9 +61,20 @@ class StepPrompts:
             for position in np.flatnonzero(is_sampled).tolist()
         }
 
+    def build_microbatches(self, bins: Sequence[Bin], sample_at: Callable[[int], Sample]) -> list[Microbatch]:
+        """Build this rank's microbatches; see `MicrobatchPlanner.build`. All ranks must call it together.
+
+        Raises:
+            UserError: in all ranks; an image cannot be read, or is not the one that was tokenized.
+        """
+        planner = MicrobatchPlanner(self.config)
+        if self.config.images is None:
+            return planner.build(bins, sample_at)
+        return run_on_all(lambda: planner.build(bins, sample_at))
+
     def _build_request(self, step: int, position: int, sample: Sample) -> SampleRequest:
         limit = self.config.max_length
         max_length = max_response_length(sample, limit, self.teacher_max_length or limit)
         # The seed depends neither on the rank that samples the row nor on the other rows.
         sequence = np.random.SeedSequence([self.lambda_schedule.seed, step - 1, position])
-        return SampleRequest(extract_prompt(sample), int(sequence.generate_state(1, np.uint64)[0] >> 1), max_length)
+        return SampleRequest.from_sample(sample, int(sequence.generate_state(1, np.uint64)[0] >> 1), max_length)

@@ -194,7 +194,7 @@ def generate_by_servers(rank, world_size, checkpoint, folder):
     client = httpx.Client(transport=transport(fakes))
     try:
         with mock.patch.object(httpx, "Client", return_value=client):
-            models = SimpleNamespace(student=Checkpoint.open(str(checkpoint)))
+            models = SimpleNamespace(student=Checkpoint.open(str(checkpoint)), images=None)
             engine = build_generation_engine("student", recipe, mesh, models)
         engine.generate([[5, 6]] * 8, ALL, list(range(8)))
         engine.close()

@@ -61,7 +61,7 @@ def train_by_itself(rank, world_size, model, step, broken, prompted_rank):
 
     _, student, teacher, batches = build(model, model, {})
     if broken:
-        teacher.head_weight[3:40] *= 0.5
+        teacher.head.weight[3:40] *= 0.5
     microbatches = next(iter(batches))
     if rank == prompted_rank:
         first = microbatches[0]

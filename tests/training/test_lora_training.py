@@ -156,7 +156,7 @@ def answering_model(rank, world_size, model, folder, changes):
     export_adapters(student.model, folder)
     expected = {name: tensor.clone() for name, tensor in student.model.named_tensors()}
     recipe = recipe_of(changes | plain | {"lora": changes["lora"] | {"adapters": str(folder)}})
-    models = SimpleNamespace(student=Checkpoint.open(str(model)), teachers={})
+    models = SimpleNamespace(student=Checkpoint.open(str(model)), teachers={}, images=None)
     engine = build_generation_engine("student", recipe, mesh, models)
     found = {name: tensor.clone() for name, tensor in engine.model.named_tensors()}
     destroy_mesh()

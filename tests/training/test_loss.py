@@ -13,6 +13,7 @@ LABELS, V, H = 7, 23, 8
 def compute_all(rank, world_size, beta, tail):
     """Total, per-token divergences, what counts, and the gradients, for each of several signals on the same labels."""
     from megatron_gkd.models.sharded_rows import ShardedRows
+    from megatron_gkd.ops.output_head import OutputHead
     from megatron_gkd.runtime.mesh import Layout, destroy_mesh, initialize_mesh
     from megatron_gkd.teachers.base import Hidden, Part, Parts
     from megatron_gkd.training.loss import Objective
@@ -34,9 +35,11 @@ def compute_all(rank, world_size, beta, tail):
     ids, values = everything.ids.clone(), logits.clone()
     ids[1], values[4] = -1, -torch.inf
     signals = {
-        "hidden": Hidden(sharded(states), teacher_head),
+        "hidden": Hidden(sharded(states), OutputHead(teacher_head)),
         "top-k of all": everything,
-        "parts": Parts((Part(odd, Hidden(sharded(states[odd]), teacher_head)), Part(even, _rows(everything, even)))),
+        "parts": Parts(
+            (Part(odd, Hidden(sharded(states[odd]), OutputHead(teacher_head))), Part(even, _rows(everything, even)))
+        ),
         "silent": TopK(ids, values, nothing, 0.8),
         "beside the silent": _rows(everything, torch.tensor([0, 2, 3, 5, 6])),
     }
@@ -44,7 +47,7 @@ def compute_all(rank, world_size, beta, tail):
     for name, signal in signals.items():
         a, w = hidden.clone().requires_grad_(), head.clone().requires_grad_()
         rows = [0, 2, 3, 5, 6] if name == "beside the silent" else slice(None)
-        losses = objective.compute(a[rows], w, labels[rows], from_dataset[rows], signal)
+        losses = objective.compute(a[rows], OutputHead(w), labels[rows], from_dataset[rows], signal)
         losses.total.backward()
         found[name] = (losses.total, losses.token.divergence, losses.valid_mask, a.grad, w.grad)
     destroy_mesh()

@@ -158,7 +158,7 @@ class RepeatingEngine:
 
         return contextlib.nullcontext()
 
-    def generate(self, prompts, sampling, seeds):
+    def generate(self, prompts, sampling, seeds, images=None):
         self.calls.append((prompts, seeds))
         reasons = ["length" if seed % 2 else "stop" for seed in seeds]
         return [

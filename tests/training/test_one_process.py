@@ -23,16 +23,24 @@ def teacher_of(vocab_size: int = 99):
 
 
 def oracle(
-    student_path, teacher_path, beta, temperature, sft_alpha, divergence="jsd", of=lambda sample: True, rows=None
+    student_path,
+    teacher_path,
+    beta,
+    temperature,
+    sft_alpha,
+    divergence="jsd",
+    of=lambda sample: True,
+    rows=None,
+    prepare=lambda model: model,
 ):
     """Loss, gradients and tokens of the first step, from unsharded models in fp64 and torch's autograd.
 
-    `of` leaves rows out. The teacher reads a row's `teacher_prompt` where there is one.
+    `of` leaves rows out; `prepare` changes a model. The teacher reads a row's `teacher_prompt` where there is one.
     """
 
     def open_model(path):
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, attn_implementation="eager")
-        return model.train()
+        return prepare(model).train()
 
     student = open_model(student_path)
     teacher = None if teacher_path is None else open_model(teacher_path)

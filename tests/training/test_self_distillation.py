@@ -134,7 +134,7 @@ def score_between_steps(rank, world_size, student, changes):
             signals = teacher.score(microbatches)
             records.append(([parameter.detach().clone() for parameter in parameters], expected))
         assert not any(
-            signal.states.shard.requires_grad or signal.head_weight.requires_grad for signal in signals if signal
+            signal.states.shard.requires_grad or signal.head.weight.requires_grad for signal in signals if signal
         )
         assert modes == [module.training for module in modules] and any(modes)
         assert all(torch.equal(a, b) for a, b in zip(before, state_of(student), strict=True))

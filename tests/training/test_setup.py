@@ -42,7 +42,7 @@ def rows_of(rank, data, split="train", prompts=False, **sections):
     from megatron_gkd.training.setup import open_rows
 
     recipe = recipe_of(sections | {"data": data})
-    models = SimpleNamespace(tokenizer=tiny_tokenizer(), vocab_size=68)
+    models = SimpleNamespace(tokenizer=tiny_tokenizer(), vocab_size=68, images=None)
     dataset, report = open_rows(recipe, models, split, prompts=prompts)
     return [dataset[row].input_ids.tolist() for row in range(len(dataset))], report.summary()
 

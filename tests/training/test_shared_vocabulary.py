@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-from types import SimpleNamespace
 
 import pytest
 from checkpoints import tiny_checkpoint
@@ -93,6 +92,7 @@ def sample_and_train(rank, world_size, parallel):
     from megatron_gkd.runtime.mesh import destroy_mesh
     from megatron_gkd.training.assemble import build_rollouts
     from megatron_gkd.training.prepare import PreparedRun
+    from megatron_gkd.training.setup import Models
 
     changes = {"parallel": parallel, "distill": {"lmbda": 1.0}}
     rows = RandomRows(count=8, vocab_size=IDS)
@@ -102,7 +102,7 @@ def sample_and_train(rank, world_size, parallel):
     mesh, student, teacher, _ = build(*models(), changes, rows)
     prepared = PreparedRun(
         point=None,
-        models=SimpleNamespace(student=student.model.checkpoint),
+        models=Models(student.model.checkpoint, {}, student.model.checkpoint.tokenizer(), IDS),
         vocab_size=IDS,
         rows={"training": (rows, None)},
         order=SampleOrder(rows.sizes, [1.0], seed=1234, shuffle=True),

@@ -158,8 +158,8 @@ def probe(rank, world_size, student, changes, offset):
     rollouts = Rollouts(engine, prompts, options, mesh.dp)
     generate, lengths = engine.generate, []
 
-    def generate_with_error(prompts, sampling, seeds):
-        found = generate(prompts, sampling, seeds)
+    def generate_with_error(*arguments):
+        found = generate(*arguments)
         lengths.extend(len(one.token_ids) for one in found)
         return [replace(one, log_probs=[value + offset for value in one.log_probs]) for one in found]
 

@@ -16,8 +16,8 @@ def train_on_an_infinite_teacher(rank, world_size, model, directory):
     from megatron_gkd.runtime.mesh import destroy_mesh
 
     _mesh, student, teacher, batches = build(model, model, {"parallel": {"pipeline_model_parallel_size": world_size}})
-    if teacher.head_weight is not None:
-        teacher.head_weight[5] = float("nan")
+    if teacher.head is not None:
+        teacher.head.weight[5] = float("nan")
     before = {name: tensor.clone() for name, tensor in student.model.named_tensors()}
     trainer, _ = trainer_of(student, teacher, batches, directory, reporter=None)
     with pytest.raises(RunStopped, match="step 1: the loss is nan"):

@@ -39,6 +39,7 @@ _MAY_CHANGE = frozenset(
         "rollout.enforce_eager",
         "lora.merge_lora",
         "train.attention_backend",
+        "train.vit_gradient_checkpointing",
         "train.eval_interval",
         "train.eval_iters",
         "train.max_bad_steps",
@@ -77,7 +78,9 @@ def data_identity(dataset: TokenizedDataset, tokenizer: PreTrainedTokenizerBase,
     for column in (dataset.lengths, dataset.num_labels, dataset.teacher_lengths):
         rows.update(column.tobytes())
     for index in range(0, len(dataset), max(1, len(dataset) // 1000)):
-        rows.update(dataset[index].input_ids.tobytes())
+        sample = dataset[index]
+        rows.update(sample.input_ids.tobytes())
+        rows.update("".join(image.digest for image in sample.images).encode())
     return {
         "data.dataset (its rows)": rows.hexdigest(),
         "student.model (its tokenizer)": hash_tokenizer(tokenizer),
