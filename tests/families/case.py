@@ -64,8 +64,7 @@ class Reference:
     @classmethod
     def of_language_model(cls, model) -> Reference:
         """Compute the logits, and leave the gradients in the parameters' `grad`."""
-        with torch.no_grad():
-            logits = torch.cat([model(sequence[None]).logits[0] for sequence in sequences()])
+        logits = compute_logits(model)
         completions = [_sample_greedily(model, sequence) for sequence in sequences()]
         total, count = torch.zeros(()), 0
         for index in range(len(ROWS)):
@@ -100,6 +99,12 @@ class Errors:
     worst: str
     export: str
     rollout: str = ""
+
+
+@torch.no_grad()
+def compute_logits(model) -> torch.Tensor:
+    """Return transformers' logits [tokens, V] of the sequences, one after the other."""
+    return torch.cat([model(sequence[None]).logits[0] for sequence in sequences()])
 
 
 def read(folder: Path) -> dict[str, torch.Tensor]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-from families.case import errors_of, measure, read
-from families.text import CASES, reference
+from families.case import compute_logits, errors_of, measure, read
+from families.text import CASES, open_reference, reference
+from logits import relative_error
 
 from megatron_gkd.checkpoint_format.families import FAMILIES
 
@@ -36,6 +37,7 @@ def test_logits_gradients_and_export_are_those_of_transformers(index, gloo_world
         assert errors.export == "", f"{layout}: {errors.export}"
         has_rollout = layout == "TP1" and case.name != "qwen3_next"  # whose delta nets have no embedded engine
         assert errors.rollout == ("same tokens" if has_rollout else ""), layout
+    assert relative_error(compute_logits(open_reference(case, tmp_path / "hf")), expected.logits) <= 1e-6
     before, after = read(path), read(tmp_path / "hf")
     assert before.keys() == after.keys() and all(tensor.equal(after[name]) for name, tensor in before.items())
 

@@ -15,7 +15,7 @@ from families.case import Case, Reference, measure
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-__all__ = ["CASES", "SIZES", "build", "measure", "reference", "write"]
+__all__ = ["CASES", "SIZES", "build", "measure", "open_reference", "reference", "write"]
 
 SIZES = dict(
     vocab_size=99,
@@ -182,6 +182,15 @@ def write(case: Case, model: PreTrainedModel, folder: Path | None = None) -> Pat
         path = folder / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": case.written_as}))
     return folder
+
+
+def open_reference(case: Case, folder: Path) -> PreTrainedModel:
+    """Open a checkpoint of a case with transformers."""
+    ROPE_INIT_FUNCTIONS.pop("default", None)  # see `build`
+    model_class = getattr(transformers, f"{case.hf_class}ForCausalLM")
+    config = model_class.config_class.from_pretrained(folder)
+    config.model_type = model_class.config_class.model_type  # by which transformers joins experts
+    return model_class.from_pretrained(folder, config=config, dtype=torch.float32, attn_implementation="eager").eval()
 
 
 def reference(case: Case) -> tuple[Path, Reference]:
