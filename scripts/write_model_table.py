@@ -94,7 +94,8 @@ def _table(rows: dict[str, Any]) -> str:
         export = "exact" if exports == {""} else "joined experts" if "experts" in max(exports) else max(exports)
         rollout = layouts["TP1"].get("rollout", "")
         lines.append([f"`{name}`", f"`{family.architectures[-1]}`", *cells, export, rollout, family.needs])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    columns = [column for column in zip(*lines, strict=True) if any(column[2:])]
+    return "".join(f"| {' | '.join(line)} |\n" for line in zip(*columns, strict=True))
 
 
 def _refused() -> str:
