@@ -16,7 +16,7 @@ from megatron_gkd.checkpoint_format.lora_layers import LANGUAGE
 from megatron_gkd.checkpoint_format.weight_files import HEAD
 from megatron_gkd.config.lora_rules import layer_rules
 from megatron_gkd.config.schema import LoraSection, Recipe, RolloutSection, TrainSection
-from megatron_gkd.config.vision_rules import frozen_parts
+from megatron_gkd.config.vision_rules import describe_image_keys, frozen_parts
 from megatron_gkd.data.prompt import PromptLimits
 from megatron_gkd.data.vision.processing import ImageProcessing
 from megatron_gkd.errors import UserError
@@ -85,11 +85,9 @@ def build_student(recipe: Recipe, mesh: Mesh, checkpoint: Checkpoint, vocab_size
 
 def _require_parts(section: TrainSection, checkpoint: Checkpoint) -> None:
     """Raise a UserError for keys of a multimodal student's parts beside a student from the hub that has none."""
-    keys = {"freeze_llm": section.freeze_llm, "vit_lr": section.vit_lr, "aligner_lr": section.aligner_lr}
-    for leaf, value in keys.items():
-        if value and not checkpoint.has_images:
-            reason = f"only with a student that reads images; {checkpoint.path} does not"
-            raise UserError(f"train.{leaf} = {value}: {reason}")
+    described = [] if checkpoint.has_images else describe_image_keys(section)
+    if described:
+        raise UserError(f"{described[0]}: only with a student that reads images; {checkpoint.path} does not")
 
 
 def lora_options(section: LoraSection, train: TrainSection) -> LoraOptions:

@@ -5,12 +5,11 @@ from collections.abc import Iterator
 from megatron_gkd.config.checks.registry import check
 from megatron_gkd.config.checks.shapes import shape_of
 from megatron_gkd.config.checks.teacher import SOURCE
-from megatron_gkd.config.schema import Recipe, TrainSection
-from megatron_gkd.config.vision_rules import PARTS, frozen_parts
+from megatron_gkd.config.schema import Recipe
+from megatron_gkd.config.vision_rules import IMAGE_KEYS, PARTS, describe_image_keys, frozen_parts
 
 _FREEZE = ("freeze_vit", "freeze_aligner", "freeze_llm")
 _RATES = {"vit_lr": "vit", "aligner_lr": "aligner"}
-_KEYS = (*_FREEZE, *_RATES, "vit_gradient_checkpointing")
 _STAGES = ("pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size")
 
 
@@ -35,17 +34,14 @@ def rates_are_of_trained_parts(recipe: Recipe, _: int) -> Iterator[str]:
             yield f"train.{leaf} = {rate}: this part is not trained; set freeze_{part} = false, or leave it out"
 
 
-@check("model", *_KEYS, needs_files=True)
+@check("model", *IMAGE_KEYS, needs_files=True)
 def parts_are_in_the_student(recipe: Recipe, _: int) -> Iterator[str]:
     """Find keys of multimodal students beside a student of text alone."""
     shape = shape_of(recipe.student.model)
     if shape is None or shape.has_images:
         return
-    for leaf in _KEYS:
-        value = getattr(recipe.train, leaf)
-        if value is not None and value != TrainSection.model_fields[leaf].default:
-            shown = str(value).lower() if isinstance(value, bool) else value
-            yield f"train.{leaf} = {shown}: only with a student that reads images; {recipe.student.model} does not"
+    for described in describe_image_keys(recipe.train):
+        yield f"{described}: only with a student that reads images; {recipe.student.model} does not"
 
 
 @check("model", *SOURCE, *_STAGES, needs_files=True)
