@@ -32,7 +32,6 @@ from megatron_gkd.rollout.base import Completion, RolloutEngine, Sampling
 LENGTH = 8
 LIMITS = PixelLimits(max_pixels=400)
 """Other than the checkpoint's, for the engines with vLLM: they scale two of the prompts' images."""
-IMAGES = Path(tempfile.gettempdir()) / "megatron-gkd-rollout-images"
 HEADS_FOR_VLLM = dict(num_attention_heads=2, num_key_value_heads=1)  # of 32, the smallest that vLLM has on a CPU
 ROPE = dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 6, 6])
 
@@ -44,6 +43,12 @@ PARTS: list[list] = [
     [20, 21, (32, 16, 2), 22, (16, 16, 3), 23],
     [30, 31, 32, 33, (24, 24, 4)],
 ]
+
+
+@functools.cache
+def images_folder() -> Path:
+    """Return the folder of this process's images."""
+    return Path(tempfile.mkdtemp(prefix="rollout-images-"))
 
 
 @functools.cache
@@ -68,7 +73,8 @@ class VisionPrompts:
     def of(cls, checkpoint: Path, limits: PixelLimits | None = None, parts: list[list] = PARTS) -> VisionPrompts:
         """Return prompts made of words' ids, and of images by height, width and seed; lists of these are videos."""
         processing = open_processing(checkpoint, limits)
-        store = ImageStore(IMAGES)
+        folder = images_folder()
+        store = ImageStore(folder)
         ids: list[list[int]] = []
         images: list[tuple[Image, ...]] = []
         for prompt in parts:
@@ -77,7 +83,7 @@ class VisionPrompts:
                 if isinstance(part, int):
                     tokens.append(part)
                     continue
-                paths = [str(write_image(IMAGES, *size)) for size in (part if isinstance(part, list) else [part])]
+                paths = [str(write_image(folder, *size)) for size in (part if isinstance(part, list) else [part])]
                 if len(paths) > 1:
                     found.append(resolve_video(store, VideoReference(tuple(paths)), lambda *_: ()))
                 else:

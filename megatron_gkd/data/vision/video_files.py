@@ -20,7 +20,7 @@ import numpy as np
 import PIL.Image
 
 from megatron_gkd.data.bad_row import BadRow
-from megatron_gkd.data.vision.files import ImageStore, load_image, show
+from megatron_gkd.data.vision.files import ImageStore, load_image, read_encoded, show
 from megatron_gkd.data.vision.image import Image, Video
 from megatron_gkd.errors import UserError
 
@@ -96,11 +96,45 @@ def _of_frames(images: Sequence[Image], fps: float) -> Video:
     return Video(first.location, first.height, first.width, digest, frames, fps, len(images), files)
 
 
+def require_readable(image: Image) -> None:
+    """Read an image, or the files of a video, without decoding them.
+
+    Raises:
+        UserError: they cannot be read, or are not those that were tokenized.
+    """
+    if isinstance(image, Video):
+        _read(image)
+    else:
+        read_encoded(image)
+
+
 def load_frames(video: Video) -> np.ndarray:
     """Decode the frames that are read, uint8 [frames, height, width, 3].
 
     Raises:
         UserError: they cannot be read, or are not those that were tokenized.
+    """
+    contents = _read(video)
+    if video.files:
+        digests = [hashlib.sha256(content).hexdigest() for content in contents]
+        images = [
+            Image(file, video.height, video.width, digest) for file, digest in zip(video.files, digests, strict=True)
+        ]
+        return np.stack([np.asarray(load_image(image)) for image in images])
+    wanted = set(video.frames)
+    try:
+        with _open_frames(contents[0]) as opened:
+            found = {index: np.asarray(decode()) for index, decode in enumerate(opened.frames) if index in wanted}
+    except Exception as error:  # decoders raise many kinds of error for a damaged file
+        raise UserError(f"{video.location}: cannot be decoded: {error}") from error
+    return np.stack([found[index] for index in video.frames])
+
+
+def _read(video: Video) -> list[bytes]:
+    """Return the contents of a video's files.
+
+    Raises:
+        UserError: see `load_frames`.
     """
     try:
         contents = [Path(file).read_bytes() for file in video.files or (video.location,)]
@@ -114,18 +148,7 @@ def load_frames(video: Video) -> np.ndarray:
             f"{video.location}: the video has changed since the rows were tokenized; change the time of the data file "
             "(touch) to tokenize them again"
         )
-    if video.files:
-        images = [
-            Image(file, video.height, video.width, digest) for file, digest in zip(video.files, digests, strict=True)
-        ]
-        return np.stack([np.asarray(load_image(image)) for image in images])
-    wanted = set(video.frames)
-    try:
-        with _open_frames(contents[0]) as opened:
-            found = {index: np.asarray(decode()) for index, decode in enumerate(opened.frames) if index in wanted}
-    except Exception as error:  # decoders raise many kinds of error for a damaged file
-        raise UserError(f"{video.location}: cannot be decoded: {error}") from error
-    return np.stack([found[index] for index in video.frames])
+    return contents
 
 
 @dataclass(frozen=True)

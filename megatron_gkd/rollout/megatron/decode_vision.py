@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from megatron_gkd.data.vision.expansion import contract_images
-from megatron_gkd.data.vision.files import read_encoded
 from megatron_gkd.data.vision.image import Image
 from megatron_gkd.data.vision.inputs import VisionInputs
 from megatron_gkd.data.vision.processing import ImageProcessing
+from megatron_gkd.data.vision.video_files import require_readable
 from megatron_gkd.rollout.base import Images
 from megatron_gkd.rollout.megatron.decode_batch import DecodeInputs, DecodeSequence, PromptImages
 from megatron_gkd.runtime.agreement import run_on_all
@@ -49,7 +49,12 @@ class DecodeVision:
             UserError: in all ranks; an image can't be read, or is not the one that was tokenized.
         """
         needed = [image for of_prompt in images for image in of_prompt] if self.needs_pixels else []
-        run_on_all(lambda: [read_encoded(image) for image in needed])
+
+        def read() -> None:
+            for image in needed:
+                require_readable(image)
+
+        run_on_all(read)
 
     def read_prompt(self, prompt: Sequence[int], images: tuple[Image, ...]) -> PromptImages:
         """Return a prompt's images and positions.

@@ -169,6 +169,7 @@ class TwoTokens:
     """The processing of a model with two tokens for each image."""
 
     placeholder_id = 9
+    videos = None
 
     def tokens(self, image):
         return [9, 9]
