@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,18 @@ def errors_of(results) -> Errors:
     """Return the errors of a world from what its ranks have measured."""
     logits = max(error for error, _ in results if error is not None)
     return Errors(logits, *results[0][1])
+
+
+def rotated(cases: Sequence[Case], index: int) -> str:
+    """Return the one layout of two ranks of a case; `scripts/write_model_table.py` runs all of them."""
+    layouts = cases[index].layouts
+    return layouts[index % len(layouts)]
+
+
+def assert_close(errors: Errors, tolerance: float, layout: str) -> None:
+    """Assert that logits are within the tolerance, and gradients within ten times as much."""
+    assert errors.logits <= tolerance, f"{layout}: logits off by {errors.logits:.1e}"
+    assert errors.gradient <= 10 * tolerance, f"{layout}: {errors.worst} off by {errors.gradient:.1e}"
 
 
 def _sample_greedily(model, prompt: torch.Tensor) -> list[int]:
