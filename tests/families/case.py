@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,9 +78,15 @@ class Reference:
         (total / count).backward()
         return cls(logits, completions=completions)
 
-    def take_gradients(self, folder: Path) -> None:
-        """Read the gradients that a checkpoint has in the weights' place."""
-        self.gradients = {name: tensor for name, tensor in read(folder).items() if not name.endswith(BUFFERS)}
+    def take_gradients(self, model) -> None:
+        """Take transformers' gradients under the checkpoint's names, by saving them as the model's weights."""
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        with tempfile.TemporaryDirectory(prefix="gradients-") as folder:
+            model.save_pretrained(folder)
+            tensors = read(Path(folder))
+        self.gradients = {name: tensor for name, tensor in tensors.items() if not name.endswith(BUFFERS)}
 
 
 @dataclass
