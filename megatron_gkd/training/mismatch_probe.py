@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from megatron_gkd.data.loader import padding_sample
 from megatron_gkd.data.microbatch_planner import MicrobatchPlanner
 from megatron_gkd.data.prompt import replace_response
-from megatron_gkd.data.vision.inputs import count_patches
 from megatron_gkd.runtime import portability
 from megatron_gkd.training.completion_sampler import CompletionSampler
 from megatron_gkd.training.step_prompts import StepPrompts
@@ -54,7 +53,7 @@ class MismatchProbe:
         ]
         samples += [padding_sample(config.pad_token_id)] * (count - len(samples))
         lengths = [len(sample.input_ids) for sample in samples]
-        patches = [count_patches(sample, config.images) for sample in samples]
+        patches = prompts.count_patches(range(count), dict(enumerate(samples)))
         bins = MicrobatchPlanner(config).plan(lengths, patches)
         microbatches = prompts.build_microbatches(bins, samples.__getitem__)
         microbatches = [microbatch.to(portability.device()) for microbatch in microbatches]

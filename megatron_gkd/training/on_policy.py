@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,7 +15,6 @@ from megatron_gkd.data.microbatch import Microbatch
 from megatron_gkd.data.microbatch_planner import MicrobatchPlanner
 from megatron_gkd.data.prompt import replace_response
 from megatron_gkd.data.sample import Sample
-from megatron_gkd.data.vision.inputs import count_patches
 from megatron_gkd.models.megatron_model import MegatronModel
 from megatron_gkd.rollout.base import (
     BackgroundEngine,
@@ -190,7 +189,7 @@ class Rollouts:
             len(samples[i].input_ids) if i in samples else int(prompts.dataset.lengths[row])
             for i, row in enumerate(rows)
         ]
-        bins = MicrobatchPlanner(prompts.config).plan(lengths, self._count_patches(rows, samples))
+        bins = MicrobatchPlanner(prompts.config).plan(lengths, prompts.count_patches(rows, samples))
         microbatches = prompts.build_microbatches(
             bins, lambda i: samples[i] if i in samples else prompts.dataset[rows[i]]
         )
@@ -206,16 +205,6 @@ class Rollouts:
             sampled=sampled,
             bins=bins,
         )
-
-    def _count_patches(self, rows: Sequence[int], samples: Mapping[int, Sample]) -> list[int]:
-        """Return the patches of each row's images; nothing where they are not limited. `samples` are by position."""
-        config, dataset = self.prompts.config, self.prompts.dataset
-        if config.max_patches is None:
-            return []
-        return [
-            count_patches(samples[position], config.images) if position in samples else int(dataset.num_patches[row])
-            for position, row in enumerate(rows)
-        ]
 
     def _complete(self, step: int, requests: Mapping[int, SampleRequest]) -> tuple[dict[int, Completion], float]:
         """Return the completions of all data-parallel ranks by position, and the seconds that generating them took."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ from megatron_gkd.data.microbatch_planner import MicrobatchPlanner
 from megatron_gkd.data.packing import Bin
 from megatron_gkd.data.prompt import max_response_length
 from megatron_gkd.data.sample import Sample
+from megatron_gkd.data.vision.inputs import count_patches
 from megatron_gkd.runtime.agreement import run_on_all
 from megatron_gkd.training.completion_sampler import SampleRequest
 
@@ -60,6 +61,22 @@ class StepPrompts:
             position: self._build_request(step, position, self.dataset[rows[position]])
             for position in np.flatnonzero(is_sampled).tolist()
         }
+
+    def count_patches(self, rows: Sequence[int], samples: Mapping[int, Sample]) -> list[int]:
+        """Return the patches of the images at each position of a batch; nothing where they are not limited.
+
+        Args:
+            rows: of the dataset, by position.
+            samples: those that take the place of their row, by position.
+        """
+        if self.config.max_patches is None:
+            return []
+        return [
+            count_patches(samples[position], self.config.images)
+            if position in samples
+            else int(self.dataset.num_patches[row])
+            for position, row in enumerate(rows)
+        ]
 
     def build_microbatches(self, bins: Sequence[Bin], sample_at: Callable[[int], Sample]) -> list[Microbatch]:
         """Build this rank's microbatches; see `MicrobatchPlanner.build`. All ranks must call it together.
