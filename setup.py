@@ -15,8 +15,12 @@ from pathlib import Path
 
 from setuptools import Command, Extension, setup
 
-CPU_SOURCES = ["bindings.cpp", "cpu/dispatch.cpp"] + [f"cpu/kernels_{isa}.cpp" for isa in ("default", "avx2", "avx512")]
-CUDA_SOURCES = [f"cuda/{name}.cu" for name in ("statistics", "sums", "gradient", "gradient_capped", "softcap")]
+CPU_SOURCES = [f"{name}bindings.cpp" for name in ("", "combine_", "loss_", "top_k_")]
+CPU_SOURCES += [f"cpu/{name}.cpp" for name in ("combine", "dispatch", "top_k")]
+CPU_SOURCES += [f"cpu/{kind}_{isa}.cpp" for kind in ("kernels", "top_k") for isa in ("default", "avx2", "avx512")]
+CUDA_NAMES = ("statistics", "sums", "gradient", "gradient_capped", "softcap", "combine", "cluster_loss")
+CUDA_NAMES += ("top_k", "top_k_gradient", "top_k_select")
+CUDA_SOURCES = [f"cuda/{name}.cu" for name in CUDA_NAMES]
 # Infinities and NaN keep their meaning: no -ffast-math.
 CPU_FLAGS = ["-O3", "-std=c++20", "-g0", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
 CUDA_FLAGS = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "--expt-extended-lambda"]

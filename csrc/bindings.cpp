@@ -1,132 +1,18 @@
 // The Python module megatron_gkd._C: checks its arguments and starts the kernels.
 
-#include <ATen/Parallel.h>
-#include <torch/extension.h>
-
-#include <cmath>
-#include <map>
-#include <string>
-
+#include "arguments.h"
+#include "combine_bindings.h"
 #include "cpu/passes.h"
-#include "params.h"
+#include "loss_bindings.h"
+#include "top_k_bindings.h"
 
 #ifdef MEGATRON_GKD_WITH_CUDA
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-
 #include "cuda/passes.h"
 #endif
 
 namespace {
 
-using at::Tensor;
-using std::optional;
-
-constexpr double kLog2E = 1.4426950408889634074;
-
-gkd::DivergenceKind kind_of(const std::string& name) {
-#define GKD_NAMED_KIND(name, ...) {#name, gkd::DivergenceKind::name},
-  static const std::map<std::string, gkd::DivergenceKind> kinds = {GKD_DIVERGENCES(GKD_NAMED_KIND)};
-#undef GKD_NAMED_KIND
-  const auto found = kinds.find(name);
-  TORCH_CHECK_VALUE(found != kinds.end(), "divergence = ", name, ": unknown; GKD_DIVERGENCES lists all");
-  return found->second;
-}
-
-gkd::FloatType float_type(const Tensor& logits) {
-  switch (logits.scalar_type()) {
-    case at::kFloat:
-      return gkd::FloatType::f32;
-    case at::kBFloat16:
-      return gkd::FloatType::bf16;
-    case at::kHalf:
-      return gkd::FloatType::f16;
-    default:
-      TORCH_CHECK_TYPE(false, "logits = ", logits.scalar_type(), ": must be float32, bfloat16 or float16");
-  }
-}
-
-void check_logits(const char* name, const Tensor& x, const Tensor& like) {
-  TORCH_CHECK_VALUE(
-      x.dim() == 2 && x.sizes() == like.sizes() && x.scalar_type() == like.scalar_type() && x.device() == like.device(),
-      name, " = ", x.scalar_type(), " ", x.sizes(), " on ", x.device(), ": must be ", like.scalar_type(), " ",
-      like.sizes(), " on ", like.device(), ", rows by columns");
-  TORCH_CHECK_VALUE(x.size(1) <= 1 || x.stride(1) == 1, name, " = strides ", x.strides(), ": rows must be contiguous");
-}
-
-// A contiguous tensor of one row of numbers for each row of logits.
-void check_rows(const char* name, const Tensor& x, at::ScalarType type, at::IntArrayRef sizes, const Tensor& logits) {
-  TORCH_CHECK_VALUE(x.sizes() == sizes && x.scalar_type() == type && x.device() == logits.device() && x.is_contiguous(),
-                    name, " = ", x.scalar_type(), " ", x.sizes(), " on ", x.device(), ": must be a contiguous ", type,
-                    " ", sizes, " on ", logits.device());
-}
-
-// Within a row, GPU kernels count columns in 32 bits.
-void check_width(const char* name, const Tensor& x) {
-  constexpr int64_t kMost = (int64_t{1} << 31) - (int64_t{1} << 16);
-  TORCH_CHECK_VALUE(x.is_cpu() || x.size(1) <= kMost, name, " = ", x.size(1), " columns: must be at most ", kMost);
-}
-
-// `teacher` is null for a pass that reads the student only.
-gkd::Logits logits_of(const Tensor& student, const Tensor* teacher) {
-  const auto type = float_type(student);
-  TORCH_CHECK_VALUE(student.device().is_cpu() || student.device().is_cuda(), "logits on ", student.device(),
-                    ": there are no kernels for this device");
-  check_logits("student", student, student);
-  if (teacher != nullptr) check_logits("teacher", *teacher, student);
-  check_width("logits", student);
-  return {
-      .student = student.const_data_ptr(),
-      .teacher = teacher == nullptr ? nullptr : teacher->const_data_ptr(),
-      .student_stride = student.stride(0),
-      .teacher_stride = teacher == nullptr ? 0 : teacher->stride(0),
-      .rows = student.size(0),
-      .columns = student.size(1),
-      .type = type,
-      .has_teacher = teacher != nullptr,
-  };
-}
-
-const uint8_t* mask_of(const optional<Tensor>& mask, const Tensor& student) {
-  if (!mask.has_value()) return nullptr;
-  check_rows("mask", *mask, at::kBool, {student.size(0)}, student);
-  return static_cast<const uint8_t*>(mask->const_data_ptr());
-}
-
-float scale_of(double temperature) {
-  const auto inverse = static_cast<float>(1 / temperature);
-  TORCH_CHECK_VALUE(temperature > 0 && std::isnormal(inverse), "temperature = ", temperature,
-                    ": must be positive, with an inverse that is a normal float");
-  return static_cast<float>(kLog2E / temperature);
-}
-
-// Rows per task: enough entries to be worth a thread.
-int64_t grain(const gkd::Logits& logits) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, logits.columns)); }
-
-template <class Params, class CpuKernel, class CudaKernel>
-void start(const Params& params, const Tensor& student, CpuKernel cpu, [[maybe_unused]] CudaKernel cuda) {
-  if (params.logits.rows == 0) return;
-  if (student.is_cpu()) {
-    at::parallel_for(0, params.logits.rows, grain(params.logits),
-                     [&](int64_t begin, int64_t end) { cpu(params, begin, end); });
-    return;
-  }
-#ifdef MEGATRON_GKD_WITH_CUDA
-  const c10::cuda::CUDAGuard guard(student.device());
-  cuda(params, c10::cuda::getCurrentCUDAStream().stream());
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
-#else
-  TORCH_CHECK(false, "logits on ", student.device(),
-              ": this build has no CUDA kernels; build with MEGATRON_GKD_CUDA=1 where torch has CUDA");
-#endif
-}
-
-#ifdef MEGATRON_GKD_WITH_CUDA
-#define GKD_BOTH(name) gkd::cpu::name, gkd::cuda::name
-#else
-#define GKD_BOTH(name) gkd::cpu::name, nullptr
-#endif
+using namespace gkd::arguments;
 
 Tensor statistics(const Tensor& student, const Tensor& teacher, const optional<Tensor>& mask, double temperature,
                   int64_t first, bool moments, bool untempered) {
@@ -137,7 +23,7 @@ Tensor statistics(const Tensor& student, const Tensor& teacher, const optional<T
       .logits = logits,
       .mask = mask_of(mask, student),
       .scale = scale_of(temperature),
-      .untempered_scale = untempered ? static_cast<float>(kLog2E) : 0.0f,
+      .untempered_scale = untempered ? gkd::kLog2E : 0.0f,
       .moments = moments,
       .first = first,
       .out = out.mutable_data_ptr<float>(),
@@ -153,7 +39,7 @@ Tensor student_statistics(const Tensor& student, double temperature) {
       .logits = logits,
       .mask = nullptr,
       .scale = scale_of(temperature),
-      .untempered_scale = static_cast<float>(kLog2E),
+      .untempered_scale = gkd::kLog2E,
       .moments = true,
       .first = 0,
       .out = out.mutable_data_ptr<float>(),
@@ -187,23 +73,6 @@ Tensor sums(const Tensor& student, const Tensor& teacher, const optional<Tensor>
   };
   start(params, student, GKD_BOTH(sums));
   return out;
-}
-
-void check_out(const Tensor& out, const gkd::Logits& logits, const Tensor& student) {
-  TORCH_CHECK_VALUE(out.dim() == 2 && out.size(0) == logits.rows && out.size(1) >= logits.columns &&
-                        out.scalar_type() == student.scalar_type() && out.device() == student.device() &&
-                        (out.size(1) <= 1 || out.stride(1) == 1),
-                    "out = ", out.scalar_type(), " ", out.sizes(), " on ", out.device(), " with strides ",
-                    out.strides(), ": must be ", student.scalar_type(), " of at least ", student.sizes(), " on ",
-                    student.device(), ", with contiguous rows");
-  check_width("out", out);
-}
-
-float cap_of(double softcap) {
-  const auto cap = static_cast<float>(softcap), inverse = static_cast<float>(1 / softcap);
-  TORCH_CHECK_VALUE(cap > 0 && std::isnormal(cap) && std::isnormal(inverse), "softcap = ", softcap,
-                    ": must be a positive normal float, and so must its inverse");
-  return cap;
 }
 
 // The parameters of the gradient without divergence and labels: it writes zeros.
@@ -291,6 +160,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("gradient", &gradient, release);
   m.def("cross_entropy_gradient", &cross_entropy_gradient, release);
   m.def("softcap", &softcap, release);
+  gkd::define_combine(m);
+  gkd::define_loss(m);
+  gkd::define_top_k(m);
   m.def("cpu_capability", &gkd::cpu::capability, "avx512, avx2 or default");
 #ifdef MEGATRON_GKD_WITH_CUDA
   m.attr("has_cuda") = true;

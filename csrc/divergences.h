@@ -60,7 +60,7 @@ struct Pair {
 };
 
 // The terms of the divergences from the mixture M: x log2(x/M) of the higher and of the lower probability x.
-template <class Math, class F>
+template <class F>
 struct Mixture {
   Pair<F> pair;
   F weight_of_lower;
@@ -71,7 +71,7 @@ struct Mixture {
   GKD_INLINE Mixture(F a, F b, float teacher_weight, float student_weight) : pair(a, b) {
     weight_of_lower = pair.constant(teacher_weight, student_weight);
     weight_of_higher = pair.constant(student_weight, teacher_weight);
-    const auto logs = Math::log2_shares(weight_of_lower, weight_of_higher, pair.ratio, pair.gap);
+    const auto logs = Accurate::log2_shares(weight_of_lower, weight_of_higher, pair.ratio, pair.gap);
     higher_term = pair.higher * logs.higher;
     lower_term = pair.lower * logs.lower;
   }
@@ -102,7 +102,6 @@ struct Weights {
 };
 
 // beta KL(T||M) + (1 - beta) KL(S||M)
-template <class Math>
 struct GeneralizedJsd {
   static GKD_INLINE Weights weights(double beta) {
     return {float(beta), float(1 - beta), kLn2, float((1 - beta) * kLn2)};
@@ -111,7 +110,7 @@ struct GeneralizedJsd {
 
   template <class F>
   GKD_INLINE Terms<F> operator()(F a, F b) const {
-    const Mixture<Math, F> m(a, b, w.teacher, w.student);
+    const Mixture<F> m(a, b, w.teacher, w.student);
     const F value = m.weight_of_higher * m.higher_term + m.weight_of_lower * m.lower_term;
     return {not_negative(value), m.student_term(), m.pair.p()};
   }
@@ -156,7 +155,6 @@ struct TotalVariation {
 };
 
 // KL(T||M)
-template <class Math>
 struct SkewedForwardKl {
   static GKD_INLINE Weights weights(double beta) {
     return {float(beta), float(1 - beta), kLn2, float((1 - beta) * (1 - beta))};
@@ -165,21 +163,20 @@ struct SkewedForwardKl {
 
   template <class F>
   GKD_INLINE Terms<F> operator()(F a, F b) const {
-    const Mixture<Math, F> m(a, b, w.teacher, w.student);
+    const Mixture<F> m(a, b, w.teacher, w.student);
     const F value = m.teacher_term() + (w.student * kLog2E) * m.excess();
     return {not_negative(value), m.excess_over_mixture(), m.pair.p()};
   }
 };
 
 // KL(S||M)
-template <class Math>
 struct SkewedReverseKl {
   static GKD_INLINE Weights weights(double beta) { return {float(beta), float(1 - beta), kLn2, kLn2}; }
   Weights w;
 
   template <class F>
   GKD_INLINE Terms<F> operator()(F a, F b) const {
-    const Mixture<Math, F> m(a, b, w.teacher, w.student);
+    const Mixture<F> m(a, b, w.teacher, w.student);
     const F value = m.student_term() - (w.teacher * kLog2E) * m.excess();
     const F slope = m.student_term() - (w.student * w.teacher * kLog2E) * m.excess_over_mixture();
     return {not_negative(value), slope, m.pair.p()};
@@ -187,7 +184,6 @@ struct SkewedReverseKl {
 };
 
 // (1 - sum p^beta q^(1 - beta)) / (beta (1 - beta))
-template <class Math>
 struct Alpha {
   static GKD_INLINE Weights weights(double beta) {
     return {float(beta), float(1 - beta), float(1 / (beta * (1 - beta))), float(1 / (1 - beta))};
@@ -204,7 +200,7 @@ struct Alpha {
     const F one = splat<F>(1.0f);
     const F factor = pair.pick(as_is[0] ? one : pair.ratio, as_is[1] ? one : pair.ratio);
     const F product = x * pair.gap;
-    const F power = factor * Math::exp2m1(product < 126.0f ? product : splat<F>(126.0f));
+    const F power = factor * Accurate::exp2m1(product < 126.0f ? product : splat<F>(126.0f));
     const F difference = pair.ratio - 1.0f;
     // power or, where a factor was taken out, power + difference is p^beta q^(1 - beta) / higher - 1
     const F slope = pair.constant(as_is[0] ? 0.0f : -1.0f, as_is[1] ? 1.0f : 0.0f) * difference - power;
@@ -212,16 +208,16 @@ struct Alpha {
   }
 };
 
-// Every divergence: its name in ops/reference.py, and its functor. The list defines the numbering, the lookup by name
-// and the dispatch, which declares `Math`: Fast or Accurate.
-#define GKD_DIVERGENCES(X)                    \
-  X(generalized_jsd, GeneralizedJsd<Math>)    \
-  X(forward_kl, ForwardKl)                    \
-  X(reverse_kl, ReverseKl)                    \
-  X(total_variation, TotalVariation)          \
-  X(skewed_forward_kl, SkewedForwardKl<Math>) \
-  X(skewed_reverse_kl, SkewedReverseKl<Math>) \
-  X(alpha, Alpha<Math>)
+// Every divergence: its name in ops/reference.py and its functor. The list defines the numbering, the lookup by name and
+// the dispatch. fast_forms.h has forms with fewer instructions for 16-bit logits, top_k_terms.h the terms for a top-k.
+#define GKD_DIVERGENCES(X)              \
+  X(generalized_jsd, GeneralizedJsd)    \
+  X(forward_kl, ForwardKl)              \
+  X(reverse_kl, ReverseKl)              \
+  X(total_variation, TotalVariation)    \
+  X(skewed_forward_kl, SkewedForwardKl) \
+  X(skewed_reverse_kl, SkewedReverseKl) \
+  X(alpha, Alpha)
 
 #define GKD_ENUMERATOR(name, ...) name,
 enum class DivergenceKind { GKD_DIVERGENCES(GKD_ENUMERATOR) };

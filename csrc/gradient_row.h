@@ -4,39 +4,75 @@
 
 #include "divergences.h"
 #include "params.h"
+#include "row_bits.h"
+#include "row_factors.h"
 #include "softcap.h"
 
 namespace gkd {
 
-// What is constant along a row is computed once.
-template <class Functor>
-struct GradientRow {
-  Functor divergence;
-  RowNormalizers n;
-  float scale, factor, slope_sum, label_factor, label_shift, label_bias, inverse_softcap;
+// What the gradient needs of a row beside its logits: one entry of each of the fields of GradientParams.
+struct GradientInputs {
+  RowNormalizers normalizers;
+  float slope_sum, weight;
+  float label_weight, label_shift, label_bias;
 
-  GKD_INLINE GradientRow(const GradientParams& params, const Functor& functor, int64_t i) : divergence(functor) {
+  // The entries of row i, 0 where there are none. `with_labels`: whether there are rows with a label.
+  static GKD_INLINE GradientInputs of(const GradientParams& params, int64_t i, bool with_labels) {
     const bool with_divergence = params.weight != nullptr;
-    n = with_divergence ? params.normalizers[i] : RowNormalizers{};
-    scale = params.scale;
-    factor = with_divergence ? params.weight[i] * params.inverse_temperature * functor.w.slope_scale : 0;
-    slope_sum = with_divergence ? params.slope_sum[i] : 0;
-    label_factor = params.label_weight == nullptr ? 0 : params.label_weight[i];
-    label_shift = label_factor == 0 ? 0 : params.label_shift[i];
-    label_bias = label_factor == 0 ? 0 : params.label_bias[i];
-    inverse_softcap = params.inverse_softcap;
+    const float label_weight = with_labels ? params.label_weight[i] : 0;
+    return {with_divergence ? params.normalizers[i] : RowNormalizers{},
+            with_divergence ? params.slope_sum[i] : 0,
+            with_divergence ? params.weight[i] : 0,
+            label_weight,
+            label_weight == 0 ? 0 : params.label_shift[i],
+            label_weight == 0 ? 0 : params.label_bias[i]};
+  }
+};
+
+// What is constant along a row is computed once.
+template <class Form>
+struct GradientRow {
+  Form form;
+  RowFactors factors;
+  float label_factor;
+  bool
+      shares_label;  // whether `of_divergence` has the cross-entropy in it, whose probabilities are the divergence's own
+  float label_shift, label_bias;
+  RowBits label_bits;
+  float inverse_softcap;
+
+  GKD_INLINE GradientRow(const GradientParams& params, const Weights& weights, int64_t i, bool with_labels)
+      : GradientRow(params, weights, GradientInputs::of(params, i, with_labels)) {}
+
+  GKD_INLINE GradientRow(const GradientParams& params, const Weights& weights, const GradientInputs& row)
+      : form(weights, Normalization{params.scale, row.normalizers}),
+        factors{},
+        label_factor(row.label_weight),
+        shares_label(false),
+        label_shift(row.label_shift),
+        label_bias(row.label_bias),
+        label_bits(kLog2E, label_shift, label_bias),
+        inverse_softcap(params.inverse_softcap) {
+    if (row.weight == 0) return;
+    shares_label = label_factor != 0 && params.scale == kLog2E;
+    const float factor = row.weight * params.inverse_temperature * weights.slope_scale;
+    const float slope_sum = row.slope_sum - form.slope_shift, label = shares_label ? label_factor : 0.0f;
+    factors = {factor * form.slope_factor, slope_sum, label, form.p_factor * (label - factor * slope_sum)};
   }
 
-  template <class F>
+  template <bool kPolynomial = false, class F>
   GKD_INLINE F of_divergence(F s, F t) const {
-    const Terms<F> terms = divergence(log2_prob(s, scale, n.student_shift, n.student_bias),
-                                      log2_prob(t, scale, n.teacher_shift, n.teacher_bias));
-    return factor * (terms.slope - slope_sum * terms.p);
+    return form.template gradient<kPolynomial>(s, t, factors);
   }
 
+  // Of the label's cross-entropy, without the label's own -1.
   template <class F>
   GKD_INLINE F of_cross_entropy(F s) const {
-    return label_factor * exp2(log2_prob(s, kLog2E, label_shift, label_bias));
+    if constexpr (Form::kFast) {
+      return exp2(label_bits(s)) * splat<F>(label_factor * exact_exp2(-label_bits.excess));
+    } else {
+      return label_factor * exp2(log2_prob(s, kLog2E, label_shift, label_bias));
+    }
   }
 
   // The gradient by what the student's logit was before its softcap, from the gradient by the logit.

@@ -62,7 +62,7 @@ struct StatisticsParams {
   float* out;     // [rows, statistics_columns(...)], or without a teacher [rows, kAloneColumns]
 };
 
-inline int statistics_columns(bool moments, bool untempered) {
+constexpr int statistics_columns(bool moments, bool untempered) {
   return (moments ? kMomentColumns : kLogSumColumns) + (untempered ? 1 : 0);
 }
 
@@ -104,6 +104,14 @@ struct GradientParams {
   const int64_t* label;       // [rows]: this shard's column of the label, or -1 where another shard has it
   float inverse_softcap;      // where the student's logits have a softcap, 1 / cap, the cap rounded to their type: the
                               // gradient is by what they were before it; 0 without one
+};
+
+// All three passes over whole rows, with moments and slopes that the kernel itself combines: this rank has the whole
+// vocabulary. Both parts have the same logits and scale.
+struct LossParams {
+  StatisticsParams statistics;  // with moments, without a mask
+  GradientParams gradient;  // `normalizers`, `slope_sum`, `label_shift` and `label_bias` are null; with a divergence
+  float* sums;              // [rows, 2], as SumsParams::out; not written for the KL divergences
 };
 
 struct SoftcapParams {

@@ -19,8 +19,8 @@ GKD_INLINE F softcap(F z, float cap) {
 // dy/dz at the logit y, never negative.
 template <class F>
 GKD_INLINE F softcap_slope(F y, float inverse_cap) {
-  const F share = y * inverse_cap;
-  return at_least(1.0f - share * share, 0.0f);
+  const F share = y * splat<F>(inverse_cap);
+  return at_least(splat<F>(1) - share * share, 0.0f);
 }
 
 }  // namespace gkd

@@ -5,18 +5,33 @@
 
 #include <type_traits>
 
+#include "accurate_form.h"
 #include "divergences.h"
+#include "fast_forms.h"
 #include "params.h"
 
 namespace gkd {
 
-// `Fast` has an absolute error of about 1e-7. Near beta = 0 and 1, terms are proportional to min(beta, 1 - beta), so that
-// error divided by this threshold, 1e-5, stays below the rounding of 16-bit logits.
+// Fast forms have an absolute error of about 1e-7. Near beta = 0 and 1, terms are proportional to min(beta, 1 - beta), so
+// that error divided by this threshold, 1e-5, stays below the rounding of 16-bit logits.
 constexpr double kFastMinimumWeight = 1e-2;
 
-// The formulas for logits of a type where beta is not near 0 or 1.
-template <FloatType type>
-using MathOf = std::conditional_t<type == FloatType::f32, Accurate, Fast>;
+// Calls `body` with the form for logits of a type and for `beta` as template argument.
+template <FloatType type, class Functor, class Fast, class Body>
+void with_form(double beta, const Body& body) {
+  const Weights weights = Functor::weights(beta);
+  if constexpr (type != FloatType::f32) {
+    if constexpr (std::is_same_v<Fast, fast::GeneralizedJsd>) {
+      if (beta == 0.5) return body.template operator()<fast::EvenJsd>(weights);
+    }
+    if (Fast::kForAnyBeta || (beta >= kFastMinimumWeight && 1 - beta >= kFastMinimumWeight)) {
+      return body.template operator()<Fast>(weights);
+    }
+  }
+  if constexpr (type == FloatType::f32 || !Fast::kForAnyBeta) {
+    body.template operator()<AccurateForm<Functor>>(weights);
+  }
+}
 
 }  // namespace gkd
 
@@ -48,24 +63,16 @@ using MathOf = std::conditional_t<type == FloatType::f32, Accurate, Fast>;
     }                                                \
   }()
 
-// Binds `Math` to the formulas for logits of `type`, a constant, and for `beta`.
-#define GKD_MATH_SWITCH(type, beta, Math, ...)                            \
-  [&] {                                                                   \
-    if ((beta) < kFastMinimumWeight || 1 - (beta) < kFastMinimumWeight) { \
-      using Math = Accurate;                                              \
-      return __VA_ARGS__();                                               \
-    }                                                                     \
-    using Math = MathOf<type>;                                            \
-    return __VA_ARGS__();                                                 \
+// Binds `Form` to the form of `kind`, one of GKD_DIVERGENCES, for logits of `type`, a constant, and for `beta`; and
+// `weights` to its weights.
+#define GKD_FORM_SWITCH(type, kind, beta, ...)                                                  \
+  [&] {                                                                                         \
+    constexpr FloatType form_type = type;                                                       \
+    const double form_beta = beta;                                                              \
+    const auto body = [&]<class Form>(const Weights& weights) { return __VA_ARGS__(weights); }; \
+    switch (kind) { GKD_DIVERGENCES(GKD_FORM_CASE) }                                            \
   }()
 
-// Binds `Functor` to the functor of `kind`, one of GKD_DIVERGENCES.
-#define GKD_DIVERGENCE_SWITCH(kind, Math, ...)                        \
-  [&] {                                                               \
-    const auto body = [&]<class Functor>() { return __VA_ARGS__(); }; \
-    switch (kind) { GKD_DIVERGENCES(GKD_DIVERGENCE_CASE) }            \
-  }()
-
-#define GKD_DIVERGENCE_CASE(name, ...) \
-  case DivergenceKind::name:           \
-    return body.template operator()<__VA_ARGS__>();
+#define GKD_FORM_CASE(name, Functor) \
+  case DivergenceKind::name:         \
+    return with_form<form_type, Functor, FastForm<Functor>::type>(form_beta, body);

@@ -47,8 +47,66 @@ struct Lanes<float> {
 };
 
 template <class F>
+struct Splat {
+  static GKD_INLINE F from(float x) { return F{} + x; }
+};
+
+template <>
+struct Splat<float> {
+  static GKD_INLINE float from(float x) { return x; }  // F{} + x would be an addition, which keeps -0 apart from 0
+};
+
+template <class F>
 GKD_INLINE F splat(float x) {
-  return F{} + x;
+  return Splat<F>::from(x);
+}
+
+// Whether `fused` rounds once.
+template <class F>
+struct RoundsOnce {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  static constexpr bool value = true;
+#else
+  static constexpr bool value = false;
+#endif
+};
+
+template <>
+struct RoundsOnce<float> {
+  static constexpr bool value = true;
+};
+
+// a b + c, rounded once for a float; for a CPU's vectors where it has an instruction for that.
+template <class F>
+GKD_INLINE F fused(F a, F b, F c) {
+  return a * b + c;
+}
+
+GKD_INLINE float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+
+template <class Mask, class F>
+GKD_INLINE F pick(Mask mask, F if_true, F otherwise) {
+  return mask ? if_true : otherwise;
+}
+
+// The larger number; which one is returned beside a NaN is not said.
+template <class F>
+GKD_INLINE F larger(F x, F y) {
+#if defined(__CUDA_ARCH__)
+  return fmaxf(x, y);
+#else
+  return x > y ? x : y;
+#endif
+}
+
+// min(x, bound); the bound for NaN.
+template <class F>
+GKD_INLINE F at_most(F x, float bound) {
+#if defined(__CUDA_ARCH__)
+  return fminf(x, bound);
+#else
+  return x < bound ? x : splat<F>(bound);
+#endif
 }
 
 // max(x, floor); NaN stays NaN.
@@ -77,6 +135,18 @@ template <class F>
 GKD_INLINE F divide(F x, F y) {
 #if defined(__CUDA_ARCH__)
   return __fdividef(x, y);
+#else
+  return x / y;
+#endif
+}
+
+// x / y for a y that is neither huge nor tiny, with the same error.
+template <class F>
+GKD_INLINE F quotient(F x, F y) {
+#if defined(__CUDA_ARCH__)
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(y));
+  return x * inverse;
 #else
   return x / y;
 #endif
@@ -146,6 +216,32 @@ GKD_INLINE F exp2(F x) {
 #endif
 }
 
+// The same; a type of floats may have two ways to compute it, and `kPolynomial` chooses one.
+template <bool kPolynomial, class F>
+GKD_INLINE F exp2_either(F x) {
+  return exp2(x);
+}
+
+// 2^x for -127 <= x < 128 with an error of about one unit in the last place, and exactly 1 for 0. A GPU's own is four
+// times less exact.
+template <class F>
+GKD_INLINE F exact_exp2(F x) {
+  const auto s = detail::split(x);
+  return s.power * (1.0f + s.f * detail::exp2m1_over_f(s.f));
+}
+
+// log2 of a positive normal number; exactly 0 for 1.
+template <class F>
+GKD_INLINE F log2(F x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return detail::log2_polynomial(x);
+#endif
+}
+
 // log2 of the higher and of the lower of two positive numbers over a mixture of them: >= 0 and <= 0.
 template <class F>
 struct LogShares {
@@ -153,29 +249,7 @@ struct LogShares {
   F lower;
 };
 
-// How a logarithm near 1 and an exponential near 0 are taken. `Fast` has an absolute error of about 1e-7, below the
-// rounding of 16-bit logits; `Accurate` a relative one.
-struct Fast {
-  // 2^x - 1
-  template <class F>
-  static GKD_INLINE F exp2m1(F x) {
-    return gkd::exp2(x) - 1.0f;
-  }
-
-  // Of 1 and e = 2^gap <= 1 in the mixture w e + rest, for rest = 1 - w and 0 < w < 1.
-  template <class F>
-  static GKD_INLINE LogShares<F> log2_shares(F w, F rest, F e, F gap) {
-    const F mixture = w * e + rest;
-#if defined(__CUDA_ARCH__)
-    float log_mixture;
-    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(log_mixture) : "f"(mixture));
-#else
-    const F log_mixture = detail::log2_polynomial(mixture);
-#endif
-    return {-log_mixture, gap - log_mixture};
-  }
-};
-
+// A logarithm near 1 and an exponential near 0, with a relative error of about 1e-7.
 struct Accurate {
   template <class F>
   static GKD_INLINE F exp2m1(F x) {

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Compiles every GPU kernel for sm_80, sm_90 and sm_100 and prints what each uses: bash scripts/compile_kernels.sh
-# Fails for a compiler's warning, a register spill or a stack frame. Needs nvcc, but no GPU.
+# Compiles every GPU kernel for sm_80, sm_90 and sm_100, and prints the registers and instructions of each:
+#   bash scripts/compile_kernels.sh [--update]
+# Fails for a compiler's warning, a register spill, a stack frame, and where a kernel takes over 5 % more instructions
+# than scripts/benchmarks/results/kernel_instructions.json has for it; --update writes that file. Needs nvcc, but no GPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if ! command -v nvcc >/dev/null; then
@@ -27,3 +29,4 @@ for source in csrc/cuda/*.cu; do
 done | xargs -P 2 -L 1 bash -c 'compile "$0" "$1"'
 
 python3 scripts/kernel_resources.py "$reports"/*.txt
+python3 scripts/kernel_instructions.py "$@" "$reports"/*.o

@@ -72,6 +72,7 @@ def readable(symbols: list[str]) -> list[str]:
 def _shorten(name: str) -> str:
     for index, float_type in enumerate(("f32", "bf16", "f16")):  # in the order of FloatType
         name = name.replace(f"(gkd::FloatType){index}", float_type)
+    name = re.sub(r"\((?:\w+::)*(\w+)\)(-?\d+)", r"\1 \2", name)  # of another enumeration
     name = re.sub(r"\(anonymous namespace\)::|\bgkd::|\bcuda::|^void ", "", name)
     return name.split("(")[0].replace("> >", ">>")
 

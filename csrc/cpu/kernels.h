@@ -77,6 +77,7 @@ int64_t find(const typename Storage<type>::Element* row, int64_t begin, int64_t 
 template <FloatType type, bool kMoments, bool kTeacher>
 void statistics_row(const StatisticsParams& params, const RowPointers<type>& row, float* out) {
   const bool untempered = params.untempered_scale != 0;
+  const bool other_scale = untempered && params.untempered_scale != params.scale;  // else the sums are the same
   RunningSoftmax student, teacher;
   for (int64_t begin = 0; begin < params.logits.columns; begin += kBlock) {
     const int64_t end = begin + kBlock < params.logits.columns ? begin + kBlock : params.logits.columns;
@@ -121,7 +122,7 @@ void statistics_row(const StatisticsParams& params, const RowPointers<type>& row
           sums[5] -= teacher_e * (in_teacher ? difference : Floats{});
         }
       }
-      if (untempered) sums[6] += exp2(s * params.untempered_scale);
+      if (other_scale) sums[6] += exp2(s * params.untempered_scale);
     });
     student.sum += sum(sums[0]);
     teacher.sum += sum(sums[1]);
@@ -131,6 +132,7 @@ void statistics_row(const StatisticsParams& params, const RowPointers<type>& row
     teacher.gap += sum(sums[5]);
     student.untempered += sum(sums[6]);
   }
+  if (!other_scale) student.untempered = student.sum;
 
   if constexpr (!kTeacher) {
     out[kAloneMaximum] = student.maximum;
@@ -181,50 +183,48 @@ void student_statistics_rows(const StatisticsParams& params, int64_t begin, int6
   }
 }
 
-template <FloatType type, class Functor>
-void sums_rows(const SumsParams& params, int64_t begin, int64_t end) {
-  const Functor divergence{Functor::weights(params.beta)};
+template <FloatType type, class Form>
+void sums_rows(const SumsParams& params, const Weights& weights, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     float* out = params.out + 2 * i;
     out[0] = out[1] = 0;
     if (params.mask != nullptr && params.mask[i] == 0) continue;
     const RowPointers<type> row(params.logits, i);
-    const RowNormalizers n = params.normalizers[i];
+    const Form form(weights, Normalization{params.scale, params.normalizers[i]});
     double value = 0, slope = 0;
     for (int64_t from = 0; from < params.logits.columns; from += kBlock) {
       const int64_t to = from + kBlock < params.logits.columns ? from + kBlock : params.logits.columns;
       Floats values = {}, slopes = {};
       for_each_vector(from, to, [&](int64_t j, auto count) {
         const Floats s = load_count<type>(row.student + j, count), t = load_count<type>(row.teacher + j, count);
-        const Terms<Floats> terms = divergence(log2_prob(s, params.scale, n.student_shift, n.student_bias),
-                                               log2_prob(t, params.scale, n.teacher_shift, n.teacher_bias));
-        values += terms.value;
-        slopes += terms.slope;
+        form.template add<false>(s, t, values, slopes);
       });
       value += sum(values);
       slope += sum(slopes);
     }
-    out[0] = float(value * divergence.w.value_scale);
-    out[1] = float(slope);
+    const RowSums sums(form, value, slope);
+    out[0] = sums.value;
+    out[1] = sums.slope;
   }
 }
 
-template <FloatType type, bool kCapped, bool kDivergence, bool kCrossEntropy, class Functor>
-void gradient_row(const GradientParams& params, const GradientRow<Functor>& at, int64_t i) {
+template <FloatType type, bool kCapped, bool kDivergence, bool kCrossEntropy, class Form>
+void gradient_row(const GradientParams& params, const GradientRow<Form>& at, int64_t i) {
   using Element = typename Storage<type>::Element;
   const RowPointers<type> row(params.logits, i);
   Element* out = static_cast<Element*>(params.out) + i * params.out_stride;
-  const auto gradient = [&](auto s, auto t) {
-    decltype(s) g = {};
-    if constexpr (kDivergence) g += at.of_divergence(s, t);
+  const auto gradient = [&](Floats s, Floats t) {
+    Floats g = {};
+    if constexpr (kDivergence) g = at.template of_divergence<false>(s, t);
     if constexpr (kCrossEntropy) g += at.of_cross_entropy(s);
     return g;
   };
-  const int64_t label = kCrossEntropy ? params.label[i] : -1;
-  float at_label = 0;  // computed before the loop, which may overwrite the logits
+  const int64_t label = at.label_factor != 0 ? params.label[i] : -1;
+  Floats at_label = {};  // computed before the loop, which may overwrite the logits
   if (label >= 0) {
-    const float t = kDivergence ? load_one<type>(row.teacher + label) : 0;
-    const float s = load_one<type>(row.student + label);
+    const Floats s = load_some<type>(row.student + label, 1);
+    Floats t = {};
+    if constexpr (kDivergence) t = load_some<type>(row.teacher + label, 1);
     at_label = at.template before_softcap<kCapped>(gradient(s, t) - at.label_factor, s);
   }
   for_each_vector(0, params.logits.columns, [&](int64_t j, auto count) {
@@ -238,22 +238,21 @@ void gradient_row(const GradientParams& params, const GradientRow<Functor>& at, 
       store<type>(out + j, g);
     }
   });
-  if (label >= 0) store_some<type>(out + label, splat<Floats>(at_label), 1);
+  if (label >= 0) store_some<type>(out + label, at_label, 1);
 }
 
-template <FloatType type, bool kCapped, class Functor>
-void gradient_rows(const GradientParams& params, int64_t begin, int64_t end) {
+template <FloatType type, bool kCapped, class Form>
+void gradient_rows(const GradientParams& params, const Weights& weights, int64_t begin, int64_t end) {
   using Element = typename Storage<type>::Element;
-  const Functor divergence{Functor::weights(params.beta)};
   for (int64_t i = begin; i < end; ++i) {
-    const GradientRow<Functor> at(params, divergence, i);
+    const GradientRow<Form> at(params, weights, i, params.label_weight != nullptr);
     Element* out = static_cast<Element*>(params.out) + i * params.out_stride;
     const bool with_divergence = params.weight != nullptr && params.weight[i] != 0;
     const bool with_label = at.label_factor != 0;
-    if (with_divergence && with_label) {
-      gradient_row<type, kCapped, true, true>(params, at, i);
-    } else if (with_divergence) {
+    if (with_divergence && (!with_label || at.shares_label)) {
       gradient_row<type, kCapped, true, false>(params, at, i);
+    } else if (with_divergence) {
+      gradient_row<type, kCapped, true, true>(params, at, i);
     } else if (with_label) {
       gradient_row<type, kCapped, false, true>(params, at, i);
     }
@@ -288,19 +287,16 @@ void statistics(const StatisticsParams& params, int64_t begin, int64_t end) {
 
 void sums(const SumsParams& params, int64_t begin, int64_t end) {
   GKD_TYPE_SWITCH(params.logits.type, [&] {
-    GKD_MATH_SWITCH(kType, params.beta, Math, [&] {
-      GKD_DIVERGENCE_SWITCH(params.kind, Math, [&] { sums_rows<kType, Functor>(params, begin, end); });
-    });
+    GKD_FORM_SWITCH(kType, params.kind, params.beta,
+                    [&](const Weights& weights) { sums_rows<kType, Form>(params, weights, begin, end); });
   });
 }
 
 void gradient(const GradientParams& params, int64_t begin, int64_t end) {
   GKD_TYPE_SWITCH(params.logits.type, [&] {
-    GKD_MATH_SWITCH(kType, params.beta, Math, [&] {
-      GKD_DIVERGENCE_SWITCH(params.kind, Math, [&] {
-        GKD_BOOL_SWITCH(params.inverse_softcap != 0, kCapped,
-                        [&] { gradient_rows<kType, kCapped, Functor>(params, begin, end); });
-      });
+    GKD_FORM_SWITCH(kType, params.kind, params.beta, [&](const Weights& weights) {
+      GKD_BOOL_SWITCH(params.inverse_softcap != 0, kCapped,
+                      [&] { gradient_rows<kType, kCapped, Form>(params, weights, begin, end); });
     });
   });
 }

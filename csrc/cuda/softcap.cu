@@ -20,12 +20,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   const auto* row = student_row<type>(params.logits, i);
   Element* out = static_cast<Element*>(params.out) + i * params.out_stride;
   const Walk<type> walk(row, params.logits.columns, alike);
-  walk.for_each({row}, [&](int first, const Pack(&packs)[1]) {
+  walk.template for_each<kBatch>({row}, [&](int first, const Pack(&packs)[1], auto is_whole) {
     float z[kLanes];
     widen<type>(packs[0], z);
 #pragma unroll
     for (int k = 0; k < kLanes; ++k) z[k] = gkd::softcap(z[k], params.cap);
-    walk.store(out, first, narrow<type>(z));
+    walk.store(out, first, narrow<type>(z), is_whole);
   });
 }
 

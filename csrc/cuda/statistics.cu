@@ -4,7 +4,7 @@
 
 #include "../divergences.h"
 #include "../switches.h"
-#include "launch.cuh"
+#include "cluster_launch.cuh"
 #include "passes.h"
 #include "reduce.cuh"
 #include "walk.cuh"
@@ -16,56 +16,67 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr int kNowhere = std::numeric_limits<int>::max();
 constexpr float kSlackBits = 8;  // how far terms may exceed 1 before the reference follows the maximum
 
-// The sums of one pack, one thread or one row; see StatisticsColumn. `moment` and `gap` are in logits until they are
-// written: a difference of two products with the scale would become a fused multiply-add, and so not be exactly 0 where
-// both models have the same logits.
+// The sums of one pack, one thread or one row, in bits; see StatisticsColumn.
+template <class F>
 struct ModelSums {
-  float sum = 0, moment = 0, gap = 0, untempered = 0;
+  F sum, moment, gap, untempered;
 
-  __device__ __forceinline__ void operator+=(const ModelSums& other) {
-    sum += other.sum;
-    moment += other.moment;
-    gap += other.gap;
-    untempered += other.untempered;
+  __device__ __forceinline__ ModelSums() : sum(splat<F>(0)), moment(sum), gap(sum), untempered(sum) {}
+
+  template <class Other>
+  __device__ __forceinline__ void operator+=(const ModelSums<Other>& other) {
+    sum += total(other.sum);
+    moment += total(other.moment);
+    gap += total(other.gap);
+    untempered += total(other.untempered);
   }
 };
 
-// One model's sums over the columns that one thread has read. Sums are relative to `reference`, which is a logit not
-// far below the maximum, or 0 as long as there is none: as it moves rarely, moving it costs next to nothing.
+// By how many bits a reference fell, at the temperature of the loss and untempered.
+struct Shift {
+  float bits = 0, untempered = 0;
+};
+
+// One model's sums over the columns that one thread has read. Terms are 2^(scale z - reference), where the reference is
+// near scale times the maximum, or 0 as long as there is none: as it moves rarely, moving it costs next to nothing. It is
+// a number of bits, so that one multiply-add gives an exponent.
 struct RunningModel {
   float maximum = -kInfinity;
   int top = kNowhere;  // where the pack starts that holds the maximum, the first such
-  float reference = 0;
+  float reference = 0, untempered_reference = 0;
   float bound = -kInfinity;  // a logit above this moves the reference
-  ModelSums sums;
+  ModelSums<float> sums;
 
   __device__ __forceinline__ void update_maximum(float candidate, int first) {
     top = candidate > maximum ? first : top;
     maximum = fmaxf(candidate, maximum);
   }
 
-  // Returns how far the reference fell, in logits.
-  __device__ __forceinline__ float move_reference(float to) {
-    const float shift = reference - to;
-    reference = to;
+  __device__ __forceinline__ Shift follow(float candidate, float slack, const StatisticsParams& params) {
+    if (!(candidate > bound)) return {};
+    bound = candidate + slack;
+    const float bits = candidate * params.scale, untempered = candidate * params.untempered_scale;
+    const Shift shift = {reference - bits, untempered_reference - untempered};
+    reference = bits;
+    untempered_reference = untempered;
     return shift;
   }
 
-  __device__ __forceinline__ float follow(float candidate, float slack) {
-    if (!(candidate > bound)) return 0;
-    bound = candidate + slack;
-    return move_reference(candidate);
+  // From the reference to a logit's exact number of bits, which fp32 may not hold.
+  __device__ __forceinline__ Shift shift_to(float logit, const StatisticsParams& params) const {
+    const float to = logit == -kInfinity ? 0 : logit;
+    return {fused(-to, params.scale, reference), fused(-to, params.untempered_scale, untempered_reference)};
   }
 
-  // After both models' references fell by these shifts.
-  __device__ __forceinline__ void rescale(float own_shift, float other_shift, const StatisticsParams& params) {
+  // After both models' references fell.
+  __device__ __forceinline__ void rescale(const Shift& own_shift, const Shift& other_shift) {
     if (sums.sum == 0) return;
-    const float own = at_least(own_shift, kImpossible), factor = exp2(own * params.scale);
+    const float own = at_least(own_shift.bits, kImpossible), factor = exp2(own);
     sums.moment = factor * (sums.moment + own * sums.sum);
     sums.sum *= factor;
-    sums.gap =
-        factor == 0 ? 0 : factor * sums.gap + (own - other_shift) * sums.sum;  // 0, not NaN, where it was infinite
-    sums.untempered *= exp2(own_shift * params.untempered_scale);
+    // 0, not NaN, where it was infinite
+    sums.gap = factor == 0 ? 0 : factor * sums.gap + (own - other_shift.bits) * sums.sum;
+    sums.untempered *= exp2(own_shift.untempered);
   }
 };
 
@@ -74,55 +85,66 @@ __device__ __forceinline__ void drop_word(Pack& pack) {
   pack = {{pack.word[1], pack.word[2], pack.word[3], pack.word[3]}};
 }
 
+template <class F>
 struct PairSums {
-  ModelSums student, teacher;
+  ModelSums<F> student, teacher;
 };
 
 // Which columns the kernel computes. Without a teacher its sums stay 0, and the output has the columns of
-// StudentStatisticsColumn.
+// StudentStatisticsColumn. `untempered`: in a sum of its own, as the scales differ.
 template <bool moments, bool untempered, bool teacher>
 struct Columns {
   static constexpr bool kMoments = moments;
   static constexpr bool kUntempered = untempered;
   static constexpr bool kTeacher = teacher;
   static constexpr int kModels = teacher ? 2 : 1;
-  static constexpr int kCount =
-      teacher ? (moments ? kMomentColumns : kLogSumColumns) + (untempered ? 1 : 0) : int(kAloneColumns);
 };
 
-// Sums of a pack. An excluded entry must add nothing, but 0 * -inf is NaN: only `kGuarded` avoids that. It is rarely
-// run, so its loop is not unrolled, which saves registers.
-template <FloatType type, class Columns, bool kGuarded>
-__device__ __forceinline__ PairSums add_up(Pack student_pack, Pack teacher_pack, float student_reference,
-                                           float teacher_reference, const StatisticsParams& params) {
-  constexpr int kPerWord = Storage<type>::kPerWord;
-  PairSums sums;
+// What e is multiplied by, so that 0 times an infinity is 0.
+__device__ __forceinline__ float guard(float e, float x) { return e != 0 ? x : 0.0f; }
+
+// Adds the terms of an entry, or of two side by side. An excluded one must add nothing, but 0 * -inf is NaN: only
+// `kGuarded`, for single floats, avoids that.
+template <class Columns, bool kGuarded, class F>
+__device__ __forceinline__ void add_terms(PairSums<F>& sums, F s, F t, const RunningModel& student,
+                                          const RunningModel& teacher, const StatisticsParams& params) {
+  const auto add = [](F& sum, F e, F x) {
+    if constexpr (kGuarded) x = guard(e, x);
+    sum = fused(e, x, sum);
+  };
+  const F scale = splat<F>(params.scale);
+  const F student_bits = fused(s, scale, splat<F>(-student.reference)), student_e = exp2(student_bits);
+  sums.student.sum = sums.student.sum + student_e;
+  if constexpr (Columns::kMoments) add(sums.student.moment, student_e, student_bits);
+  if constexpr (Columns::kTeacher) {
+    const F teacher_bits = fused(t, scale, splat<F>(-teacher.reference)), teacher_e = exp2(teacher_bits);
+    sums.teacher.sum = sums.teacher.sum + teacher_e;
+    if constexpr (Columns::kMoments) {
+      const F difference = student_bits - teacher_bits;
+      add(sums.student.gap, student_e, difference);
+      add(sums.teacher.moment, teacher_e, teacher_bits);
+      add(sums.teacher.gap, teacher_e, -difference);
+    }
+  }
+  if constexpr (Columns::kUntempered) {
+    const F bits = fused(s, splat<F>(params.untempered_scale), splat<F>(-student.untempered_reference));
+    sums.student.untempered = sums.student.untempered + exp2(bits);
+  }
+}
+
+// Sums of a pack. The guarded ones are rarely computed, so their loop is not unrolled, which saves registers.
+template <FloatType type, class Columns, bool kGuarded, class F>
+__device__ __forceinline__ PairSums<F> add_up(Pack student_pack, Pack teacher_pack, const RunningModel& student,
+                                              const RunningModel& teacher, const StatisticsParams& params) {
+  using Words = Word<type, F>;
+  PairSums<F> sums;
 #pragma unroll(kGuarded ? 1 : kWords)
   for (int i = 0; i < kWords; ++i) {
-    float s[kPerWord], t[kPerWord];
-    Storage<type>::widen(student_pack.word[kGuarded ? 0 : i], s);
-    Storage<type>::widen(teacher_pack.word[kGuarded ? 0 : i], t);
+    F s[Words::kLanes], t[Words::kLanes];
+    Words::widen(student_pack.word[kGuarded ? 0 : i], s);
+    Words::widen(teacher_pack.word[kGuarded ? 0 : i], t);
 #pragma unroll
-    for (int k = 0; k < kPerWord; ++k) {
-      const float student = s[k] - student_reference;
-      const float student_e = exp2(student * params.scale);
-      const bool in_student = !kGuarded || student_e != 0;
-      sums.student.sum += student_e;
-      if constexpr (Columns::kMoments) sums.student.moment += student_e * (in_student ? student : 0.0f);
-      if constexpr (Columns::kTeacher) {
-        const float teacher = t[k] - teacher_reference;
-        const float teacher_e = exp2(teacher * params.scale);
-        sums.teacher.sum += teacher_e;
-        if constexpr (Columns::kMoments) {
-          const float difference = student - teacher;
-          const bool in_teacher = !kGuarded || teacher_e != 0;
-          sums.student.gap += student_e * (in_student ? difference : 0.0f);
-          sums.teacher.moment += teacher_e * (in_teacher ? teacher : 0.0f);
-          sums.teacher.gap -= teacher_e * (in_teacher ? difference : 0.0f);
-        }
-      }
-      if constexpr (Columns::kUntempered) sums.student.untempered += exp2(student * params.untempered_scale);
-    }
+    for (int k = 0; k < Words::kLanes; ++k) add_terms<Columns, kGuarded>(sums, s[k], t[k], student, teacher, params);
     if constexpr (kGuarded) {
       drop_word(student_pack);
       drop_word(teacher_pack);
@@ -143,17 +165,23 @@ __device__ __forceinline__ void take_pack(RunningModel& student, RunningModel& t
   student.update_maximum(student_most, first);
   if constexpr (Columns::kTeacher) teacher.update_maximum(teacher_most, first);
   if (student_most > student.bound || teacher_most > teacher.bound) {
-    const float student_shift = student.follow(student_most, slack);
-    const float teacher_shift = teacher.follow(teacher_most, slack);
-    student.rescale(student_shift, teacher_shift, params);
-    teacher.rescale(teacher_shift, student_shift, params);
+    const Shift student_shift = student.follow(student_most, slack, params);
+    const Shift teacher_shift = teacher.follow(teacher_most, slack, params);
+    student.rescale(student_shift, teacher_shift);
+    teacher.rescale(teacher_shift, student_shift);
   }
-  PairSums sums = add_up<type, Columns, false>(packs[0], teacher_pack, student.reference, teacher.reference, params);
-  if (Columns::kMoments && is_nan(sums.student.moment + sums.student.gap + sums.teacher.moment + sums.teacher.gap)) {
-    sums = add_up<type, Columns, true>(packs[0], teacher_pack, student.reference, teacher.reference, params);
+  using F = std::conditional_t<GKD_PAIRED && type != FloatType::f32, Two, float>;
+  const PairSums<F> sums = add_up<type, Columns, false, F>(packs[0], teacher_pack, student, teacher, params);
+  // Where a moment is NaN, so is the gap.
+  const F check = Columns::kTeacher ? sums.student.gap + sums.teacher.gap : sums.student.moment;
+  if (Columns::kMoments && is_nan(total(check))) {
+    const auto guarded = add_up<type, Columns, true, float>(packs[0], teacher_pack, student, teacher, params);
+    student.sums += guarded.student;
+    teacher.sums += guarded.teacher;
+  } else {
+    student.sums += sums.student;
+    teacher.sums += sums.teacher;
   }
-  student.sums += sums.student;
-  teacher.sums += sums.teacher;
 }
 
 // The lowest column of `value` in the pack that starts at `first`.
@@ -177,36 +205,41 @@ __device__ __forceinline__ void write_skipped(const StatisticsParams& params, in
   }
 }
 
+// With two floats side by side and moments 64 registers are too few.
 template <FloatType type, class Columns>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
-    statistics_kernel(const __grid_constant__ StatisticsParams params, bool alike) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor - (GKD_PAIRED && Columns::kMoments ? 1 : 0))
+    statistics_kernel(const __grid_constant__ StatisticsParams params, bool alike, int share_columns) {
   constexpr bool kMoments = Columns::kMoments, kUntempered = Columns::kUntempered, kTeacher = Columns::kTeacher;
-  const int64_t i = blockIdx.x;
-  float* out = params.out + i * Columns::kCount;
+  using RowCluster = Cluster<kThreads>;
+  const int64_t i = blockIdx.x / RowCluster::blocks();
+  const bool writes = RowCluster::rank() == 0 && threadIdx.x == 0;
+  const int columns = kTeacher ? statistics_columns(kMoments, params.untempered_scale != 0) : int(kAloneColumns);
+  float* out = params.out + i * columns;
   if (kTeacher && params.mask != nullptr && params.mask[i] == 0) {
-    write_skipped(params, Columns::kCount, out);
+    if (RowCluster::rank() == 0) write_skipped(params, columns, out);
     return;
   }
   const auto* student_logits = student_row<type>(params.logits, i);
   [[maybe_unused]] const auto* teacher_logits = kTeacher ? teacher_row<type>(params.logits, i) : nullptr;
   const float slack = divide(kSlackBits, fmaxf(params.scale, params.untempered_scale));
   RunningModel student, teacher;
-  const Walk<type> walk(student_logits, params.logits.columns, alike);
-  const auto body = [&](int first, const Pack(&packs)[Columns::kModels]) {
+  const Share share = {RowCluster::rank(), share_columns};
+  const Walk<type> walk(student_logits, params.logits.columns, alike, share);
+  const auto body = [&](int first, const Pack(&packs)[Columns::kModels], auto) {
     take_pack<type, Columns>(student, teacher, packs, first, slack, params);
   };
   if constexpr (kTeacher) {
-    walk.for_each({student_logits, teacher_logits}, body);
+    walk.template for_each<kBatch>({student_logits, teacher_logits}, body);
   } else {
-    walk.for_each({student_logits}, body);
+    walk.template for_each<kBatch>({student_logits}, body);
   }
 
   float maxima[2] = {student.maximum, teacher.maximum};
-  block_reduce(maxima, Larger());
-  const float student_shift = student.move_reference(maxima[0] == -kInfinity ? 0 : maxima[0]);
-  const float teacher_shift = teacher.move_reference(maxima[1] == -kInfinity ? 0 : maxima[1]);
-  student.rescale(student_shift, teacher_shift, params);
-  teacher.rescale(teacher_shift, student_shift, params);
+  RowCluster cluster(static_cast<RowCluster::Memory*>(dynamic_memory()));
+  cluster.reduce(maxima, OfAll<Larger>());
+  const Shift student_shift = student.shift_to(maxima[0], params), teacher_shift = teacher.shift_to(maxima[1], params);
+  student.rescale(student_shift, teacher_shift);
+  teacher.rescale(teacher_shift, student_shift);
 
   constexpr int kSums = (kMoments ? 6 : 2) + (kUntempered ? 1 : 0);
   float totals[kSums];
@@ -219,14 +252,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     totals[5] = teacher.sums.gap;
   }
   if constexpr (kUntempered) totals[kSums - 1] = student.sums.untempered;
-  block_reduce(totals, Add());
+  cluster.reduce(totals, OfAll<Add>());
+  const float untempered = totals[kUntempered ? kSums - 1 : 0];  // the student's sum, where the scales are the same
 
   if constexpr (!kTeacher) {
-    if (threadIdx.x != 0) return;
+    if (!writes) return;
     out[kAloneMaximum] = maxima[0];
     out[kAloneSum] = totals[0];
-    out[kAloneMoment] = params.scale * totals[2];
-    out[kAloneUntempered] = totals[kSums - 1];
+    out[kAloneMoment] = totals[2];
+    out[kAloneUntempered] = untempered;
   } else {
     int tops[2] = {kNowhere, kNowhere};
     if constexpr (kMoments) {
@@ -236,38 +270,40 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
       if (teacher.top != kNowhere && teacher.maximum == maxima[1]) {
         tops[1] = find(walk, teacher_logits, teacher.top, teacher.maximum);
       }
-      block_reduce(tops, Smaller());
+      cluster.reduce(tops, OfAll<Smaller>());
     }
 
-    if (threadIdx.x != 0) return;
+    if (!writes) return;
     out[kStudentMaximum] = maxima[0];
     out[kStudentSum] = totals[0];
     out[kTeacherMaximum] = maxima[1];
     out[kTeacherSum] = totals[1];
     if constexpr (kMoments) {
-      out[kStudentMoment] = params.scale * totals[2];
-      out[kStudentGap] = params.scale * totals[3];
+      out[kStudentMoment] = totals[2];
+      out[kStudentGap] = totals[3];
       out[kStudentTop] = float(params.first + (tops[0] == kNowhere ? 0 : tops[0]));
-      out[kTeacherMoment] = params.scale * totals[4];
-      out[kTeacherGap] = params.scale * totals[5];
+      out[kTeacherMoment] = totals[4];
+      out[kTeacherGap] = totals[5];
       out[kTeacherTop] = float(params.first + (tops[1] == kNowhere ? 0 : tops[1]));
     }
-    if constexpr (kUntempered) out[Columns::kCount - 1] = totals[kSums - 1];
+    if (params.untempered_scale != 0) out[columns - 1] = untempered;
   }
 }
 
 }  // namespace
 
 void statistics(const StatisticsParams& params, void* stream) {
-  const int64_t rows = params.logits.rows;
   const bool alike = lie_alike(params.logits);
   GKD_TYPE_SWITCH(params.logits.type, [&] {
-    if (!params.logits.has_teacher) {
-      return launch(statistics_kernel<kType, Columns<true, true, false>>, rows, stream, params, alike);
-    }
-    GKD_BOOL_SWITCH(params.moments, kMoments, [&] {
-      GKD_BOOL_SWITCH(params.untempered_scale != 0, kUntempered, [&] {
-        launch(statistics_kernel<kType, Columns<kMoments, kUntempered, true>>, rows, stream, params, alike);
+    const bool other_scale = params.untempered_scale != 0 && params.untempered_scale != params.scale;
+    GKD_BOOL_SWITCH(other_scale, kUntempered, [&] {
+      if (!params.logits.has_teacher) {
+        return launch_shared<kType>(statistics_kernel<kType, Columns<true, kUntempered, false>>, params.logits, stream,
+                                    params, alike);
+      }
+      GKD_BOOL_SWITCH(params.moments, kMoments, [&] {
+        launch_shared<kType>(statistics_kernel<kType, Columns<kMoments, kUntempered, true>>, params.logits, stream,
+                             params, alike);
       });
     });
   });

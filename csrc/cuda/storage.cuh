@@ -7,8 +7,10 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "../params.h"
+#include "two.cuh"
 
 namespace gkd::cuda {
 
@@ -95,6 +97,35 @@ struct Storage<FloatType::f16> {
 };
 
 constexpr int kWords = 4;
+
+// What a form computes on: 16-bit logits two by two.
+template <FloatType type, class Form>
+using Lane = std::conditional_t<Form::kFast, Two, float>;
+
+__device__ __forceinline__ float total(float x) { return x; }
+__device__ __forceinline__ float total(Two x) { return x.of.x + x.of.y; }
+
+// A word's logits as floats, one by one or two side by side, and back.
+template <FloatType type, class F>
+struct Word {
+  static constexpr int kLanes = Storage<type>::kPerWord;
+  static __device__ __forceinline__ void widen(uint32_t word, float (&z)[kLanes]) { Storage<type>::widen(word, z); }
+  static __device__ __forceinline__ uint32_t narrow(const float (&z)[kLanes]) { return Storage<type>::narrow(z); }
+};
+
+template <FloatType type>
+struct Word<type, Two> {
+  static constexpr int kLanes = 1;
+  static __device__ __forceinline__ void widen(uint32_t word, Two (&z)[1]) {
+    float of_word[2];
+    Storage<type>::widen(word, of_word);
+    z[0] = {{of_word[0], of_word[1]}};
+  }
+  static __device__ __forceinline__ uint32_t narrow(const Two (&z)[1]) {
+    const float of_word[2] = {z[0].of.x, z[0].of.y};
+    return Storage<type>::narrow(of_word);
+  }
+};
 
 // A pack as floats, and back.
 template <FloatType type>

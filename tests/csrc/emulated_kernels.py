@@ -37,6 +37,7 @@ SOURCES = (
     "csrc/cuda/gradient.cu",
     "csrc/cuda/gradient_capped.cu",
     "csrc/cuda/softcap.cu",
+    "csrc/cuda/cluster_loss.cu",
     "csrc/cpu/kernels_default.cpp",
     "tests/csrc/emulated_kernels.cpp",
 )
@@ -113,6 +114,10 @@ class GradientParams(Structure):
     ]
 
 
+class LossParams(Structure):
+    _fields_ = [("statistics", StatisticsParams), ("gradient", GradientParams), ("sums", c_void_p)]
+
+
 class SoftcapParams(Structure):
     _fields_ = [("logits", Logits), ("out", c_void_p), ("out_stride", c_int64), ("cap", c_float)]
 
@@ -125,21 +130,26 @@ class KernelError(RuntimeError):
 
 
 def build(folder: Path, extra_flags: tuple[str, ...] = ()) -> ctypes.CDLL | None:
-    """Compile everything into one library, two compilers at once; None where there is no g++."""
+    """Compile the passes into one library; None where there is no g++."""
+    library = build_library(folder / "emulated_kernels.so", SOURCES, extra_flags)
+    return None if library is None else _with_types(library)
+
+
+def build_library(target: Path, sources: tuple[str, ...], extra_flags: tuple[str, ...] = ()) -> ctypes.CDLL | None:
+    """Compile sources into a library, two compilers at once; None where there is no g++."""
     if shutil.which("g++") is None:
         return None
 
     def compile_(source: str) -> Path:
-        target = folder / (Path(source).name + ".o")
+        compiled = target.parent / (Path(source).name + ".o")
         include = f"-I{ROOT / 'tests/csrc/cuda_emulator'}"
-        _run("g++", *FLAGS, *extra_flags, include, "-x", "c++", "-c", str(ROOT / source), "-o", str(target))
-        return target
+        _run("g++", *FLAGS, *extra_flags, include, "-x", "c++", "-c", str(ROOT / source), "-o", str(compiled))
+        return compiled
 
     with ThreadPoolExecutor(2) as compilers:
-        objects = [str(path) for path in compilers.map(compile_, SOURCES)]
-    library = folder / "emulated_kernels.so"
-    _run("g++", "-shared", *extra_flags, *objects, "-o", str(library))
-    return _with_types(ctypes.CDLL(str(library)))
+        objects = [str(path) for path in compilers.map(compile_, sources)]
+    _run("g++", "-shared", *extra_flags, *objects, "-o", str(target))
+    return ctypes.CDLL(str(target))
 
 
 def _run(*command: str) -> None:
@@ -152,7 +162,12 @@ def _with_types(library: ctypes.CDLL) -> ctypes.CDLL:
         for name, params in PARAMS.items():
             function = getattr(library, f"{device}_{name}")
             function.argtypes, function.restype = [POINTER(params)], ctypes.c_char_p
-    library.reverse_threads.argtypes, library.reverse_threads.restype = [c_bool], None
+    library.cuda_cluster_loss.argtypes = [POINTER(LossParams)]
+    library.cuda_cluster_loss.restype = ctypes.c_char_p
+    switches, numbers = ("reverse_threads", "use_clusters"), ("set_compute_capability", "set_multiprocessors")
+    for name, argument in [(name, c_bool) for name in switches] + [(name, c_int) for name in numbers]:
+        function = getattr(library, name)
+        function.argtypes, function.restype = [argument], None
     return library
 
 

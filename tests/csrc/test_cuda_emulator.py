@@ -13,6 +13,11 @@ from csrc.emulated_kernels import KernelError, check
         ("wait_at_two_places", "at different barriers"),
         ("shuffle_in_some_threads", "not reached by all threads"),
         ("read_misaligned", "misaligned"),
+        ("wait_in_some_blocks", "not reached by all threads"),
+        ("leave_before_others_write", "has ended"),
+        ("write_before_others_run", "may not have started"),
+        ("write_outside_of_the_memory", "not in dynamic shared memory"),
+        ("leave_before_copies_arrive", "before its copies arrived"),
     ],
 )
 def test_wrong_kernels_fail(library, kernel, message):

@@ -1,10 +1,8 @@
 """The GPU's kernels, run on a CPU by an emulator, against the CPU's kernels and against fp64."""
 
-import ctypes
-
 import pytest
 import torch
-from csrc.emulated_kernels import DIVERGENCES, SUMMED, TYPES, check, normalizers_of
+from csrc.emulated_kernels import DIVERGENCES, LOG2_E, SUMMED, TYPES, normalizers_of
 from csrc.rows_of_logits import LAYOUTS, elements_around, hard_logits, random_logits
 
 from megatron_gkd.ops import reference
@@ -116,28 +114,33 @@ GRADIENT_CASES += [("generalized_jsd", layout, width) for layout in LAYOUTS for 
 @pytest.mark.parametrize("dtype", TYPES, ids=TYPE_IDS)
 @pytest.mark.parametrize(("kind", "layout", "width"), GRADIENT_CASES)
 def test_gradient(cuda, cpu, kind, layout, width, dtype):
-    """Rows with both losses, with one, with none; labels here and on other ranks; padding up to `out`'s width."""
+    """Rows with both losses, with one, with none; labels here and on other ranks; padding up to `out`'s width.
+
+    At temperature 1 the cross-entropy has the divergence's probabilities, at another one its own.
+    """
     padding = 5
     rows = 6
     *inputs, output = LAYOUTS[layout]
     student, teacher = (place.place(x, dtype) for place, x in zip(inputs, random_logits(rows, width), strict=True))
     teacher[4] = torch.nan  # not read, as the divergence's weight is 0
     student[5] = torch.nan  # not read at all
-    statistics = cpu.statistics(student, teacher, untempered=True)
-    arguments = (student, teacher, normalizers_of(statistics), torch.full((rows,), 0.1))
     weight = torch.tensor([0.5, 2.0, -1.0, 0.25, 0.0, 0.0])
     label_weight = torch.tensor([1.0, 0.0, 0.5, 2.0, 0.3, 0.0])
     label = torch.tensor([0, width - 1, width // 2, -1, width - 1, 0])
-    untempered = torch.stack([statistics[:, 0], statistics[:, -1].log2()]).contiguous()
-    for cross_entropy in (None, (label_weight, untempered, label)):
+    for temperature, with_labels in ((1.3, False), (1.0, True), (1.3, True)):
+        statistics = cpu.statistics(student, teacher, temperature=temperature, untempered=True)
+        arguments = (student, teacher, normalizers_of(statistics), torch.full((rows,), 0.1), weight)
+        untempered = torch.stack([statistics[:, 0], statistics[:, -1].log2()]).contiguous()
+        options = {"kind": kind, "beta": 0.3, "temperature": temperature}
+        options["cross_entropy"] = (label_weight, untempered, label) if with_labels else None
         outs = [output.place(torch.full((rows, width + padding), 9.0), dtype, around=7.0) for _ in range(2)]
         for kernels, out in zip((cuda, cpu), outs, strict=True):
-            kernels.gradient(out, *arguments, weight, kind=kind, beta=0.3, cross_entropy=cross_entropy)
+            kernels.gradient(out, *arguments, **options)
         assert_same(*outs, rtol=ROUNDING[dtype], atol=1e-7)
         actual = outs[0]
         assert not actual[:, width:].any() and (elements_around(actual) == 7).all()
         assert not actual[5].any() and actual.isfinite().all()
-        assert cross_entropy is not None or not actual[4].any()
+        assert with_labels or not actual[4].any()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -222,22 +225,6 @@ def test_sums_and_gradient_of_hard_rows(cuda, cpu, case, dtype):
         assert_same(*outs, rtol=ROUNDING[dtype], atol=1e-7)
 
 
-@pytest.fixture(params=[False, True], ids=["first warp first", "last warp first"])
-def any_order(request, library):
-    library.reverse_threads(request.param)
-    yield
-    library.reverse_threads(False)
-
-
-def test_reductions_follow_each_other(library, any_order):
-    """However far one warp is ahead of another."""
-    out = torch.zeros(256, 2)
-    library.cuda_reduce_twice.argtypes = [ctypes.c_void_p]
-    library.cuda_reduce_twice.restype = ctypes.c_char_p
-    check(library.cuda_reduce_twice(out.data_ptr()))
-    assert (out == torch.tensor([32896.0, 65792.0])).all()
-
-
 def test_warps_run_in_any_order(library, cuda):
     """Bitwise: no result depends on which warp comes first, so no barrier is missing between them."""
     student, teacher = random_logits(2, 5000)
@@ -287,6 +274,29 @@ def test_16_bit_logits_near_the_ends_of_beta(cuda, cpu, kind, beta, dtype):
         exact = unscaled * weight[:, None].double()
         error, stored = ((x.double() - exact).norm() / exact.norm() for x in (gradient, exact.to(dtype)))
         assert error < 1e-5 + 1.1 * stored
+
+
+@pytest.mark.parametrize("beta", [0.5, 0.3])
+@pytest.mark.parametrize("kind", SUMMED)
+def test_large_16_bit_logits(cuda, cpu, kind, beta):
+    """The normalizers' rounding in bits, here 2^-13, is made up for."""
+    student, teacher = ((x + 1000).bfloat16() for x in random_logits(2, 1003, scale=30.0))
+    z = student.double().requires_grad_()
+    expected = value(kind, (z / 0.7).log_softmax(-1), (teacher.double() / 0.7).log_softmax(-1), beta)
+    (exact,) = torch.autograd.grad(expected.sum(), z)
+    for kernels in (cuda, cpu):
+        # Rounded as the loss does it: the biases are what the shifts have lost.
+        tops = torch.stack([student, teacher], 1).double()
+        shifts = 0.7 * (tops / 0.7).logsumexp(-1)
+        biases = (shifts - shifts.float().double()) * LOG2_E / 0.7
+        normalizers = torch.stack([shifts, biases], -1).flatten(1).float()
+        options = {"kind": kind, "beta": beta, "temperature": 0.7}
+        loss, slope_sum = kernels.sums(student, teacher, normalizers, **options).t().contiguous()
+        gradient = torch.empty_like(student)
+        kernels.gradient(gradient, student, teacher, normalizers, slope_sum, torch.ones(2), **options)
+        assert_same(loss.double(), expected.detach(), rtol=1e-5, atol=1e-6)
+        error, stored = ((x.double() - exact).norm() / exact.norm() for x in (gradient, exact.bfloat16()))
+        assert error < 1e-4 + 1.1 * stored
 
 
 @pytest.mark.parametrize("kind", DIVERGENCES)
