@@ -1,8 +1,8 @@
 """The distillation loss: divergences between vocabulary-sharded distributions, with closed-form gradients.
 
 ``vocab_parallel_divergence`` compares logits, which both exist as a whole on their ranks. ``fused_linear_divergence``
-takes last hidden states and heads, and holds the logits of at most `chunk_tokens` tokens at a time, of this rank's
-vocabulary shard; no logits are gathered over the ranks. ``topk_divergence`` compares only the teacher's most likely
+takes last hidden states and heads, and holds the logits of one chunk of tokens at a time, of this rank's vocabulary
+shard; no logits are gathered over the ranks. ``topk_divergence`` compares only the teacher's most likely
 tokens.
 
 A new divergence needs a declaration in four files, and a value computed by hand in one test:
@@ -17,14 +17,15 @@ The recipe's schema, the numbering of the kernels, their dispatch and the tables
 ``tests/ops/test_declarations.py`` checks that they agree.
 """
 
-from megatron_gkd.ops.chunk_loss import PerToken
 from megatron_gkd.ops.divergence import vocab_parallel_divergence, vocab_parallel_divergence_with_statistics
 from megatron_gkd.ops.fused_linear import FusedLinearOptions, LinearHead, TokenTargets, fused_linear_divergence
 from megatron_gkd.ops.normalizers import TokenStatistics
 from megatron_gkd.ops.output_head import OutputHead
+from megatron_gkd.ops.params import PerToken
 from megatron_gkd.ops.passes import implementation
 from megatron_gkd.ops.spec import DivergenceSpec, TopKSpec
-from megatron_gkd.ops.topk import TopK, vocab_parallel_topk
+from megatron_gkd.ops.topk import TopK
+from megatron_gkd.ops.topk_choice import vocab_parallel_topk
 from megatron_gkd.ops.topk_divergence import topk_divergence
 
 __all__ = [

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from megatron_gkd.ops import passes
-from megatron_gkd.ops.forward import Forward, compute_forward, compute_forward_with_statistics
+from megatron_gkd.ops.forward import compute_forward
 from megatron_gkd.ops.normalizers import Normalizers, TokenStatistics
-from megatron_gkd.ops.params import DivergenceRows, Logits
+from megatron_gkd.ops.params import DivergenceRows, Logits, TokenResults
 from megatron_gkd.ops.spec import DivergenceSpec, ShardSpec, accumulate_dtype
 from megatron_gkd.ops.vocabulary import group_of_name, name_of_group
 
@@ -119,15 +119,14 @@ def _forward(  # noqa: PLR0913
     """
     spec = _shard_spec(student.shape[1], divergence, beta, temperature, vocab_size, group)
     logits = _valid_logits(student, teacher, mask, spec)
-    found: Forward
+    results = TokenResults.empty(student, has_losses=False)
+    found, token = compute_forward(logits, spec, results, moments=return_statistics), results.per_token
+    statistics = token.divergence.new_empty(5, 0)
     if return_statistics:
-        found = with_statistics = compute_forward_with_statistics(logits, spec)
-        statistics = torch.stack(with_statistics.statistics)
-    else:
-        found = compute_forward(logits, spec)
-        statistics = found.divergence.new_empty(5, 0)
-    value = found.divergence.clone() if mask is None else torch.where(mask, found.divergence, 0)
-    return value, found.normalizers.shifts, found.normalizers.biases, found.slope_sum, statistics
+        statistics = torch.stack([getattr(token, name) for name in TokenStatistics._fields])
+    value = token.divergence.clone() if mask is None else torch.where(mask, token.divergence, 0)
+    normalizers = Normalizers.from_packed(found.normalizers)
+    return value, normalizers.shifts, normalizers.biases, found.slope_sum, statistics
 
 
 @_forward.register_fake

@@ -1,10 +1,11 @@
 """The language-model heads and the loss in one op, over chunks of tokens.
 
-The op holds the logits of one chunk at a time: at most `chunk_tokens` tokens, of this rank's vocabulary shard, of each
-model. For each chunk: the logits of both models (two matrix products into two reused [C, V/TP] buffers), the
-statistics, the gradient in place of the student's logits, and from it the gradients of hidden states and head (two more
-products). The gradient is thus computed in the forward pass, for a total that enters the loss linearly; backward only
-scales it. This is the scheme of Liger Kernel's fused linear losses (arXiv:2410.10989), sharded over the vocabulary.
+The op holds the logits of one chunk at a time, of this rank's vocabulary shard, of each model. For each chunk: the
+logits of both models (two matrix products into reused [C, V/TP] buffers), the statistics, the gradient in place of the
+student's logits, and from it the gradients of hidden states and head (two more products). Where ranks share the
+vocabulary, these two run while the next chunk's collectives are under way, and the student has a second buffer
+(``chunking``). The gradient is thus computed in the forward pass, for a total that enters the loss linearly; backward
+only scales it. This is the scheme of Liger Kernel's fused linear losses (arXiv:2410.10989), over a sharded vocabulary.
 """
 
 from __future__ import annotations
@@ -16,21 +17,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_gkd.data.sample import IGNORED_LABEL
-from megatron_gkd.ops.chunk_loss import (
-    ChunkTargets,
-    PerToken,
-    compute_full_loss,
-    compute_student_loss,
-    compute_topk_loss,
-)
-from megatron_gkd.ops.head_gradient import HeadGradient, LinearGradients
+from megatron_gkd.ops.chunk_loss import compute_full_loss, compute_student_loss, compute_topk_loss
+from megatron_gkd.ops.chunking import ChunkedHead, Chunking
+from megatron_gkd.ops.head_gradient import DeferredProducts, HeadGradient, LinearGradients
 from megatron_gkd.ops.output_head import OutputHead
-from megatron_gkd.ops.pointwise import weighted
+from megatron_gkd.ops.params import ChunkTargets, PerToken, TokenResults
 from megatron_gkd.ops.spec import DivergenceSpec, ShardSpec, TopKShardSpec, TopKSpec, accumulate_dtype
-from megatron_gkd.ops.topk import TopK, check_k, choose_topk
-
-DEFAULT_CHUNK_TOKENS = 1024
+from megatron_gkd.ops.topk import TopK
+from megatron_gkd.ops.topk_choice import check_k, choose_topk
 
 
 class LinearHead(NamedTuple):
@@ -67,17 +61,18 @@ class FusedLinearOptions:
     """Choose how the op computes; the result does not depend on it, but for rounding.
 
     Attributes:
-        chunk_tokens: most tokens whose logits exist at once. Chunks are of equal size, give or take one.
+        chunk_tokens: most tokens of a chunk. None: as many as fit into 2 GiB (on a CPU 1 GiB) for the logits of both
+            models together, with all buffers that exist at once.
         upstream: the gradient of the total that backward will pass (Megatron's loss scale), where it is known before;
             another value in backward is an error. A `main_grad` of the student's weight then receives the gradient
             chunk by chunk, without a [V/TP, H] buffer beside it. If None, it receives the gradient in backward.
     """
 
-    chunk_tokens: int = DEFAULT_CHUNK_TOKENS
+    chunk_tokens: int | None = None
     upstream: float | None = None
 
     def __post_init__(self) -> None:
-        if self.chunk_tokens < 1:
+        if self.chunk_tokens is not None and self.chunk_tokens < 1:
             raise ValueError(f"chunk_tokens = {self.chunk_tokens}: must be >= 1")
 
 
@@ -93,7 +88,7 @@ def fused_linear_divergence(
 
     D is the divergence of ``vocab_parallel_divergence``, or that of ``topk_divergence``; CE is the cross-entropy at
     temperature 1 over the whole true vocabulary. All ranks of the group pass the same tokens. There are two collectives
-    per chunk in forward (one for KL divergences; one or two more with a top-k) and none in backward.
+    per chunk in forward (one for KL divergences over all tokens; three where a top-k is chosen) and none in backward.
 
     Args:
         student: hidden states and head, of one float dtype.
@@ -167,19 +162,24 @@ class _Plan:
         upstream = self.options.upstream
         return self.student.head.scale * (1.0 if upstream is None else upstream)
 
-    def chunks(self) -> list[slice]:
-        """Return as few chunks as `chunk_tokens` allows, of sizes that differ by one at most."""
-        tokens = len(self.tokens.token_weights)
-        count = -(-tokens // self.options.chunk_tokens)
-        return [slice(tokens * i // count, tokens * (i + 1) // count) for i in range(count)]
+    def targets(self, dtype: torch.dtype) -> ChunkTargets:
+        """Return the targets of all tokens, with weights in `dtype`."""
+        tokens = self.tokens
+        weights, sft_weights = (
+            None if one is None else one.to(dtype).contiguous() for one in (tokens.token_weights, tokens.sft_weights)
+        )
+        labels = None if tokens.labels is None else tokens.labels.contiguous()
+        return ChunkTargets(weights, labels, sft_weights, self.gradient_factor)
 
-    def targets(self, chunk: slice, dtype: torch.dtype) -> ChunkTargets:
-        """Return the targets of a chunk, with weights in `dtype`."""
-        weights, labels, sft_weights = self.tokens.token_weights[chunk].to(dtype), self.tokens.labels, None
-        labels = None if labels is None else labels[chunk]
-        if labels is not None and self.tokens.sft_weights is not None:
-            sft_weights = torch.where(labels == IGNORED_LABEL, 0, self.tokens.sft_weights[chunk].to(dtype))
-        return ChunkTargets(weights, labels, sft_weights)
+    def chunking(self, may_overlap: bool) -> Chunking:
+        """Return how the tokens are divided, alike on all ranks of the group."""
+        group, models = self.spec.shard.group, 1 + isinstance(self.teacher, LinearHead)
+        may_overlap = may_overlap and group is not None and group.size() > 1
+        chunk_tokens = self.options.chunk_tokens
+        # The width is the same on all ranks, which need the same chunks; the number of valid columns is not.
+        return Chunking.choose(
+            self.student.hidden, self.spec.shard.width, models, chunk_tokens, may_overlap=may_overlap
+        )
 
 
 class _FusedLinear(torch.autograd.Function):
@@ -220,58 +220,50 @@ class _FusedLinear(torch.autograd.Function):
 def _run(plan: _Plan, gradients: LinearGradients) -> tuple[Tensor, Tensor]:
     """Return the total and the metrics [N, ...], and write the gradients that are needed."""
     hidden, valid = plan.student.hidden, plan.spec.shard.valid
-    accumulate = accumulate_dtype(hidden.dtype)
-    student_head = _ChunkedHead(plan.student, valid, plan.chunks())
+    chunking = plan.chunking(gradients.is_needed)
+    student_head = ChunkedHead(*plan.student, valid, chunking.chunks, buffers=1 + chunking.is_overlapped)
     teacher_head = None
     if isinstance(plan.teacher, LinearHead):
-        teacher_head = _ChunkedHead(plan.teacher, valid, plan.chunks())
-    factor = plan.gradient_factor
-
-    total = torch.zeros((), dtype=accumulate, device=hidden.device)
-    metrics = torch.zeros(len(hidden), len(PerToken._fields), dtype=accumulate, device=hidden.device)
-    for chunk in plan.chunks():
+        teacher_head = ChunkedHead(*plan.teacher, valid, chunking.chunks)
+    targets, results = plan.targets(accumulate_dtype(hidden.dtype)), TokenResults.empty(hidden, has_losses=True)
+    deferred = DeferredProducts()
+    spec = plan.spec.overlapping(deferred.run_next) if chunking.is_overlapped else plan.spec
+    for chunk in chunking.chunks:
         student_nV = student_head.logits(chunk)
         teacher_nV = None if teacher_head is None else teacher_head.logits(chunk)
-        targets = plan.targets(chunk, accumulate)
-        scaled = targets if factor == 1 else targets.scaled(factor)
-        found = _chunk_loss(plan, chunk, student_nV, teacher_nV, scaled, gradients.is_needed)
-        total += weighted(targets.token_weights, found.divergence).sum()
-        if targets.label_weights is not None:
-            total += weighted(targets.label_weights, found.cross_entropy).sum()
-        torch.stack(found, -1, out=metrics[chunk])
-        gradients.add(chunk, student_nV, hidden, plan.student.head.weight)
-    return total, metrics
+        of_chunk = targets[chunk], results.rows(chunk)
+        _compute_chunk(plan, chunk, student_nV, teacher_nV, *of_chunk, spec, gradients.is_needed)
+        deferred.run_all()  # those of the chunk before that no collective has waited for
+        deferred.extend(gradients.products(chunk, student_nV, hidden, plan.student.head.weight))
+        if not chunking.is_overlapped:
+            deferred.run_all()
+    deferred.run_all()
+    gradients.complete()
+    for head in (student_head, teacher_head):
+        if head is not None:
+            head.release()
+    assert results.losses is not None
+    return results.losses.sum(), results.metrics
 
 
-class _ChunkedHead:
-    """Compute the logits of chunks of tokens into one buffer. Padding rows of the weight are never multiplied."""
-
-    def __init__(self, model: LinearHead, valid: int, chunks: list[slice]) -> None:
-        self.hidden, self.head = model.hidden, model.head.rows(valid)
-        rows = max((chunk.stop - chunk.start for chunk in chunks), default=0)
-        self._buffer = model.hidden.new_empty(rows, valid)
-
-    def logits(self, chunk: slice) -> Tensor:
-        """Return the logits of a chunk; they are overwritten by those of the next one."""
-        hidden = self.hidden[chunk]
-        return self.head.compute_logits(hidden, out=self._buffer[: len(hidden)])
-
-
-def _chunk_loss(
+def _compute_chunk(
     plan: _Plan,
-    chunk: slice,
+    tokens: slice,
     student_nV: Tensor,
     teacher_nV: Tensor | None,
     targets: ChunkTargets,
+    results: TokenResults,
+    spec: ShardSpec,
     needs_gradient: bool,
-) -> PerToken:
-    topk_spec = TopKShardSpec(plan.spec, plan.topk.tail_mode)
-    topk = plan.teacher[chunk] if isinstance(plan.teacher, TopK) else None
+) -> None:
+    topk_spec = TopKShardSpec(spec, plan.topk.tail_mode)
+    topk = plan.teacher[tokens] if isinstance(plan.teacher, TopK) else None
     if plan.topk.k is not None and teacher_nV is not None:
-        temperature = plan.spec.temperature if topk_spec.has_bucket else None
-        topk = choose_topk(teacher_nV, plan.topk.k, plan.spec.shard, temperature)
+        temperature = spec.temperature if topk_spec.has_bucket else None
+        topk = choose_topk(teacher_nV, plan.topk.k, spec.shard, temperature)
     if topk is not None:
-        return compute_topk_loss(student_nV, topk, targets, topk_spec, needs_gradient, buffer_nV=teacher_nV)
-    if teacher_nV is None:
-        return compute_student_loss(student_nV, targets, plan.spec, needs_gradient)
-    return compute_full_loss(student_nV, teacher_nV, targets, plan.spec, needs_gradient)
+        compute_topk_loss(student_nV, topk, targets, results, topk_spec, needs_gradient)
+    elif teacher_nV is None:
+        compute_student_loss(student_nV, targets, results, spec, needs_gradient)
+    else:
+        compute_full_loss(student_nV, teacher_nV, targets, results, spec, needs_gradient)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from megatron_gkd.ops.add_product import add_product
+from megatron_gkd.ops.add_product import add_product, multiply_in_full_precision
 from megatron_gkd.ops.spec import accumulate_dtype
 
+Product = Callable[[], None]
 
-@dataclass(frozen=True)
+
+@dataclass
 class HeadGradient:
     """Accumulate in fp32 (fp64 for fp64), into a buffer or directly into Megatron's `main_grad`.
 
@@ -24,10 +29,12 @@ class HeadGradient:
         weight: [V/TP, H], or the bias [V/TP]. Megatron adds attributes to it that a Tensor does not have, hence the
             type.
         buffer: of the weight's shape; None where chunks are added to `main_grad`.
+        is_unwritten: whether the buffer holds nothing yet: the first chunk overwrites it.
     """
 
     weight: Any
     buffer: Tensor | None
+    is_unwritten: bool = False
 
     @classmethod
     def from_weight(cls, weight: Tensor, is_final: bool) -> HeadGradient:
@@ -39,7 +46,8 @@ class HeadGradient:
         """
         if is_final and getattr(weight, "main_grad", None) is not None:
             return cls(weight, None)
-        return cls(weight, torch.zeros(weight.shape, dtype=accumulate_dtype(weight.dtype), device=weight.device))
+        buffer = torch.empty(weight.shape, dtype=accumulate_dtype(weight.dtype), device=weight.device)
+        return cls(weight, buffer, is_unwritten=True)
 
     def add(self, logits_gradient: Tensor, hidden: Tensor) -> None:
         """Add the gradient of the weight of one chunk.
@@ -48,12 +56,24 @@ class HeadGradient:
             logits_gradient: [n, V'], by the logits of the first V' rows of the weight.
             hidden: [n, H].
         """
-        add_product(self._target[: logits_gradient.shape[1]], logits_gradient.t(), hidden)
+        target, columns = self._target, logits_gradient.shape[1]
+        add_product(target[:columns], logits_gradient.t(), hidden, overwrite=self.is_unwritten)
+        self._complete(columns)
 
     def add_rows(self, logits_gradient: Tensor) -> None:
         """Add the gradient of the bias of one chunk, from that by the logits of its first V' entries, [n, V']."""
+        self.complete()
         target = self._target
         target[: logits_gradient.shape[1]] += logits_gradient.sum(0, dtype=target.dtype)
+
+    def complete(self) -> None:
+        """Fill a buffer that no chunk was added to."""
+        self._complete(0)
+
+    def _complete(self, columns: int) -> None:
+        if self.is_unwritten and self.buffer is not None:
+            self.buffer[columns:] = 0
+        self.is_unwritten = False
 
     @property
     def _target(self) -> Tensor:
@@ -72,12 +92,19 @@ class HeadGradient:
         if getattr(self.weight, "main_grad", None) is None:
             if buffer is None:
                 raise RuntimeError("weight.main_grad: None in backward, but the gradient was added to it in forward")
-            return (buffer if factor is None else buffer * factor).to(self.weight.dtype)
-        if buffer is not None and factor is not None:
-            self.weight.main_grad.addcmul_(buffer, factor.to(buffer.dtype))
+            return _scaled(buffer, factor, self.weight.dtype)
+        if buffer is not None:
+            self.weight.main_grad.addcmul_(buffer, buffer.new_ones(()) if factor is None else factor.to(buffer.dtype))
         self.weight.grad_added_to_main_grad = True
         make = torch.zeros_like if getattr(self.weight, "zero_out_wgrad", False) else torch.empty_like
         return make(self.weight)
+
+
+def _scaled(x: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return x * factor in another dtype, without a copy of x in its own."""
+    if factor is None:
+        return x.to(dtype)
+    return torch.mul(x, factor, out=torch.empty_like(x, dtype=dtype))
 
 
 class LinearGradients(NamedTuple):
@@ -98,8 +125,8 @@ class LinearGradients(NamedTuple):
         """Whether there is any."""
         return any(gradient is not None for gradient in self)
 
-    def add(self, chunk: slice, logits_gradient: Tensor, hidden: Tensor, weight: Tensor) -> None:
-        """Add those of a chunk of tokens.
+    def products(self, chunk: slice, logits_gradient: Tensor, hidden: Tensor, weight: Tensor) -> list[Product]:
+        """Return what computes those of a chunk of tokens, each to be called once.
 
         Args:
             chunk: of the N tokens.
@@ -107,9 +134,32 @@ class LinearGradients(NamedTuple):
             hidden: [N, H].
             weight: [V/TP, H].
         """
+        products: list[Product] = []
         if self.hidden is not None:
-            torch.mm(logits_gradient, weight[: logits_gradient.shape[1]], out=self.hidden[chunk])
+            of_chunk, rows = self.hidden[chunk], weight[: logits_gradient.shape[1]]
+            products.append(lambda: multiply_in_full_precision(logits_gradient, rows, of_chunk))
         if self.weight is not None:
-            self.weight.add(logits_gradient, hidden[chunk])
+            products.append(partial(self.weight.add, logits_gradient, hidden[chunk]))
         if self.bias is not None:
-            self.bias.add_rows(logits_gradient)
+            products.append(partial(self.bias.add_rows, logits_gradient))
+        return products
+
+    def complete(self) -> None:
+        """Fill the buffers that no chunk was added to."""
+        for gradient in (self.weight, self.bias):
+            if gradient is not None:
+                gradient.complete()
+
+
+class DeferredProducts(deque[Product]):
+    """Hold products that run while a collective is under way, in order."""
+
+    def run_next(self) -> None:
+        """Run the next one, if there is any."""
+        if self:
+            self.popleft()()
+
+    def run_all(self) -> None:
+        """Run all."""
+        while self:
+            self.run_next()

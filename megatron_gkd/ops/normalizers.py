@@ -52,6 +52,13 @@ class Normalizers:
     shifts: Tensor
     biases: Tensor
 
+    @classmethod
+    def from_packed(cls, packed: Tensor) -> Normalizers:
+        """Return the same as two tensors."""
+        return cls(
+            packed[:, ::2].contiguous(), packed[:, 1::2].to(torch.bfloat16, memory_format=torch.contiguous_format)
+        )
+
     def packed(self) -> Tensor:
         """Return [N, 4] as the passes take them: student's shift and bias, teacher's shift and bias."""
         return torch.stack([self.shifts, self.biases.to(self.shifts.dtype)], -1).flatten(1)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -84,6 +86,10 @@ class ShardSpec:
         """Whether value and slope sum need a pass of their own; those of the KL divergences are in the statistics."""
         return self.divergence not in (FORWARD_KL, REVERSE_KL)
 
+    def overlapping(self, meanwhile: Callable[[], None]) -> ShardSpec:
+        """Return the same specification; `meanwhile` is called while a collective is under way."""
+        return replace(self, shard=replace(self.shard, meanwhile=meanwhile))
+
     def scale(self, dtype: torch.dtype) -> float:
         """Return log2(e) / temperature, which turns logits into bits, rounded as the passes in `dtype` round it."""
         return round_to(LOG2_E / self.temperature, dtype)
@@ -141,6 +147,7 @@ def check_temperature(temperature: float) -> None:
         raise ValueError(f"temperature = {temperature}: must be from {lowest:g} to {highest:g}")
 
 
+@functools.cache
 def round_to(x: float, dtype: torch.dtype) -> float:
     """Return `x` rounded to a float dtype."""
     return torch.tensor(x, dtype=dtype).item()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ class VocabShard:
         first: global id of this shard's first column.
         valid: how many of its leading columns belong to the true vocabulary; the others are padding.
         vocab_size: the true size, over all shards.
+        meanwhile: called by each ``gather`` between the collective's start and its end; None: nothing.
     """
 
     group: dist.ProcessGroup | None
@@ -26,6 +28,7 @@ class VocabShard:
     first: int
     valid: int
     vocab_size: int
+    meanwhile: Callable[[], None] | None = field(default=None, compare=False)
 
     @classmethod
     def from_group(
@@ -54,7 +57,12 @@ class VocabShard:
         if self.group is None or self.group.size() == 1 or local.numel() == 0:
             return local.unsqueeze(0)
         gathered = local.new_empty(self.group.size() * local.shape[0], *local.shape[1:])
-        dist.all_gather_into_tensor(gathered, local.contiguous(), group=self.group)
+        if self.meanwhile is None:
+            dist.all_gather_into_tensor(gathered, local.contiguous(), group=self.group)
+        else:
+            work = dist.all_gather_into_tensor(gathered, local.contiguous(), group=self.group, async_op=True)
+            self.meanwhile()
+            work.wait()
         return gathered.view(self.group.size(), *local.shape)
 
     def owned(self, ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,16 +23,16 @@ def operands(dtype):
 def as_torch_2_13(original, calls):
     """Compute as `torch.addmm` and `torch.mm` do on CUDA where they take `out_dtype` and an fp32 matrix to add to."""
 
-    def product(*matrices, out_dtype, out=None):
+    def product(*matrices, out_dtype, out=None, beta=1):
         calls.append(original.__name__)
         *added, a, b = matrices
-        found = (a.double() @ b.double() + sum(x.double() for x in added)).to(out_dtype)
+        found = (a.double() @ b.double() + sum(beta * x.double() for x in added)).to(out_dtype)
         return found if out is None else out.copy_(found)
 
     return product
 
 
-def refuse_fp32(self, mat1, mat2, *, out_dtype, out):
+def refuse_fp32(self, mat1, mat2, *, beta, out_dtype, out):
     """Raise what `torch.addmm` raises in torch 2.8 and 2.9."""
     raise RuntimeError("self and mat2 must have the same dtype, but got Float and BFloat16")
 
@@ -41,7 +41,7 @@ def know_no_out_dtype(*matrices, **options):
     raise TypeError("mm() got an unexpected keyword argument 'out_dtype'")
 
 
-def round_the_product(self, mat1, mat2, *, out_dtype, out):
+def round_the_product(self, mat1, mat2, *, beta, out_dtype, out):
     return out.add_(mat1 @ mat2)
 
 

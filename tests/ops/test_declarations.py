@@ -10,6 +10,7 @@ from ops.oracle import random_logits
 from megatron_gkd import ops
 from megatron_gkd.config.divergences import FAMILIES, DivergenceName, Family
 from megatron_gkd.ops import passes, pointwise, reference
+from megatron_gkd.planning import loss_kernels
 
 pytestmark = pytest.mark.cpu
 
@@ -22,6 +23,10 @@ def test_all_declarations_have_the_same_names():
     named = {name for family in FAMILIES.values() for name in (family.between, family.at_0, family.at_1) if name}
     assert sorted(named) == NAMES
     assert get_args(DivergenceName) == tuple(FAMILIES)
+
+
+def test_the_kernels_of_planning_are_complete():
+    assert [name for name in passes._FUNCTIONS if not hasattr(loss_kernels._Kernels, name)] == []
 
 
 @pytest.mark.skipif(passes.implementation() == "torch", reason="needs the compiled kernels")

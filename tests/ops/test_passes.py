@@ -10,15 +10,28 @@ import pytest
 import torch
 from ops.oracle import MIDDLES, POINTS, divergence_of, random_logits, relative_error, rounding
 
+from megatron_gkd.errors import UserError
 from megatron_gkd.ops import passes, torch_passes
 from megatron_gkd.ops.divergence import _backward, _forward
-from megatron_gkd.ops.forward import compute_forward, compute_forward_with_statistics, compute_student_forward
-from megatron_gkd.ops.params import DivergenceRows, LabelRows, Logits
+from megatron_gkd.ops.forward import compute_forward, compute_student_forward
+from megatron_gkd.ops.params import ChunkTargets, DivergenceRows, LabelRows, Logits, TokenResults
 from megatron_gkd.ops.spec import DivergenceSpec
 
 ROWS = 37
 WIDTHS = [1, 5, 16, 21, 64, 2049]
 needs_kernels = pytest.mark.skipif(passes.implementation() == "torch", reason="plain torch is what is tested")
+
+
+def forward(logits, spec, labels=None):
+    """``compute_forward`` with its metrics."""
+    results = TokenResults.empty(logits.student, has_losses=False)
+    return compute_forward(logits, spec, results, ChunkTargets(labels=labels)), results.per_token
+
+
+def student_forward(student, spec, labels):
+    """``compute_student_forward`` with its metrics."""
+    results = TokenResults.empty(student, has_losses=False)
+    return compute_student_forward(student, spec, results, ChunkTargets(labels=labels)), results.per_token
 
 
 def everything(divergence, beta, width, dtype=torch.float32, *, in_place=False, offset=0, module=passes, softcap=None):
@@ -31,15 +44,15 @@ def everything(divergence, beta, width, dtype=torch.float32, *, in_place=False, 
     if softcap is not None:
         module.softcap(logits.student, softcap)
     statistics = module.statistics(logits, spec, moments=True, untempered=True)
-    found = compute_forward_with_statistics(logits, spec, labels.clamp(min=0))
+    found, _ = forward(logits, spec, labels.clamp(min=0))
     weight = random_logits(ROWS, seed=2)
     weight[::5] = 0
     label_weight = torch.where(labels < 0, 0, random_logits(ROWS, seed=3))
     out = logits.student if in_place else torch.full((ROWS, width + 3), torch.nan, dtype=dtype)
-    normalizers = found.normalizers.packed()
+    normalizers = found.normalizers
     sums = module.sums(logits, normalizers, spec) if spec.needs_sums else statistics[:, :2]
     rows = DivergenceRows(normalizers, found.slope_sum, weight)
-    module.gradient(out, logits, rows, LabelRows(found.cross_entropy.normalizers, label_weight, labels), spec)
+    module.gradient(out, logits, rows, LabelRows(found.labels.normalizers, label_weight, labels), spec)
     return [statistics, sums, out]
 
 
@@ -51,11 +64,11 @@ def student_alone(width, dtype, *, offset=0, in_place=False, module=passes, soft
     if softcap is not None:
         module.softcap(student, softcap)
     statistics = module.student_statistics(student, spec)
-    found = compute_student_forward(student, spec, labels)
+    found, _ = student_forward(student, spec, labels)
     weight = random_logits(ROWS, seed=3)
     weight[::5] = 0
     out = student if in_place else torch.full((ROWS, width + 3), torch.nan, dtype=dtype)
-    labels = LabelRows(found.cross_entropy.normalizers, weight, labels)
+    labels = LabelRows(found.normalizers, weight, labels)
     module.cross_entropy_gradient(out, student, labels, softcap)
     return [statistics, out]
 
@@ -68,12 +81,13 @@ def test_the_student_alone_equals_the_student_beside_a_teacher(width, dtype):
     labels = torch.arange(ROWS) % width
     both = passes.statistics(logits, spec, moments=True, untempered=True)
     assert torch.equal(passes.student_statistics(logits.student, spec), both[:, [0, 1, 4, 10]])
-    found = compute_forward_with_statistics(logits, spec, labels)
-    alone = compute_student_forward(logits.student, spec, labels)
-    assert torch.equal(alone.entropy, found.statistics.student_entropy)
-    assert all(torch.equal(x, y) for x, y in zip(alone.cross_entropy, found.cross_entropy, strict=True))
-    rows = DivergenceRows(found.normalizers.packed(), found.slope_sum, torch.zeros(ROWS))
-    label_rows = LabelRows(alone.cross_entropy.normalizers, random_logits(ROWS, seed=3), labels)
+    found, token = forward(logits, spec, labels)
+    alone, token_alone = student_forward(logits.student, spec, labels)
+    assert torch.equal(token_alone.student_entropy, token.student_entropy)
+    assert torch.equal(token_alone.cross_entropy, token.cross_entropy)
+    assert all(torch.equal(x, y) for x, y in zip(alone, found.labels, strict=True))
+    rows = DivergenceRows(found.normalizers, found.slope_sum, torch.zeros(ROWS))
+    label_rows = LabelRows(alone.normalizers, random_logits(ROWS, seed=3), labels)
     outs = torch.empty(2, ROWS, width, dtype=dtype)
     passes.cross_entropy_gradient(outs[0], logits.student, label_rows)
     passes.gradient(outs[1], logits, rows, label_rows, spec)
@@ -127,9 +141,9 @@ def test_the_gradient_before_a_softcap_is_that_by_the_logits_times_the_slope(div
     labels = torch.arange(ROWS) * 2 - 1
     weight, label_weight = random_logits(ROWS, seed=2), random_logits(ROWS, seed=3)
     spec = DivergenceSpec(beta, 0.9, divergence)
-    found = compute_forward_with_statistics(Logits(student, teacher), spec.on_shard(width), labels.clamp(min=0))
-    rows = DivergenceRows(found.normalizers.packed(), found.slope_sum, weight)
-    label_rows = LabelRows(found.cross_entropy.normalizers, label_weight, labels)
+    found, _ = forward(Logits(student, teacher), spec.on_shard(width), labels.clamp(min=0))
+    rows = DivergenceRows(found.normalizers, found.slope_sum, weight)
+    label_rows = LabelRows(found.labels.normalizers, label_weight, labels)
     by_logits, before_softcap = torch.full((2, ROWS, width + 3), torch.nan, dtype=dtype)
     for out, softcap in ((by_logits, None), (before_softcap, cap)):
         module.gradient(out, Logits(student, teacher), rows, label_rows, spec.on_shard(width, softcap))
@@ -164,7 +178,7 @@ def test_alignment_changes_nothing(beta, offset):
     s, t = (random_logits(ROWS, 77, seed=seed) for seed in (0, 1))
     spec = DivergenceSpec(beta, 0.9).on_shard(77)
     padded = [torch.cat([torch.zeros(ROWS, offset), x], 1)[:, offset:] for x in (s, t)]
-    moved, expected = (compute_forward(Logits(*pair), spec).divergence for pair in (padded, (s, t)))
+    moved, expected = (forward(Logits(*pair), spec)[1].divergence for pair in (padded, (s, t)))
     assert torch.equal(moved, expected)
 
 
@@ -242,7 +256,7 @@ def test_kernels_of_an_older_build_are_not_used(monkeypatch):
     old = types.ModuleType("megatron_gkd._C")
     old.statistics = old.sums = old.gradient = None
     monkeypatch.setitem(sys.modules, "megatron_gkd._C", old)
-    with pytest.raises(ImportError, match="built from other sources: it has no student_statistics, cross_entropy_grad"):
+    with pytest.raises(UserError, match="built from other sources: it has no student_statistics, cross_entropy_grad"):
         passes._load("compiled")
 
 

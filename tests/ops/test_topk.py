@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from ops.oracle import pad_columns, random_logits, shard
 
 from megatron_gkd.ops import topk as topk_module
-from megatron_gkd.ops.topk import TopK, vocab_parallel_topk
+from megatron_gkd.ops.topk import TopK
+from megatron_gkd.ops.topk_choice import vocab_parallel_topk
 
 TOKENS = 7
 

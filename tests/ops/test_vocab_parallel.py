@@ -278,7 +278,10 @@ def test_shards_taken_one_after_another(shards, divergence, beta, dtype, width, 
     exact = oracle(student, teacher, upstream, **case.options)
     own = oracle(student, teacher, upstream, dtype=torch.float32, **case.options)
     scale = 0.05 * upstream.norm().item()
+    # With one id, the forms for 16 bits add the rounding of a probability of 1: 1e-7.
+    scale_of_loss = 1e-6 if dtype == torch.float32 else 0.05
     assert (found[1][:, vocab_size:] == 0).all()
-    assert relative_error(found[0], exact[0]) < tolerance(dtype, relative_error(own[0], exact[0]))
+    own_error = relative_error(own[0], exact[0], scale_of_loss)
+    assert relative_error(found[0], exact[0], scale_of_loss) < tolerance(dtype, own_error)
     own_error = relative_error(own[1], exact[1], scale)
     assert relative_error(found[1], exact[1], scale) < tolerance(dtype, own_error) + rounding(dtype)
