@@ -14,6 +14,8 @@ from megatron_gkd.errors import ServiceError
 
 # vLLM raises lower temperatures to 0.01. Above the highest, logits of ordinary size differ by rounding errors only.
 TEMPERATURES = (1e-2, 1e3)
+# A lower one would make ids likely again that vLLM excludes by a negative logit (see `vllm.logit_bias`).
+REPETITION_PENALTIES = (0.5, 2.0)
 
 
 class RolloutFailed(ServiceError):
@@ -24,13 +26,16 @@ class RolloutFailed(ServiceError):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How completions are drawn. Filters apply in the order temperature, top-k, top-p, as in transformers.
+    """How completions are drawn: penalty, temperature, then the filters min-p, top-k, top-p, in vLLM's order.
 
     Attributes:
         max_completion_length: most tokens of a completion, its EOS included.
         temperature: divides the logits, from 0.01 to 1000; 0 takes the most likely token.
         top_k: only that many most likely tokens may be drawn; 0 or None: all.
         top_p: only the smallest set of most likely tokens with at least that mass may be drawn; 1: all.
+        min_p: only tokens with at least that share of the most likely one's probability may be drawn; 0: all.
+        repetition_penalty: divides the positive logits of tokens that occurred in the prompt or the completion, and
+            multiplies the negative ones, from 0.5 to 2; 1: none.
         stop_token_ids: tokens that end a completion, beside the model's EOS.
         ignore_eos: the model's EOS does not end a completion; `stop_token_ids` and `stop` still do.
         stop: texts that end a completion with the token that completes one of them; it stays in the completion.
@@ -50,6 +55,8 @@ class Sampling:
     stop: tuple[str, ...] = ()
     vocab_size: int | None = None
     reserved_ids: tuple[int, ...] = ()
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         if self.max_completion_length < 1:
@@ -60,8 +67,7 @@ class Sampling:
             raise ValueError(f"temperature is {self.temperature}; it must be {allowed}")
         if self.top_k is not None and self.top_k < 0:
             raise ValueError(f"top_k is {self.top_k}; it must be a positive number, or 0 or None for all tokens")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; it must be more than 0 and at most 1")
+        self._check_likelihoods()
         if any(token < 0 for token in self.stop_token_ids):
             raise ValueError(f"stop_token_ids are {self.stop_token_ids}; token ids are not negative")
         if "" in self.stop:
@@ -70,6 +76,15 @@ class Sampling:
             raise ValueError(f"vocab_size is {self.vocab_size}; it must be at least 1, or None for all ids")
         if any(token < 0 for token in self.reserved_ids):
             raise ValueError(f"reserved_ids are {self.reserved_ids}; token ids are not negative")
+
+    def _check_likelihoods(self) -> None:
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; it must be more than 0 and at most 1")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p is {self.min_p}; it must be at least 0 and at most 1")
+        lowest, highest = REPETITION_PENALTIES
+        if not lowest <= self.repetition_penalty <= highest:
+            raise ValueError(f"repetition_penalty is {self.repetition_penalty}; it must be in [{lowest}, {highest}]")
 
     def num_shared_ids(self, model_vocab_size: int) -> int:
         """Return how many ids, from 0 on, all models of the run can read, if one of them has `model_vocab_size`."""
@@ -88,9 +103,9 @@ class Completion:
     Attributes:
         token_ids: without the prompt; with the EOS, stop token or end of a stop string, where one ended it.
         log_probs: one for each of `token_ids`, in nats: log-softmax of the model's logits as they are: at temperature 1
-            and without top-k and top-p, whatever the token was drawn with. Where `Sampling.vocab_size` excludes ids,
-            MegatronEngine normalizes over the others, as the loss does; vLLM over the whole vocabulary. Reserved ids
-            count in both, as in the loss, whose student gives them a probability.
+            and without penalty and filters, whatever the token was drawn with. Where `Sampling.vocab_size` excludes
+            ids, MegatronEngine normalizes over the others, as the loss does; vLLM over the whole vocabulary. Reserved
+            ids count in both, as in the loss, whose student gives them a probability.
         finish_reason: "stop" if an EOS, stop token or stop string ended it, "length" if `max_completion_length` did.
         version: of the weights that generated it, as given to `load_weights`.
     """

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_gkd.data.microbatch import Microbatch
 from megatron_gkd.data.sample import Sample
 from megatron_gkd.errors import ServiceError
-from megatron_gkd.models.sharded_rows import ShardedRows
+from megatron_gkd.models.host_rows import HostRows, Rows
 from megatron_gkd.ops.output_head import OutputHead
 from megatron_gkd.ops.topk import TopK
 
@@ -29,12 +29,12 @@ class Hidden:
 
     Attributes:
         states: [N, H_T] after the final norm, one row for every label of the microbatch in order; sharded over the
-            tensor-parallel ranks until the loss needs them.
+            tensor-parallel ranks, or in host memory, until the loss needs them.
         head: the teacher's LM head, ceil(V/TP) rows over the same ids as the student's shard; shared by all
             microbatches.
     """
 
-    states: ShardedRows
+    states: Rows
     head: OutputHead
 
 
@@ -70,8 +70,19 @@ def select_parts(rows: Tensor, signal: TeacherSignal) -> tuple[Part, ...]:
     return (Part(rows, signal),)
 
 
+def prefetch(signal: TeacherSignal | None) -> None:
+    """Start to copy what a signal has in host memory to the device."""
+    if isinstance(signal, Parts):
+        for part in signal.parts:
+            prefetch(part.signal)
+    elif isinstance(signal, Hidden) and isinstance(signal.states, HostRows):
+        signal.states.prefetch()
+
+
 class ReadOnce(Sequence[TeacherSignal | None]):
     """Signals that are released as they are read, so that those of finished microbatches take no memory.
+
+    Reading one prefetches the next.
 
     Args:
         signals: the caller must not keep them.
@@ -97,6 +108,8 @@ class ReadOnce(Sequence[TeacherSignal | None]):
             raise ValueError(f"signal {index} has been read and released already")
         self._is_read[index] = True
         signal, self._signals[index] = self._signals[index], None
+        if index + 1 < len(self._signals):
+            prefetch(self._signals[index + 1])
         return signal
 
 

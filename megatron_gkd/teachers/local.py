@@ -10,7 +10,7 @@ from megatron_gkd.models.megatron_model import MegatronModel
 from megatron_gkd.models.offload import OffloadedWeights
 from megatron_gkd.models.vocabulary import reshard_head
 from megatron_gkd.teachers.base import Hidden
-from megatron_gkd.teachers.label_states import compute_hidden
+from megatron_gkd.teachers.label_states import ScoringOptions, compute_hidden
 from megatron_gkd.teachers.model_inputs import ModelInputs
 
 
@@ -23,12 +23,19 @@ class LocalTeacher:
         inputs: what it reads of the student's rows; None where both are text models.
         offload: keep the weights in pinned host memory outside of `resident()`; the head shard stays on the device,
             since the student's loss needs it.
+        options: how a step's states are computed; None: the defaults.
     """
 
     def __init__(
-        self, model: MegatronModel, *, head_rows: int, inputs: ModelInputs | None = None, offload: bool = False
+        self,
+        model: MegatronModel,
+        *,
+        head_rows: int,
+        inputs: ModelInputs | None = None,
+        offload: bool = False,
+        options: ScoringOptions | None = None,
     ) -> None:
-        self.model, self._inputs = model, inputs or ModelInputs()
+        self.model, self._inputs, self._options = model, inputs or ModelInputs(), options
         for chunk in model.chunks:
             chunk.eval().requires_grad_(False)
         head = model.head
@@ -47,4 +54,4 @@ class LocalTeacher:
 
     def score(self, microbatches: Sequence[Microbatch]) -> list[Hidden | None]:
         """See ``TeacherSource.score``."""
-        return compute_hidden(self.model, microbatches, self.head, self._inputs)
+        return compute_hidden(self.model, microbatches, self.head, self._inputs, self._options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 from megatron_gkd.data.microbatch import Microbatch, add_pixels, collate, pad_to, shard_context_parallel
@@ -94,7 +94,7 @@ class ModelInputs:
         if equal_lengths and rebuilt:
             longest = max(whole.total_length for whole in rebuilt.values())
             rebuilt = {index: pad_to(whole, longest) for index, whole in rebuilt.items()}
-        result = [one if self.teacher is not None else replace(one, vision=None) for one in microbatches]
+        result = [one if self.teacher is not None else one.without_vision() for one in microbatches]
         for index, whole in rebuilt.items():
             part = shard_context_parallel(whole, mesh.cp.rank(), mesh.cp.size())
             result[index] = part.to(microbatches[index].input_ids.device)
@@ -106,5 +106,10 @@ class ModelInputs:
 
     def _collate(self, samples: Sequence[Sample], mesh: Mesh) -> Microbatch:
         """Build a whole microbatch with what the teacher's model reads beside the tokens; pixels on the first stage."""
-        whole = collate(samples, pad_multiple=mesh.layout.pad_multiple, images=self.teacher)
+        whole = collate(
+            samples,
+            pad_multiple=mesh.layout.pad_multiple,
+            total_multiple=mesh.layout.total_multiple,
+            images=self.teacher,
+        )
         return whole if self.teacher is None or mesh.pp.rank() else add_pixels(whole, self.teacher)

@@ -28,7 +28,9 @@ def select_rows(microbatch: Microbatch, is_selected: Callable[[Sample], bool], m
     """
     selection = [is_selected(sample) for sample in microbatch.samples]
     samples = [sample for sample, chosen in zip(microbatch.samples, selection, strict=True) if chosen]
-    whole = collate(samples or [padding_sample()], pad_multiple=mesh.layout.pad_multiple)
+    whole = collate(
+        samples or [padding_sample()], pad_multiple=mesh.layout.pad_multiple, total_multiple=mesh.layout.total_multiple
+    )
     device = microbatch.input_ids.device
     selected = shard_context_parallel(whole, mesh.cp.rank(), mesh.cp.size()).to(device)
     counts = [sample.num_labels for sample in microbatch.samples]

@@ -15,7 +15,7 @@ from megatron_gkd.data.vision.processing import ImageProcessing
 from megatron_gkd.errors import UserError
 from megatron_gkd.models.megatron_model import MegatronModel, in_eval_mode
 from megatron_gkd.teachers.base import Hidden
-from megatron_gkd.teachers.label_states import compute_hidden
+from megatron_gkd.teachers.label_states import ScoringOptions, compute_hidden
 from megatron_gkd.teachers.model_inputs import ModelInputs
 from megatron_gkd.teachers.self_weights import TeacherWeights
 
@@ -28,6 +28,7 @@ class SelfTeacher:
         weights: the teacher's, which the modules compute with while they score.
         finish_gather: finishes a parameter gather in progress (``Student.gather_parameters``).
         images: what the model's processor makes of images; None for a text model.
+        options: how a step's states are computed; None: the defaults.
     """
 
     def __init__(
@@ -36,8 +37,9 @@ class SelfTeacher:
         weights: TeacherWeights,
         finish_gather: Callable[[], None],
         images: ImageProcessing | None = None,
+        options: ScoringOptions | None = None,
     ) -> None:
-        self.model, self.weights, self._finish_gather = model, weights, finish_gather
+        self.model, self.weights, self._finish_gather, self._options = model, weights, finish_gather, options
         self._inputs = ModelInputs(images, images)
 
     @contextlib.contextmanager
@@ -50,7 +52,7 @@ class SelfTeacher:
     def score(self, microbatches: Sequence[Microbatch]) -> list[Hidden | None]:
         """See ``TeacherSource.score``."""
         with in_eval_mode(self.model.chunks):
-            return compute_hidden(self.model, microbatches, self.weights.head, self._inputs)
+            return compute_hidden(self.model, microbatches, self.weights.head, self._inputs, self._options)
 
     def after_update(self) -> None:
         """See ``FollowsStudent.after_update``."""

@@ -16,9 +16,10 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from checkpoints import tiny_checkpoint
+from checkpoints import tiny_checkpoint, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_gkd.data.end_of_turn import find_end_of_turn
 from megatron_gkd.rollout.base import Completion, RolloutEngine, Sampling
 
 CHECKPOINT = functools.partial(tiny_checkpoint, "qwen3", seed=5, head_dim=32)  # the smallest that vLLM has on a CPU
@@ -43,6 +44,7 @@ class Request:
 
 UNEQUAL = [6, 1, 13, 4, 9]
 ALIKE = [5] * 20
+PENALTY = 1.8
 RESERVED = tuple(range(20, 70))
 REQUESTS = {
     "greedy": Request.of(UNEQUAL, GREEDY),
@@ -55,14 +57,25 @@ REQUESTS = {
     "drawn in another batch": Request.of(ALIKE[:7], DRAWN),
     "EOS ignored": Request.of(ALIKE, replace(DRAWN, ignore_eos=True)),
     "stop tokens": Request.of(ALIKE, replace(DRAWN, stop_token_ids=(17, 40, 41, 42, 43), ignore_eos=True)),
+    "end of a turn": Request.of(
+        ALIKE, replace(DRAWN, stop_token_ids=(find_end_of_turn(tiny_tokenizer()),), ignore_eos=True)
+    ),
     "stop strings": Request.of(ALIKE, replace(DRAWN, stop=("1 w", "w3", "<|"), ignore_eos=True)),
     "few ids": Request.of(ALIKE, replace(DRAWN, vocab_size=40, ignore_eos=True)),
     "few ids, greedy": Request.of(ALIKE, replace(GREEDY, vocab_size=40)),
     "reserved ids": Request.of(ALIKE, replace(DRAWN, reserved_ids=RESERVED, ignore_eos=True)),
     "reserved ids, greedy": Request.of(ALIKE, replace(GREEDY, reserved_ids=RESERVED)),
     "reserved ids, filtered": Request.of(ALIKE, replace(DRAWN, reserved_ids=RESERVED, top_k=3, top_p=0.5)),
+    "penalized, greedy": Request.of(UNEQUAL, replace(GREEDY, repetition_penalty=PENALTY)),
+    "penalized, greedy by top-k": Request.of(
+        UNEQUAL, replace(DRAWN, top_k=1, ignore_eos=True, max_completion_length=16, repetition_penalty=PENALTY)
+    ),
+    "penalized": Request.of(ALIKE, replace(DRAWN, repetition_penalty=PENALTY, ignore_eos=True)),
+    "rewarded, few ids": Request.of(ALIKE, replace(DRAWN, repetition_penalty=0.5, vocab_size=40, ignore_eos=True)),
+    "min-p": Request.of(ALIKE, replace(DRAWN, temperature=1.5, min_p=0.3, ignore_eos=True)),
     "filtered": Request.of(ALIKE, replace(DRAWN, temperature=0.7, top_k=5, top_p=0.8)),
 }
+GREEDY_AND_DRAWN = ("greedy", "drawn", "filtered", "EOS ignored")
 WRONG = {
     "2 prompts and 1 seeds": Request([[5], [6]], GREEDY, [0]),
     "prompt 1 is empty": Request([[5], []], GREEDY, [0, 1]),
@@ -90,12 +103,12 @@ def transformers_model(path):
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
 
 
-def transformers_greedy(path, prompts: list[list[int]], length: int) -> list[list[int]]:
+def transformers_greedy(path, prompts: list[list[int]], length: int, **options) -> list[list[int]]:
     """`length` tokens a prompt, by transformers' own `generate`, whether or not an EOS is among them."""
     model = transformers_model(path)
     model.generation_config.eos_token_id = None
     inputs = (torch.tensor([prompt]) for prompt in prompts)
-    outputs = (model.generate(ids, max_new_tokens=length, do_sample=False, pad_token_id=0) for ids in inputs)
+    outputs = (model.generate(ids, max_new_tokens=length, do_sample=False, pad_token_id=0, **options) for ids in inputs)
     return [output[0, len(prompt) :].tolist() for prompt, output in zip(prompts, outputs, strict=True)]
 
 
@@ -121,6 +134,23 @@ class RolloutEngineContract:
         request = REQUESTS[name]
         assert tokens_of(results[name]) == transformers_greedy(CHECKPOINT(), request.prompts, 16)
 
+    @pytest.mark.parametrize("name", ["penalized, greedy", "penalized, greedy by top-k"])
+    def test_a_repetition_penalty_is_that_of_transformers(self, results, name):
+        expected = transformers_greedy(CHECKPOINT(), REQUESTS[name].prompts, 16, repetition_penalty=PENALTY)
+        assert tokens_of(results[name]) == expected != tokens_of(results["greedy"])
+
+    def test_min_p_leaves_tokens_by_their_share_of_the_largest_probability(self, results):
+        """At the temperature that they are drawn with."""
+        sampling = REQUESTS["min-p"].sampling
+        shares = []
+        for prompt, completion in zip(REQUESTS["min-p"].prompts, results["min-p"], strict=True):
+            ids = torch.tensor([prompt + completion.token_ids])
+            with torch.no_grad():
+                logits = transformers_model(CHECKPOINT())(ids).logits[0, len(prompt) - 1 : -1].double()
+            drawn = logits.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+            shares += ((drawn - logits.amax(-1)) / sampling.temperature).exp().tolist()
+        assert sampling.min_p * 0.999 < min(shares) < 0.6
+
     def test_one_prompt_or_none_are_a_batch_too(self, results):
         assert tokens_of(results["one prompt"]) == tokens_of(results["greedy"])[:1]
         assert results["no prompt"] == []
@@ -129,7 +159,9 @@ class RolloutEngineContract:
         assert tokens_of(results["one token"]) == [tokens[:1] for tokens in tokens_of(results["greedy"])]
         assert {completion.finish_reason for completion in results["one token"]} == {"length"}
 
-    @pytest.mark.parametrize("name", ["greedy", "drawn", "filtered", "EOS ignored", "reserved ids"])
+    @pytest.mark.parametrize(
+        "name", ["greedy", "drawn", "filtered", "EOS ignored", "reserved ids", "penalized", "min-p"]
+    )
     def test_log_probs_are_those_of_the_untempered_model(self, results, name):
         for prompt, completion in zip(REQUESTS[name].prompts, results[name], strict=True):
             expected = transformers_log_probs(CHECKPOINT(), prompt, completion.token_ids)
@@ -164,6 +196,13 @@ class RolloutEngineContract:
             assert not stops & set(completion.token_ids[:-1])
             assert (completion.token_ids[-1] in stops) == (completion.finish_reason == "stop")
 
+    def test_a_base_student_stops_at_the_end_of_a_turn_of_its_template(self, results):
+        """As if it were its EOS, with the token in the completion."""
+        assert tokens_of(results["end of a turn"]) == tokens_of(results["drawn"])
+        assert [one.finish_reason for one in results["end of a turn"]] == [
+            one.finish_reason for one in results["drawn"]
+        ]
+
     def test_stop_strings_end_a_completion_with_the_token_that_completes_them(self, results):
         """Also within a token, over two of them, and in a special token; what came before is what comes without."""
         stops = REQUESTS["stop strings"].sampling.stop
@@ -178,10 +217,10 @@ class RolloutEngineContract:
             ends.update(found[length - 1])
         assert ends == set(stops)
 
-    @pytest.mark.parametrize("name", ["few ids", "few ids, greedy"])
+    @pytest.mark.parametrize("name", ["few ids", "few ids, greedy", "rewarded, few ids"])
     def test_ids_that_other_models_lack_are_never_drawn(self, results, name):
-        """But they may be in the prompts, which the model reads."""
-        free = {"few ids": "EOS ignored", "few ids, greedy": "greedy"}[name]
+        """But they may be in the prompts, which the model reads, and whose ids a penalty below 1 makes likely."""
+        free = "greedy" if name == "few ids, greedy" else "EOS ignored"
         assert any(token >= 40 for tokens in tokens_of(results[free]) for token in tokens)
         drawn = {token for tokens in tokens_of(results[name]) for token in tokens}
         assert max(drawn) < 40 and len(drawn) > 5

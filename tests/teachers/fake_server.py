@@ -30,6 +30,7 @@ class FakeServer:
         max_model_len, max_logprobs, enable_scale_out: as vLLM's options.
         processing: what a multimodal checkpoint's processor makes of images; None for a text model.
         delays: seconds that the next completions take beside the time they need.
+        api_key: that requests must carry; None: none.
         spoil: changes the answer to a completion (a dict) in place, or returns what is sent instead.
         asked: the paths of all requests that were answered, in order.
     """
@@ -45,6 +46,7 @@ class FakeServer:
         self.max_model_len, self.max_logprobs = 257, 64
         self.delays: list[float] = []
         self.spoil: Callable[[dict], bytes | None] | None = None
+        self.api_key: str | None = None
         self.asked: list[str] = []
         self._port = 0
         self._lock = threading.Lock()
@@ -69,8 +71,9 @@ class FakeServer:
     def __exit__(self, *exception) -> None:
         self.stop()
 
-    def start(self) -> None:
-        """At the address that it had before, if it ran."""
+    def start(self, port: int | None = None) -> None:
+        """At a port, or the address that it had before, if it ran."""
+        self._port = port or self._port
         self._http = _Server(("127.0.0.1", self._port), self)
         self._port = self._http.server_address[1]
         threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
@@ -95,6 +98,8 @@ class FakeServer:
                 case "/tokenize":
                     ids = self.tokenizer.encode(body["prompt"], add_special_tokens=body["add_special_tokens"])
                     return 200, {"tokens": ids, "token_strs": self.tokenizer.convert_ids_to_tokens(ids)}
+                case "/detokenize":
+                    return 200, {"prompt": self.tokenizer.decode(body["tokens"])}
                 case "/v1/completions":
                     return self._complete(body)
                 case "/inference/v1/generate":
@@ -204,7 +209,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.respond(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
 
     def respond(self, body: dict) -> None:
-        status, answer = self.server.fake.answer(self.path, body)
+        fake = self.server.fake
+        if fake.api_key is not None and self.headers.get("Authorization") != f"Bearer {fake.api_key}":
+            status, answer = 401, {"error": f"Unauthorized: {self.headers.get('Authorization')}"}
+        else:
+            status, answer = fake.answer(self.path, body)
         content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(content)))

@@ -48,10 +48,11 @@ def score(mesh, teacher, samples, processing):
     return [entries and [(one.numbers, one.values) for one in entries] for entries in read]
 
 
-def local_results(rank, world_size, layout, student, samples):
+def local_results(rank, world_size, layout, student, samples, tokens=None):
     """Of a local teacher; `student`: the folder of its processor, None for a text model."""
     from megatron_gkd.models.checkpoint import Checkpoint
     from megatron_gkd.models.megatron_model import BuildOptions, MegatronModel
+    from megatron_gkd.teachers.label_states import ScoringOptions
     from megatron_gkd.teachers.local import LocalTeacher
     from megatron_gkd.teachers.model_inputs import ModelInputs
 
@@ -59,7 +60,8 @@ def local_results(rank, world_size, layout, student, samples):
     with mesh_of(layout) as mesh:
         model = MegatronModel.load(Checkpoint.open(str(vision_teacher())), mesh, BuildOptions())
         inputs = ModelInputs(students, processing_of(vision_teacher()))
-        teacher = LocalTeacher(model, head_rows=-(-VOCABULARY // mesh.tp.size()), inputs=inputs)
+        options = ScoringOptions(micro_batch_tokens=tokens)
+        teacher = LocalTeacher(model, head_rows=-(-VOCABULARY // mesh.tp.size()), inputs=inputs, options=options)
         return score(mesh, teacher, samples, students)
 
 
@@ -113,6 +115,16 @@ def test_a_teacher_with_another_processor_reads_its_own_tokens_and_pixels(name, 
         len(row.input_ids) for rows in own for row in rows if row.images
     )
     ranks = gloo_world(world_size).run(local_results, layout, other, samples)
+    assert_distributions(ranks, expected_of(own))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("is_same", [True, False])
+def test_joined_microbatches_keep_their_images(name, is_same, gloo_world):
+    world_size, layout = DENSE[name]
+    student = vision_teacher() if is_same else other_processor(vision_teacher())
+    samples, own = (microbatches(processing_of(folder)) for folder in (student, vision_teacher()))
+    ranks = gloo_world(world_size).run(local_results, layout, student, samples, 10_000)
     assert_distributions(ranks, expected_of(own))
 
 

@@ -2,7 +2,8 @@
 
 A forward pass takes one packed row of tokens: first one token of every sequence that has started, then the whole
 prompts of those that were admitted since, then padding. Started sequences are rows 0 to n-1 of the cache, without
-holes: when one finishes, the last moves into its place.
+holes: when one finishes, the last moves into its place. The cache is a rectangle of rows as long as the longest
+sequence needs: while long ones are in progress it has few rows, and more when they have finished.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from megatron_gkd.data.microbatch import Microbatch
 from megatron_gkd.data.sample import IGNORED_LABEL
 from megatron_gkd.data.vision.image import Image
 from megatron_gkd.rollout.stop_strings import StopStringDetector
+
+_LEAST_GAIN = 8  # a cache gets more rows if they are at least one in so many
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class DecodeSequence:
         index: the prompt's place in the request.
         prompt: its token ids.
         seed: of the draws.
+        num_reserved: tokens of the cache that it may need.
         stop_strings: finds them in the completion; None if there are none.
         vision: what a multimodal model reads beside the prompt; None in a text model.
         has_stop_string: whether the completion ends with one.
@@ -59,6 +63,7 @@ class DecodeSequence:
     index: int
     prompt: list[int]
     seed: int
+    num_reserved: int
     stop_strings: StopStringDetector | None = None
     vision: PromptImages | None = None
     has_stop_string: bool = False
@@ -97,18 +102,36 @@ class DecodeInputs(Microbatch):
     last_tokens: Tensor
 
 
+@dataclass(frozen=True)
+class BatchLimits:
+    """How much of the sequences a batch takes at a time.
+
+    Attributes:
+        max_rows: sequences.
+        max_tokens: tokens of the cache: sequences times what the longest of them reserves. One goes alone with more.
+        max_prompt_tokens: tokens of prompts in a forward pass, each prompt padded to the longest. One goes alone.
+    """
+
+    max_rows: int
+    max_tokens: int
+    max_prompt_tokens: int
+
+
 class DecodeBatch:
     """Sequences that go through the pipeline together.
 
     Args:
         number: its place among the batches of the engine.
-        size: most sequences at a time.
-        max_prompt_tokens: most tokens of prompts in a forward pass, each prompt padded to the longest.
+        limits: how much it takes at a time.
+
+    Attributes:
+        cache_shape: rows of the cache, and tokens of a row.
     """
 
-    def __init__(self, number: int, size: int, max_prompt_tokens: int) -> None:
-        self.number, self.size, self.max_prompt_tokens = number, size, max_prompt_tokens
+    def __init__(self, number: int, limits: BatchLimits) -> None:
+        self.number, self.limits = number, limits
         self.sequences: list[DecodeSequence] = []
+        self.cache_shape = (0, 0)
 
     @property
     def _new(self) -> list[DecodeSequence]:
@@ -119,12 +142,34 @@ class DecodeBatch:
         """Number of tokens of the next forward pass, without padding."""
         return sum(1 if sequence.token_ids else len(sequence.prompt) for sequence in self.sequences)
 
+    @property
+    def cached_lengths(self) -> list[int]:
+        """Tokens in each row of the cache of a sequence that has started; these come first."""
+        return [sequence.num_cached for sequence in self.sequences if sequence.token_ids]
+
     def has_room(self, sequence: DecodeSequence) -> bool:
         """Return whether the next forward pass can take this sequence's prompt, too."""
-        if len(self.sequences) == self.size:
+        if self._shape_with(sequence) is None:
             return False
         lengths = [len(other.prompt) for other in (*self._new, sequence)]
-        return len(lengths) == 1 or len(lengths) * max(lengths) <= self.max_prompt_tokens
+        return len(lengths) == 1 or len(lengths) * max(lengths) <= self.limits.max_prompt_tokens
+
+    def admit(self, sequence: DecodeSequence) -> None:
+        """Add a sequence for which there is room."""
+        self.cache_shape = self._shape_with(sequence) or self.cache_shape
+        self.sequences.append(sequence)
+
+    def _shape_with(self, sequence: DecodeSequence) -> tuple[int, int] | None:
+        """Return the shape of a cache that also has room for this sequence; None if that is not allowed."""
+        rows, width = self.cache_shape
+        num_rows = len(self.sequences) + 1
+        needed = max(other.num_reserved for other in (*self.sequences, sequence))
+        if num_rows <= rows and needed <= width:
+            return self.cache_shape
+        most = min(self.limits.max_rows, max(1, self.limits.max_tokens // needed))
+        if needed <= width:  # narrower: everything is copied, which few more rows are not worth
+            most = most if _LEAST_GAIN * (most - rows) >= rows else rows
+        return (most, needed) if num_rows <= most else None
 
     def next_inputs(self, length: int, *, max_position: int, cp_size: int) -> DecodeInputs:
         """Return the inputs of the next forward pass.

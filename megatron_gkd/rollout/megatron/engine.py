@@ -23,16 +23,27 @@ from megatron_gkd.checkpoint_format.layer_limits import embedded_engine_problems
 from megatron_gkd.data.microbatch import padded_length
 from megatron_gkd.data.vision.processing import ImageProcessing
 from megatron_gkd.errors import UserError
+from megatron_gkd.models.fusions import unfused_rope
 from megatron_gkd.models.megatron_model import MegatronModel, hidden_states, in_eval_mode
 from megatron_gkd.models.pipeline import Pipeline
+from megatron_gkd.ops.output_head import OutputHead
 from megatron_gkd.ops.vocabulary import VocabShard
-from megatron_gkd.rollout.base import Completion, Images, Sampling, check_prompts
-from megatron_gkd.rollout.megatron.decode_batch import DecodeBatch, DecodeInputs, DecodeSequence, PromptImages
+from megatron_gkd.rollout.base import Completion, Images, RolloutFailed, Sampling, check_prompts
+from megatron_gkd.rollout.megatron.decode_batch import (
+    BatchLimits,
+    DecodeBatch,
+    DecodeInputs,
+    DecodeSequence,
+    PromptImages,
+)
 from megatron_gkd.rollout.megatron.decode_vision import DecodeVision
 from megatron_gkd.rollout.megatron.kv_cache import KeyValueCache
-from megatron_gkd.rollout.megatron.sampling import fold_to_int64, sample
+from megatron_gkd.rollout.megatron.noise import fold_to_int64
+from megatron_gkd.rollout.megatron.sampling import sample
+from megatron_gkd.rollout.megatron.seen_tokens import SeenTokens
 from megatron_gkd.rollout.stop_strings import StopStringDetector, get_fast_tokenizer
 from megatron_gkd.runtime import portability
+from megatron_gkd.runtime.agreement import run_on_all
 
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
@@ -45,7 +56,8 @@ class MegatronEngine:
         eos_token_ids: any of them ends a completion.
         images: what the model's processor makes of images; None for a text model.
         max_batch_tokens: tokens that the cache of keys and values has room for, over all sequences at once. Each
-            reserves as many as the longest prompt and the longest completion together.
+            reserves as many as the longest of those in progress, its longest completion included; one that has more
+            goes alone.
         max_prompt_tokens: tokens of prompts in one forward pass of one batch; a longer prompt goes alone.
 
     Raises:
@@ -58,11 +70,13 @@ class MegatronEngine:
         eos_token_ids: Sequence[int],
         images: ImageProcessing | None = None,
         *,
-        max_batch_tokens: int = 32768,
+        max_batch_tokens: int = 65536,
         max_prompt_tokens: int = 8192,
     ) -> None:
         for problem in embedded_engine_problems(model.checkpoint.shape, str(model.checkpoint.path)):
             raise UserError(problem)
+        if model.config.fp8:
+            raise UserError("rollout.engine = megatron: must be vllm or vllm_server with a model that computes in FP8")
         self.model, self.mesh, self.eos_token_ids = model, model.mesh, frozenset(eos_token_ids)
         self.vision = None if images is None else DecodeVision(images, self.mesh)
         self.max_batch_tokens, self.max_prompt_tokens = max_batch_tokens, max_prompt_tokens
@@ -96,19 +110,10 @@ class MegatronEngine:
         first, since a replica without prompts makes no forward pass.
 
         Raises:
-            ValueError: as `RolloutEngine.generate`; or a prompt and its completion exceed `max_batch_tokens`.
+            ValueError: as `RolloutEngine.generate`.
             UserError: in all ranks; an image can't be read, or is not the one that was tokenized.
         """
-        check_prompts(prompts, seeds, self.model.checkpoint.vocab_size, images)
-        visions = self._read_prompts(prompts, images)
-        # A completion's last token is never fed back.
-        longest = max(map(len, prompts), default=1)
-        capacity = longest + sampling.max_completion_length - 1
-        if prompts and capacity > self.max_batch_tokens:
-            raise ValueError(
-                f"the longest prompt ({longest} tokens) and max_completion_length "
-                f"({sampling.max_completion_length}) do not fit into max_batch_tokens ({self.max_batch_tokens})"
-            )
+        visions = run_on_all(lambda: self._check_prompts(prompts, seeds, images), RolloutFailed)
         if self.vision is not None:
             self.vision.require_readable(images or [])
         cp = self.mesh.cp
@@ -118,19 +123,26 @@ class MegatronEngine:
                 i,
                 list(prompts[i]),
                 fold_to_int64(seeds[i]),
+                len(prompts[i]) + sampling.max_completion_length - 1,  # a completion's last token is never fed back
                 self._build_stop_detector(prompts[i], sampling),
                 visions[i],
             )
             for i in range(cp.rank(), len(prompts), cp.size())
         ]
-        with in_eval_mode(self.model.chunks):
-            finished = self._run(sequences, sampling, capacity)
+        with in_eval_mode(self.model.chunks), unfused_rope(self.model.chunks):
+            finished = self._run(sequences, sampling)
         completions = {sequence.index: self._build_completion(sequence, sampling) for sequence in finished}
         if cp.size() > 1:
             parts: list[dict[int, Completion]] = [{} for _ in range(cp.size())]
             dist.all_gather_object(parts, completions, group=cp)
             completions = {index: completion for part in parts for index, completion in part.items()}
         return [completions[index] for index in range(len(prompts))]
+
+    def _check_prompts(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], images: Images | None
+    ) -> Sequence[PromptImages | None]:
+        check_prompts(prompts, seeds, self.model.checkpoint.vocab_size, images)
+        return self._read_prompts(prompts, images)
 
     def _read_prompts(self, prompts: Sequence[Sequence[int]], images: Images | None) -> Sequence[PromptImages | None]:
         if self.vision is None:
@@ -146,23 +158,54 @@ class MegatronEngine:
         self._tokenizer = self._tokenizer or get_fast_tokenizer(self.model.checkpoint.tokenizer())
         return StopStringDetector(self._tokenizer, prompt, sampling.stop)
 
-    def _run(self, sequences: list[DecodeSequence], sampling: Sampling, capacity: int) -> list[DecodeSequence]:
+    def _run(self, sequences: list[DecodeSequence], sampling: Sampling) -> list[DecodeSequence]:
         """Complete all sequences."""
         waiting = deque(sorted(sequences, key=lambda one: -len(one.prompt)))  # prompts of like length start together
-        num_rows, num_batches = min(len(sequences), self.max_batch_tokens // capacity), self.mesh.pp.size()
-        sizes = [len(range(number, num_rows, num_batches)) for number in range(num_batches)]
-        batches = [DecodeBatch(number, size, self.max_prompt_tokens) for number, size in enumerate(sizes)]
+        capacity = max((sequence.num_reserved for sequence in sequences), default=1)
+        batches = self._build_batches(len(sequences), capacity)
         finished: list[DecodeSequence] = []
-        cache = KeyValueCache(sizes, capacity)
+        cache, seen = KeyValueCache(capacity), self._build_seen_tokens(sampling)
         with cache.installed(self.model.chunks):
             while self._needs_forward(len(finished) < len(sequences)):
                 _admit(waiting, batches)
-                self._append_tokens(batches, self._forward(batches, cache), sampling)
                 for batch in batches:
-                    finished += batch.remove(
+                    cache.reshape(batch.number, batch.cache_shape, batch.cached_lengths)
+                self._append_tokens(batches, self._forward(batches, cache), sampling, seen)
+                removed = [
+                    sequence
+                    for batch in batches
+                    for sequence in batch.remove(
                         lambda sequence: self._finish_reason(sequence, sampling) is not None, cache.move
                     )
+                ]
+                finished += removed
+                if seen is not None:
+                    seen.release(removed)
         return finished
+
+    def _build_batches(self, num_sequences: int, capacity: int) -> list[DecodeBatch]:
+        """Build a batch for each pipeline stage; they share the cache's tokens, if each then has room for a row."""
+        num_batches = self.mesh.pp.size()
+        num_used = min(num_batches, max(1, self.max_batch_tokens // capacity), max(1, num_sequences))
+        limits = BatchLimits(
+            max_rows=-(-num_sequences // num_used),
+            max_tokens=self.max_batch_tokens // num_used,
+            max_prompt_tokens=self.max_prompt_tokens,
+        )
+        unused = replace(limits, max_rows=0)
+        return [DecodeBatch(number, limits if number < num_used else unused) for number in range(num_batches)]
+
+    def _build_seen_tokens(self, sampling: Sampling) -> SeenTokens | None:
+        """Build the record of the ids that have occurred; None where tokens are drawn elsewhere, or without penalty."""
+        head = self.model.head
+        if head is None or sampling.repetition_penalty == 1:
+            return None
+        return SeenTokens(self._build_shard(head, sampling), portability.device())
+
+    def _build_shard(self, head: OutputHead, sampling: Sampling) -> VocabShard:
+        """Return this rank's columns of the logits, and how many ids may be drawn."""
+        vocab_size = sampling.num_shared_ids(self.model.checkpoint.vocab_size)
+        return VocabShard.from_group(head.weight.shape[0], self.mesh.tp, vocab_size)
 
     def _needs_forward(self, is_busy: bool) -> bool:
         """Return whether a forward pass is needed: here, or by a rank whose tokens this rank's experts may process."""
@@ -207,7 +250,13 @@ class MegatronEngine:
             states = gather_from_sequence_parallel_region(states, group=self.mesh.tp)
         return states[inputs.last_tokens]
 
-    def _append_tokens(self, batches: list[DecodeBatch], hidden: list[Tensor | None], sampling: Sampling) -> None:
+    def _append_tokens(
+        self,
+        batches: list[DecodeBatch],
+        hidden: list[Tensor | None],
+        sampling: Sampling,
+        seen: SeenTokens | None,
+    ) -> None:
         """Draw every sequence's next token, the same on all ranks of the replica, and append it."""
         sequences = [sequence for batch in batches for sequence in batch.sequences]
         if not sequences:
@@ -218,9 +267,8 @@ class MegatronEngine:
             logits = head.compute_logits(torch.cat([states for states in hidden if states is not None]))
             seeds = torch.tensor([sequence.seed for sequence in sequences], device=logits.device)
             positions = torch.tensor([len(sequence.token_ids) for sequence in sequences], device=logits.device)
-            vocab_size = sampling.num_shared_ids(self.model.checkpoint.vocab_size)
-            shard = VocabShard.from_group(logits.shape[1], mesh.tp, vocab_size)
-            drawn[0], drawn[1] = sample(logits, seeds, positions, sampling, shard)
+            is_seen = None if seen is None else seen.of(sequences)
+            drawn[0], drawn[1] = sample(logits, seeds, positions, sampling, self._build_shard(head, sampling), is_seen)
         if mesh.pp.size() > 1:
             dist.broadcast(drawn, src=mesh.last_stage_rank, group=mesh.pp)
         for sequence, token, log_prob in zip(sequences, *drawn.tolist(), strict=True):
@@ -247,4 +295,4 @@ def _admit(waiting: deque[DecodeSequence], batches: list[DecodeBatch]) -> None:
         with_room = [batch for batch in batches if batch.has_room(waiting[0])]
         if not with_room:
             return
-        min(with_room, key=lambda batch: len(batch.sequences)).sequences.append(waiting.popleft())
+        min(with_room, key=lambda batch: len(batch.sequences)).admit(waiting.popleft())

@@ -1,8 +1,9 @@
-"""Top-k and top-p over a sharded vocabulary: scores that may not be drawn become -inf.
+"""The repetition penalty, and min-p, top-k and top-p, over a sharded vocabulary.
 
-No rank gathers the vocabulary. Top-k gathers k values a rank. Top-p searches the score at which the nucleus ends, byte
-by byte of its bits: each of eight rounds gathers 256 sums of probabilities a row and rank. Probabilities are added as
-integers, so that every layout, in whatever order it adds, gets the same sums.
+Scores that may not be drawn become -inf. No rank gathers the vocabulary. Min-p gathers the largest score of each rank,
+top-k k values a rank. Top-p searches the score at which the nucleus ends, byte by byte of its bits: each of eight
+rounds gathers 256 sums of probabilities a row and rank. Probabilities are added as integers, so that every layout, in
+whatever order it adds, gets the same sums.
 
 Shape suffixes: n rows, V this rank's columns, R ranks, k largest scores, B values of a digit.
 """
@@ -16,8 +17,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_gkd.ops.vocabulary import VocabShard
+from megatron_gkd.runtime import portability
 
 _DIGIT_BITS = 8
+
+
+def penalize_repetition(logits_nV: Tensor, is_seen_nV: Tensor, penalty: float) -> Tensor:
+    """Divide positive logits of tokens that have occurred by `penalty`, and multiply negative ones by it."""
+    return torch.where(is_seen_nV, torch.where(logits_nV < 0, logits_nV * penalty, logits_nV / penalty), logits_nV)
+
+
+def apply_min_p(scores_nV: Tensor, min_p: float, shard: VocabShard) -> Tensor:
+    """Keep the scores whose probability is at least `min_p`, above 0, of that of each row's largest score."""
+    largest_n = shard.gather(scores_nV.amax(-1)).amax(0)
+    return scores_nV.masked_fill(scores_nV < largest_n[:, None] + math.log(min_p), -math.inf)
 
 
 def apply_top_k(scores_nV: Tensor, top_k: int, shard: VocabShard) -> Tensor:
@@ -43,7 +56,8 @@ def apply_top_p(scores_nV: Tensor, top_p: float, shard: VocabShard) -> Tensor:
         top_p: from above 0 to below 1.
         shard: the columns of this rank.
     """
-    weights_nV, keys_nV = _integer_weights(scores_nV, shard), _sortable_bits(scores_nV)
+    largest_n = shard.gather(scores_nV.amax(-1)).amax(0)
+    weights_nV, keys_nV = integer_weights(scores_nV, largest_n, shard), _sortable_bits(scores_nV)
     total_n = shard.gather(weights_nV.sum(-1)).sum(0)
     target_n = (total_n.double() * top_p).ceil().long()
     threshold_n1 = _find_threshold(keys_nV, weights_nV, target_n, shard)[:, None]
@@ -59,11 +73,30 @@ def apply_top_p(scores_nV: Tensor, top_p: float, shard: VocabShard) -> Tensor:
     return scores_nV.masked_fill(~is_kept_nV, -math.inf)
 
 
-def _integer_weights(scores_nV: Tensor, shard: VocabShard) -> Tensor:
-    """Return each row's probabilities in int64, up to a factor: the largest for which the sum of all fits."""
-    largest_n = shard.gather(scores_nV.amax(-1)).amax(0)
+def integer_weights(scores_nV: Tensor, largest_n: Tensor, shard: VocabShard) -> Tensor:
+    """Return each row's probabilities in int64, up to a factor: the largest for which the sum of all fits.
+
+    Args:
+        scores_nV: fp64, of any number of ids.
+        largest_n: fp64, the row's largest score over all ranks.
+        shard: of the vocabulary.
+    """
     scale = 2 ** (62 - shard.vocab_size.bit_length())
-    return ((scores_nV - largest_n[:, None]).exp() * scale).round().long()
+    return (scores_nV - largest_n[:, None]).exp_().mul_(scale).round_().long()
+
+
+def sum_of_weights(scores_nV: Tensor, temperature: float, shard: VocabShard) -> Tensor:
+    """Return the sum of `integer_weights` of all ids, int64 [n], of scores that are divided by the temperature first.
+
+    Rows are converted one by one where the processor's cache holds a row: their weights never reach the memory.
+    """
+    largest_n = shard.gather(scores_nV.amax(-1).double()).amax(0) / temperature
+    num_rows = 1 if portability.builds_on_host() else len(scores_nV)
+    sums = [
+        integer_weights(scores.double() / temperature, largest, shard).sum(-1)
+        for scores, largest in zip(scores_nV.split(num_rows), largest_n.split(num_rows), strict=True)
+    ]
+    return shard.gather(torch.cat(sums)).sum(0)
 
 
 def _sortable_bits(x: Tensor) -> Tensor:

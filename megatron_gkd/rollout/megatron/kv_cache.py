@@ -31,12 +31,12 @@ class KeyValueCache:
     """Keys and values of every layer; memory is allocated when it is first written to.
 
     Args:
-        batch_sizes: rows of the cache for each `DecodeBatch`.
-        capacity: tokens of a row.
+        capacity: most tokens of a sequence.
     """
 
-    def __init__(self, batch_sizes: Sequence[int], capacity: int) -> None:
-        self.batch_sizes, self.capacity = batch_sizes, capacity
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._shapes: dict[int, tuple[int, int]] = {}
         self._memory: dict[tuple[int, nn.Module], tuple[Tensor, Tensor]] = {}
         self._plan: _AttentionPlan | None = None
 
@@ -56,6 +56,21 @@ class KeyValueCache:
     def begin(self, inputs: DecodeInputs) -> None:
         """Prepare for the forward pass of these inputs."""
         self._plan = _AttentionPlan(inputs)
+
+    def reshape(self, batch: int, shape: tuple[int, int], lengths: Sequence[int]) -> None:
+        """Give a batch so many rows of so many tokens.
+
+        Args:
+            batch: number of the `DecodeBatch`.
+            shape: rows, and tokens of a row.
+            lengths: tokens to keep of the first rows.
+        """
+        if self._shapes.get(batch) == shape:
+            return
+        self._shapes[batch] = shape
+        for place, (keys, values) in self._memory.items():
+            if place[0] == batch:
+                self._memory[place] = _reshape(keys, shape, lengths), _reshape(values, shape, lengths)
 
     def move(self, batch: int, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of row `source` over row `target`, in all layers."""
@@ -118,13 +133,21 @@ class KeyValueCache:
         return plan.unpad(attention(q, k, v))
 
     def _rows(self, batch: int, core: nn.Module, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values of one layer, [size, g, capacity, d] each."""
+        """Return keys and values of one layer, [rows, g, tokens, d] each."""
         place = (batch, core)
         if place not in self._memory:
             # Zeros: a masked key's score is ignored, unless it is not a number.
-            shape = (self.batch_sizes[batch], k.shape[1], self.capacity)
-            self._memory[place] = k.new_zeros(*shape, k.shape[2]), v.new_zeros(*shape, v.shape[2])
+            num_rows, length = self._shapes[batch]
+            keys, values = (x.new_zeros(num_rows, x.shape[1], length, x.shape[2]) for x in (k, v))
+            self._memory[place] = keys, values
         return self._memory[place]
+
+
+def _reshape(rows: Tensor, shape: tuple[int, int], lengths: Sequence[int]) -> Tensor:
+    reshaped = rows.new_zeros(shape[0], rows.shape[1], shape[1], rows.shape[3])
+    longest = max(lengths, default=0)
+    reshaped[: len(lengths), :, :longest] = rows[: len(lengths), :, :longest]
+    return reshaped
 
 
 def _layers(chunks: Sequence[Any]) -> list[Any]:

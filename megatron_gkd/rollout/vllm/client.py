@@ -78,6 +78,8 @@ class StudentServer(Server):
         handshake: repeated each time that the server has lost its weights, as it may have been restarted.
     """
 
+    api_key_env = "rollout.vllm_server_api_key_env"
+
     def __init__(
         self, url: str, http: httpx.Client, max_downtime: float, send_weights: Callable[[StudentServer], None]
     ) -> None:
@@ -242,12 +244,12 @@ class StudentServer(Server):
         """Load the PEFT adapters in `folder`, which requests name `name` from then on."""
         hint = "start it with --enable-lora, and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment"
         body = {"lora_name": name, "lora_path": str(folder)}
-        servers.exchange(self._http, "POST", f"{self.url}/v1/load_lora_adapter", hint=hint, json=body)
+        self.exchange("POST", "/v1/load_lora_adapter", hint=hint, json=body)
 
     def unload_adapter(self, name: str) -> None:
         """Unload adapters, if the server still has them."""
         with suppress(servers.RouteMissing):
-            servers.exchange(self._http, "POST", f"{self.url}/v1/unload_lora_adapter", json={"lora_name": name})
+            self.exchange("POST", "/v1/unload_lora_adapter", json={"lora_name": name})
 
     def resume(self) -> str:
         """Go on with the wanted weights, which must be loaded. Returns the label that is set for them."""
@@ -270,7 +272,7 @@ class StudentServer(Server):
     def is_up(self) -> bool:
         """Return whether the server responds now."""
         try:
-            servers.exchange(self._http, "GET", f"{self.url}/health")
+            self.exchange("GET", "/health")
         except ServerDown:
             return False
         return True

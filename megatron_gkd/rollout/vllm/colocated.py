@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -21,7 +21,8 @@ from megatron_gkd.data.vision.processing import ImageProcessing
 from megatron_gkd.errors import GkdError
 from megatron_gkd.models.checkpoint import Checkpoint
 from megatron_gkd.rollout.base import Completion, Images, RolloutFailed, Sampling, check_prompts
-from megatron_gkd.rollout.vllm.process import ColocatedOptions, VllmProcess
+from megatron_gkd.rollout.vllm.engine_arguments import ColocatedOptions
+from megatron_gkd.rollout.vllm.process import VllmProcess
 from megatron_gkd.rollout.vllm.prompt import VllmPrompt, build_prompts
 from megatron_gkd.rollout.vllm.weight_folder import Shapes, check_shapes
 from megatron_gkd.runtime.mesh import Mesh
@@ -61,7 +62,7 @@ class VllmColocatedEngine:
         self.optional = ("lm_head.weight",) if checkpoint.is_tied else ()
         self.version: int | None = None
         self.asleep: tuple[str, ...] = ()
-        self._sleep()
+        _agree(self._sleep)
 
     @classmethod
     def start(
@@ -83,11 +84,13 @@ class VllmColocatedEngine:
     @contextlib.contextmanager
     def resident(self) -> Iterator[None]:
         """Allocate vLLM's memory for the context, and free it at the end as `sleep_level` says."""
-        self._wake_up(_PARTS)
+        _agree(lambda: self._wake_up(_PARTS))
         try:
             yield
-        finally:
+        except BaseException:  # which other ranks may not have
             self._sleep()
+            raise
+        _agree(self._sleep)
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Load a version, in memory that stays allocated until the end of `resident`; see `RolloutEngine.load_weights`.
@@ -97,7 +100,7 @@ class VllmColocatedEngine:
                 can be generated until others are loaded.
         """
         self.version = None
-        self._wake_up(("weights",))
+        _agree(lambda: self._wake_up(("weights",)))
         tensors = _ExpectedTensors(named_tensors, self.expected)
         problem: Exception | None = None
         try:
@@ -226,6 +229,16 @@ class _ExpectedTensors:
             self.shapes[name] = tuple(tensor.shape)
             if self.expected.get(name) == self.shapes[name]:
                 yield name, tensor.detach()
+
+
+def _agree(work: Callable[[], None]) -> None:
+    """Run `work` on every rank, and raise the failure of one of them on all."""
+    problem: Exception | None = None
+    try:
+        work()
+    except Exception as error:
+        problem = _build_failure(error)
+    _all_gather(None, problem)
 
 
 def _all_gather(value: T, problem: Exception | None) -> list[T]:

@@ -15,7 +15,9 @@ _LABEL = "as it was started"
 
 
 class FixedWeightsServer(StudentServer):
-    """A server whose weights never change."""
+    """A server of a teacher, whose weights never change."""
+
+    api_key_env = "teacher.teacher_server_api_key_env"
 
     def _check(self, requirements: ServerRequirements) -> ServedModel:
         model = self._check_model(requirements.max_length)

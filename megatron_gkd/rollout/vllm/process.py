@@ -10,53 +10,29 @@ import gc
 import importlib.util
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from megatron_gkd.data.vision.files import load_image
 from megatron_gkd.data.vision.processing import ImageProcessing
-from megatron_gkd.data.vision.vllm_settings import processor_options
 from megatron_gkd.errors import UserError
 from megatron_gkd.models.checkpoint import Checkpoint
 from megatron_gkd.rollout.base import Sampling
 from megatron_gkd.rollout.vllm.completion_response import Sampled
+from megatron_gkd.rollout.vllm.engine_arguments import ColocatedOptions, engine_arguments
 from megatron_gkd.rollout.vllm.isolation import isolated
 from megatron_gkd.rollout.vllm.logit_bias import logit_bias
 from megatron_gkd.rollout.vllm.prompt import VllmPrompt, require_same_tokens
 from megatron_gkd.rollout.vllm.tied_head import repack_tied_head
 from megatron_gkd.runtime import portability
+from megatron_gkd.runtime.current_phase import note_progress
 
 # Before vLLM is imported; what the user has set stays.
 _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",  # every rank would log the same
 }
-
-
-@dataclass(frozen=True)
-class ColocatedOptions:
-    """How vLLM runs in the training processes.
-
-    Attributes:
-        dtype: of its weights and activations.
-        max_model_len: tokens of a prompt and its completion together.
-        tensor_parallel_size: consecutive ranks that share an engine.
-        gpu_memory_utilization: share of a device's whole memory for its weights, activations and cache.
-        kv_cache_memory_bytes: of the cache of keys and values on each rank, instead of what that share leaves.
-        sleep_level: what it frees between rollouts: 0 nothing; 1 the cache, with the weights in host memory; 2 both.
-        enforce_eager: no CUDA graphs and no compilation. On CPUs always.
-    """
-
-    dtype: torch.dtype
-    max_model_len: int
-    tensor_parallel_size: int = 1
-    gpu_memory_utilization: float = 0.3
-    kv_cache_memory_bytes: int | None = None
-    sleep_level: int = 2
-    enforce_eager: bool = False
 
 
 class VllmProcess:
@@ -92,24 +68,12 @@ class VllmProcess:
                 require_head_dim(checkpoint, _head_dims_on_cpus())
                 _communicate_by_gloo()
             try:
-                self.llm = LLM(
-                    model=str(checkpoint.path),
-                    generation_config="vllm",  # nothing from the model's generation_config.json
-                    dtype=options.dtype,
-                    max_model_len=options.max_model_len,
-                    logprobs_mode="raw_logprobs",
-                    distributed_executor_backend="external_launcher",
-                    tensor_parallel_size=options.tensor_parallel_size,
-                    gpu_memory_utilization=options.gpu_memory_utilization,
-                    kv_cache_memory_bytes=options.kv_cache_memory_bytes,
-                    enable_sleep_mode=self.can_sleep,
-                    enforce_eager=options.enforce_eager or self.on_host,
-                    seed=0,  # the same on all ranks of an engine; every request has its own
-                    **_image_options(images),
-                )
-            except (ValueError, RuntimeError, AssertionError) as error:
-                raise UserError(f"rollout.engine = vllm: vLLM can't be started: {error}") from error
+                self.llm = LLM(**engine_arguments(checkpoint.path, options, images, on_host=self.on_host))
+            except (ValueError, RuntimeError, AssertionError, TypeError, ImportError) as error:
+                reason = " ".join(str(error).split())
+                raise UserError(f"rollout.engine = vllm: vLLM can't be started: {reason}") from error
             gc.unfreeze()
+        _note_each_step(self.llm)
 
     def load(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Load whole tensors under their Hugging Face names; the same on every rank, which takes its share."""
@@ -144,6 +108,8 @@ class VllmProcess:
                 temperature=sampling.temperature,
                 top_k=sampling.top_k or 0,
                 top_p=sampling.top_p,
+                min_p=sampling.min_p,
+                repetition_penalty=sampling.repetition_penalty,
                 seed=seed % 2**63,  # vLLM takes -1 for none
                 ignore_eos=True,
                 stop_token_ids=list(sampling.stop_token_ids),
@@ -177,6 +143,17 @@ class VllmProcess:
                 self.llm.wake_up(tags=list(parts))
 
 
+def _note_each_step(llm: Any) -> None:
+    """Let each step of vLLM's engine, a token of each sequence, count as progress of the phase."""
+    step = llm.llm_engine.step
+
+    def step_and_note() -> Any:
+        note_progress()
+        return step()
+
+    llm.llm_engine.step = step_and_note
+
+
 def require_head_dim(checkpoint: Checkpoint, allowed: Sequence[int]) -> None:
     """Check that vLLM has a kernel for the checkpoint's attention heads: it would fail at the first sample.
 
@@ -194,19 +171,6 @@ def require_head_dim(checkpoint: Checkpoint, allowed: Sequence[int]) -> None:
             f"{checkpoint.path}: head_dim = {head_dim}: vLLM can't serve this on CPUs; allowed are "
             f"{', '.join(map(str, allowed))}; use rollout.engine = megatron, or another model"
         )
-
-
-def _image_options(images: ImageProcessing | None) -> dict[str, Any]:
-    """Return those of vLLM's options that depend on whether the model reads images."""
-    if images is None:
-        return {"load_format": "dummy"}  # the student's weights come before the first sample
-    return {
-        # Dummy weights replace buffers, too, which the student's weights do not restore: mean and standard deviation of
-        # pixels (vLLM 0.32, `FusedMMInputNorm`).
-        "load_format": "auto",
-        "mm_processor_kwargs": processor_options(images) or None,
-        "mm_processor_cache_gb": 0,  # every rank would keep 4 GB of pixels, which seldom come again
-    }
 
 
 def _build_request(prompt: VllmPrompt) -> dict[str, Any]:

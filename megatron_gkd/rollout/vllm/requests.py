@@ -74,8 +74,8 @@ class RequestBuilder:
             "temperature": sampling.temperature,
             "top_k": sampling.top_k or 0,
             "top_p": sampling.top_p,
-            "min_p": 0.0,
-            "repetition_penalty": 1.0,
+            "min_p": sampling.min_p,
+            "repetition_penalty": sampling.repetition_penalty,
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
             "seed": seed % 2**63,  # vLLM takes -1 for none

@@ -70,12 +70,11 @@ class VllmServerEngine:
         self.mesh, self.checkpoint, self.options = mesh, checkpoint, options
         self.requests = RequestBuilder(checkpoint.vocab_size, checkpoint.eos_token_ids, images)
         self.weights: Weights | None = None
-        self.http: httpx.Client | None = None
+        self.http = run_on_all(self._open_client, RolloutFailed)
         self.servers: list[StudentServer] = []
         self.sync: WeightFolder | WeightTransfer | None = self._build_sync() if mesh.is_main else None
         self._monitor: HealthMonitor | None = None
-        if mesh.is_leader or mesh.is_main:
-            self.http = open_client(options.timeout, options.concurrency)
+        if self.http is not None:
             sender = self._build_sender()
             self.servers = [self.server_kind(url, self.http, options.max_downtime, sender) for url in options.urls]
         requirements = options.requirements()
@@ -84,6 +83,13 @@ class VllmServerEngine:
         )
         for server, model in zip(self.servers, self.models, strict=False):  # other ranks have no servers
             server.handshake = Handshake(requirements, model)
+
+    def _open_client(self) -> httpx.Client | None:
+        """Return the client of a rank that sends requests; None for the others, which need the API key no less."""
+        options = self.options
+        api_key = options.api_key.read()
+        needs_client = self.mesh.is_leader or self.mesh.is_main
+        return open_client(options.timeout, options.concurrency, api_key) if needs_client else None
 
     def _build_sync(self) -> WeightFolder | WeightTransfer | None:
         """Build what sends weights from the main rank; None if the servers' weights never change."""

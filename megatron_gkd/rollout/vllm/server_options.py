@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_gkd.config.api_keys import NO_API_KEY, ApiKeyVariable
 from megatron_gkd.rollout.vllm.handshake import ServerRequirements
 from megatron_gkd.rollout.vllm.weight_folder import Shapes
 
@@ -44,6 +45,7 @@ class RolloutServerOptions:
         concurrency: requests of one replica at the same time, over all servers.
         timeout: seconds that one response may take.
         max_downtime: seconds for which a server may fail before the run stops.
+        api_key: the variable with the servers' API key.
     """
 
     urls: tuple[str, ...]
@@ -55,6 +57,7 @@ class RolloutServerOptions:
     concurrency: int = 64
     timeout: float = 600.0
     max_downtime: float = 300.0
+    api_key: ApiKeyVariable = NO_API_KEY
 
     @property
     def transfer_backend(self) -> Literal["nccl", "gloo"] | None:

@@ -12,7 +12,9 @@ from torch import Tensor
 from megatron_gkd.checkpoint_format.cache_manifest import Manifest
 from megatron_gkd.data.label_indices import local_label_indices
 from megatron_gkd.data.microbatch import Microbatch
-from megatron_gkd.ops.topk import TopK, choose_topk, finite, max_and_sum, row_blocks
+from megatron_gkd.ops.chunking import rows_within_budget
+from megatron_gkd.ops.topk import TopK, finite, max_and_sum, row_blocks
+from megatron_gkd.ops.topk_choice import choose_topk
 from megatron_gkd.ops.vocabulary import VocabShard
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.teachers.base import Hidden, Parts, TeacherSignal
@@ -28,7 +30,7 @@ class _Entries(NamedTuple):
 
 
 def build_cached_rows(
-    signal: TeacherSignal, microbatch: Microbatch, manifest: Manifest, mesh: Mesh, chunk_tokens: int
+    signal: TeacherSignal, microbatch: Microbatch, manifest: Manifest, mesh: Mesh, chunk_tokens: int | None
 ) -> list[CachedRow] | None:
     """Return the cached row of each sample, on the first tensor- and context-parallel rank; None on the others.
 
@@ -39,7 +41,7 @@ def build_cached_rows(
         microbatch: of this rank.
         manifest: of the cache.
         mesh: the groups of this rank.
-        chunk_tokens: rows of logits that exist at once.
+        chunk_tokens: rows of logits that exist at once; None: as many as fit into the default size of a chunk.
     """
     entries = _Entries(*(tensor.cpu() for tensor in _build_entries(signal, manifest, mesh, chunk_tokens)))
     if mesh.tp.rank():
@@ -64,14 +66,16 @@ def _gather(indices: Tensor, entries: _Entries, group: dist.ProcessGroup) -> lis
     return gathered if is_first else []
 
 
-def _build_entries(signal: TeacherSignal, manifest: Manifest, mesh: Mesh, chunk_tokens: int) -> _Entries:
+def _build_entries(signal: TeacherSignal, manifest: Manifest, mesh: Mesh, chunk_tokens: int | None) -> _Entries:
     if isinstance(signal, Parts):
         parts = [_build_entries(part.signal, manifest, mesh, chunk_tokens) for part in signal.parts]
         order = torch.cat([part.rows for part in signal.parts]).argsort()
         return _Entries(*(torch.cat(tensors)[order] for tensors in zip(*parts, strict=True)))
     if isinstance(signal, TopK):
         return _from_topk(signal, manifest)
-    chunks = [_from_hidden(signal, rows, manifest, mesh) for rows in signal.states.gather().split(chunk_tokens)]
+    states, head = signal.states.gather(), signal.head.weight
+    rows = chunk_tokens or rows_within_budget(len(head), head.dtype, head.device)
+    chunks = [_from_hidden(signal, chunk, manifest, mesh) for chunk in states.split(rows)]
     return _Entries(*(torch.cat(tensors) for tensors in zip(*chunks, strict=True)))
 
 
@@ -80,7 +84,11 @@ def _from_hidden(signal: Hidden, states: Tensor, manifest: Manifest, mesh: Mesh)
     shard = VocabShard.from_group(logits.shape[1], mesh.tp, manifest.vocab_size)
     logits = logits[:, : shard.valid]
     topk = choose_topk(logits, manifest.k, shard, manifest.temperature)
-    log_sum = _log_sum_exp(logits, shard)[:, None]  # over the largest logit, which is 0 in `topk`
+    # Over the largest logit, which is 0 in `topk`. At temperature 1 the top-k and its tail are all that there is.
+    if manifest.temperature == 1:
+        log_sum = torch.logaddexp(topk.values.double().logsumexp(-1), _tail_of(topk).double())[:, None]
+    else:
+        log_sum = _log_sum_exp(logits, shard)[:, None]
     log_probs = (topk.values.double() - log_sum).float()
     tail = (_tail_of(topk).double() - log_sum[:, 0] / manifest.temperature).float()
     return _Entries(topk.ids.int(), log_probs, tail)

@@ -218,5 +218,5 @@ def require_rows(cache: TeacherCache, dataset: SampleDataset, name: str, tags: S
         raise UserError(
             f"{name}, row {absent[0]} (from 0, of the rows that are used) is not in the teacher cache {cache.folder}, "
             f"nor are {len(absent) - 1} others; score this data set with the same max_length, truncation_strategy and "
-            "loss_on, or name a teacher beside the cache"
+            "loss_scale, or name a teacher beside the cache"
         )

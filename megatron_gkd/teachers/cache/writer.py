@@ -41,6 +41,8 @@ def _require_same(folder: Path, manifest: Manifest) -> None:
     except ValueError as error:
         raise UserError(f"{folder}: {error}") from error
     for name, value in vars(manifest).items():
+        if name == "vocabulary" and found.vocabulary is None:  # of an older release
+            continue
         if getattr(found, name) != value:
             raise UserError(
                 f"{folder}: has a teacher cache already, with {name} = {getattr(found, name)} instead of {value}; "

@@ -1,25 +1,28 @@
 """Client of one vLLM server of a teacher: log-probabilities of given tokens over HTTP, always of the same model.
 
 A server that comes back after a lost connection may serve another model under the same name. So the handshake is
-repeated after each, and the log-probabilities of a known prompt are compared with those of the first handshake.
+repeated after each, and the log-probabilities of a known prompt are compared with those of the first handshake. A
+restart between two scorings loses no connection that is in use: the prompt is compared after a pause, too.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import httpx
-import msgspec
 import numpy as np
 
 from megatron_gkd.data.vision.processing import ImageProcessing
 from megatron_gkd.data.vision.vllm_settings import describe_remedy
 from megatron_gkd.errors import ServiceError, UserError
+from megatron_gkd.models.tokenizer_comparison import Difference, Mode, report_differences
 from megatron_gkd.runtime.background import parallel_map
 from megatron_gkd.runtime.servers import Backoff, Server, ServerDown
 from megatron_gkd.teachers.server.images import image_probe
@@ -30,9 +33,10 @@ from megatron_gkd.teachers.server.response import (
     parse_response,
 )
 from megatron_gkd.teachers.server.routes import request_scores, route_of
-from megatron_gkd.teachers.server.tokenizer import Probe, require_same_tokens
+from megatron_gkd.teachers.server.tokenizer import MAX_DIFFERENCES, Probe, compare_server
 
 _KNOWN_PROMPT_LENGTH = 32  # tokens at most
+_MAX_PAUSE = 10.0  # seconds without a response in which a server can't restart: vLLM takes longer
 _MAX_DIFFERENCE = 0.1
 """Largest mean difference of the log-probabilities of one model, in nats. Kernels whose results depend on the batch
 cause a tenth of it in bf16."""
@@ -55,12 +59,14 @@ class TeacherRequirements:
         max_length: tokens of the longest sequence.
         probes: texts with their ids and tokens in the student's tokenizer, which the server's must equal.
         images: what the student's processor makes of images, where rows have some; the server must make the same.
+        check_tokenizers: whether a server with another tokenizer is refused (strict).
     """
 
     k: int
     max_length: int
     probes: Sequence[Probe]
     images: ImageProcessing | None = None
+    check_tokenizers: Mode = "strict"
 
     def known_prompt(self) -> ScoreRequest:
         """Build the request that identifies a server's model."""
@@ -81,15 +87,17 @@ class TeacherRequirements:
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """A server's model, identified by its name and its distributions after each token of the known prompt."""
+    """A server's model, identified by its name and its distributions after each token of the known prompt.
+
+    Attributes:
+        name: as the server lists it.
+        scores: of the known prompt.
+        differences: of its tokenizer from the student's, as far as the probes show them; at most `MAX_DIFFERENCES`.
+    """
 
     name: str
     scores: Scores
-
-
-class _Tokens(msgspec.Struct):
-    tokens: list[int]
-    token_strs: list[str | None]
+    differences: tuple[Difference, ...] = ()
 
 
 class TeacherServer(Server):
@@ -105,6 +113,8 @@ class TeacherServer(Server):
         down_since: time of the newest failure (`time.monotonic`), if the server has not responded since.
     """
 
+    api_key_env = "teacher.teacher_server_api_key_env"
+
     def __init__(self, url: str, http: httpx.Client, requirements: TeacherRequirements) -> None:
         super().__init__(url, http)
         self.requirements, self.k = requirements, requirements.k
@@ -114,14 +124,16 @@ class TeacherServer(Server):
         self._name: str | None = None
         self._losses = self._losses_checked = 0  # lost connections; those that a handshake has followed
         self._lock = threading.Lock()  # held during a handshake
+        self._newest_response = time.monotonic()
+        self._pause_lock = threading.Lock()  # held while the model is compared after a pause
 
     def handshake(self, max_downtime: float) -> ModelIdentity:
         """Make the first handshake, which is retried for `max_downtime` seconds.
 
         Raises:
             ServiceError: the server does not respond, or what responds is no vLLM server.
-            UserError: it cannot score for this student: sequences shorter than `max_length`, another tokenizer (see
-                `require_same_tokens`), fewer log-probabilities than `k`, or other tokens of images or none at all.
+            UserError: it cannot score for this student: sequences shorter than `max_length`, another tokenizer (where
+                `check_tokenizers` is strict), fewer log-probabilities than `k`, or other tokens of images or none.
         """
         self.identity = _retry(self._handshake, max_downtime)
         return self.identity
@@ -136,6 +148,7 @@ class TeacherServer(Server):
         """
         self._ensure_same_model()
         try:
+            self._compare_after_pause()
             scores = self._score(request)
         except ServerDown:
             self.down_since = time.monotonic()
@@ -171,20 +184,12 @@ class TeacherServer(Server):
                 f"data.max_length = {needed}: start it with --max-model-len {needed + 1}"
             )
         self.require_running()
-        for probe in self.requirements.probes:
-            self._compare(probe)
+        differences = compare_server(self, model.name, self.requirements.probes)
+        if self.requirements.check_tokenizers == "strict":
+            report_differences(differences, self.url, "strict", is_whole=len(differences) < MAX_DIFFERENCES)
         if self._image_probe is not None:
             self._score(self._image_probe)
-        return ModelIdentity(model.name, self._score(self._known_prompt))
-
-    def _compare(self, probe: Probe) -> None:
-        body = {"model": self._name, "prompt": probe.text, "add_special_tokens": False, "return_token_strs": True}
-        hint = "check that a vLLM server listens there"
-        response = self.request("POST", "/tokenize", _Tokens, hint=hint, json=body)
-        try:
-            require_same_tokens(probe, response.tokens, response.token_strs)
-        except UserError as error:
-            raise UserError(f"{self.url}: {error}") from error
+        return ModelIdentity(model.name, self._score(self._known_prompt), differences)
 
     def _ensure_same_model(self) -> None:
         """Make a handshake if a connection was lost since the newest one."""
@@ -201,6 +206,16 @@ class TeacherServer(Server):
             raise
         finally:
             self._lock.release()
+
+    def _compare_after_pause(self) -> None:
+        """Score the known prompt again if the server may have been restarted since its newest response."""
+        with self._pause_lock:
+            if time.monotonic() - self._newest_response > _MAX_PAUSE:
+                self._name = self.served_model().name
+                scores = self._score(self._known_prompt)
+                self._newest_response = -math.inf  # until it is known to be of the same model
+                self._require_same_model(scores)
+                self._newest_response = time.monotonic()
 
     def _require_same_model(self, scores: Scores) -> None:
         identity = self._known_identity()
@@ -219,6 +234,7 @@ class TeacherServer(Server):
 
     def _score(self, request: ScoreRequest) -> Scores:
         prompt = request_scores(self, self._name or self._known_identity().name, request, self.k)
+        self._newest_response = time.monotonic()
         try:
             return parse_response(prompt, request, self.k)
         except UserError as error:
@@ -253,3 +269,21 @@ def handshake_all(servers: Sequence[TeacherServer], max_downtime: float) -> list
                 f"differ by {difference:.3g} nats on average, allowed are {_MAX_DIFFERENCE:g}"
             )
     return identities
+
+
+def warn_of_tokenizers(
+    servers: Sequence[TeacherServer], identities: Sequence[ModelIdentity], file: Path | None = None
+) -> None:
+    """Warn of servers whose tokenizer differs from the student's; of the same differences once.
+
+    Args:
+        servers: where such servers are not refused.
+        identities: of their first handshakes.
+        file: for the list of differences; see `report_differences`.
+    """
+    warned: set[tuple[Difference, ...]] = set()
+    for server, identity in zip(servers, identities, strict=True):
+        found = identity.differences
+        if found not in warned:
+            warned.add(found)
+            report_differences(found, server.url, "warn", file, is_whole=len(found) < MAX_DIFFERENCES)

@@ -10,25 +10,29 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import httpx
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from megatron_gkd.config.api_keys import NO_API_KEY, ApiKeyVariable
 from megatron_gkd.data.label_indices import local_label_indices
 from megatron_gkd.data.microbatch import Microbatch
 from megatron_gkd.data.sample import Sample
 from megatron_gkd.data.teacher_view import teacher_view
 from megatron_gkd.data.vision.processing import ImageProcessing
 from megatron_gkd.errors import GkdError, ServiceError
+from megatron_gkd.models.tokenizer_comparison import Mode
 from megatron_gkd.ops.topk import MISSING, TopK
 from megatron_gkd.runtime.agreement import run_on_all, run_on_main
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.runtime.servers import open_client
 from megatron_gkd.teachers.base import TeacherFailed
-from megatron_gkd.teachers.server.client import TeacherRequirements, TeacherServer, handshake_all
+from megatron_gkd.teachers.server.client import TeacherRequirements, TeacherServer, handshake_all, warn_of_tokenizers
 from megatron_gkd.teachers.server.requests import RequestDispatcher
 from megatron_gkd.teachers.server.response import ScoreRequest, Scores
 from megatron_gkd.teachers.server.tokenizer import tokenizer_probes
@@ -49,6 +53,9 @@ class TeacherServerOptions:
         timeout: seconds that one response may take.
         max_downtime: seconds that servers may be unreachable before the run stops.
         check_interval: number of scorings between two checks that every server still has the same model.
+        api_key: the variable with the servers' API key.
+        check_tokenizers: whether servers with another tokenizer than the student's are refused (strict).
+        differences_file: for the list of such differences; see `report_differences`.
     """
 
     urls: tuple[str, ...]
@@ -59,6 +66,9 @@ class TeacherServerOptions:
     timeout: float = 600.0
     max_downtime: float = 300.0
     check_interval: int = 10
+    api_key: ApiKeyVariable = NO_API_KEY
+    check_tokenizers: Mode = "strict"
+    differences_file: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -74,12 +84,19 @@ class _ExchangePlan:
     owners: dict[bytes, int]
 
 
+def _open_client(options: TeacherServerOptions, mesh: Mesh) -> httpx.Client | None:
+    """Return the client of a rank that sends requests; None for the others, which need the API key no less."""
+    api_key = options.api_key.read()
+    needs_client = mesh.is_leader or mesh.is_main
+    return open_client(options.timeout, options.concurrency, api_key) if needs_client else None
+
+
 class ServerTeacher:
     """A teacher behind vLLM servers. All ranks must create it together, which waits until the servers respond.
 
     Args:
         mesh: the groups of the student.
-        tokenizer: the student's, which the servers' must equal.
+        tokenizer: the student's, which the servers' must equal, as `options.check_tokenizers` says.
         vocab_size: tokens with ids from here on are missing entries.
         options: the servers, and how they are used.
         images: what the student's processor makes of images; None for a text model.
@@ -103,13 +120,16 @@ class ServerTeacher:
         self.dispatcher: RequestDispatcher | None = None
         self._largest_scoring = options.concurrency  # number of requests
         self._num_scorings = 0
+        http = run_on_all(lambda: _open_client(options, mesh), TeacherFailed)
         servers: list[TeacherServer] = []
-        if mesh.is_leader or mesh.is_main:
-            http = open_client(options.timeout, options.concurrency)
+        if http is not None:
             processing = images if options.has_images else None
-            requirements = TeacherRequirements(options.k, options.max_length, tokenizer_probes(tokenizer), processing)
-            servers = [TeacherServer(url, http, requirements) for url in options.urls]
+            probes = tokenizer_probes(tokenizer)
+            needs = TeacherRequirements(options.k, options.max_length, probes, processing, options.check_tokenizers)
+            servers = [TeacherServer(url, http, needs) for url in options.urls]
         identities = run_on_main(lambda: handshake_all(servers, options.max_downtime), TeacherFailed)
+        if mesh.is_main:
+            warn_of_tokenizers(servers, identities, options.differences_file)
         if mesh.is_leader:
             for server, identity in zip(servers, identities, strict=True):
                 server.identity = identity
@@ -124,11 +144,13 @@ class ServerTeacher:
     def begin(self, samples: Iterable[Sample]) -> None:
         """See ``ScoresAhead.begin``."""
         if self.dispatcher is not None:
-            self.dispatcher.begin(filter(None, map(self._build_request, samples)))
+            with contextlib.suppress(GkdError):  # `score` builds the request again, and raises it in all ranks
+                self.dispatcher.begin(filter(None, map(self._build_request, samples)))
 
     def score(self, microbatches: Sequence[Microbatch]) -> list[TopK | None]:
         """See ``TeacherSource.score``; values are log-probabilities at temperature 1, [N, k]."""
-        built = [self._build_request(sample) for microbatch in microbatches for sample in microbatch.samples]
+        samples = [sample for microbatch in microbatches for sample in microbatch.samples]
+        built = run_on_all(lambda: list(map(self._build_request, samples)), TeacherFailed)
         requests = [request for request in built if request is not None]
         scores = self._collect(requests)
         if not self.mesh.is_last_stage:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from megatron_gkd.rollout.megatron.decode_batch import DecodeBatch, DecodeSequence
+from megatron_gkd.rollout.megatron.decode_batch import BatchLimits, DecodeBatch, DecodeSequence
+
+
+def sequence_of(length: int, index: int = 9, num_reserved: int = 10) -> DecodeSequence:
+    return DecodeSequence(index, list(range(10 * index, 10 * index + length)), index, num_reserved)
 
 
 def batch_of(*lengths: int, size: int = 4, max_prompt_tokens: int = 100) -> DecodeBatch:
-    batch = DecodeBatch(0, size, max_prompt_tokens)
-    batch.sequences = [
-        DecodeSequence(i, list(range(10 * i, 10 * i + length)), seed=i) for i, length in enumerate(lengths)
-    ]
+    batch = DecodeBatch(0, BatchLimits(size, 1000, max_prompt_tokens))
+    for i, length in enumerate(lengths):
+        batch.admit(sequence_of(length, i))
     return batch
 
 
@@ -38,7 +41,7 @@ def test_an_empty_batch_gives_padding():
 
 
 def test_room_is_limited_by_the_rows_and_by_the_padded_prompts_of_one_pass():
-    row = DecodeSequence(9, [1] * 6, seed=0)
+    row = sequence_of(6)
     assert batch_of(5, size=2).has_room(row)
     assert not batch_of(5, 5, size=2).has_room(row)
     assert batch_of(5, max_prompt_tokens=12).has_room(row)
@@ -47,6 +50,37 @@ def test_room_is_limited_by_the_rows_and_by_the_padded_prompts_of_one_pass():
     started = batch_of(50, max_prompt_tokens=6)
     started.sequences[0].token_ids = [1]
     assert started.has_room(row)
+
+
+def test_rows_of_the_cache_are_as_long_as_the_longest_sequence_in_progress_needs():
+    batch = DecodeBatch(0, BatchLimits(max_rows=99, max_tokens=100, max_prompt_tokens=1000))
+    batch.admit(sequence_of(6, 0, num_reserved=250))
+    assert batch.cache_shape == (1, 250) and not batch.has_room(sequence_of(1)), "more than the limit goes alone"
+    batch.sequences.clear()
+    for index, num_reserved in enumerate((50, 40)):
+        batch.admit(sequence_of(6, index, num_reserved=num_reserved))
+    assert batch.cache_shape == (2, 50) and not batch.has_room(sequence_of(6, 2, num_reserved=1))
+    del batch.sequences[0]
+    assert batch.has_room(sequence_of(6, 2, num_reserved=40)) and not batch.has_room(sequence_of(6, 2, num_reserved=51))
+    batch.admit(sequence_of(6, 2, num_reserved=10))
+    assert batch.cache_shape == (2, 50), "there is room"
+    del batch.sequences[0]
+    for index in range(3, 12):
+        assert batch.has_room(sequence_of(6, index, num_reserved=10))
+        batch.admit(sequence_of(6, index, num_reserved=10))
+    assert batch.cache_shape == (10, 10) and len(batch.sequences) == 10
+    assert not batch.has_room(sequence_of(6, 12, num_reserved=10))
+
+
+def test_a_cache_is_not_copied_for_few_more_rows():
+    batch = DecodeBatch(0, BatchLimits(max_rows=99, max_tokens=1010, max_prompt_tokens=1000))
+    for index in range(10):
+        batch.admit(sequence_of(1, index, num_reserved=101))
+    batch.sequences = [sequence_of(1, index, num_reserved=91) for index in range(10)]
+    assert not batch.has_room(sequence_of(1, num_reserved=91)), "11 rows of 91 are one more"
+    batch.sequences = batch.sequences[1:]
+    batch.sequences[:] = [sequence_of(1, index, num_reserved=80) for index in range(10)]
+    assert batch.has_room(sequence_of(1, num_reserved=80)), "12 rows of 80 are two more"
 
 
 def test_the_last_row_moves_into_the_place_of_a_finished_one():

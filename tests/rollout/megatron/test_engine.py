@@ -34,7 +34,7 @@ TWO = {"max_batch_tokens": 60}
 ENGINES = {
     "one process": (1, {}, {}),
     "one process, few rows at a time": (1, {}, FEW),
-    "TP2+SP, few rows at a time": (2, TP2 | SP, FEW),
+    "TP2+SP": (2, TP2 | SP, {}),
     "PP2": (2, PP2, {}),
     "CP2": (2, CP2, {}),
 }
@@ -90,7 +90,9 @@ def completions_of(rank, world_size, checkpoint, layout, limits, requests):
 class TestMegatronEngine(RolloutEngineContract):
     @pytest.fixture(scope="class", params=ENGINES)
     @classmethod
-    def results(cls, request, gloo_world):
+    def results(cls, request, gloo_world, one_process):
+        if request.param == "one process":
+            return one_process
         world_size, layout, limits = ENGINES[request.param]
         first, *others = gloo_world(world_size).run(results_of, layout, limits)
         assert all(other == first for other in others), "every rank has the same completions"
@@ -163,24 +165,19 @@ def generate_wrongly(rank, world_size):
     layers[0].mlp.eval()
 
     class Broken(MegatronEngine):
-        def _append_tokens(self, batches, hidden, sampling):
-            super()._append_tokens(batches, hidden, sampling)
+        def _append_tokens(self, batches, *arguments):
+            super()._append_tokens(batches, *arguments)
             if len(batches[0].sequences[0].token_ids) == 3:
                 raise KeyError("half-way")
 
     request = REQUESTS["greedy"]
     with pytest.raises(KeyError):
         Broken(engine.model, [EOS]).generate(request.prompts, request.sampling, request.seeds)
-    with pytest.raises(ValueError) as error:
-        MegatronEngine(engine.model, [EOS], max_batch_tokens=27).generate(
-            request.prompts, request.sampling, request.seeds
-        )
     assert MegatronEngine(engine.model, [EOS], max_batch_tokens=8).generate([], request.sampling, []) == []
     found = {
         "modes": [layer.mlp.training for layer in layers] + [layer.self_attention.training for layer in layers],
         "attention": [vars(layer.self_attention.core_attention).keys() & {"forward"} for layer in layers],
         "completions": tokens_of(engine.generate(request.prompts, request.sampling, request.seeds)),
-        "too long": str(error.value),
     }
     destroy_mesh()
     return found
@@ -191,9 +188,28 @@ def test_an_error_restores_the_model(gloo_world):
     assert found["modes"] == [False] + 7 * [True]
     assert found["attention"] == 4 * [set()]
     assert found["completions"] == transformers_greedy(CHECKPOINT(), REQUESTS["greedy"].prompts, 16)
-    assert found["too long"] == (
-        "the longest prompt (13 tokens) and max_completion_length (16) do not fit into max_batch_tokens (27)"
-    )
+
+
+def generate_in_parts(rank, world_size, layout, limits):
+    """Return tokens and log-probabilities of the completions under each limit of what is generated at once."""
+    from megatron_gkd.runtime.mesh import destroy_mesh
+
+    request, found = REQUESTS["drawn in another batch"], []
+    engine = open_engine(CHECKPOINT(), layout, {})
+    for engine.max_batch_tokens in limits:
+        completions = engine.generate(request.prompts, request.sampling, request.seeds)
+        found.append((tokens_of(completions), [value for one in completions for value in one.log_probs]))
+    destroy_mesh()
+    return found
+
+
+@pytest.mark.parametrize(("world_size", "layout"), [(1, {}), (2, {"pipeline": 2})], ids=["one process", "PP2"])
+def test_a_step_with_more_than_max_batch_tokens_is_generated_in_parts(gloo_world, world_size, layout):
+    """A sequence that exceeds the limit by itself is generated alone; the same tokens are drawn."""
+    for (tokens, log_probs), *parts in gloo_world(world_size).run(generate_in_parts, layout, (65536, 100, 50, 1)):
+        assert len(tokens) > 3
+        for part, part_log_probs in parts:
+            assert part == tokens and part_log_probs == pytest.approx(log_probs, abs=1e-5)
 
 
 def train(rank, world_size, checkpoint, changes, on_the_way):

@@ -34,10 +34,15 @@ pytestmark = [pytest.mark.vllm, pytest.mark.skipif(importlib.util.find_spec("vll
 def vllm_process(checkpoint, tensor_parallel_size):
     """This rank's one vLLM; and how the process had changed when it was there."""
     from megatron_gkd.models.checkpoint import Checkpoint
-    from megatron_gkd.rollout.vllm.process import ColocatedOptions, VllmProcess
+    from megatron_gkd.rollout.vllm.engine_arguments import ColocatedOptions
+    from megatron_gkd.rollout.vllm.process import VllmProcess
 
     options = ColocatedOptions(
-        torch.float32, 256, tensor_parallel_size=tensor_parallel_size, kv_cache_memory_bytes=32 << 20
+        torch.float32,
+        256,
+        tensor_parallel_size=tensor_parallel_size,
+        kv_cache_memory_bytes=32 << 20,
+        further={"max_num_seqs": 16, "enable_prefix_caching": True, "max_num_batched_tokens": 1024},
     )
     before = process_state()
     vllm = VllmProcess(Checkpoint.open(str(checkpoint)), options)
@@ -47,7 +52,7 @@ def vllm_process(checkpoint, tensor_parallel_size):
 def start_with_heads_of(rank, world_size, checkpoint):
     from megatron_gkd.models.checkpoint import Checkpoint
     from megatron_gkd.rollout.vllm.colocated import VllmColocatedEngine
-    from megatron_gkd.rollout.vllm.process import ColocatedOptions
+    from megatron_gkd.rollout.vllm.engine_arguments import ColocatedOptions
     from megatron_gkd.runtime.mesh import Layout, destroy_mesh, initialize_mesh
 
     mesh = initialize_mesh(Layout(), seed=1)
@@ -210,15 +215,20 @@ def test_vllm_wakes_up_to_generate(gloo_world):
     assert gloo_world(1).run(sleep_between, CHECKPOINT())[0] == 2 * [(False, expected)]
 
 
-def train(rank, world_size, checkpoint, engine_name):
-    """Two training steps. With an engine: its samples before each and at the end, and how it changed the process."""
+def train(rank, world_size, checkpoint, engine_name, leaves=False):
+    """Two training steps. With an engine: its samples before each and at the end, and how it changed the process.
+
+    The student is in host memory while the engine samples if it `leaves`.
+    """
     from training_layouts import build, named_gradients
 
     from megatron_gkd.rollout.megatron.engine import MegatronEngine
     from megatron_gkd.runtime.mesh import destroy_mesh
+    from megatron_gkd.training.student_offload import OffloadOptions, StudentOffload
 
     _, student, _, batches = build(checkpoint, None, {"teacher": {"teacher_kind": "none"}})
     engine, records, completions, changes = None, [], [], []
+    offload = StudentOffload(student, OffloadOptions(leaves, leaves))
     if engine_name == "vllm":
         engine = open_engine(student.mesh, checkpoint)
         changes += vllm_process(checkpoint, 1)[2]
@@ -229,7 +239,8 @@ def train(rank, world_size, checkpoint, engine_name):
         if engine is not None:
             before = process_state()
             engine.load_weights(student.model.named_tensors(), version)
-            with engine.resident():
+            with offload.away(), engine.resident():
+                assert (offload.freed_bytes > 0) == leaves
                 completions.append(generate(engine, REQUESTS["greedy"]))
             changes.extend(differences(before, process_state()))
 
@@ -242,9 +253,10 @@ def train(rank, world_size, checkpoint, engine_name):
     return records, completions, changes
 
 
-def test_training_goes_on_as_if_nothing_had_been_sampled(gloo_world):
+@pytest.mark.parametrize("leaves", [False, True])
+def test_training_goes_on_as_if_nothing_had_been_sampled(leaves, gloo_world):
     undisturbed, _, _ = gloo_world(1).run(train, CHECKPOINT(), None)[0]
-    records, by_vllm, changes = gloo_world(1).run(train, CHECKPOINT(), "vllm")[0]
+    records, by_vllm, changes = gloo_world(1).run(train, CHECKPOINT(), "vllm", leaves)[0]
     _, by_the_student, _ = gloo_world(1).run(train, CHECKPOINT(), "megatron")[0]
     for (totals, gradients, norm), (expected_totals, expected_gradients, expected_norm) in zip(
         records, undisturbed, strict=True

@@ -13,7 +13,7 @@ from vision_checkpoints import write_image
 from megatron_gkd.data.vision.files import ImageStore
 from megatron_gkd.rollout.base import RolloutFailed
 from megatron_gkd.rollout.vllm.completion_response import Sampled
-from megatron_gkd.rollout.vllm.process import ColocatedOptions
+from megatron_gkd.rollout.vllm.engine_arguments import ColocatedOptions
 
 
 class FakeVllm:

@@ -41,7 +41,7 @@ def world():
 def engine_in_process(checkpoint):
     from megatron_gkd.models.checkpoint import Checkpoint
     from megatron_gkd.rollout.vllm.colocated import VllmColocatedEngine
-    from megatron_gkd.rollout.vllm.process import ColocatedOptions
+    from megatron_gkd.rollout.vllm.engine_arguments import ColocatedOptions
     from megatron_gkd.runtime.mesh import Layout, destroy_mesh, initialize_mesh
 
     options = ColocatedOptions(torch.float32, 128, kv_cache_memory_bytes=32 << 20)

@@ -15,6 +15,7 @@ from teachers.fake_server import FakeServer
 
 from megatron_gkd.errors import ServiceError, UserError
 from megatron_gkd.runtime.servers import ServerDown, open_client
+from megatron_gkd.teachers.server import client
 from megatron_gkd.teachers.server.client import TeacherRequirements, TeacherServer, handshake_all
 from megatron_gkd.teachers.server.response import ScoreRequest
 from megatron_gkd.teachers.server.tokenizer import tokenizer_probes
@@ -60,21 +61,21 @@ def swapped():
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (swapped(), r"not the student's: .* has from its token \d+ the ids \[.*\] there and \[.*\] here"),
-        (tiny_tokenizer(prefix="v"), "not the student's: .* start it with a teacher of the student's family"),
-        (tiny_tokenizer(num_words=59), "not the student's"),
+        (swapped(), r"2 differences, id \d+ is 'w\d' for the student and 'w\d' for the teacher; id \d+ is"),
+        (tiny_tokenizer(prefix="v"), "60 differences, the first are: .*: name a teacher of the student's family"),
+        (tiny_tokenizer(num_words=59), r"\d+ differences"),
     ],
 )
 def test_another_tokenizer_is_refused(other, message, fake):
     fake.tokenizer = other
-    with pytest.raises(UserError, match=f"{fake.url}: its tokenizer is {message}"):
+    with pytest.raises(UserError, match=f"{fake.url}: its tokenizer is not the student's: {message}"):
         client_of(fake).handshake(max_downtime=5.0)
 
 
 def test_the_same_ids_of_other_tokens_are_refused(fake):
     names = fake.tokenizer.convert_ids_to_tokens
     fake.tokenizer.convert_ids_to_tokens = lambda ids: ["W9" if name == "w9" else name for name in names(ids)]
-    with pytest.raises(UserError, match="the id 13 is 'W9' there and 'w9' here"):
+    with pytest.raises(UserError, match="1 difference, id 13 is 'w9' for the student and 'W9' for the teacher"):
         client_of(fake).handshake(max_downtime=5.0)
 
 
@@ -226,6 +227,24 @@ def test_a_check_finds_another_model_without_a_lost_connection(fake):
         server.check()
     fake.stop()
     server.check()  # whoever scores will find that it is down
+
+
+def test_another_model_after_a_pause_is_refused_before_it_scores(fake, monkeypatch):
+    server = client_of(fake)
+    server.handshake(max_downtime=5.0)
+    before = len(fake.asked)
+    server.score(REQUEST)
+    assert fake.asked[before:] == ["/v1/completions"], "there was no pause"
+    monkeypatch.setattr(client, "_MAX_PAUSE", -1.0)
+    before = len(fake.asked)
+    server.score(REQUEST)
+    assert fake.asked[before:] == ["/v1/models", "/v1/completions", "/v1/completions"]
+    fake.stop()
+    fake.checkpoint = OTHER()  # no request was in flight, and the next one makes a new connection
+    fake.start()
+    for _ in range(2):
+        with pytest.raises(ServiceError, match=ANOTHER):
+            server.score(REQUEST)
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.03])
