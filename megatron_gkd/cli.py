@@ -24,18 +24,30 @@ if TYPE_CHECKING:
 USAGE = """\
 usage: megatron-gkd train recipe.yaml [--nproc N] [--leaf value ...]
        megatron-gkd check recipe.yaml [--nproc N] [--leaf value ...]
+       megatron-gkd data recipe.yaml [--show 3] [--split train|validation] [--json] [--leaf value ...]
+       megatron-gkd plan recipe.yaml --gpus N [--gpu-memory 80GB] [--nodes-of 8] [--device NAME|FILE.yaml]
+                             [--suggest [N]] [--json] [--leaf value ...]
        megatron-gkd score recipe.yaml --output FOLDER [--nproc N] [--leaf value ...]
        megatron-gkd generate recipe.yaml --from teacher|student --output FILE.jsonl [--n N] [--nproc N]
                              [--leaf value ...]
+       megatron-gkd doctor [recipe.yaml] [--nproc N] [--json] [--leaf value ...]
+       megatron-gkd migrate args.sh|args.yaml [--from swift|trl|nemo] [--output recipe.yaml]
        megatron-gkd checkpoint list RUN
        megatron-gkd checkpoint verify RUN [STEP]
-       megatron-gkd checkpoint export RUN [STEP] [--output FOLDER] [--nproc N] [--leaf value ...]
+       megatron-gkd checkpoint export RUN [STEP] [--output FOLDER] [--merge] [--nproc N] [--leaf value ...]
 
 train     distill a teacher into a student
 check     check the recipe for N processes (default 1), print all that is wrong with it, or the recipe and its layout
+data      tokenize the rows as train does; print some as the model reads them, why others are left out, and the lengths.
+          Reads neither weights nor teachers, needs no GPU
+plan      print the memory of each GPU, the communication and an estimate of the time of a step on N GPUs, what does not
+          fit and what helps, and with --suggest the fastest layouts; reads the models' config.json alone, needs no GPU
 score     write the teacher's log-probabilities of each row of the data sets (of its gkd_logits_topk most likely tokens)
           to a folder, from which `teacher: {teacher_cache: FOLDER}` trains under any layout, without a teacher
 generate  write N completions of each prompt of the data set, as rows of token ids to train on with lmbda 0
+doctor    check this machine and its installation, and a recipe's files and servers: one line each, ok, warning or
+          failed, with the remedy. The exit code is 0 unless one failed
+migrate   write a recipe from a script or configuration of ms-swift, TRL or NeMo-RL, and list what it leaves out
 checkpoint
           list the checkpoints of the run in the folder RUN (its output_dir), verify the files of one or all, or export
           one as a Hugging Face folder: STEP is a number, best or last (the default). An export needs one process,
@@ -50,9 +62,15 @@ Options: -h, --help (`megatron-gkd train --help` lists the recipe's keys), --ver
 OVERRIDES = """\
 Every key of the recipe can be given on the command line as --leaf value or --section.leaf value; values are YAML.
 A true-or-false key may stand alone (--packing); a list takes several values (--dataset a.jsonl b.jsonl).
+Names of ms-swift, TRL and NeMo-RL (--torch_dtype, --save_steps, --learning_rate, ...) are accepted, too:
+docs/migrating.md lists them.
 """
 
-_WITHOUT_PROCESSES = ("check", "checkpoint list", "checkpoint verify")
+_FIRST = {
+    "checkpoint": f"the action must come first: {', '.join(ACTIONS)}",
+    "migrate": "the script or configuration must come first: megatron-gkd migrate args.sh",
+}
+_WITHOUT_PROCESSES = ("check", "data", "plan", "doctor", "migrate", "checkpoint list", "checkpoint verify")
 
 
 def run() -> NoReturn:
@@ -107,10 +125,10 @@ def _dispatch(arguments: list[str]) -> int:
     if "-h" in rest or "--help" in rest:
         print_text(_help(name))
         return 0
+    if name == "doctor" and (not rest or rest[0].startswith("-")):
+        rest = ["", *rest]
     if not rest or rest[0].startswith("-"):
-        first = f"the action must come first: {', '.join(ACTIONS)}"
-        if name != "checkpoint":
-            first = f"the recipe's path must come first: megatron-gkd {name} recipe.yaml"
+        first = _FIRST.get(name, f"the recipe's path must come first: megatron-gkd {name} recipe.yaml")
         raise CommandRefused(f"megatron-gkd {name}: {first}")
     subject, arguments = rest[0], rest[1:]
     options = None
@@ -172,11 +190,17 @@ def _help(name: str) -> str:
 
     options = {
         "check": commands.CHECK,
+        "data": commands.DATA,
+        "doctor": commands.DOCTOR,
+        "plan": commands.PLAN,
         "score": commands.SCORE,
         "generate": commands.GENERATE,
         "checkpoint": commands.EXPORT,
+        "migrate": commands.MIGRATE,
     }.get(name)
     own = f"options of {name}:\n{help_of(options)}\n\n" if options else ""
-    if name != "check":
+    if name not in _WITHOUT_PROCESSES:
         own += f"options to start several processes:\n{help_of(LAUNCH)}\n\n"
+    if name == "migrate":  # reads no recipe
+        return f"{USAGE}\n{own.rstrip()}"
     return f"{USAGE}\n{own}{OVERRIDES}\n{recipe_keys()}"

@@ -13,6 +13,11 @@ class GkdError(Exception):
     is_shared = False
 
 
+def one_line(text: str) -> str:
+    """Return `text`, which may hold what a user wrote, on one line: other characters than printable ones as escapes."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
 class UserError(GkdError):
     """A mistake of the user: a wrong recipe, data row, checkpoint or option."""
 

@@ -51,7 +51,7 @@ def generate(path: str, arguments: list[str], world_size: int) -> Work:
 
 
 def check(path: str, arguments: list[str], world_size: int) -> Work:
-    """Print a recipe and its layout over `--nproc` processes, whatever the number of those that run."""
+    """Load a recipe's plugins, and print it and its layout over `--nproc` processes, not over those that run."""
     from megatron_gkd.config import commands
 
     options, overrides = take(arguments, commands.CHECK)
@@ -59,7 +59,9 @@ def check(path: str, arguments: list[str], world_size: int) -> Work:
 
     def work() -> None:
         from megatron_gkd.config.layout import describe_layout
+        from megatron_gkd.data.plugins import load_plugins
 
+        load_plugins(recipe.data.external_plugins)
         lines = [f"{name + ':':8} {text}" for name, text in describe_layout(recipe, options["nproc"]).items()]
         print_text("\n".join([recipe.to_yaml(), *lines]))
 

@@ -32,6 +32,7 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 from megatron_gkd.errors import ServiceError, UserError
 from megatron_gkd.launch import failures, report
 from megatron_gkd.launch.deadlines import ENDS_AFTER_A_KILL_S, ENDS_BY_ITSELF_S, Deadlines
+from megatron_gkd.launch.memory import count_memory_kills
 from megatron_gkd.launch.options import LaunchOptions
 from megatron_gkd.launch.ranks import Ranks
 from megatron_gkd.launch.report import INTERRUPTED, End
@@ -39,6 +40,7 @@ from megatron_gkd.launch.signals import SignalHandlers
 
 POLL_EVERY_S = 0.05
 CHECK_NODES_EVERY_S = 1.0
+CAUSE_WITHIN_S = 5.0  # a node whose ranks have lost a connection waits so long for the failure on another node
 LEAVES_AFTER_S = {True: 300.0, False: 60.0}  # how long nodes wait for each other after success and after a failure
 _LAST_RECORD_WITHIN_S = 1.0
 
@@ -68,6 +70,7 @@ class RankAgent(SimpleElasticAgent):
         self._received: list[int] = []
         self._ranks: Ranks = Ranks([])
         self._folder: Path | None = None
+        self._memory_kills = 0
         self.ends: list[End] = []
         self.elsewhere: tuple[str, int] | None = None
         self._ranks_store: dist.TCPStore | None = None
@@ -107,6 +110,7 @@ class RankAgent(SimpleElasticAgent):
         self._early, self._received, self.ends, self.elsewhere = [], [], [], None
         self._folder = Path(tempfile.mkdtemp(prefix="megatron-gkd-"))
         self._phase = _Phase.STARTING
+        self._memory_kills = count_memory_kills()
         self._signals.install()
         self._ranks = Ranks.start(self._command, [self._variables(worker) for worker in worker_group.workers])
         self._phase = _Phase.RUNNING
@@ -155,7 +159,19 @@ class RankAgent(SimpleElasticAgent):
                 if self._check_nodes(watch):
                     return RunResult(WorkerState.HEALTHY)
             time.sleep(POLL_EVERY_S)
+        self._wait_for_cause(watch)
         return self._result(worker_group)
+
+    def _wait_for_cause(self, watch: Deadlines) -> None:
+        """Wait for the failure on another node where ranks of this one have only lost their connections to it."""
+        if self._options.max_nodes == 1 or self._remaining_restarts > 0 or self._received:
+            return
+        if not self._causes or any(not end.is_consequence for end in self._causes):
+            return
+        deadline = time.monotonic() + CAUSE_WITHIN_S
+        while self.elsewhere is None and time.monotonic() < deadline:
+            self._check_nodes(watch)
+            time.sleep(POLL_EVERY_S)
 
     def _end_of(self, local_rank: int, watch: Deadlines) -> End:
         worker, code = self._worker_group.workers[local_rank], self._ranks.codes[local_rank]
@@ -169,6 +185,7 @@ class RankAgent(SimpleElasticAgent):
             failure,
             stopped=watch.stopped if is_killed else None,
             forwarded=0 if watch.stopped else forwarded,
+            lacked_memory=code == -signal.SIGKILL and count_memory_kills() > self._memory_kills,
         )
 
     def _check_nodes(self, watch: Deadlines) -> bool:
@@ -179,7 +196,10 @@ class RankAgent(SimpleElasticAgent):
             if self._store.check(["failed"]):
                 code, _, text = self._store.get("failed").decode().partition(" ")
                 self.elsewhere = text, int(code)
-                watch.on_failure(ENDS_AFTER_A_KILL_S)
+                if int(code) == INTERRUPTED:  # nodes announce no other end with this code
+                    watch.on_hang()
+                else:
+                    watch.on_failure(ENDS_AFTER_A_KILL_S)
             return not self._received and self._worker_group.spec.rdzv_handler.num_nodes_waiting() > 0
         except (RendezvousError, dist.DistError):
             self.elsewhere = "lost the connection to the rendezvous; the launcher that holds it has ended", 1
@@ -198,7 +218,7 @@ class RankAgent(SimpleElasticAgent):
         if self._remaining_restarts > 0:
             number = worker_group.spec.max_restarts - self._remaining_restarts + 1
             print(f"{self.report()}\nrestart {number} of {worker_group.spec.max_restarts}", file=sys.stderr, flush=True)
-        elif code != INTERRUPTED and self.elsewhere is None:
+        elif self.elsewhere is None and (code != INTERRUPTED or any(end.is_hang for end in self.ends)):
             first = self.report().partition("\n")[0]
             with contextlib.suppress(dist.DistError):
                 self._store.set("failed", f"{code} node {worker_group.group_rank} ({socket.gethostname()}): {first}")

@@ -10,7 +10,8 @@ from megatron_gkd.launch.report import End, Stop
 
 ENDS_BY_ITSELF_S = 10.0  # ranks that fail together do so within this time of each other, with their messages
 ENDS_AFTER_A_KILL_S = 2.0  # the same, where a rank was killed: the others can only lose their connections
-ENDS_AFTER_SIGTERM_S = 30.0
+ENDS_AFTER_SIGTERM_S = 10.0
+ENDS_AFTER_A_HANG_S = 5.0  # then SIGKILL: a process that is stopped receives nothing else
 
 
 class Deadlines:
@@ -30,7 +31,9 @@ class Deadlines:
         """Note the end of a rank."""
         if end.code == 0:
             return
-        if end.is_interruption:
+        if end.is_hang:
+            self.on_hang()
+        elif end.is_interruption:
             self.on_signal()
         else:
             self.on_failure(ENDS_AFTER_A_KILL_S if end.code < 0 else ENDS_BY_ITSELF_S)
@@ -42,6 +45,11 @@ class Deadlines:
     def on_failure(self, seconds: float) -> None:
         """Note a failure; the other ranks have `seconds` to end by themselves."""
         self._terminate_at = min(self._terminate_at, time.monotonic() + seconds)
+
+    def on_hang(self) -> None:
+        """Note that the run hangs: ranks that respond end together, and the others not at all."""
+        self.on_failure(ENDS_AFTER_A_KILL_S)
+        self._kill_at = min(self._kill_at, time.monotonic() + ENDS_AFTER_A_HANG_S)
 
     def act(self, ranks: Ranks) -> None:
         """Send the signals that are due."""

@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 from megatron_gkd.launch import claims, environment
 from megatron_gkd.runtime.disk import replace_text
@@ -23,6 +24,9 @@ LAUNCHER = "MEGATRON_GKD_LAUNCHER_PID"
 """The environment variable with the process id of our launcher."""
 
 _FIRST_NODE_ENDS_WITHIN_S = 8.0
+
+FailureKind = Literal["failure", "consequence", "hang"]
+"""A failure of its own; the end of a rank since another one has failed; the end of a rank since the run hangs."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Failure:
         code: the rank's exit code.
         is_shared: whether all ranks fail for this reason, so that the message names none of them.
         time: seconds since the epoch.
+        kind: of the failure.
     """
 
     message: str
@@ -42,9 +47,17 @@ class Failure:
     code: int
     is_shared: bool
     time: float
+    kind: FailureKind = "failure"
 
 
-def report_failure(message: str, traceback_text: str | None, code: int, *, is_shared: bool = False) -> None:
+def report_failure(
+    message: str,
+    traceback_text: str | None,
+    code: int,
+    *,
+    is_shared: bool = False,
+    kind: FailureKind = "failure",
+) -> None:
     """Report why this process ends, which it must do next.
 
     Args:
@@ -52,14 +65,16 @@ def report_failure(message: str, traceback_text: str | None, code: int, *, is_sh
         traceback_text: of an unexpected exception; None for an expected failure.
         code: the exit code that follows.
         is_shared: whether every rank of the run reports this message.
+        kind: of the failure. A consequence is for our launcher alone: the rank with the cause prints that.
     """
     folder = os.environ.get(FOLDER)
     if folder is not None:
-        failure = Failure(message, traceback_text, code, is_shared, time.time())
+        failure = Failure(message, traceback_text, code, is_shared, time.time(), kind)
         with contextlib.suppress(OSError):
             replace_text(_file(Path(folder), environment.rank()), json.dumps(asdict(failure)))
             return
-    _print(traceback_text.rstrip() if traceback_text else message, is_shared=is_shared)
+    if kind != "consequence":
+        _print(traceback_text.rstrip() if traceback_text else message, is_shared=is_shared)
 
 
 def read_failure(folder: Path, rank: int) -> Failure | None:

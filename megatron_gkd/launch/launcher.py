@@ -17,8 +17,9 @@ from megatron_gkd.launch import meet
 from megatron_gkd.launch.agent import RankAgent
 from megatron_gkd.launch.options import GPU, LaunchOptions
 from megatron_gkd.runtime import portability
+from megatron_gkd.runtime.hosts import REACHED_WITHIN_S
+from megatron_gkd.runtime.open_files import raise_open_files_limit
 
-_JOIN_WITHIN_S = 600
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -29,6 +30,7 @@ def launch(options: LaunchOptions, command: Sequence[str]) -> int:
         UserError: the ranks could not be started.
     """
     _silence_torch_agent()
+    raise_open_files_limit()
     host, port = options.rdzv or ("127.0.0.1", 0)
     address = None
     if options.node_rank == 0 or host in _LOOPBACK:
@@ -55,7 +57,7 @@ def launch(options: LaunchOptions, command: Sequence[str]) -> int:
 def _rendezvous(options: LaunchOptions, host: str, port: int, address: str | None) -> RendezvousHandler:
     is_host = True if options.rdzv is None else meet.is_host(host, port, options.node_rank)
     if not is_host:
-        meet.wait_for_host(host, port, _JOIN_WITHIN_S)
+        meet.wait_for_host(host, port, REACHED_WITHIN_S)
     parameters = RendezvousParameters(
         backend="c10d",
         endpoint=f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
@@ -63,7 +65,7 @@ def _rendezvous(options: LaunchOptions, host: str, port: int, address: str | Non
         min_nodes=options.min_nodes,
         max_nodes=options.max_nodes,
         local_addr=address,
-        join_timeout=_JOIN_WITHIN_S,
+        join_timeout=REACHED_WITHIN_S,
         is_host=is_host,
     )
     return get_rendezvous_handler(parameters)

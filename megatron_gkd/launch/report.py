@@ -8,18 +8,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from megatron_gkd.errors import Interrupted
+from megatron_gkd.errors import GkdError, Interrupted
 from megatron_gkd.launch.failures import Failure
+from megatron_gkd.runtime.lost_peers import is_of_lost_peer
 
 INTERRUPTED = Interrupted.exit_code
-
-_LOST_PEER = re.compile(
-    r"connection (closed|reset|refused)|connection to rank \d+ is lost|connection was closed|broken pipe"
-    r"|remote process (exited|has)|failed to (recv|send)|recvValue failed|sendBytes failed|communicator was aborted"
-    r"|^\w*(DistBackendError|DistNetworkError|DistStoreError)\b|DistNetworkError|DistStoreError|socket timeout",
-    re.IGNORECASE,
-)
-"""Messages of a rank that has lost its connection to another one, which has ended."""
 
 
 class Stop(Enum):
@@ -40,6 +33,7 @@ class End:
         failure: what it reported; None if it ended without a report.
         stopped: why the launcher killed it; None if it did not.
         forwarded: the signal, received by the launcher and forwarded, that ended it; 0 for none.
+        lacked_memory: whether the kernel of this node has killed a process for lack of memory meanwhile.
     """
 
     rank: int
@@ -48,24 +42,34 @@ class End:
     failure: Failure | None = None
     stopped: Stop | None = None
     forwarded: int = 0
+    lacked_memory: bool = False
 
     @property
     def is_interruption(self) -> bool:
         """Whether a signal to the launcher ended the rank, saved or not."""
-        return self.code == INTERRUPTED or self.forwarded != 0
+        return (self.code == INTERRUPTED and not self.is_hang) or self.forwarded != 0
+
+    @property
+    def is_hang(self) -> bool:
+        """Whether the rank has ended since the run hangs."""
+        return self.failure is not None and self.failure.kind == "hang"
 
     @property
     def is_consequence(self) -> bool:
         """Whether the rank most likely failed since another one did."""
         if self.failure is None:
             return self.stopped is Stop.FAILURE_ELSEWHERE
-        return _LOST_PEER.search(self.failure.message) is not None
+        if self.failure.kind != "failure":
+            return self.failure.kind == "consequence"
+        # A message with an exit code of its own is for the user: what it says of a connection is about a server.
+        is_unexpected = self.failure.traceback is not None or self.failure.code == GkdError.exit_code
+        return is_unexpected and is_of_lost_peer(self.failure.message)
 
 
 def causes(ends: Iterable[End]) -> list[End]:
     """Return the ends that are failures, the likely cause first."""
     failed = [end for end in ends if end.code != 0 and not end.is_interruption]
-    return sorted(failed, key=lambda end: (end.is_consequence, end.time, end.rank))
+    return sorted(failed, key=lambda end: (not end.is_hang, end.is_consequence, end.time, end.rank))
 
 
 def exit_code(ends: Sequence[End]) -> int:
@@ -113,9 +117,16 @@ def _text(end: End, timeout: float, *, is_explained: bool) -> tuple[str, str | N
     if end.stopped is Stop.FAILURE_ELSEWHERE:
         return "stopped by the launcher", None
     if end.code < 0:
-        hint = " (out of memory?)" if end.code == -signal.SIGKILL else ""
-        return f"was killed by {_signal_name(-end.code)}{hint}", None
+        return f"was killed by {_signal_name(-end.code)}{_hint(end)}", None
     return f"ended with exit code {end.code} without a message", None
+
+
+def _hint(end: End) -> str:
+    if end.code != -signal.SIGKILL:
+        return ""
+    if end.lacked_memory:
+        return " (out of memory: the kernel has killed a process of this node for lack of host memory)"
+    return " (out of memory?)"
 
 
 def _signal_name(number: int) -> str:

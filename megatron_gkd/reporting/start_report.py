@@ -52,16 +52,23 @@ class RowsLine:
     Attributes:
         split: `training` or `validation`.
         summary: number of rows used, and of those left out for each reason.
-        tokens: number of tokens in the used rows, prompts included.
+        tokens: number of tokens in the used rows, prompts included; None where that is not known.
+        forms: how many rows of each source are written in which form.
+        example: a row as the model reads it.
+        remark: what is unusual in the rows, for a warning.
     """
 
     split: str
     summary: str
-    tokens: int
+    tokens: int | None
+    forms: Sequence[str] = ()
+    example: Sequence[str] = ()
+    remark: str | None = None
 
     def text(self) -> str:
         """Return the line."""
-        return f"{self.split}: {format_count(self.tokens)} tokens; {self.summary}"
+        tokens = "" if self.tokens is None else f"{format_count(self.tokens)} tokens; "
+        return f"{self.split}: {tokens}{self.summary}"
 
 
 @dataclass(frozen=True)
@@ -77,12 +84,14 @@ class StartReport:
         precision: types of weights, gradients and optimizer state.
         kernels: implementation of the divergence.
         attention: implementation of the attention.
+        fusions: Megatron-Core's fused kernels, and the implementation of Adam.
         student: the model that is trained.
         teachers: in the recipe's order; empty for plain cross-entropy.
         rollouts: how the student samples; None where it does not sample.
+        completions: their lengths, and what ends them; None where there are none.
         rows: the splits that are read.
         train_iters: steps of the whole run.
-        epochs: passes over the training rows in as many steps.
+        epochs: passes over the training rows in as many steps; None where that is not known.
         first_step: the next step.
         origin: origin of the weights where that is not the student's model: `resumed from PATH`.
         checkpoints: their interval and folder; None where there are none.
@@ -101,11 +110,13 @@ class StartReport:
     teachers: Sequence[ModelLine]
     rows: Sequence[RowsLine]
     train_iters: int
-    epochs: float
+    epochs: float | None
     output_dir: str
+    fusions: str = ""
     first_step: int = 1
     origin: str | None = None
     rollouts: str | None = None
+    completions: str | None = None
     checkpoints: str | None = None
 
     def lines(self) -> list[Line]:
@@ -118,10 +129,14 @@ class StartReport:
             ("precision", self.precision),
             ("kernels", self.kernels),
             ("attention", self.attention),
+            *([("fusions", self.fusions)] if self.fusions else []),
             *((model.role, model.text()) for model in (self.student, *self.teachers)),
             *([] if self.teachers else [_NO_TEACHER]),
             *([("rollouts", self.rollouts)] if self.rollouts else []),
-            *_under("rows", (rows.text() for rows in self.rows)),
+            *([("completions", self.completions)] if self.completions else []),
+            *group_lines("rows", (rows.text() for rows in self.rows)),
+            *group_lines("forms", (form for rows in self.rows for form in rows.forms)),
+            *group_lines("first row", (line for rows in self.rows for line in rows.example)),
             ("steps", self._steps()),
             ("checkpoints", self.checkpoints or "none (output.save_interval = null)"),
             ("output", self.output_dir),
@@ -134,7 +149,8 @@ class StartReport:
     def _steps(self) -> str:
         first = f"starting at step {self.first_step}" if self.first_step <= self.train_iters else "all of them done"
         origin = f", {self.origin}" if self.origin else ""
-        return f"{self.train_iters} ({self.epochs:.3g} epochs), {first}{origin}"
+        epochs = "" if self.epochs is None else f" ({self.epochs:.3g} epochs)"
+        return f"{self.train_iters}{epochs}, {first}{origin}"
 
 
 def format_lines(lines: Sequence[Line]) -> str:
@@ -143,7 +159,8 @@ def format_lines(lines: Sequence[Line]) -> str:
     return "\n".join(f"{name:{width}}  {text}".rstrip() for name, text in lines)
 
 
-def _under(name: str, texts: Iterable[str]) -> list[Line]:
+def group_lines(name: str, texts: Iterable[str]) -> list[Line]:
+    """Return a line for each text, the first with the name."""
     return [("" if index else name, text) for index, text in enumerate(texts)]
 
 

@@ -20,6 +20,7 @@ from megatron_gkd.training.on_policy import OnSample, RolloutOptions, Rollouts
 from megatron_gkd.training.prepare import PreparedRun
 from megatron_gkd.training.step_prompts import StepPrompts
 from megatron_gkd.training.student import Student
+from megatron_gkd.training.student_offload import OffloadOptions, StudentOffload
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,12 @@ def assemble(recipe: Recipe, mesh: Mesh, prepared: PreparedRun) -> AssembledRun:
     teacher = build_teacher(recipe, mesh, student, prepared.models.teachers, has_images=prepared.has_images)
     rollouts = None if recipe.distill.lmbda == 0 else build_rollouts(recipe, mesh, prepared, student, teacher)
     batches = StepLoader(
-        prepared.training,
-        prepared.order,
+        prepared.training.samples,
+        prepared.training.order,
         prepared.batch_config,
         range(prepared.last_step + 1, train_iters + 1),
-        num_workers=recipe.data.dataloader_num_workers,
+        # All ranks read the rows of a stream together, which other processes can't; those tokenize.
+        num_workers=0 if recipe.data.streaming else recipe.data.dataloader_num_workers,
         skip=partial(prepared.lambda_schedule.any, count=recipe.train.global_batch_size),
     )
     validation = None
@@ -60,16 +62,10 @@ def assemble(recipe: Recipe, mesh: Mesh, prepared: PreparedRun) -> AssembledRun:
     if prepared.point is not None:
         load(saved, prepared.point.path, prepared.point.step)
     elif recipe.train.init_from is not None:
-        load_weights(saved, find_checkpoint(recipe.train.init_from))
-    return AssembledRun(student, teacher, _build_data(prepared, batches, validation, rollouts), saved)
-
-
-def _build_data(
-    prepared: PreparedRun, batches: StepLoader, validation: StepLoader | None, rollouts: Rollouts | None
-) -> TrainingData:
-    if not prepared.has_images:
-        return TrainingData(batches, validation, rollouts)
-    return TrainingData(AgreedBatches(batches), None if validation is None else AgreedBatches(validation), rollouts)
+        load_weights(saved, find_checkpoint(recipe.train.init_from, "train.init_from"))
+    agreed = None if validation is None else AgreedBatches(validation)
+    data = TrainingData(AgreedBatches(batches), agreed, rollouts, prepared.training.stream)
+    return AssembledRun(student, teacher, data, saved)
 
 
 def build_rollouts(
@@ -78,26 +74,30 @@ def build_rollouts(
     """Build what samples the steps that the lambda schedule gives to the student."""
     section = recipe.rollout
     checkpoint, images = prepared.models.student, prepared.models.images
-    sampling = sampling_of(section, student.objective.vocab_size, prepared.models.find_reserved_ids())
+    sampling = sampling_of(
+        recipe, prepared.ends.token_ids, student.objective.vocab_size, prepared.models.find_reserved_ids()
+    )
     if section.engine != "megatron":
         logit_bias(sampling, checkpoint.vocab_size)  # too many excluded ids end the run before the engine starts
+    offload = StudentOffload(student, OffloadOptions(recipe.memory.offload_model, recipe.memory.offload_optimizer))
     options = RolloutOptions(
         sampling,
         truncated=section.truncated_completions,
         steps_ahead=section.steps_ahead,
         num_steps=prepared.train_iters,
         tensors=rollout_tensors(recipe),
+        make_room=offload.away,
     )
     prompts = StepPrompts(
-        prepared.training,
-        prepared.order,
+        prepared.training.samples,
+        prepared.training.order,
         prepared.lambda_schedule,
         prepared.batch_config,
         recipe.data.teacher_max_length,
     )
-    return Rollouts(
-        build_engine(recipe, mesh, student.model, checkpoint, images), prompts, options, mesh.dp, _announce_to(teacher)
-    )
+    with offload.away():  # vLLM measures how much memory is free
+        engine = build_engine(recipe, mesh, student.model, checkpoint, images)
+    return Rollouts(engine, prompts, options, mesh.dp, _announce_to(teacher))
 
 
 def _announce_to(teacher: TeacherSource | None) -> OnSample | None:

@@ -7,13 +7,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch.profiler import record_function
-
 from megatron_gkd.data.loader import StepLoader
 from megatron_gkd.data.microbatch import Microbatch
 from megatron_gkd.data.sample import FROM_DATASET
+from megatron_gkd.data.streams.streamed_rows import StreamedRows
 from megatron_gkd.runtime import portability
 from megatron_gkd.runtime.agreement import run_on_all
+from megatron_gkd.runtime.current_phase import in_phase
 from megatron_gkd.teachers.base import ScoresAhead, TeacherSource
 from megatron_gkd.training.metrics import describe_rollouts
 from megatron_gkd.training.on_policy import Rollouts
@@ -25,9 +25,9 @@ Batch = list[Microbatch] | None
 
 
 class AgreedBatches:
-    """Batches of which a failure on one rank is raised on all ranks.
+    """Batches of which a failure on one rank is raised on all ranks, which would wait for it in the step.
 
-    Images are decoded on some ranks alone, so that one that can't be read there would leave the others waiting.
+    Images are decoded on some ranks alone, and the processes that prepare batches may be killed on any.
 
     Args:
         loader: of this rank; all ranks have as many steps, and iterate together.
@@ -50,11 +50,13 @@ class TrainingData:
         batches: the microbatches of one step after the other; None for a step that `rollouts` makes.
         validation: the microbatches of the validation rows; None without validation.
         rollouts: makes the steps in which the student samples; None where it never does.
+        stream: where the rows are read while training; None where they are tokenized.
     """
 
     batches: Iterable[Batch]
     validation: Iterable[Batch] | None = None
     rollouts: Rollouts | None = None
+    stream: StreamedRows | None = None
 
 
 @dataclass(frozen=True)
@@ -115,18 +117,18 @@ def prepare_batch(step: int, microbatches: Batch, rollouts: Rollouts | None, stu
     if microbatches is None:
         if not rollouts.has_begun(step):
             sync_seconds += _sync_weights(rollouts, student, step)
-        with record_function("gkd/rollout"):
+        with in_phase("rollout"):
             microbatches, report = rollouts.microbatches(step)
     if rollouts.is_early(step + 1):
         sync_seconds += _sync_weights(rollouts, student, step)
-        with record_function("gkd/rollout"):
+        with in_phase("rollout"):
             probed = rollouts.probe_mismatch(student, step + 1)
             rollouts.begin(step + 1)
     return StepBatch(_to_device(microbatches), report, sync_seconds, probed)
 
 
 def _sync_weights(rollouts: Rollouts, student: Student, step: int) -> float:
-    with record_function("gkd/weight_sync"):
+    with in_phase("weight_sync"):
         return rollouts.load_weights(student, version=step - 1)  # the updates before this step
 
 

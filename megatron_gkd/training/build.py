@@ -14,29 +14,27 @@ from megatron_gkd.checkpoint_format.adapter_files import adapter_config, factor_
 from megatron_gkd.checkpoint_format.layer_limits import vllm_problems
 from megatron_gkd.checkpoint_format.lora_layers import LANGUAGE
 from megatron_gkd.checkpoint_format.weight_files import HEAD
-from megatron_gkd.config.lora_rules import layer_rules
-from megatron_gkd.config.schema import LoraSection, Recipe, RolloutSection, TrainSection
-from megatron_gkd.config.vision_rules import describe_image_keys, frozen_parts
-from megatron_gkd.data.prompt import PromptLimits
+from megatron_gkd.config.api_keys import ApiKeyVariable
+from megatron_gkd.config.schema import Recipe, TrainSection
+from megatron_gkd.config.vision_rules import describe_image_keys
 from megatron_gkd.data.vision.processing import ImageProcessing
 from megatron_gkd.errors import UserError
 from megatron_gkd.models.build_options import BuildOptions
 from megatron_gkd.models.checkpoint import Checkpoint
-from megatron_gkd.models.lora.options import Initialization, LoraOptions
 from megatron_gkd.models.megatron_model import MegatronModel
 from megatron_gkd.reporting.phases import phase
 from megatron_gkd.rollout.base import RolloutEngine, Sampling
 from megatron_gkd.rollout.megatron.engine import MegatronEngine
 from megatron_gkd.rollout.vllm.colocated import VllmColocatedEngine
-from megatron_gkd.rollout.vllm.process import ColocatedOptions
+from megatron_gkd.rollout.vllm.engine_arguments import ColocatedOptions
 from megatron_gkd.rollout.vllm.server import VllmServerEngine
 from megatron_gkd.rollout.vllm.server_options import RolloutServerOptions, ServedAdapters
 from megatron_gkd.runtime.mesh import Mesh
+from megatron_gkd.runtime.nodes import Nodes
+from megatron_gkd.runtime.shared_folders import require_shared
 from megatron_gkd.training.loss import Objective
+from megatron_gkd.training.model_options import DTYPES, student_options
 from megatron_gkd.training.student import Student
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-_INITIALIZATIONS: dict[str, Initialization] = {"kaiming": "kaiming", "gaussian": "gaussian"}
 
 
 def build_student(recipe: Recipe, mesh: Mesh, checkpoint: Checkpoint, vocab_size: int, train_iters: int) -> Student:
@@ -55,18 +53,7 @@ def build_student(recipe: Recipe, mesh: Mesh, checkpoint: Checkpoint, vocab_size
         f"the student {recipe.student.model}",
         checkpoint,
         mesh,
-        BuildOptions(
-            dtype=DTYPES[section.dtype],
-            attn=section.attention_backend,
-            virtual_pipeline=parallel.virtual_pipeline_model_parallel_size,
-            recompute_granularity=parallel.recompute_granularity,
-            recompute_method=parallel.recompute_method,
-            recompute_num_layers=parallel.recompute_num_layers,
-            moe_aux_loss_coeff=section.moe_aux_loss_coeff,
-            lora=None if recipe.lora is None else lora_options(recipe.lora, section),
-            frozen=frozen_parts(section),
-            recomputes_tower=section.vit_gradient_checkpointing,
-        ),
+        student_options(recipe),
     )
     objective = Objective(
         mesh,
@@ -80,7 +67,7 @@ def build_student(recipe: Recipe, mesh: Mesh, checkpoint: Checkpoint, vocab_size
         chunk_tokens=distill.loss_chunk_tokens,
         upstream=1.0,  # there is no loss scaling in bf16 and fp32
     )
-    return Student(model, objective, parallel, section, train_iters)
+    return Student(model, objective, parallel, section, train_iters, recipe.memory)
 
 
 def _require_parts(section: TrainSection, checkpoint: Checkpoint) -> None:
@@ -88,18 +75,6 @@ def _require_parts(section: TrainSection, checkpoint: Checkpoint) -> None:
     described = [] if checkpoint.has_images else describe_image_keys(section)
     if described:
         raise UserError(f"{described[0]}: only with a student that reads images; {checkpoint.path} does not")
-
-
-def lora_options(section: LoraSection, train: TrainSection) -> LoraOptions:
-    """Return the options of the student's adapters."""
-    return LoraOptions(
-        rules=layer_rules(section, train),
-        dropout=section.lora_dropout,
-        initialization=_INITIALIZATIONS[section.init_lora_weights],
-        dtype=None if section.lora_dtype is None else DTYPES[section.lora_dtype],
-        seed=train.seed,
-        adapters=None if section.adapters is None else Path(section.adapters),
-    )
 
 
 def rollout_tensors(recipe: Recipe) -> Callable[[MegatronModel], Iterable[tuple[str, Tensor]]]:
@@ -118,29 +93,29 @@ def rollout_dtype(recipe: Recipe) -> torch.dtype:
     return DTYPES[merged or recipe.train.dtype]
 
 
-def prompt_limits(recipe: Recipe) -> PromptLimits:
-    """Return the longest prompts that leave room for a completion in the sequences of models and engine."""
-    data, rollout = recipe.data, recipe.rollout
-    longest = data.max_length
-    if rollout.engine == "vllm" and rollout.vllm_max_model_len is not None:
-        longest = min(longest, rollout.vllm_max_model_len)
-    return PromptLimits.from_lengths(longest, data.teacher_max_length or data.max_length, rollout.max_completion_length)
-
-
-def sampling_of(section: RolloutSection, vocab_size: int | None = None, reserved_ids: tuple[int, ...] = ()) -> Sampling:
+def sampling_of(
+    recipe: Recipe,
+    stop_token_ids: tuple[int, ...],
+    vocab_size: int | None = None,
+    reserved_ids: tuple[int, ...] = (),
+) -> Sampling:
     """Return the recipe's sampling parameters.
 
     Args:
-        section: of the recipe.
+        recipe: the recipe.
+        stop_token_ids: end a completion; see `CompletionEnds`.
         vocab_size: only ids below it are sampled; None: all.
         reserved_ids: ids that are never sampled.
     """
+    section = recipe.rollout
     return Sampling(
-        max_completion_length=section.max_completion_length,
-        temperature=section.rollout_temperature,
+        max_completion_length=recipe.max_completion_length,
+        temperature=recipe.rollout_temperature,
         top_k=section.top_k,
         top_p=section.top_p,
-        stop_token_ids=section.stop_token_ids,
+        min_p=section.min_p,
+        repetition_penalty=section.repetition_penalty,
+        stop_token_ids=stop_token_ids,
         stop=section.stop_words,
         vocab_size=vocab_size,
         reserved_ids=reserved_ids,
@@ -172,31 +147,20 @@ def _build_engine(
 ) -> RolloutEngine:
     section = recipe.rollout
     if section.engine == "megatron":
-        return MegatronEngine(model, checkpoint.eos_token_ids, images)
+        return MegatronEngine(model, checkpoint.eos_token_ids, images, max_batch_tokens=section.max_batch_tokens)
     for problem in vllm_problems(
         checkpoint.shape, str(checkpoint.path), engine=section.engine, weight_sync=section.weight_sync
     ):
         raise UserError(problem)
     if section.engine == "vllm":
-        cache = section.vllm_kv_cache_gib
-        return VllmColocatedEngine.start(
-            mesh,
-            checkpoint,
-            ColocatedOptions(
-                dtype=rollout_dtype(recipe),
-                max_model_len=section.vllm_max_model_len or recipe.data.max_length,
-                tensor_parallel_size=section.vllm_tensor_parallel_size,
-                gpu_memory_utilization=section.vllm_gpu_memory_utilization,
-                kv_cache_memory_bytes=None if cache is None else int(cache * 2**30),
-                sleep_level=section.sleep_level,
-                enforce_eager=section.enforce_eager,
-            ),
-            images,
-        )
-    options = server_options(recipe, section.vllm_server_urls)
+        options = ColocatedOptions.from_section(section, rollout_dtype(recipe), recipe.data.max_length)
+        return VllmColocatedEngine.start(mesh, checkpoint, options, images)
+    servers = server_options(recipe, section.vllm_server_urls)
     if section.weight_sync == "lora":
-        options = replace(options, adapters=served_adapters(model))
-    return VllmServerEngine(mesh, checkpoint, options, images)
+        servers = replace(servers, adapters=served_adapters(model))
+    if section.weight_sync in ("folder", "lora"):  # any rank may let a server that was restarted load from it
+        require_shared("rollout.weight_sync_dir", servers.weight_sync_dir, Nodes.from_world())
+    return VllmServerEngine(mesh, checkpoint, servers, images)
 
 
 def served_adapters(model: MegatronModel) -> ServedAdapters:
@@ -227,6 +191,7 @@ def server_options(recipe: Recipe, urls: Sequence[str]) -> RolloutServerOptions:
         concurrency=section.vllm_server_concurrency,
         timeout=section.vllm_server_timeout_s,
         max_downtime=section.vllm_server_max_downtime_s,
+        api_key=ApiKeyVariable("rollout.vllm_server_api_key_env", section.vllm_server_api_key_env),
     )
 
 
@@ -242,7 +207,9 @@ def load_model(title: str, checkpoint: Checkpoint, mesh: Mesh, options: BuildOpt
     total = _tensors_of_main_rank(checkpoint, mesh)
     with phase(f"Loading {title}", is_main=mesh.is_main, unit="tensors") as shown:
         shown.update(0, total)
-        return MegatronModel.load(checkpoint, mesh, options, lambda read: shown.update(read, total))
+        return MegatronModel.load(
+            checkpoint, mesh, options, lambda read: shown.update(read, total), needs_weights=checkpoint.has_weights
+        )
 
 
 def _tensors_of_main_rank(checkpoint: Checkpoint, mesh: Mesh) -> int | None:

@@ -10,20 +10,25 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from megatron_gkd.checkpoint_format.cache_manifest import Manifest
+from megatron_gkd.config.api_keys import ApiKeyVariable
 from megatron_gkd.config.schema import OneTeacher, Recipe, TaggedTeacher, TeacherSection
 from megatron_gkd.data.cache import hash_tokenizer
 from megatron_gkd.data.vision.comparison import hash_processing
 from megatron_gkd.data.vision.processing import ImageProcessing
-from megatron_gkd.data.vision.processor import PixelLimits, open_processing
+from megatron_gkd.data.vision.processor import PixelLimits
 from megatron_gkd.errors import UserError
-from megatron_gkd.models.build_options import BuildOptions
 from megatron_gkd.models.checkpoint import Checkpoint
+from megatron_gkd.models.token_bytes import TokenBytes
+from megatron_gkd.models.tokenizer_comparison import Mode, compare_tokenizers, list_file, report_differences
 from megatron_gkd.models.vocabulary import shared_vocab_size
+from megatron_gkd.reporting.logging import LOGGER
 from megatron_gkd.reporting.phases import phase
+from megatron_gkd.runtime.hubs import ModelSource
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.runtime.nodes import Nodes
 from megatron_gkd.teachers.base import TeacherSource
 from megatron_gkd.teachers.cache.teacher import CachedTeacher, open_cache
+from megatron_gkd.teachers.label_states import ScoringOptions
 from megatron_gkd.teachers.local import LocalTeacher
 from megatron_gkd.teachers.model_inputs import ModelInputs
 from megatron_gkd.teachers.self_teacher import SelfTeacher
@@ -36,19 +41,21 @@ from megatron_gkd.teachers.self_weights import (
 )
 from megatron_gkd.teachers.server.teacher import ServerTeacher, TeacherServerOptions
 from megatron_gkd.teachers.several import SeveralTeachers
-from megatron_gkd.training.build import DTYPES, load_model
+from megatron_gkd.training.build import load_model
+from megatron_gkd.training.model_options import has_fp8_of_student, teacher_options, untrained_student_options
 from megatron_gkd.training.student import Student
 from megatron_gkd.training.teacher_rows import require_key
 
 
-def open_teachers(section: TeacherSection, nodes: Nodes) -> dict[str, Checkpoint]:
+def open_teachers(recipe: Recipe, nodes: Nodes) -> dict[str, Checkpoint]:
     """Open the local teachers' checkpoints, by their keys in the recipe. All ranks must call it."""
     opened = {}
-    for place, teacher in section.all.items():
+    for place, teacher in recipe.teacher.all.items():
         if teacher.source == "local":
             name = require_key(teacher.teacher_model, f"{place}.teacher_model")
             with phase(f"Opening the teacher {name}", is_main=nodes.is_main):
-                opened[place] = Checkpoint.open(name, nodes, trust_remote_code=teacher.teacher_trust_remote_code)
+                source = ModelSource.of_teacher(teacher, name, recipe.student)
+                opened[place] = Checkpoint.open(source, nodes, trust_remote_code=teacher.teacher_trust_remote_code)
                 if teacher.teacher_adapters is not None:
                     folder, key = Path(teacher.teacher_adapters), f"{place}.teacher_adapters"
                     opened[place] = opened[place].with_adapters(folder, key)
@@ -56,19 +63,35 @@ def open_teachers(section: TeacherSection, nodes: Nodes) -> dict[str, Checkpoint
 
 
 def shared_vocab_size_of_all(student: Checkpoint, teachers: Mapping[str, Checkpoint]) -> int:
-    """Return the number of ids that all models have logits for.
+    """Return the number of ids that all models have logits for."""
+    return min([student.vocab_size, *(shared_vocab_size(student, teacher) for teacher in teachers.values())])
+
+
+def check_tokenizers(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, teachers: Mapping[str, Checkpoint], *, is_main: bool
+) -> None:
+    """Refuse local teachers with another tokenizer than the student's, or warn of them.
+
+    Args:
+        recipe: of the run.
+        tokenizer: the student's.
+        teachers: see `open_teachers`.
+        is_main: whether this rank warns.
 
     Raises:
-        UserError: the tokenizer of a teacher differs from the student's.
+        UserError: a tokenizer differs, and teacher.check_tokenizers is strict.
     """
-    return min([student.vocab_size, *(shared_vocab_size(student, teacher) for teacher in teachers.values())])
+    mode = recipe.teacher.check_tokenizers
+    for place, teacher in teachers.items():
+        differences = compare_tokenizers(tokenizer, teacher.tokenizer())
+        name = f"{place}.teacher_model = {recipe.teacher.all[place].teacher_model}"
+        if is_main or mode == "strict":
+            report_differences(differences, name, mode, list_file(recipe.output.output_dir, place))
 
 
 def open_images(recipe: Recipe, checkpoint: Checkpoint) -> ImageProcessing | None:
     """Open what a checkpoint's processor makes of images within the recipe's limits; None for a text model."""
-    if not checkpoint.has_images:
-        return None
-    return open_processing(checkpoint.path, PixelLimits(recipe.data.min_pixels, recipe.data.max_pixels))
+    return checkpoint.images(PixelLimits(recipe.data.min_pixels, recipe.data.max_pixels))
 
 
 def read_manifests(
@@ -82,17 +105,16 @@ def read_manifests(
         images: what the student's processor makes of images; None for a text model.
 
     Raises:
-        UserError: a cache is of another tokenizer or processor than the student's. Their whole content must be equal,
-            since cached rows are found by their token ids.
+        UserError: a cache is of another tokenizer or processor than the student's. Names of tokens and the chat
+            template may differ: cached rows are found by their token ids.
     """
     manifests = []
     processing = None if images is None else hash_processing(images)
     for place, teacher in section.all.items():
         if teacher.teacher_cache is not None:
             manifests.append(Manifest.read(teacher.teacher_cache))
-            if manifests[-1].tokenizer != hash_tokenizer(tokenizer):
-                key = f"{place}.teacher_cache = {teacher.teacher_cache}"
-                raise UserError(f"{key}: its rows are of another tokenizer than the student's")
+            if not _has_tokens_of(manifests[-1], tokenizer):
+                _report_cache(f"{place}.teacher_cache = {teacher.teacher_cache}", section.check_tokenizers)
             if manifests[-1].images != processing:
                 key = f"{place}.teacher_cache = {teacher.teacher_cache}"
                 raise UserError(
@@ -100,6 +122,20 @@ def read_manifests(
                     "this student.model, data.min_pixels and data.max_pixels"
                 )
     return manifests
+
+
+def _has_tokens_of(manifest: Manifest, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether the ids of a cache are the same tokens as the tokenizer's."""
+    if manifest.tokenizer == hash_tokenizer(tokenizer):
+        return True
+    return manifest.vocabulary is not None and manifest.vocabulary == TokenBytes.from_tokenizer(tokenizer).digest()
+
+
+def _report_cache(key: str, mode: Mode) -> None:
+    problem = f"{key}: its rows are of another tokenizer than the student's"
+    if mode == "strict":
+        raise UserError(f"{problem}; score the rows anew with this student.model")
+    LOGGER.warning("%s; their ids are taken for the student's (teacher.check_tokenizers = warn)", problem)
 
 
 def averages_of(teacher: TeacherSource | None) -> tuple[AverageWeights, ...]:
@@ -172,10 +208,6 @@ class _TeacherBuilder:
     def student_checkpoint(self) -> Checkpoint:
         return self.student.model.checkpoint if isinstance(self.student, Student) else self.student
 
-    @property
-    def options(self) -> BuildOptions:
-        return BuildOptions(dtype=DTYPES[self.recipe.train.dtype], attn=self.recipe.train.attention_backend)
-
     def build(self, place: str, teacher: OneTeacher) -> TeacherSource | None:
         """Build the teacher at a key of the recipe, behind its cache if it has one."""
         live = self._build_live(place, teacher)
@@ -187,34 +219,46 @@ class _TeacherBuilder:
     def _build_live(self, place: str, teacher: OneTeacher) -> TeacherSource | None:
         match teacher.source:
             case "local":
-                return self._build_local(teacher, self.checkpoints[place])
+                return self._build_local(place, teacher, self.checkpoints[place])
             case "self":
                 return self._build_self(teacher, self.student)
             case "server":
-                return self._build_server(teacher)
+                return self._build_server(place, teacher)
             case "none" | "cache":
                 return None
         raise ValueError(f"{place}.teacher_kind = {teacher.source}: unknown kind, which the recipe's checks refuse")
 
-    def _build_local(self, teacher: OneTeacher, checkpoint: Checkpoint) -> TeacherSource:
+    def _build_local(self, place: str, teacher: OneTeacher, checkpoint: Checkpoint) -> TeacherSource:
         student = self.student
         if isinstance(student, Student) and student.model.adapters is not None:
-            if checkpoint.has_weights_of(student.model.checkpoint):  # without a second copy
+            is_same = checkpoint.has_weights_of(student.model.checkpoint)
+            if is_same and has_fp8_of_student(teacher, self.recipe):  # without a second copy
                 weights = BaseWeights(student.model)
-                return SelfTeacher(student.model, weights, student.gather_parameters, self.images)
-        model = load_model(f"the teacher {teacher.teacher_model}", checkpoint, self.mesh, self.options)
+                options = _scoring_options(teacher)
+                return SelfTeacher(student.model, weights, student.gather_parameters, self.images, options)
+        model = load_model(
+            f"the teacher {teacher.teacher_model}", checkpoint, self.mesh, teacher_options(self.recipe, place, teacher)
+        )
         head_rows = -(-self.student_checkpoint.vocab_size // self.mesh.tp.size())
         inputs = ModelInputs(self.images, open_images(self.recipe, checkpoint))
-        return LocalTeacher(model, head_rows=head_rows, inputs=inputs, offload=teacher.offload_teacher_model)
+        return LocalTeacher(
+            model,
+            head_rows=head_rows,
+            inputs=inputs,
+            offload=teacher.offload_teacher_model,
+            options=_scoring_options(teacher),
+        )
 
     def _build_self(self, teacher: OneTeacher, student: Student | Checkpoint) -> TeacherSource:
         if isinstance(student, Checkpoint):  # nothing is trained: all kinds of its weights are the same
-            model = load_model(f"the student {self.recipe.student.model}", student, self.mesh, self.options)
-            return SelfTeacher(model, CurrentWeights(model), lambda: None, self.images)
+            model = load_model(
+                f"the student {self.recipe.student.model}", student, self.mesh, untrained_student_options(self.recipe)
+            )
+            return SelfTeacher(model, CurrentWeights(model), lambda: None, self.images, _scoring_options(teacher))
         weights = _choose_weights(student, teacher)
-        return SelfTeacher(student.model, weights, student.gather_parameters, self.images)
+        return SelfTeacher(student.model, weights, student.gather_parameters, self.images, _scoring_options(teacher))
 
-    def _build_server(self, teacher: OneTeacher) -> TeacherSource:
+    def _build_server(self, place: str, teacher: OneTeacher) -> TeacherSource:
         student, checkpoint = self.student, self.student_checkpoint
         is_training = isinstance(student, Student)
         options = TeacherServerOptions(
@@ -227,9 +271,16 @@ class _TeacherBuilder:
             max_downtime=teacher.teacher_server_max_downtime_s,
             # A cache outlives the run: every row that is written to one is checked before.
             check_interval=teacher.teacher_server_check_interval if is_training else 1,
+            api_key=ApiKeyVariable(f"{place}.teacher_server_api_key_env", teacher.teacher_server_api_key_env),
+            check_tokenizers=self.recipe.teacher.check_tokenizers,
+            differences_file=list_file(self.recipe.output.output_dir, place),
         )
         vocab_size = student.objective.vocab_size if isinstance(student, Student) else checkpoint.vocab_size
         return ServerTeacher(self.mesh, checkpoint.tokenizer(), vocab_size, options, self.images)
+
+
+def _scoring_options(teacher: OneTeacher) -> ScoringOptions:
+    return ScoringOptions(teacher.teacher_states == "host", teacher.teacher_micro_batch_tokens)
 
 
 def _choose_weights(student: Student, teacher: OneTeacher) -> TeacherWeights:

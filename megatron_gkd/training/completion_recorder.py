@@ -12,6 +12,7 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from megatron_gkd.data.microbatch import Microbatch
+from megatron_gkd.runtime.agreement import run_on_all
 from megatron_gkd.runtime.context_parallel import context_parallel_indices
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.training.rollout_report import RolloutReport, SampledRow
@@ -47,9 +48,12 @@ class CompletionRecorder:
         if (self.sampled_steps - 1) % self.interval:
             return []
         by_position = self._gather(report, microbatches, divergence)
-        if not self.mesh.is_main:
-            return []
-        return [self._record(step, row, by_position.get(position)) for position, row in sorted(report.sampled.items())]
+
+        def build() -> list[dict[str, Any]]:
+            rows = sorted(report.sampled.items()) if self.mesh.is_main else []
+            return [self._record(step, row, by_position.get(position)) for position, row in rows]
+
+        return run_on_all(build)
 
     def _record(self, step: int, row: SampledRow, divergence: np.ndarray | None) -> dict[str, Any]:
         completion, by_token = row.completion, None

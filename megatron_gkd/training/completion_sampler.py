@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -24,6 +25,7 @@ from megatron_gkd.rollout.base import (
 )
 
 T = TypeVar("T")
+MakeRoom = Callable[[], contextlib.AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,17 @@ class CompletionSampler:
         engine: samples completions.
         sampling: how they are drawn.
         dp: the data-parallel group.
+        make_room: frees device memory inside the context, for the engine.
     """
 
-    def __init__(self, engine: RolloutEngine, sampling: Sampling, dp: dist.ProcessGroup) -> None:
-        self.engine, self.sampling, self.dp = engine, sampling, dp
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        sampling: Sampling,
+        dp: dist.ProcessGroup,
+        make_room: MakeRoom = contextlib.nullcontext,
+    ) -> None:
+        self.engine, self.sampling, self.dp, self._make_room = engine, sampling, dp, make_room
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
         """Return this rank's share of `items`: every `dp.size()`-th."""
@@ -73,7 +82,7 @@ class CompletionSampler:
     def generate_share(self, requests: Sequence[SampleRequest], sampling: Sampling | None = None) -> list[Completion]:
         """Return the completions of this rank's share, which `gather` takes."""
         prompts, seeds, images = _split(self.share(requests))
-        with self.engine.resident():
+        with self._make_room(), self.engine.resident():
             return self.engine.generate(prompts, sampling or self.sampling, seeds, images)
 
     def start(self, requests: Sequence[SampleRequest], on_completion: OnCompletion | None = None) -> Generation:

@@ -12,6 +12,9 @@ from typing import Any
 from megatron_gkd.errors import UserError
 from megatron_gkd.runtime.disk import replace_text
 
+PROMPTS = "prompts"
+"""The setting that files lack which earlier versions have begun."""
+
 
 @dataclass(frozen=True)
 class GeneratedFile:
@@ -68,6 +71,8 @@ class GeneratedFile:
             replace_text(self._settings_file, json.dumps(settings, indent=2))
             return
         saved = json.loads(self._settings_file.read_text(encoding="utf-8"))
+        if PROMPTS not in saved:
+            settings.pop(PROMPTS, None)
         for name in sorted(saved.keys() | settings.keys()):
             if saved.get(name) != settings.get(name):
                 raise UserError(

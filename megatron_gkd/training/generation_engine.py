@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from megatron_gkd.config.api_keys import ApiKeyVariable
 from megatron_gkd.config.schema import Recipe
 from megatron_gkd.data.vision.processing import ImageProcessing
 from megatron_gkd.errors import UserError
-from megatron_gkd.models.build_options import BuildOptions
 from megatron_gkd.models.checkpoint import Checkpoint
 from megatron_gkd.rollout.base import RolloutEngine
 from megatron_gkd.rollout.megatron.engine import MegatronEngine
 from megatron_gkd.rollout.vllm.own_weights import OwnWeightsEngine
+from megatron_gkd.runtime.hubs import ModelSource
 from megatron_gkd.runtime.mesh import Mesh
-from megatron_gkd.training.build import DTYPES, build_engine, load_model, server_options
+from megatron_gkd.training.build import build_engine, load_model, server_options
 from megatron_gkd.training.build_teacher import open_images
+from megatron_gkd.training.model_options import generating_options, teacher_options, untrained_student_options
 from megatron_gkd.training.setup import Models
 
 Source = Literal["teacher", "student"]
@@ -29,16 +32,19 @@ def build_generation_engine(source: Source, recipe: Recipe, mesh: Mesh, models: 
     """
     section = recipe.teacher
     if source == "teacher" and section.source == "server":
-        servers = server_options(recipe, section.teacher_model_server)
+        api_key = ApiKeyVariable("teacher.teacher_server_api_key_env", section.teacher_server_api_key_env)
+        servers = replace(server_options(recipe, section.teacher_model_server), api_key=api_key)
         return OwnWeightsEngine(mesh, models.student, servers, models.images)
     checkpoint = models.student if source == "student" else models.teachers["teacher"]
     if source == "student" and recipe.lora is not None and recipe.lora.adapters is not None:
         checkpoint = checkpoint.with_adapters(Path(recipe.lora.adapters), "lora.adapters")
     images = open_teachers_images(recipe, checkpoint, models.images) if source == "teacher" else models.images
-    options = BuildOptions(dtype=DTYPES[recipe.train.dtype], attn=recipe.train.attention_backend)
-    model = load_model(f"the {source} {source_name(recipe, source)}", checkpoint, mesh, options)
+    is_teacher = source == "teacher"
+    options = teacher_options(recipe, "teacher", section) if is_teacher else untrained_student_options(recipe)
+    model = load_model(f"the {source} {source_name(recipe, source)}", checkpoint, mesh, generating_options(options))
     if source == "teacher" and recipe.rollout.engine == "vllm_server":  # the servers are the student's
-        return MegatronEngine(model, checkpoint.eos_token_ids, images)
+        limit = recipe.rollout.max_batch_tokens
+        return MegatronEngine(model, checkpoint.eos_token_ids, images, max_batch_tokens=limit)
     engine = build_engine(recipe, mesh, model, checkpoint, images)
     engine.load_weights(model.named_tensors(), version=0)
     return engine
@@ -70,7 +76,11 @@ def source_name(recipe: Recipe, source: Source) -> str:
     """Return the name of the model that generates, as the file's rows have it."""
     teacher = recipe.teacher
     if source == "student":
-        model, adapters = recipe.student.model, None if recipe.lora is None else recipe.lora.adapters
+        model = str(ModelSource.of_student(recipe.student))
+        adapters = None if recipe.lora is None else recipe.lora.adapters
+    elif teacher.teacher_model is not None:
+        model = str(ModelSource.of_teacher(teacher, teacher.teacher_model, recipe.student))
+        adapters = teacher.teacher_adapters
     else:
-        model, adapters = teacher.teacher_model or teacher.teacher_model_server[0], teacher.teacher_adapters
+        model, adapters = teacher.teacher_model_server[0], None
     return model if adapters is None else f"{model} with {adapters}"

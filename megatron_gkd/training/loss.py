@@ -1,9 +1,9 @@
 """The loss of a microbatch, from its hidden states.
 
-The loss of a step is a sum over all response tokens of the global batch divided by their number. Each microbatch
-contributes its plain sum; Megatron divides the reduced gradient by the reduced token count
-(`calculate_per_token_loss`). So neither loss nor gradient depends on the division into microbatches. One thing does:
-the load-balancing loss of a mixture of experts, a product of two means over the tokens of a microbatch.
+The loss of a step is a sum over all labels of the global batch, each with its weight, divided by the number of labels,
+whatever their weights. Each microbatch contributes its plain sum; Megatron divides the reduced gradient by the reduced
+token count (`calculate_per_token_loss`). So neither loss nor gradient depends on the division into microbatches. One
+thing does: the load-balancing loss of a mixture of experts, a product of two means over the tokens of a microbatch.
 """
 
 from __future__ import annotations
@@ -17,15 +17,9 @@ from torch import Tensor
 
 from megatron_gkd.data.microbatch import Microbatch
 from megatron_gkd.models.label_rows import label_rows
-from megatron_gkd.ops.chunk_loss import PerToken
-from megatron_gkd.ops.fused_linear import (
-    DEFAULT_CHUNK_TOKENS,
-    FusedLinearOptions,
-    LinearHead,
-    TokenTargets,
-    fused_linear_divergence,
-)
+from megatron_gkd.ops.fused_linear import FusedLinearOptions, LinearHead, TokenTargets, fused_linear_divergence
 from megatron_gkd.ops.output_head import OutputHead
+from megatron_gkd.ops.params import PerToken
 from megatron_gkd.ops.spec import DivergenceSpec, TailMode, TopKSpec
 from megatron_gkd.ops.topk import MISSING, TopK
 from megatron_gkd.runtime.mesh import Mesh
@@ -45,9 +39,9 @@ SUMS = (
     "dataset_tokens",
     "dropped_tokens",
 )
-"""The sums over tokens that `Objective` computes, in order. `cross_entropy` is over rows of the dataset alone, and
-`student_cross_entropy` over rows that the student generated. Dropped tokens, for which the teacher has no distribution,
-are in no other sum."""
+"""The sums over tokens that `Objective` computes, in order. Weights of labels are factors in `loss` alone.
+`cross_entropy` is over rows of the dataset alone, and `student_cross_entropy` over rows that the student generated.
+Dropped tokens, for which the teacher has no distribution, are in no other sum."""
 
 
 class LabelLosses(NamedTuple):
@@ -78,7 +72,7 @@ class MicrobatchMetrics(NamedTuple):
 
 @dataclass(frozen=True)
 class Objective:
-    """Σ over tokens of divergence + sft_alpha · cross-entropy; plain cross-entropy where there is no teacher.
+    """Σ over tokens of weight · (divergence + sft_alpha · cross-entropy); cross-entropy alone without a teacher.
 
     Attributes:
         mesh: the process groups.
@@ -89,7 +83,7 @@ class Objective:
         sft_alpha: weight of the cross-entropy on rows of the dataset.
         k: compare the teacher's k most likely tokens; None: all.
         tail_mode: the treatment of the other tokens where `k` is given.
-        chunk_tokens: number of rows of logits that exist at the same time.
+        chunk_tokens: number of rows of logits that exist at the same time; see ``FusedLinearOptions``.
         upstream: the gradient that the loss will get in backward, where it is known; see ``FusedLinearOptions``.
     """
 
@@ -101,7 +95,7 @@ class Objective:
     sft_alpha: float = 0.0
     k: int | None = None
     tail_mode: TailMode = "renormalize"
-    chunk_tokens: int = DEFAULT_CHUNK_TOKENS
+    chunk_tokens: int | None = None
     upstream: float | None = None
 
     def __call__(
@@ -122,9 +116,11 @@ class Objective:
         student = label_rows(hidden, positions, self.mesh)
         labels = microbatch.labels.squeeze(0)[positions]
         from_dataset = microbatch.from_dataset.squeeze(0)[positions].float()
-        total, token, valid_mask = self.compute(student, head, labels, from_dataset, signal)
+        label_weights = microbatch.label_weights
+        weights = None if label_weights is None else label_weights.squeeze(0)[positions]
+        total, token, valid_mask = self.compute(student, head, labels, from_dataset, signal, weights)
         by_dataset = from_dataset * valid_mask
-        weighted = (
+        masked = (
             (token.divergence, valid_mask),
             (token.cross_entropy, by_dataset),
             (token.cross_entropy, valid_mask - by_dataset),
@@ -134,13 +130,19 @@ class Objective:
             (token.reverse_kl, valid_mask),
             (token.top1_agreement, valid_mask),
         )
-        sums = [total.detach(), *((values * weights).sum(dtype=torch.float64) for values, weights in weighted)]
+        sums = [total.detach(), *((values * mask).sum(dtype=torch.float64) for values, mask in masked)]
         sums += [x.sum(dtype=torch.float64) for x in (valid_mask, by_dataset, 1 - valid_mask)]
         divergence = token.divergence.masked_fill(valid_mask == 0, torch.nan)
         return total, valid_mask.sum().int(), MicrobatchMetrics(torch.stack([x.double() for x in sums]), divergence)
 
     def compute(
-        self, student: Tensor, head: OutputHead, labels: Tensor, from_dataset: Tensor, signal: TeacherSignal | None
+        self,
+        student: Tensor,
+        head: OutputHead,
+        labels: Tensor,
+        from_dataset: Tensor,
+        signal: TeacherSignal | None,
+        weights: Tensor | None = None,
     ) -> LabelLosses:
         """Compute the loss of N labels.
 
@@ -150,11 +152,15 @@ class Objective:
             labels: int64 [N].
             from_dataset: fp32 [N]: 1 for a label of the dataset, 0 for a token that the student sampled.
             signal: the teacher's, for the same N labels; None without a teacher.
+            weights: fp32 [N], the factor of each label's loss; None: 1.
         """
+        weights = torch.ones_like(from_dataset) if weights is None else weights
         if not isinstance(signal, Parts):
-            return self._compute(student, head, labels, from_dataset, signal)
+            return self._compute(student, head, labels, from_dataset, weights, signal)
         losses = [
-            self._compute(student[part.rows], head, labels[part.rows], from_dataset[part.rows], part.signal)
+            self._compute(
+                student[part.rows], head, labels[part.rows], from_dataset[part.rows], weights[part.rows], part.signal
+            )
             for part in signal.parts
         ]
         order = torch.cat([part.rows for part in signal.parts]).argsort()
@@ -168,6 +174,7 @@ class Objective:
         head: OutputHead,
         labels: Tensor,
         from_dataset: Tensor,
+        weights: Tensor,
         signal: Hidden | TopK | None,
     ) -> LabelLosses:
         valid_mask = torch.ones_like(from_dataset)
@@ -179,11 +186,12 @@ class Objective:
             tail = None if signal.tail is None else signal.tail.masked_fill(is_empty, 0)
             signal = replace(signal, ids=signal.ids.masked_fill(is_empty[:, None], MISSING), tail=tail)
         sft_alpha = 1.0 if signal is None else self.sft_alpha
-        sft_weights = sft_alpha * from_dataset * valid_mask if sft_alpha else None
+        weights = weights * valid_mask
+        sft_weights = sft_alpha * from_dataset * weights if sft_alpha else None
         total, token = fused_linear_divergence(
             LinearHead(student, head),
             LinearHead(signal.states.gather(), signal.head) if isinstance(signal, Hidden) else signal,
-            TokenTargets(valid_mask, labels, sft_weights),
+            TokenTargets(weights, labels, sft_weights),
             DivergenceSpec(self.beta, self.temperature, self.divergence, self.mesh.tp, self.vocab_size),
             TopKSpec(self.k, self.tail_mode),
             FusedLinearOptions(self.chunk_tokens, self.upstream),

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 from megatron_gkd.training.rollout_report import RolloutReport
 
+_NEARLY_ALL = 0.9  # share of truncated completions that is worth a warning
+
 
 def summarize(totals: Mapping[str, float], *, has_teacher: bool) -> dict[str, float | None]:
     """Return the means of `training.loss.SUMS` over the response tokens, in nats.
@@ -89,4 +91,28 @@ class MismatchWarning:
             f"{self.threshold:g} (steps so far: {self.count}): the rollout engine samples from another distribution "
             "than the student's; check its weights, dtype and attention, or raise the threshold if the difference is "
             "intended"
+        )
+
+
+class TruncationWarning:
+    """Warn where nearly all completions of the first sampled step have no end.
+
+    Args:
+        ends: what ends completions, for people.
+    """
+
+    def __init__(self, ends: str) -> None:
+        self._ends, self._is_first = ends, True
+
+    def of_step(self, step: int, truncated_share: float | None) -> str | None:
+        """Return the warning that is due after `step`, if there is one. `truncated_share`: None without completions."""
+        if truncated_share is None or not self._is_first:
+            return None
+        self._is_first = False
+        if truncated_share < _NEARLY_ALL:
+            return None
+        return (
+            f"step {step}: {truncated_share:.0%} of the completions were truncated at rollout.max_completion_length; "
+            f"they end at {self._ends}: increase max_completion_length, or name what ends the student's responses in "
+            "rollout.stop_token_ids or rollout.stop_words"
         )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch.distributed as dist
@@ -25,10 +26,11 @@ from megatron_gkd.rollout.base import (
     RolloutFailed,
     Sampling,
 )
-from megatron_gkd.training.completion_sampler import CompletionSampler, SampleRequest
+from megatron_gkd.training.completion_sampler import CompletionSampler, MakeRoom, SampleRequest
 from megatron_gkd.training.mismatch_probe import MismatchProbe
 from megatron_gkd.training.rollout_report import RolloutReport, SampledRow
 from megatron_gkd.training.step_prompts import StepPrompts
+from megatron_gkd.training.waiting_completions import WaitingCompletions
 
 if TYPE_CHECKING:
     from megatron_gkd.training.student import Student
@@ -44,9 +46,10 @@ class RolloutOptions:
     Attributes:
         sampling: `max_completion_length` is cut to what the models' sequences leave.
         truncated: completions without an end are trained on ("keep"), kept without labels ("mask"), or left out.
-        steps_ahead: 1 lets a `BackgroundEngine` sample a step while the one before it trains.
+        steps_ahead: 1 lets a `BackgroundEngine` sample a generation while the step before it trains.
         num_steps: of the whole run; later steps are not started. None: there is no end.
         tensors: yields the student's tensors that the engine loads.
+        make_room: frees device memory of the student while the engine samples; see ``StudentOffload.away``.
     """
 
     sampling: Sampling
@@ -54,18 +57,28 @@ class RolloutOptions:
     steps_ahead: int = 0
     num_steps: int | None = None
     tensors: Callable[[MegatronModel], Iterable[tuple[str, Tensor]]] = MegatronModel.named_tensors
+    make_room: MakeRoom = contextlib.nullcontext
 
 
-@dataclass
-class CompletedGeneration:
-    """A `Generation` whose completions are known."""
+@dataclass(frozen=True)
+class _PromptBatch:
+    """The prompts that are completed together.
 
-    completions: list[Completion]
+    Attributes:
+        steps: that they belong to, rising.
+        requests: by step and position in its global batch.
+    """
+
+    steps: list[int]
+    requests: dict[tuple[int, int], SampleRequest]
+
+
+@dataclass(frozen=True)
+class _Generated:
+    """What the report of the first step after a generation counts: all its tokens, and the seconds they took."""
+
+    tokens: int = 0
     seconds: float = 0.0
-
-    def result(self) -> list[Completion]:
-        """Return the completions."""
-        return self.completions
 
 
 class Rollouts:
@@ -89,9 +102,11 @@ class Rollouts:
         on_sample: OnSample | None = None,
     ) -> None:
         self.engine, self.prompts, self.options, self.on_sample = engine, prompts, options, on_sample
-        self._sampler = CompletionSampler(engine, options.sampling, dp)
+        self._sampler = CompletionSampler(engine, options.sampling, dp, options.make_room)
         self._probe = MismatchProbe(prompts, self._sampler)
-        self._begun: dict[int, Generation] = {}
+        self._begun: tuple[_PromptBatch, Generation] | None = None
+        self._waiting = WaitingCompletions()
+        self._unreported = _Generated()
         self._version: int | None = None
 
     def load_weights(self, student: Student, version: int) -> float:
@@ -110,57 +125,77 @@ class Rollouts:
     def is_early(self, step: int) -> bool:
         """Return whether `step` is to be sampled while the step before it trains. The same on every rank."""
         steps_ahead, num_steps = self.options.steps_ahead, self.options.num_steps
-        return steps_ahead > 0 and (num_steps is None or step <= num_steps) and self.prompts.is_on_policy(step)
+        is_due = steps_ahead > 0 and (num_steps is None or step <= num_steps) and self.prompts.is_on_policy(step)
+        return is_due and not self.has_begun(step)
 
     def probe_mismatch(self, student: Student, step: int) -> float | None:
         """Return what `MismatchProbe.measure` returns. All ranks must call it together."""
         return self._probe.measure(student, step)
 
     def has_begun(self, step: int) -> bool:
-        """Return whether `step` is being sampled already."""
-        return step in self._begun
+        """Return whether `step` is sampled already, or being sampled."""
+        return step in self._waiting or (self._begun is not None and step in self._begun[0].steps)
 
     def begin(self, step: int) -> None:
-        """Sample `step` in the background, from the weights that are loaded; ``microbatches`` waits for the end."""
-        requests = self.prompts.requests(step)
-        on_completion = None if self.on_sample is None else self._build_callback(step, requests, self.on_sample)
-        self._begun[step] = self._sampler.start(list(requests.values()), on_completion)
+        """Sample the generation of `step`, from that step on, in the background from the weights that are loaded.
 
-    def _build_callback(self, step: int, requests: Mapping[int, SampleRequest], on_sample: OnSample) -> OnCompletion:
-        rows, positions = self.prompts.rows(step), self._sampler.share(list(requests))
-        sources = [self.prompts.dataset[rows[position]] for position in positions]  # threads must not read the dataset
-        limits = [requests[position].max_response_length for position in positions]
+        ``microbatches`` waits for the end.
+        """
+        batch = self._build_batch(step)
+        on_completion = None if self.on_sample is None else self._build_callback(batch, self.on_sample)
+        self._begun = batch, self._sampler.start(list(batch.requests.values()), on_completion)
+
+    def _build_batch(self, step: int) -> _PromptBatch:
+        """Build the batch of what is to be sampled for `step` and the later steps of its generation."""
+        steps = self.prompts.steps_to_sample(step, self.options.num_steps)
+        steps = [one for one in steps if one not in self._waiting]
+        requests = {
+            (one, position): request for one in steps for position, request in self.prompts.requests(one).items()
+        }
+        return _PromptBatch(steps, requests)
+
+    def _build_callback(self, batch: _PromptBatch, on_sample: OnSample) -> OnCompletion:
+        """Build the function that passes on the samples of the batch's first step; see `_announce` for later ones."""
+        share = self._sampler.share(list(batch.requests.items()))
+        rows = self.prompts.rows(batch.steps[0])
+        sources = {  # threads must not read the dataset
+            index: self.prompts.dataset[rows[position]]
+            for index, ((step, position), _) in enumerate(share)
+            if step == batch.steps[0]
+        }
+        limits = [request.max_response_length for _, request in share]
 
         def on_completion(index: int, completion: Completion) -> None:
+            if index not in sources:
+                return
             sample, is_trained_on = self._build_sample(sources[index], completion.truncate(limits[index]))
             if is_trained_on:
                 on_sample(sample)
 
         return on_completion
 
-    def progress(self) -> dict[str, Any]:
-        """Return the completions of later steps that `begin` has started, waiting for them. All ranks must call it.
+    def _announce(self, step: int) -> None:
+        """Pass on this rank's share of the samples of `step`, if they wait already."""
+        if self.on_sample is None or step not in self._waiting:
+            return
+        rows = self.prompts.rows(step)
+        for position, completion in self._sampler.share(list(self._waiting[step].items())):
+            sample, is_trained_on = self._build_sample(self.prompts.dataset[rows[position]], completion)
+            if is_trained_on:
+                self.on_sample(sample)
 
-        Without them a resumed run would sample these steps from newer weights than this one. Steps are counted from 0
-        in the result, as in the checkpoints of every release.
+    def progress(self, last_step: int) -> dict[str, Any]:
+        """Return the completions of the steps after `last_step`, waiting for them. All ranks must call it.
+
+        Without them a resumed run would sample these steps from newer weights than this one.
         """
-        begun = {}
-        for step in sorted(self._begun):
-            requests, generation = self.prompts.requests(step), self._begun[step]
-            completions = self._sampler.gather(list(requests.values()), generation.result())
-            self._begun[step] = CompletedGeneration(list(self._sampler.share(completions)), generation.seconds)
-            by_position = zip(requests, completions, strict=True)
-            begun[str(step - 1)] = {str(position): asdict(completion) for position, completion in by_position}
-        return {"begun": begun, "probe_calls": self._probe.calls}
+        self._receive()
+        return {"begun": self._waiting.to_plain(last_step), "probe_calls": self._probe.calls}
 
     def restore(self, progress: Mapping[str, Any]) -> None:
         """Continue from what `progress` returned, under any layout."""
         self._probe.calls = progress["probe_calls"]
-        for key, completions in progress["begun"].items():
-            step = int(key) + 1
-            own = self._sampler.share(list(self.prompts.requests(step)))
-            restored = [Completion(**completions[str(position)]) for position in own]
-            self._begun[step] = CompletedGeneration(restored)
+        self._waiting.restore(progress["begun"])
 
     def close(self) -> None:
         """Stop what the engine does in the background."""
@@ -177,8 +212,10 @@ class Rollouts:
         prompts, rows = self.prompts, self.prompts.rows(step)
         requests = prompts.requests(step)
         start = time.perf_counter()
-        completions, generation_seconds = self._complete(step, requests)
+        completions = self._complete(step)
         seconds = time.perf_counter() - start
+        self._announce(step + 1)
+        generated, self._unreported = self._unreported, _Generated()
         samples: dict[int, Sample] = {}
         sampled: dict[int, SampledRow] = {}
         for position, completion in completions.items():
@@ -197,7 +234,8 @@ class Rollouts:
             student_rows=len(completions),
             dataset_rows=len(rows) - len(completions),
             seconds=seconds,
-            generation_seconds=generation_seconds,
+            generated_tokens=generated.tokens,
+            generation_seconds=generated.seconds,
             staleness=sum(step - 1 - one.version for one in completions.values()) / max(len(completions), 1),
             tokens=sum(len(one.token_ids) for one in completions.values()),
             truncated=sum(one.finish_reason == "length" for one in completions.values()),
@@ -206,27 +244,40 @@ class Rollouts:
             bins=bins,
         )
 
-    def _complete(self, step: int, requests: Mapping[int, SampleRequest]) -> tuple[dict[int, Completion], float]:
-        """Return the completions of all data-parallel ranks by position, and the seconds that generating them took."""
-        start = time.perf_counter()
-        if step not in self._begun and isinstance(self.engine, BackgroundEngine):
-            self.begin(step)
-        if step in self._begun:
-            generation = self._begun.pop(step)
-            share, seconds = generation.result(), generation.seconds
-        else:
-            share = self._sampler.generate_share(list(requests.values()))
-            seconds = time.perf_counter() - start
-        completions = self._sampler.gather(list(requests.values()), share)
+    def _complete(self, step: int) -> dict[int, Completion]:
+        """Return the completions of all data-parallel ranks by position; sample them unless that is done."""
+        if not self.has_begun(step):
+            if isinstance(self.engine, BackgroundEngine):
+                self.begin(step)
+            else:
+                batch, start = self._build_batch(step), time.perf_counter()
+                share = self._sampler.generate_share(list(batch.requests.values()))
+                self._keep(batch, share, time.perf_counter() - start)
+        if step not in self._waiting:
+            self._receive()
+        completions = self._waiting[step]
+        self._waiting.forget_before(step)
         newest = step - 1  # updates before this step
-        oldest = newest - self.options.steps_ahead
-        for completion in completions:
+        oldest = self.prompts.lambda_schedule.generation_steps(step).start - 1 - self.options.steps_ahead
+        for completion in completions.values():
             if not oldest <= completion.version <= newest:
                 raise RolloutFailed(
                     f"step {step}: a sample is of the student after {completion.version} updates; allowed are "
                     f"{oldest} to {newest}"
                 )
-        return dict(zip(requests, completions, strict=True)), seconds
+        return completions
+
+    def _receive(self) -> None:
+        """Wait for the generation that `begin` has started, if there is one. All ranks must call it."""
+        if self._begun is not None:
+            (batch, generation), self._begun = self._begun, None
+            self._keep(batch, generation.result(), generation.seconds)
+
+    def _keep(self, batch: _PromptBatch, share: Sequence[Completion], seconds: float) -> None:
+        """Keep the completions of all data-parallel ranks; `share`: this rank's."""
+        completions = self._sampler.gather(list(batch.requests.values()), share)
+        self._waiting.add(batch.requests, completions)
+        self._unreported = _Generated(sum(len(one.token_ids) for one in completions), seconds)
 
     def _build_sample(self, source: Sample, completion: Completion) -> tuple[Sample, bool]:
         """Return the sample, and whether it is trained on."""

@@ -35,9 +35,10 @@ class RolloutReport:
         student_rows: number of rows that the student generated.
         dataset_rows: number of the other rows.
         seconds: for which the step waited for the samples.
-        generation_seconds: for which the engine generated them.
+        generated_tokens: of the whole generation, in the first step that trains on it; 0 in later ones.
+        generation_seconds: for which the engine generated them; 0 where this is not known.
         staleness: number of updates since the weights that sampled, on average.
-        tokens: generated.
+        tokens: of this step's completions.
         truncated: number of completions that reached the maximal length.
         log_prob: sum over the generated tokens that are trained on, in nats, as the engine computes it.
         sampled: by position in the global batch.
@@ -47,6 +48,7 @@ class RolloutReport:
     student_rows: int
     dataset_rows: int
     seconds: float
+    generated_tokens: int
     generation_seconds: float
     staleness: float
     tokens: int
@@ -55,8 +57,9 @@ class RolloutReport:
     sampled: dict[int, SampledRow]
     bins: list[list[int]]
 
-    def record(self) -> dict[str, float | int | str]:
+    def record(self) -> dict[str, float | int | str | None]:
         """Return the fields that a step's record has."""
+        seconds = self.generation_seconds
         source = {(False, True): FROM_DATASET, (True, False): FROM_STUDENT}.get(
             (self.student_rows > 0, self.dataset_rows > 0), "mixed"
         )
@@ -65,7 +68,7 @@ class RolloutReport:
             "student_rows": self.student_rows,
             "dataset_rows": self.dataset_rows,
             "rollout_time_s": self.seconds,
-            "rollout_tokens_per_second": self.tokens / max(self.generation_seconds, 1e-9),
+            "rollout_tokens_per_second": self.generated_tokens / seconds if seconds else None,
             "mean_completion_length": self.tokens / max(self.student_rows, 1),
             "truncated_share": self.truncated / max(self.student_rows, 1),
             "staleness": self.staleness,

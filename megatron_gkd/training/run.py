@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from megatron_gkd.config.schema import Recipe
+from megatron_gkd.data.streams.streamed_rows import StreamedRows
 from megatron_gkd.reporting.logging import LOGGER, log_to_file
 from megatron_gkd.reporting.reporter import Reporter, open_reporter
 from megatron_gkd.runtime.mesh import Mesh
@@ -21,6 +22,8 @@ from megatron_gkd.training.checkpointing.saver import Saver
 from megatron_gkd.training.completion_recorder import CompletionRecorder
 from megatron_gkd.training.exports import Exports
 from megatron_gkd.training.interruptions import Interruptions
+from megatron_gkd.training.on_policy import Rollouts
+from megatron_gkd.training.optimizer_state import adam_name
 from megatron_gkd.training.prepare import PreparedRun, prepare
 from megatron_gkd.training.run_folder import RunFolder
 from megatron_gkd.training.setup import world_of
@@ -32,7 +35,12 @@ def train(recipe: Recipe) -> None:
     """Run `recipe` in the world that torchrun describes (one process without it)."""
     rank = int(os.environ.get("RANK", "0"))
     folder = RunFolder(Path(recipe.output.output_dir), is_main=rank == 0)
-    with StopSignals(folder.leave) as signals, world_of(recipe) as mesh, folder, log_to_file(folder.path, rank):
+    with (
+        StopSignals(folder.leave) as signals,
+        world_of(recipe, folder.record_end) as mesh,
+        folder,
+        log_to_file(folder.path, rank),
+    ):
         run(recipe, mesh, folder, signals)
 
 
@@ -40,20 +48,40 @@ def run(recipe: Recipe, mesh: Mesh, folder: RunFolder, signals: StopSignals | No
     """Run `recipe` over `mesh`, into a folder that this run holds. All ranks must call it."""
     prepared = prepare(recipe, mesh)
     parts = assemble(recipe, mesh, prepared)
-    rollouts = parts.data.rollouts
-    last_step = None if prepared.point is None else prepared.point.step
+    rollouts, stream = parts.data.rollouts, parts.data.stream
+    point = prepared.point
+    last_step = point.step if point is not None and point.is_own else None
     reporter = open_reporter(recipe.output, prepared.train_iters, is_main=mesh.is_main, last_step=last_step)
-    with contextlib.nullcontext() if rollouts is None else contextlib.closing(rollouts), reporter:
+    with _closing(rollouts), _closing(stream), reporter:
         trainer = build_trainer(recipe, prepared, parts, reporter, signals)
         folder.step = lambda: trainer.state.step
-        if prepared.point is not None:
-            trainer.restore(prepared.point.run["progress"])
-            for warning in prepared.point.warnings:
+        if point is not None:
+            trainer.restore(point.run["progress"], is_own=point.is_own)
+            for warning in point.warnings:
                 LOGGER.warning(warning)
-        schedule = Schedule(prepared.train_iters, prepared.order.epoch_length, prepared.point)
-        reporter.start(describe_start(recipe, prepared.models, parts.student.model, prepared.rows, schedule))
+        for line in prepared.lines:
+            if line.remark is not None:
+                LOGGER.warning(f"{line.split}: {line.remark}")
+        if trainer.config.teacher_is_student and not recipe.distill.sft_alpha and not prepared.has_teacher_prompts:
+            LOGGER.warning(
+                "teacher: has the weights that the student starts with, and no row has a teacher_prompt: the loss and "
+                "its gradient are 0; name another teacher_model"
+            )
+        schedule = Schedule(prepared.train_iters, prepared.epochs, point)
+        adam = adam_name(parts.student.optimizer)
+        ends, text_marker = prepared.ends.describe(), prepared.ends.warning()
+        if text_marker is not None and rollouts is not None:
+            LOGGER.warning(text_marker)
+        start = describe_start(recipe, prepared.models, parts.student.model, prepared.lines, schedule, adam, ends)
+        reporter.start(start)
         exported = trainer.run()
+        if stream is not None and stream.feed is not None:
+            LOGGER.info(f"streamed rows of this run: {stream.feed.report().summary()}")
         reporter.end(exported.describe())
+
+
+def _closing(part: Rollouts | StreamedRows | None) -> contextlib.AbstractContextManager[object]:
+    return contextlib.nullcontext() if part is None else contextlib.closing(part)
 
 
 def build_trainer(
@@ -76,6 +104,7 @@ def build_trainer(
             eval_interval=section.eval_interval,
             max_bad_steps=section.max_bad_steps,
             mismatch_kl_threshold=recipe.rollout.mismatch_kl_threshold,
+            completion_ends=prepared.ends.describe(),
             teacher_is_student=has_initial_weights
             and begins_as_student(recipe.teacher, prepared.models.student, prepared.models.teachers),
         ),
@@ -110,7 +139,14 @@ def _build_checkpoints(
     if recipe.output.save_interval is None:
         return None
     identity = recipe_identity(recipe) | prepared.identity
-    return RunCheckpoints(saver, parts.saved, recipe.output.save_interval, identity)
+    return RunCheckpoints(
+        saver,
+        parts.saved,
+        recipe.output.save_interval,
+        identity,
+        origin=None if prepared.point is None else prepared.point.origin,
+        command="the same command" + (" with --resume auto" if recipe.train.resume == "never" else ""),
+    )
 
 
 def _build_completions(recipe: Recipe, prepared: PreparedRun, parts: AssembledRun) -> CompletionRecorder | None:

@@ -12,7 +12,9 @@ from types import TracebackType
 from megatron_gkd.errors import GkdError, Interrupted, UserError
 from megatron_gkd.runtime.agreement import run_on_main
 from megatron_gkd.runtime.disk import replace_text
+from megatron_gkd.runtime.nodes import Nodes
 from megatron_gkd.runtime.run_lock import RunLock
+from megatron_gkd.runtime.shared_folders import require_shared
 from megatron_gkd.runtime.signals import leave_process
 
 EXIT_FILE = "exit.json"
@@ -42,6 +44,11 @@ class RunFolder:
 
     def __enter__(self) -> RunFolder:
         run_on_main(self._acquire)
+        try:
+            require_shared("output.output_dir", self.path, Nodes.from_world())
+        except GkdError as error:
+            self._release(error.exit_code, str(error))
+            raise
         return self
 
     def __exit__(
@@ -64,6 +71,13 @@ class RunFolder:
             print(reason, file=sys.stderr)
         leave_process(code)
 
+    def record_end(self, code: int, reason: str) -> None:
+        """Write the exit record for ranks that can't, and release the lock where this rank holds it."""
+        if self._is_main:
+            self._release(code, reason)
+        elif self.path.is_dir():
+            self._write(code, reason)
+
     def _acquire(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -76,11 +90,14 @@ class RunFolder:
     def _release(self, code: int, reason: str) -> None:
         if not self._is_mine:
             return
+        self._write(code, reason)
+        self._lock.release()
+        self._is_mine = False
+
+    def _write(self, code: int, reason: str) -> None:
         ended = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         record = {"code": code, "reason": reason, "step": self.step(), "ended": ended}
         try:
             replace_text(self.path / EXIT_FILE, json.dumps(record, indent=1) + "\n")
         except OSError as error:  # for example of a full disk: the exit code has the reason too
             print(f"{self.path / EXIT_FILE}: can't be written ({error})", file=sys.stderr)
-        self._lock.release()
-        self._is_mine = False

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_gkd.checkpoint_format.cache_manifest import Manifest
-from megatron_gkd.config.schema import Recipe
+from megatron_gkd.config.schema import OneTeacher, Recipe
 from megatron_gkd.data.batch_config import BatchConfig
 from megatron_gkd.data.cache import hash_tokenizer
 from megatron_gkd.data.loader import SampleDataset, padding_sample
@@ -21,10 +21,14 @@ from megatron_gkd.data.order import PADDING_ROW
 from megatron_gkd.data.sample import Sample
 from megatron_gkd.data.vision.comparison import hash_processing
 from megatron_gkd.errors import UserError
+from megatron_gkd.models.token_bytes import TokenBytes
 from megatron_gkd.reporting.progress import Progress
 from megatron_gkd.runtime import portability
 from megatron_gkd.runtime.agreement import run_on_all
+from megatron_gkd.runtime.hubs import ModelSource
 from megatron_gkd.runtime.mesh import Mesh
+from megatron_gkd.runtime.nodes import Nodes
+from megatron_gkd.runtime.shared_folders import require_shared
 from megatron_gkd.teachers.base import TeacherSource
 from megatron_gkd.teachers.cache.entries import build_cached_rows
 from megatron_gkd.teachers.cache.keys import dataset_keys
@@ -44,8 +48,8 @@ def score(recipe: Recipe, output: str, shard_rows: int) -> None:
     """
     with world_of(recipe) as mesh:
         models = open_models(recipe, mesh)
-        datasets = [open_rows(recipe, models, "train")[0]]
-        if recipe.data.val_dataset:
+        datasets = [open_rows(recipe, models, "train", all_completed=False)[0]]
+        if recipe.data.has_validation:
             datasets.append(open_rows(recipe, models, "validation")[0])
         rows = _ConcatenatedRows(datasets)
         for dataset in datasets:
@@ -56,6 +60,7 @@ def score(recipe: Recipe, output: str, shard_rows: int) -> None:
         if teacher is None:
             raise UserError("teacher.teacher_kind = none: there is no teacher whose scores a cache could hold")
         scorer = Scorer(recipe, mesh, rows, teacher, manifest_of(recipe, models), pad_token_id(models))
+        require_shared("--output", Path(output).expanduser(), Nodes.from_world())
         write_cache(Path(output).expanduser(), scorer, shard_rows)
 
 
@@ -82,7 +87,7 @@ def manifest_of(recipe: Recipe, models: Models) -> Manifest:
     if recipe.distill.gkd_logits_topk is None:
         raise UserError("distill.gkd_logits_topk = null: must be the number of tokens that a cache holds of each label")
     teachers = recipe.teacher.all.values()
-    named = [(teacher.teacher_model, teacher.teacher_adapters, *teacher.teacher_model_server) for teacher in teachers]
+    named = [(_model_of(one, recipe), one.teacher_adapters, *one.teacher_model_server) for one in teachers]
     names = [name for one in named for name in one if name]
     # A server returns log-probabilities at temperature 1, from which the tail at another can't be computed.
     is_served = any(teacher.source == "server" for teacher in teachers)
@@ -94,7 +99,17 @@ def manifest_of(recipe: Recipe, models: Models) -> Manifest:
         teacher=", ".join(names),
         vocab_size=models.vocab_size,
         images=None if images is None else hash_processing(images),
+        vocabulary=TokenBytes.from_tokenizer(models.tokenizer).digest(),
     )
+
+
+def _model_of(teacher: OneTeacher, recipe: Recipe) -> str | None:
+    """Return the name of a teacher's model with its revision; None for a teacher without one."""
+    if teacher.teacher_model is None:
+        return None
+    is_student = teacher.source == "self"
+    source = ModelSource.of_teacher(teacher, teacher.teacher_model, recipe.student)
+    return str(ModelSource.of_student(recipe.student) if is_student else source)
 
 
 def _write(folder: Path, manifest: Manifest, keys: np.ndarray, scored: dict[int, CachedRow]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -15,6 +16,8 @@ from megatron_gkd.checkpoint_format.cache_manifest import Manifest
 from megatron_gkd.config.layout import describe_layout
 from megatron_gkd.config.schema import OneTeacher, Recipe, TaggedTeacher
 from megatron_gkd.config.vision_rules import PARTS, frozen_parts
+from megatron_gkd.models.fusions import describe_fusions
+from megatron_gkd.models.moe import count_router_parameters
 from megatron_gkd.models.vision.parts import count_parameters_of
 from megatron_gkd.ops import passes
 from megatron_gkd.reporting.start_report import ModelLine, RowsLine, StartReport
@@ -22,12 +25,11 @@ from megatron_gkd.runtime import portability
 from megatron_gkd.training.checkpointing.folder import checkpoint_folder
 
 if TYPE_CHECKING:
-    from megatron_gkd.data.dataset import TokenizedDataset
-    from megatron_gkd.data.report import DataReport
     from megatron_gkd.models.checkpoint import Checkpoint
     from megatron_gkd.models.megatron_model import MegatronModel
     from megatron_gkd.training.checkpointing.resume import ResumePoint
     from megatron_gkd.training.setup import Models
+
 
 _PRECISIONS = {
     "bf16": "bf16 weights and activations, fp32 gradients and optimizer",
@@ -41,12 +43,12 @@ class Schedule:
 
     Attributes:
         train_iters: number of steps of the whole run.
-        epoch_length: training rows in one epoch, by the weights of their files.
+        epochs: passes over the training rows, by the weights of their files; None where their number is not known.
         point: the checkpoint that the run is resumed from; None for a new run.
     """
 
     train_iters: int
-    epoch_length: int
+    epochs: float | None
     point: ResumePoint | None
 
 
@@ -54,8 +56,10 @@ def describe_start(
     recipe: Recipe,
     models: Models,
     student: MegatronModel,
-    rows: dict[str, tuple[TokenizedDataset, DataReport]],
+    rows: Sequence[RowsLine],
     schedule: Schedule,
+    adam: str = "",
+    ends: str = "",
 ) -> StartReport:
     """Return the report of a run whose parts are built.
 
@@ -63,8 +67,10 @@ def describe_start(
         recipe: of the run.
         models: its checkpoints.
         student: the model on this rank.
-        rows: the rows of `training` and `validation`.
+        rows: the lines of the training and the validation rows.
         schedule: its steps.
+        adam: the implementation of the optimizer; see ``adam_name``.
+        ends: what ends the student's completions; see `CompletionEnds.describe`.
     """
     parameters = trainable = models.student.num_parameters
     if student.adapters is not None:  # nothing else is trained
@@ -72,6 +78,8 @@ def describe_start(
     elif models.student.has_images:
         trained, visual_class = set(PARTS) - frozen_parts(recipe.train), student.config.model_meta.visual_cls
         trainable = count_parameters_of(trained, visual_class, models.student.parameter_shapes, parameters)
+    if recipe.megatron.freeze_moe_router and student.adapters is None and "llm" not in frozen_parts(recipe.train):
+        trainable -= count_router_parameters(student.config, models.student.shape.has_experts_in)
     return StartReport(
         versions={
             "megatron-gkd": __version__,
@@ -82,24 +90,36 @@ def describe_start(
         processes=_world_size(),
         nodes=_nodes(),
         layout=_layout(recipe, models),
-        precision=_PRECISIONS[recipe.train.dtype],
+        precision=_precision(recipe),
         kernels=_kernels(),
         attention=_attention(student, recipe.train.attention_backend),
+        fusions=_fusions(student, adam),
         student=ModelLine(
-            "student", recipe.student.model, models.student.config.model_type, parameters, trainable=trainable
+            "student",
+            _with_revision(recipe.student.model, models.student),
+            models.student.config.model_type,
+            parameters,
+            trainable=trainable,
         ),
         teachers=_teachers(recipe, models),
         rollouts=_rollouts(recipe),
-        rows=[
-            RowsLine(split, report.summary(), int(dataset.lengths.sum())) for split, (dataset, report) in rows.items()
-        ],
+        rows=rows,
+        completions=_completions(recipe, ends),
         train_iters=schedule.train_iters,
-        epochs=schedule.train_iters * recipe.train.global_batch_size / schedule.epoch_length,
+        epochs=schedule.epochs,
         first_step=1 if schedule.point is None else schedule.point.step + 1,
         origin=_origin(recipe, schedule.point),
         checkpoints=_checkpoints(recipe),
         output_dir=recipe.output.output_dir,
     )
+
+
+def _precision(recipe: Recipe) -> str:
+    memory = recipe.memory
+    if not memory.use_precision_aware_optimizer and memory.main_grads_dtype == "fp32":
+        return _PRECISIONS[recipe.train.dtype]
+    state = f"{memory.main_params_dtype} weights, {memory.exp_avg_dtype} and {memory.exp_avg_sq_dtype} moments"
+    return f"{recipe.train.dtype} weights and activations, {memory.main_grads_dtype} gradients, optimizer with {state}"
 
 
 def _world_size() -> int:
@@ -133,6 +153,10 @@ def _attention(student: MegatronModel, attn: str) -> str:
     return "flash or fused, as Transformer Engine chooses" if attn == "auto" else f"{attn} (Transformer Engine)"
 
 
+def _fusions(student: MegatronModel, adam: str) -> str:
+    return describe_fusions(student.config) + (f"; optimizer: {adam}" if adam else "")
+
+
 def _teachers(recipe: Recipe, models: Models) -> list[ModelLine]:
     section = recipe.teacher
     lines = []
@@ -150,13 +174,18 @@ def _teachers(recipe: Recipe, models: Models) -> list[ModelLine]:
         lines.append(
             ModelLine(
                 role,
-                _name(teacher),
+                _with_revision(_name(teacher), checkpoint),
                 None if checkpoint is None else checkpoint.config.model_type,
                 None if checkpoint is None else checkpoint.num_parameters,
                 location=", ".join(description),
             )
         )
     return lines
+
+
+def _with_revision(name: str, checkpoint: Checkpoint | None) -> str:
+    """Return a model's name with the revision that was downloaded, if it was."""
+    return name if checkpoint is None or checkpoint.revision is None else f"{name}@{checkpoint.revision}"
 
 
 def _is_base(teacher: OneTeacher, checkpoint: Checkpoint | None, student: Checkpoint) -> bool:
@@ -196,7 +225,20 @@ def _rollouts(recipe: Recipe) -> str | None:
     distill = recipe.distill
     if not distill.lmbda:
         return None
-    return f"engine {recipe.rollout.engine}, lmbda {distill.lmbda:g} of each {distill.lmbda_granularity}"
+    steps, per_prompt = recipe.steps_per_generation, recipe.rollout.num_generations
+    granularity = "generation" if steps > 1 and distill.lmbda_granularity == "step" else distill.lmbda_granularity
+    text = f"engine {recipe.rollout.engine}, lmbda {distill.lmbda:g} of each {granularity}"
+    if steps > 1 or per_prompt > 1:
+        size = steps * recipe.train.global_batch_size
+        text += f"; a generation: {size} completions for {steps} step{'s' * (steps > 1)}, {per_prompt} of each prompt"
+    return text
+
+
+def _completions(recipe: Recipe, ends: str) -> str | None:
+    if not recipe.distill.lmbda:
+        return None
+    longest = f"up to {recipe.max_completion_length} tokens after prompts of up to {recipe.max_prompt_length}"
+    return f"{longest}, ended by {ends}"
 
 
 def _origin(recipe: Recipe, point: ResumePoint | None) -> str | None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_gkd.data.batch_config import BatchConfig
 from megatron_gkd.data.lambda_schedule import LambdaSchedule
-from megatron_gkd.data.loader import SampleDataset, StepOrder, require_responses
+from megatron_gkd.data.loader import IndexedSamples, StepOrder, require_responses
 from megatron_gkd.data.microbatch import Microbatch
 from megatron_gkd.data.microbatch_planner import MicrobatchPlanner
 from megatron_gkd.data.packing import Bin
@@ -33,7 +33,7 @@ class StepPrompts:
             which is that limit for the row's own prompt.
     """
 
-    dataset: SampleDataset
+    dataset: IndexedSamples
     order: StepOrder
     lambda_schedule: LambdaSchedule
     config: BatchConfig
@@ -61,6 +61,17 @@ class StepPrompts:
             position: self._build_request(step, position, self.dataset[rows[position]])
             for position in np.flatnonzero(is_sampled).tolist()
         }
+
+    def steps_to_sample(self, step: int, num_steps: int | None) -> list[int]:
+        """Return the on-policy steps from `step` to the end of its generation, and of the run.
+
+        Args:
+            step: an on-policy step.
+            num_steps: of the whole run; None: there is no end.
+        """
+        stop = self.lambda_schedule.generation_steps(step).stop
+        last = stop - 1 if num_steps is None else min(stop - 1, num_steps)
+        return [step, *filter(self.is_on_policy, range(step + 1, last + 1))]
 
     def count_patches(self, rows: Sequence[int], samples: Mapping[int, Sample]) -> list[int]:
         """Return the patches of the images at each position of a batch; nothing where they are not limited.
@@ -93,5 +104,7 @@ class StepPrompts:
         limit = self.config.max_length
         max_length = max_response_length(sample, limit, self.teacher_max_length or limit)
         # The seed depends neither on the rank that samples the row nor on the other rows.
-        sequence = np.random.SeedSequence([self.lambda_schedule.seed, step - 1, position])
+        first = self.lambda_schedule.generation_steps(step).start
+        place = (step - first) * self.config.global_batch_size + position
+        sequence = np.random.SeedSequence([self.lambda_schedule.seed, first - 1, place])
         return SampleRequest.from_sample(sample, int(sequence.generate_state(1, np.uint64)[0] >> 1), max_length)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_gkd.config.schema import ParallelSection, TrainSection
+from megatron_gkd.config.schema import MemorySection, ParallelSection, TrainSection
 from megatron_gkd.data.microbatch import Microbatch
 from megatron_gkd.models.megatron_model import MegatronModel, hidden_states
 from megatron_gkd.models.pipeline import Pipeline
@@ -26,6 +26,7 @@ class Student:
         parallel: the recipe's section.
         train: the recipe's section.
         train_iters: number of steps of the learning-rate schedule.
+        memory: the recipe's section; None: its defaults.
 
     Attributes:
         token_divergence: of the newest global batch, on the last pipeline stage: for each microbatch [N], one value for
@@ -39,11 +40,13 @@ class Student:
         parallel: ParallelSection,
         train: TrainSection,
         train_iters: int,
+        memory: MemorySection | None = None,
     ) -> None:
+        memory = memory or MemorySection()
         self.model, self.objective, self.mesh = model, objective, model.mesh
         self.overlaps_param_gather = parallel.overlap_param_gather
         ddp_config = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
+            grad_reduce_in_fp32=memory.main_grads_dtype == "fp32",
             overlap_grad_reduce=parallel.overlap_grad_reduce,
             overlap_param_gather=parallel.overlap_param_gather,
             use_distributed_optimizer=parallel.distributed_optimizer,
@@ -53,7 +56,9 @@ class Student:
             for index, chunk in enumerate(model.chunks)
         ]
         dtype = model.config.params_dtype
-        self.optimizer = build_optimizer(self.chunks, train, dtype=dtype, distributed=parallel.distributed_optimizer)
+        self.optimizer = build_optimizer(
+            self.chunks, train, memory, dtype=dtype, distributed=parallel.distributed_optimizer
+        )
         self.scheduler = build_scheduler(self.optimizer, train, train_iters)
         self._connect_schedule(parallel)
         self.token_divergence: list[torch.Tensor] = []

@@ -11,6 +11,7 @@ from megatron_gkd.config.schema import OneTeacher, Recipe, TaggedTeacher, Teache
 from megatron_gkd.data.dataset import TokenizedDataset
 from megatron_gkd.errors import UserError
 from megatron_gkd.models.checkpoint import Checkpoint
+from megatron_gkd.reporting.logging import LOGGER
 from megatron_gkd.teachers.cache.teacher import open_cache, require_rows
 from megatron_gkd.teachers.self_teacher import require_teacher_prompts
 from megatron_gkd.teachers.several import require_teachers
@@ -23,9 +24,29 @@ def check_training_rows(
 ) -> None:
     """Raise a UserError where the training rows lack what a teacher needs; see also `check_rows`."""
     for place, teacher in section.all.items():
-        if teacher.source == "self" and teacher.teacher_model is None and teacher.teacher_ema is None:
+        if not teacher.is_named:
+            _require_own_prompts(dataset, place)
+        elif teacher.source == "self" and teacher.teacher_model is None and teacher.teacher_ema is None:
             require_teacher_prompts(dataset, place)
     check_rows(section, dataset, checkpoints)
+
+
+def _require_own_prompts(dataset: TokenizedDataset, place: str) -> None:
+    """Say that the student is the teacher that nothing names, or raise a UserError where no row has its prompt."""
+    count = int((dataset.teacher_lengths > 0).sum())
+    if not count:
+        raise UserError(
+            f"{place}.teacher_kind = null: no teacher is named, and no row of data.dataset has a teacher_prompt, with "
+            "which the student would be its own; set teacher_model, teacher_model_server or teacher_cache, or "
+            "teacher_kind = none to train without one"
+        )
+    LOGGER.info(
+        "no teacher is named, and %d of %d rows have a teacher_prompt: the student is its own teacher, which reads it "
+        "(%s.teacher_kind = self)",
+        count,
+        len(dataset),
+        place,
+    )
 
 
 def check_rows(section: TeacherSection, dataset: TokenizedDataset, checkpoints: Mapping[str, Checkpoint]) -> None:
@@ -75,6 +96,18 @@ def require_readers_of_videos(recipe: Recipe, dataset: TokenizedDataset) -> None
     for place, teacher in recipe.teacher.all.items():
         if teacher.source == "server":
             raise UserError(f"{place}.teacher_model_server: {reason}; use a teacher_model, or a cache of one's scores")
+
+
+def require_few_images(recipe: Recipe, dataset: TokenizedDataset) -> None:
+    """Raise a UserError for a row with more images than vLLM in the training processes takes of a prompt."""
+    limits = recipe.rollout.vllm_limit_mm_per_prompt
+    if recipe.rollout.engine != "vllm" or limits is None or "image" not in limits:
+        return
+    for row in _rows_with_images(dataset):
+        if (count := len(dataset[row].images)) > limits["image"]:
+            raise UserError(
+                f"rollout.vllm_limit_mm_per_prompt = {limits}: row {row} of the dataset has {count} images; raise it"
+            )
 
 
 def refuse_videos(dataset: TokenizedDataset) -> None:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-from torch.profiler import record_function
 
 from megatron_gkd.data.microbatch import Microbatch
 from megatron_gkd.errors import Interrupted, RunStopped, UserError
@@ -18,6 +16,7 @@ from megatron_gkd.reporting.logging import LOGGER
 from megatron_gkd.reporting.reporter import Reporter
 from megatron_gkd.runtime import portability
 from megatron_gkd.runtime.agreement import FailureMeeting, run_on_all
+from megatron_gkd.runtime.current_phase import in_phase, iterate_in_phase
 from megatron_gkd.teachers.base import FollowsStudent, ReadOnce, TeacherSignal, TeacherSource
 from megatron_gkd.training.bad_steps import BadSteps
 from megatron_gkd.training.batches import TrainingData, announce_ahead, prepare_batch
@@ -26,7 +25,7 @@ from megatron_gkd.training.completion_recorder import CompletionRecorder
 from megatron_gkd.training.exports import ExportFolders, Exports
 from megatron_gkd.training.guards import Guards
 from megatron_gkd.training.interruptions import Interruptions
-from megatron_gkd.training.metrics import MismatchWarning, summarize
+from megatron_gkd.training.metrics import MismatchWarning, TruncationWarning, summarize
 from megatron_gkd.training.rescue import Rescue, RunState, stop
 from megatron_gkd.training.student import Student
 
@@ -40,6 +39,7 @@ class TrainerConfig:
         eval_interval: steps between validations; None: only after the last step.
         max_bad_steps: recipe key `train.max_bad_steps`.
         mismatch_kl_threshold: recipe key `rollout.mismatch_kl_threshold`.
+        completion_ends: what ends the student's completions, for people.
         teacher_is_student: whether teacher and student start with the same weights, so that their divergence must be 0.
     """
 
@@ -47,6 +47,7 @@ class TrainerConfig:
     eval_interval: int | None = None
     max_bad_steps: int = 10
     mismatch_kl_threshold: float | None = None
+    completion_ends: str = ""
     teacher_is_student: bool = False
 
 
@@ -96,6 +97,7 @@ class Trainer:
         self.checkpoints, self.completions = output.checkpoints, output.completions
         self.interruptions = interruptions or Interruptions()
         self.mismatch_warning = MismatchWarning(config.mismatch_kl_threshold)
+        self.truncation_warning = TruncationWarning(config.completion_ends)
         self.guards = Guards(
             student.objective.vocab_size,
             has_teacher=teacher is not None,
@@ -114,14 +116,23 @@ class Trainer:
             "exports": self.exports.made,
             "mismatch_warnings": self.mismatch_warning.count,
             "sampled_steps": 0 if self.completions is None else self.completions.sampled_steps,
-            "rollouts": None if rollouts is None else rollouts.progress(),
+            "rollouts": None if rollouts is None else rollouts.progress(self.state.step),
+            "stream": None if self.data.stream is None else self.data.stream.progress(self.state.step).values(),
         }
 
-    def restore(self, progress: Mapping[str, Any]) -> None:
-        """Continue from what `progress` returned."""
+    def restore(self, progress: Mapping[str, Any], *, is_own: bool = True) -> None:
+        """Continue from what `progress` returned.
+
+        Args:
+            progress: of the run's newest checkpoint.
+            is_own: whether this checkpoint and the exports up to it are in the output folder of this run.
+        """
         self.state.step, self.state.updates = progress["step"], progress["updates"]
         self.bad_steps.in_a_row = progress["bad_steps_in_a_row"]
-        self.exports.restore(progress["exports"])
+        if is_own:
+            self.exports.restore(progress["exports"])
+            if self.checkpoints is not None:
+                self.checkpoints.saved_step = self.state.step
         self.mismatch_warning.count = progress["mismatch_warnings"]
         if self.completions is not None:
             self.completions.sampled_steps = progress["sampled_steps"]
@@ -142,7 +153,8 @@ class Trainer:
         except Interrupted:
             raise
         except Exception as error:
-            stop(error, meeting, self.state, Rescue(self.save_checkpoint, self.export_now))
+            command = "" if self.checkpoints is None else self.checkpoints.command
+            stop(error, meeting, self.state, Rescue(self.save_checkpoint, self.export_now, command))
         if self.bad_steps.in_a_row:
             self.reporter.plot()
             raise RunStopped(
@@ -154,7 +166,8 @@ class Trainer:
     def _run(self) -> ExportFolders:
         first = self.state.step + 1
         self.interruptions.begin()
-        for step, microbatches in enumerate(announce_ahead(self.data.batches, self.teacher), start=first):
+        batches = iterate_in_phase("data", announce_ahead(self.data.batches, self.teacher), first)
+        for step, microbatches in enumerate(batches, start=first):
             self.train_step(step, microbatches)
             self._finish_step(step, is_last=step == self.config.train_iters)
         if self.checkpoints is not None:
@@ -163,13 +176,16 @@ class Trainer:
 
     def _finish_step(self, step: int, *, is_last: bool) -> None:
         """Validate, export and save where it is due after `step`; end the run if it is interrupted."""
+        if is_last:  # so that the last checkpoint knows this run's export from an earlier one's
+            self._claim(self.exports.final())
         if is_last or (self.config.eval_interval and step % self.config.eval_interval == 0):
-            self.validate(step)
+            with in_phase("validation"):
+                self.validate(step)
         if not is_last and self.exports.is_due(step):
             self.export(self.exports.of_step(step))
             self.exports.remove_old(is_main=self.student.mesh.is_main)
         if self.checkpoints is not None:
-            with record_function("gkd/checkpoint"):
+            with in_phase("checkpoint"):
                 self.checkpoints.poll()
                 if is_last or self.checkpoints.is_due(step):
                     self.checkpoints.save(step, self.progress)
@@ -191,7 +207,7 @@ class Trainer:
         if self.checkpoints is None:
             saved = f"no checkpoints are kept (output.save_interval = null); the student is in {self.export_now()}"
         elif self.save_checkpoint():
-            saved = f"saved in {self.checkpoints.path_of(state.step)}; the same command continues the run"
+            saved = f"saved in {self.checkpoints.path_of(state.step)}; {self.checkpoints.command} continues the run"
         else:  # not an Interrupted: a restart would not find what was learned
             raise UserError(f"{reason}: the checkpoint of step {state.step} could not be saved")
         self.reporter.plot()
@@ -206,10 +222,10 @@ class Trainer:
         portability.synchronize()
         scored = time.perf_counter()
         learning_rate = self.student.learning_rate
-        with record_function("gkd/student"):
+        with in_phase("student"):
             totals = self.student.compute_gradients(batch.microbatches, signals)
         self._check(step, totals, batch.microbatches)
-        with record_function("gkd/optimizer"):
+        with in_phase("optimizer"):
             grad_norm = self.update(step, totals)
         portability.synchronize()
         record = {
@@ -270,12 +286,19 @@ class Trainer:
 
         def report() -> None:
             self.reporter.step(record)
-            warning = self.mismatch_warning.of_step(record["step"], record.get("mismatch_kl"))
-            if warning is not None:
-                LOGGER.warning(warning)
+            for warning in (
+                self.mismatch_warning.of_step(record["step"], record.get("mismatch_kl")),
+                self.truncation_warning.of_step(record["step"], record.get("truncated_share")),
+            ):
+                if warning is not None:
+                    LOGGER.warning(warning)
             if completions is not None:
                 self.reporter.completions(completions)
 
+        self._report(report)
+
+    def _report(self, report: Callable[[], None]) -> None:
+        """Write to the output folder; a failure of the main rank is raised in all."""
         run_on_all(report, os_error=f"output.output_dir = {self.exports.output_dir}: can't be written to")
 
     def validate(self, step: int) -> None:
@@ -288,7 +311,7 @@ class Trainer:
             for name, value in self.student.evaluate(on_device, self.score(on_device)).items():
                 totals[name] = totals.get(name, 0.0) + value
         record = summarize(totals, has_teacher=self.teacher is not None)
-        self.reporter.validation({"step": step, **record})
+        self._report(lambda: self.reporter.validation({"step": step, **record}))
         if self.checkpoints is not None:
             self.checkpoints.validation = step, record["loss" if self.teacher is None else "divergence"]
 
@@ -296,26 +319,30 @@ class Trainer:
         """Return the teacher's signal for each microbatch; None where there is no teacher. All ranks must call it."""
         if self.teacher is None:
             return [None] * len(microbatches)
-        with record_function("gkd/teacher"), self.teacher.resident():
+        with in_phase("teacher"), self.teacher.resident():
             return ReadOnce(self.teacher.score(microbatches))
 
     def export(self, folders: ExportFolders) -> ExportFolders:
         """Export the student as it is. All ranks must call it."""
         self.student.gather_parameters()
         LOGGER.info(f"exporting to {folders}")
-        self.exports.claim(folders, is_main=self.student.mesh.is_main)
-        with record_function("gkd/export"):
+        self._claim(folders)
+        with in_phase("export"):
             if folders.adapters is not None:
                 export_adapters(self.student.model, folders.adapters)
             if folders.checkpoint is not None:
                 export_checkpoint(self.student.model, folders.checkpoint)
         return folders
 
+    def _claim(self, folders: ExportFolders) -> None:
+        """Note `folders` as this run's, and keep an earlier run's at the same place."""
+        self._report(lambda: self.exports.claim(folders, is_main=self.student.mesh.is_main))
+
     def save_checkpoint(self) -> bool:
         """Save a checkpoint of the run as it is, and wait for it. Returns False if it can't. All ranks must call it."""
         if self.checkpoints is None:
             return False
-        with record_function("gkd/checkpoint"):
+        with in_phase("checkpoint"):
             return self.checkpoints.save(self.state.step, self.progress) and self.checkpoints.finish()
 
     def export_now(self) -> ExportFolders:

@@ -1,11 +1,16 @@
 import pytest
 
 from megatron_gkd.launch.failures import Failure
+from megatron_gkd.launch.memory import count_memory_kills
 from megatron_gkd.launch.report import End, Stop, describe, exit_code, format_ranks
 
 
 def failed(rank, message, time=0.0, code=2, traceback=None, is_shared=False):
     return End(rank, code, time, Failure(message, traceback, code, is_shared, time))
+
+
+def hung(rank, time=0.0):
+    return End(rank, 75, time, Failure("rank 1 of 2 hangs", None, 75, True, time, "hang"))
 
 
 def killed(rank, number, time=0.0, **how):
@@ -30,7 +35,10 @@ def ok(rank):
         ([End(0, 130, 0.0, forwarded=2), End(1, 75, 0.0)], 75),
         ([End(0, 75, 0.0), killed(1, 9, stopped=Stop.TIMEOUT)], 137),
         ([failed(0, "RuntimeError: Connection closed by peer", 1.0, code=1), killed(1, 9, 2.0)], 137),
+        ([failed(0, "http://t:8000: Connection refused", 1.0, code=69), killed(1, 9, 2.0)], 69),  # of a server
         ([End(0, 7, 0.0)], 7),
+        ([hung(0, 5.0), killed(1, 9, 1.0, stopped=Stop.FAILURE_ELSEWHERE)], 75),
+        ([hung(0, 5.0), failed(1, "x", 1.0, code=1)], 75),
     ],
 )
 def test_the_exit_code_is_that_of_the_cause(ends, code):
@@ -40,6 +48,29 @@ def test_the_exit_code_is_that_of_the_cause(ends, code):
 def test_each_message_is_printed_once_with_its_ranks_in_the_order_of_time():
     ends = [failed(0, "late", 9.0), failed(5, "early", 1.0), failed(6, "early", 1.1), failed(3, "early", 1.2)]
     assert describe(ends, 8) == "ranks 3, 5-6 of 8: early\nrank 0 of 8: late"
+
+
+def test_a_hang_is_the_cause_and_its_code_is_no_interruption():
+    ends = [hung(0, 5.0), killed(1, 9, 1.0, stopped=Stop.FAILURE_ELSEWHERE)]
+    assert not ends[0].is_interruption
+    assert describe(ends, 2) == "rank 1 of 2 hangs\nrank 1 of 2 stopped, or lost the connection, after that"
+
+
+def test_a_rank_that_ends_for_another_ones_failure_is_no_cause():
+    consequence = End(0, 2, 1.0, Failure("rank 1 has failed: a row", None, 2, False, 1.0, "consequence"))
+    ends = [consequence, failed(1, "a row", 3.0)]
+    assert exit_code(ends) == 2
+    assert describe(ends, 2) == "rank 1 of 2: a row\nrank 0 of 2 stopped, or lost the connection, after that"
+    assert describe([consequence], 2) == "rank 0 of 2: rank 1 has failed: a row"
+
+
+def test_a_kill_for_lack_of_memory_says_so():
+    assert describe([killed(1, 9)], 2) == "rank 1 of 2 was killed by SIGKILL (out of memory?)"
+    assert describe([killed(1, 9, lacked_memory=True)], 2) == (
+        "rank 1 of 2 was killed by SIGKILL (out of memory: the kernel has killed a process of this node for lack of "
+        "host memory)"
+    )
+    assert count_memory_kills() >= 0
 
 
 def test_a_message_of_all_ranks_names_none():

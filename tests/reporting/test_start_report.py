@@ -24,7 +24,13 @@ REPORT = StartReport(
     ],
     rollouts="engine vllm, lmbda 0.5 of each step",
     rows=[
-        RowsLine("training", "49998 of 50000 rows used; dropped: 2 not JSON", 31_234_567),
+        RowsLine(
+            "training",
+            "49998 of 50000 rows used; dropped: 2 not JSON",
+            31_234_567,
+            forms=("a.jsonl: 49000 messages; 2 of 49002 rows dropped", "b.jsonl: 998 query + response"),
+            example=("9 tokens, 2 trained on, between >>> and <<<:", "user: q", "assistant: >>>a<<<"),
+        ),
         RowsLine("validation", "9 of 9 rows used", 512),
     ],
     train_iters=500,
@@ -49,6 +55,11 @@ teachers[1]   http://host:8000: a vLLM server, of the tag b
 rollouts      engine vllm, lmbda 0.5 of each step
 rows          training: 31.2 M tokens; 49998 of 50000 rows used; dropped: 2 not JSON
               validation: 512 tokens; 9 of 9 rows used
+forms         a.jsonl: 49000 messages; 2 of 49002 rows dropped
+              b.jsonl: 998 query + response
+first row     9 tokens, 2 trained on, between >>> and <<<:
+              user: q
+              assistant: >>>a<<<
 steps         500 (0.08 epochs), starting at step 101, resumed from runs/x/checkpoints/step-000100
 checkpoints   every 50 steps in runs/x/checkpoints, all kept
 output        runs/x"""
@@ -76,7 +87,7 @@ def test_a_new_run_on_one_process():
 
 def test_unknown_facts_are_left_out():
     assert text_of(nodes=None)[1] == "device        NVIDIA H100 80GB HBM3, 16 processes"
-    assert text_of(train_iters=100)[13].startswith("steps         100 (0.08 epochs), all of them done, resumed from")
+    assert text_of(train_iters=100)[18].startswith("steps         100 (0.08 epochs), all of them done, resumed from")
 
 
 def test_a_part_of_the_parameters():

@@ -24,8 +24,16 @@ def balancing_loss(logits: torch.Tensor, k: int) -> torch.Tensor:
     return logits.shape[1] * ((chosen.sum(0) / (len(logits) * k)) * probabilities.mean(0)).sum()
 
 
-def gradients_of_transformers(path, rows: RandomRows) -> dict[str, torch.Tensor]:
-    """Of the first step, one row a microbatch: cross-entropy, and each row's balancing loss by its share of labels."""
+def z_loss(logits: torch.Tensor) -> torch.Tensor:
+    """The mean of the squared logarithms of the partition function of one layer's router logits [T, E] (ST-MoE)."""
+    return logits.logsumexp(-1).square().mean()
+
+
+def gradients_of_transformers(path, rows: RandomRows, z_coefficient: float = 0.0) -> dict[str, torch.Tensor]:
+    """Of the first step, one row a microbatch: cross-entropy, and each row's losses of routers by its share of labels.
+
+    These are the balancing loss and, with a coefficient, the z-loss.
+    """
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, **EAGER).train()
     routed = []
     for layer in model.model.layers:
@@ -42,7 +50,8 @@ def gradients_of_transformers(path, rows: RandomRows) -> dict[str, torch.Tensor]
         logits = model(torch.from_numpy(sample.input_ids)[None]).logits[0]
         loss = loss + F.cross_entropy(logits, one, ignore_index=-100, reduction="sum") / total
         balance = sum(balancing_loss(layer, model.config.num_experts_per_tok) for layer in routed)
-        loss = loss + COEFFICIENT * balance * int((one != -100).sum()) / total
+        balance = COEFFICIENT * balance + z_coefficient * sum(map(z_loss, routed))
+        loss = loss + balance * int((one != -100).sum()) / total
     loss.backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
@@ -65,6 +74,20 @@ def test_it_counts_by_labels_however_long_the_prompts_are(layout, most_labels, g
     for name in routers:
         error = (found[name] - expected[name]).norm() / expected[name].norm()
         assert error < 1e-5, f"{name} is off by {error:.1e}"
+
+
+@pytest.mark.parametrize("most_labels", [None, 2])
+@pytest.mark.parametrize("layout", ["", "TP2+SP", "CP2xEP2", "PP2xEP2"])
+def test_the_z_loss_counts_by_labels_too(layout, most_labels, gloo_world):
+    model = tiny_checkpoint("qwen3_moe", seed=2, num_hidden_layers=2)
+    rows = RandomRows(count=24, most_labels=most_labels)
+    world = gloo_world(MOE[layout][0] if layout else 1)
+    recipe = changes(layout) | {"megatron": {"moe_z_loss_coeff": 0.3}}
+    found = world.run(train_steps, model, None, recipe, rows=rows)[0][0]["gradient"]
+    expected, without = gradients_of_transformers(model, rows, 0.3), gradients_of_transformers(model, rows)
+    for name in (name for name in expected if name.endswith("mlp.gate.weight")):
+        assert (expected[name] - without[name]).norm() > 0.1 * expected[name].norm()
+        assert (found[name] - expected[name]).norm() < 1e-5 * expected[name].norm(), name
 
 
 def test_recomputed_layers_have_the_weight_of_their_own_microbatch(gloo_world):

@@ -42,7 +42,7 @@ def generator_and_formatter(recipe, mesh, rows, engine):
     from megatron_gkd.training.completion_sampler import CompletionSampler
     from megatron_gkd.training.generated_rows import ResponseGenerator, RowFormatter
 
-    sampler = CompletionSampler(engine, sampling_of(recipe.rollout), mesh.dp)
+    sampler = CompletionSampler(engine, sampling_of(recipe, ()), mesh.dp)
     return ResponseGenerator(recipe, rows, sampler, N), RowFormatter(recipe, rows, tiny_tokenizer(), "model")
 
 
@@ -52,6 +52,7 @@ def write(rank, world_size, checkpoint, changes, path, chunk_rows=7, count=COUNT
     from megatron_gkd.models.megatron_model import BuildOptions, MegatronModel
     from megatron_gkd.rollout.megatron.engine import MegatronEngine
     from megatron_gkd.runtime.mesh import Layout, destroy_mesh, initialize_mesh
+    from megatron_gkd.training.ends import CompletionEnds
     from megatron_gkd.training.generate import settings_of, write_responses
 
     recipe = recipe_of(changes)
@@ -60,7 +61,7 @@ def write(rank, world_size, checkpoint, changes, path, chunk_rows=7, count=COUNT
     mesh = initialize_mesh(Layout.from_section(recipe.parallel), recipe.train.seed)
     model = MegatronModel.load(Checkpoint.open(str(checkpoint)), mesh, BuildOptions())
     rows = RandomRows(count=count)
-    file = GeneratedFile(path, chunk_rows, settings_of(recipe, "model", N, rows))
+    file = GeneratedFile(path, chunk_rows, settings_of(recipe, "model", N, rows, CompletionEnds(())))
     try:
         write_responses(file, *generator_and_formatter(recipe, mesh, rows, MegatronEngine(model, EOS)), mesh)
     finally:
@@ -69,19 +70,20 @@ def write(rank, world_size, checkpoint, changes, path, chunk_rows=7, count=COUNT
 
 def test_settings_are_those_of_files_that_earlier_versions_have_begun():
     """A new name or value would keep a run from continuing such a file."""
+    from megatron_gkd.training.ends import CompletionEnds
     from megatron_gkd.training.generate import settings_of
 
     recipe = recipe_of({})
-    settings = settings_of(recipe, "model", N, RandomRows(count=COUNT))
-    rows = settings.pop("rows")
+    settings = settings_of(recipe, "model", N, RandomRows(count=COUNT), CompletionEnds((0, 2)))
+    rows, prompts = settings.pop("rows"), settings.pop("prompts")
     assert json.loads(json.dumps(settings)) == {
         "model": "model",
         "n": N,
         "seed": recipe.train.seed,
         "dtype": "fp32",
         "max_length": 64,
-        "max_completion_length": recipe.rollout.max_completion_length,
-        "rollout_temperature": recipe.rollout.rollout_temperature,
+        "max_completion_length": recipe.max_completion_length,
+        "rollout_temperature": recipe.rollout_temperature,
         "top_k": None,
         "top_p": 1.0,
         "truncated": "keep",
@@ -89,7 +91,13 @@ def test_settings_are_those_of_files_that_earlier_versions_have_begun():
         "stop": [],
         "dataset": ["unused.jsonl"],
     }
-    assert len(rows) == 32
+    assert len(rows) == len(prompts) == 32
+    added = settings_of(recipe, "model", N, RandomRows(count=COUNT), CompletionEnds((0, 2), added=(2,)))
+    assert added["added_ends"] == [2], "other responses than those of earlier versions"
+    changed = settings_of(
+        recipe_of({"rollout": {"min_p": 0.1, "repetition_penalty": 1.2}}), "model", N, RandomRows(), CompletionEnds(())
+    )
+    assert (changed["min_p"], changed["repetition_penalty"]) == (0.1, 1.2)
 
 
 def read(path):
@@ -127,7 +135,7 @@ def test_every_layout_writes_the_same_file(layout, gloo_world, whole, tmp_path):
 def test_rows_of_ids_become_samples_with_these_ids(whole):
     render = RowRenderer(tiny_tokenizer(), vocab_size=99)
     for row in read(whole):
-        input_ids, labels = render(parse_row(row))
+        input_ids, labels, _ = render(parse_row(row))
         start = len(row["prompt_token_ids"])
         assert input_ids.tolist() == row["prompt_token_ids"] + row["response_token_ids"]
         assert labels.tolist() == [IGNORED_LABEL] * (start - 1) + row["response_token_ids"] + [IGNORED_LABEL]
@@ -218,6 +226,7 @@ def verify_chunks(rank, world_size, checkpoint, path, url, swapped):
     from megatron_gkd.models.megatron_model import BuildOptions, MegatronModel
     from megatron_gkd.rollout.megatron.engine import MegatronEngine
     from megatron_gkd.runtime.mesh import Layout, destroy_mesh, initialize_mesh
+    from megatron_gkd.training.ends import CompletionEnds
     from megatron_gkd.training.generate import settings_of, verify_teacher, write_responses
 
     recipe = recipe_of({"teacher": {"teacher_model": None, "teacher_model_server": url}})
@@ -238,7 +247,7 @@ def verify_chunks(rank, world_size, checkpoint, path, url, swapped):
             return generate(rows)
 
         generator.generate = generate_after_swap
-        file = GeneratedFile(path, 7, settings_of(recipe, "model", N, rows))
+        file = GeneratedFile(path, 7, settings_of(recipe, "model", N, rows, CompletionEnds(())))
         write_responses(file, generator, formatter, mesh, verify)
     except GkdError as error:
         return str(error), error.exit_code
@@ -296,6 +305,14 @@ class TestFile:
         self.file(tmp_path).resume()
         with pytest.raises(UserError, match=problem):
             self.file(tmp_path, **options).resume()
+
+    def test_other_prompts_of_the_same_lengths_are_refused_where_the_file_knows_them(self, tmp_path):
+        self.file(tmp_path).resume()
+        self.file(tmp_path, prompts="a").resume()  # begun by an earlier version
+        (tmp_path / "x.jsonl.settings.json").unlink()
+        self.file(tmp_path, prompts="a").resume()
+        with pytest.raises(UserError, match="was begun with prompts = a, not b"):
+            self.file(tmp_path, prompts="b").resume()
 
     def test_a_file_of_another_origin_stays_as_it_is(self, tmp_path):
         (tmp_path / "x.jsonl").write_text("mine\n")

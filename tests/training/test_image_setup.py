@@ -60,7 +60,7 @@ def test_the_students_processing_is_used_for_rows_and_batches(data, tmp_path):
     assert [(dataset[row].input_ids == IMAGE_ID).sum() for row in range(3)] == [6, 0, 4 + 15]
     _, limited = open_all(recipe(tiny_vision_checkpoint("qwen2_5_vl"), data, tmp_path, max_pixels=256))
     assert [(limited[row].input_ids == IMAGE_ID).sum() for row in range(3)] == [2, 0, 4 + 2]
-    layout = SimpleNamespace(pad_multiple=1, virtual_pipeline=None, pipeline=2)
+    layout = SimpleNamespace(pad_multiple=1, total_multiple=1, virtual_pipeline=None, pipeline=2)
     for stage in range(2):
         groups = {name: SimpleNamespace(rank=lambda: 0, size=lambda: 1) for name in ("dp", "cp")}
         mesh = SimpleNamespace(layout=layout, pp=SimpleNamespace(rank=lambda stage=stage: stage), **groups)
@@ -111,6 +111,23 @@ def test_ids_of_a_teachers_images_are_never_sampled(tmp_path):
     assert (
         Models(None, {"teacher": Checkpoint.open(str(tiny_checkpoint("qwen2")))}, None, 301).find_reserved_ids() == ()
     )
+
+
+def test_a_checkpoints_processor_is_opened_once(data, tmp_path, monkeypatch):
+    from megatron_gkd.data.vision.processor import PixelLimits
+    from megatron_gkd.models import checkpoint
+    from megatron_gkd.training.build_teacher import open_images
+    from megatron_gkd.training.setup import Models
+
+    opened, open_processing = [], checkpoint.open_processing
+    monkeypatch.setattr(checkpoint, "open_processing", lambda *a: opened.append(a) or open_processing(*a))
+    folder = tiny_vision_checkpoint("qwen2_5_vl")
+    whole, teacher = recipe(folder, data, tmp_path), Checkpoint.open(str(folder))
+    images = open_images(whole, teacher)
+    assert open_images(whole, teacher) is images and len(opened) == 1
+    assert Models(None, {"teacher": teacher}, None, 301).find_reserved_ids() == images.reserved_ids
+    assert len(opened) == 1
+    assert teacher.images(PixelLimits(max_pixels=256)) is not images and len(opened) == 2
 
 
 def test_a_multimodal_teacher_completes_the_prompts_of_a_text_student(data, tmp_path):

@@ -1,4 +1,7 @@
-"""Loss and whole gradient under every layout equal those of one process, for three steps with updates in between."""
+"""Loss and whole gradient under every layout equal those of one process, in two steps with an update in between.
+
+`test_golden` and the tests of rollouts and of the student as its own teacher make more steps.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ import functools
 import pytest
 from checkpoints import tiny_checkpoint
 from layouts import DENSE, MOE
-from training_layouts import TOLERANCE, assert_equal_runs, train_steps, with_beta
+from training_layouts import TOLERANCE, assert_equal_runs, with_beta
+from training_layouts import train_steps as train_three_steps
 
 from megatron_gkd.ops.reference import FAMILIES
 
@@ -20,6 +24,10 @@ OBJECTIVES = {name: {"divergence": name, "beta": 0.5} for name in FAMILIES if na
     for beta, tail in ((0.5, "renormalize"), (0.0, "bucket"))
 }
 OTHER_LAYOUTS = ["TP2+SP", "CP2", "TP2+SPxCP2"]
+
+
+def train_steps(*arguments, **options):
+    return train_three_steps(*arguments, steps=2, **options)
 
 
 @functools.cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_gkd.training.metrics import MismatchWarning, describe_rollouts
+from megatron_gkd.training.metrics import MismatchWarning, TruncationWarning, describe_rollouts
 from megatron_gkd.training.rollout_report import RolloutReport
 
 
@@ -21,10 +21,29 @@ def test_without_a_threshold_there_is_no_warning():
     assert MismatchWarning(None).of_step(1, 5.0) is None
 
 
+def test_truncated_completions_warn_once():
+    warning = TruncationWarning("<|endoftext|> (0)")
+    assert warning.of_step(1, None) is None
+    text = warning.of_step(2, 0.9)
+    assert text is not None and text.startswith(
+        "step 2: 90% of the completions were truncated at rollout.max_completion_length; they end at <|endoftext|> (0)"
+    )
+    assert warning.of_step(3, 1.0) is None
+    healthy = TruncationWarning("")
+    assert healthy.of_step(1, 0.89) is None and healthy.of_step(2, 1.0) is None, "the first sampled step alone"
+
+
 def report(staleness: float) -> RolloutReport:
     counts = {"student_rows": 2, "dataset_rows": 0, "tokens": 10, "truncated": 0}
     return RolloutReport(
-        **counts, seconds=1.0, generation_seconds=1.0, staleness=staleness, log_prob=-20.0, sampled={}, bins=[]
+        **counts,
+        seconds=1.0,
+        generated_tokens=24,
+        generation_seconds=1.0,
+        staleness=staleness,
+        log_prob=-20.0,
+        sampled={},
+        bins=[],
     )
 
 

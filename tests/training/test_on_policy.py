@@ -28,10 +28,14 @@ def models(kind):
     return student, tiny_checkpoint("qwen3", seed=1, num_hidden_layers=2, hidden_size=48)
 
 
-def train_on_policy(rank, world_size, student, teacher, changes, lmbda, granularity, rows=None):
+def train_on_policy(rank, world_size, student, teacher, changes, lmbda, granularity, generations=(1, 1), rows=None):
     """Per step: totals, the rollouts' record, gradient norm; on rank 0 the gradient by Hugging Face name, and the
     completions with their divergence.
+
+    `generations`: steps of a generation, and completions of each prompt.
     """
+    from megatron_gkd.data.generation_order import GenerationOrder
+    from megatron_gkd.data.loader import StepLoader
     from megatron_gkd.data.order import SampleOrder
     from megatron_gkd.rollout.megatron.engine import MegatronEngine
     from megatron_gkd.runtime.mesh import destroy_mesh
@@ -39,13 +43,11 @@ def train_on_policy(rank, world_size, student, teacher, changes, lmbda, granular
     from megatron_gkd.training.completion_recorder import CompletionRecorder
 
     rows = rows or RandomRows(count=24)
-    mesh, student, teacher, batches = build(student, teacher, changes, rows)
-    prompts = StepPrompts(
-        rows,
-        SampleOrder(rows.sizes, [1.0], seed=1234, shuffle=True),
-        LambdaSchedule(lmbda, granularity, seed=7),
-        BatchConfig.from_recipe(recipe_of(changes), mesh, pad_token_id=0),
-    )
+    mesh, student, teacher, _ = build(student, teacher, changes, rows)
+    schedule = LambdaSchedule(lmbda, granularity, 7, *generations)
+    order = GenerationOrder(SampleOrder(rows.sizes, [1.0], seed=1234, shuffle=True), schedule, global_batch_size=4)
+    config = BatchConfig.from_recipe(recipe_of(changes), mesh, pad_token_id=0)
+    prompts, batches = StepPrompts(rows, order, schedule, config), StepLoader(rows, order, config, range(1, STEPS + 1))
     options = RolloutOptions(Sampling(max_completion_length=9, temperature=1.3))
     rollouts = Rollouts(MegatronEngine(student.model, [3]), prompts, options, mesh.dp)
     completions = CompletionRecorder(mesh, tiny_tokenizer(), interval=1)
@@ -53,9 +55,11 @@ def train_on_policy(rank, world_size, student, teacher, changes, lmbda, granular
     for step, offline in enumerate(batches, start=1):
         microbatches, report, record = offline, None, {}
         if prompts.is_on_policy(step):
-            rollouts.engine.load_weights(student.model.named_tensors(), version=step - 1)
+            if not rollouts.has_begun(step):
+                rollouts.engine.load_weights(student.model.named_tensors(), version=step - 1)
             microbatches, report = rollouts.microbatches(step)
-            record = {"tokens": report.tokens, "student_rows": report.student_rows, "log_prob": report.log_prob}
+            names = ("tokens", "student_rows", "log_prob", "staleness")
+            record = {name: getattr(report, name) for name in names}
         with teacher.resident():
             signals = teacher.score(microbatches)
         totals = student.compute_gradients(microbatches, signals, force_all_reduce=True)
@@ -73,13 +77,14 @@ def train_on_policy(rank, world_size, student, teacher, changes, lmbda, granular
 @pytest.fixture(scope="module")
 def one_process(gloo_world):
     @functools.cache
-    def of(kind, lmbda, granularity):
-        return gloo_world(1).run(train_on_policy, *models(kind), {}, lmbda, granularity)[0]
+    def of(kind, *schedule):
+        return gloo_world(1).run(train_on_policy, *models(kind), {}, *schedule)[0]
 
     return of
 
 
 ALWAYS, BY_STEP, BY_ROW = (1.0, "step"), (0.5, "step"), (0.5, "row")
+ONE_STEP = (1, 1)
 LAYOUTS = [
     *(("dense", name) for name in ("TP2+SP", "PP2", "CP2", "DP2", "TP2xPP2", "CP2xDP2, packed")),
     *(("mixture", name) for name in ("EP2", "TP2+SPxEP2")),
@@ -89,19 +94,23 @@ CASES += [("dense", name, *BY_STEP) for name in ("DP2", "TP2xPP2")]
 REPLICAS = {"TP2+SPxPP2xDP2": (8, {"parallel": TP2 | SP | PP2})}
 """Tensor-parallel ranks, stages and replicas at once: none may wait for one that took the other branch."""
 LARGE = [("dense", name, *lambda_schedule) for name in REPLICAS for lambda_schedule in (BY_STEP, BY_ROW)]
+GENERATIONS = (0.6, "row", (2, 4))
+SEVERAL_STEPS = [("dense", name, *GENERATIONS) for name in ("CP2xDP2, packed", "TP2xPP2")]
 
 
-@pytest.mark.parametrize(("kind", "layout", "lmbda", "granularity"), CASES + LARGE)
-def test_every_layout_equals_one_process(kind, layout, lmbda, granularity, gloo_world, one_process):
+@pytest.mark.parametrize(("kind", "layout", *("lmbda", "granularity", "generations")), [
+    *((*case, ONE_STEP) for case in CASES + LARGE), *SEVERAL_STEPS
+])  # fmt: skip
+def test_every_layout_equals_one_process(kind, layout, lmbda, granularity, generations, gloo_world, one_process):
     world_size, changes = (DENSE | MOE | REPLICAS)[layout]
-    ranks = gloo_world(world_size).run(train_on_policy, *models(kind), changes, lmbda, granularity)
-    expected = one_process(kind, lmbda, granularity)
+    ranks = gloo_world(world_size).run(train_on_policy, *models(kind), changes, lmbda, granularity, generations)
+    expected = one_process(kind, lmbda, granularity, generations)
     assert {bool(record.get("student_rows")) for record in expected} == ({True} if lmbda == 1 else {True, False}) or (
         granularity == "row"
     )
     for rank in ranks:
         for a, b in zip(rank, expected, strict=True):
-            for name in ("tokens", "student_rows"):
+            for name in ("tokens", "student_rows", "staleness"):
                 assert a.get(name) == b.get(name)
             for name, value in b["totals"].items():
                 assert a["totals"][name] == pytest.approx(value, rel=1e-5), name
@@ -119,14 +128,25 @@ def test_every_layout_equals_one_process(kind, layout, lmbda, granularity, gloo_
 def test_there_are_steps_of_every_kind(one_process):
     """Of the dataset alone, of the student alone, and with so few rows of the student's that a replica has none."""
     rows = {
-        lambda_schedule: [r.get("student_rows", 0) for r in one_process("dense", *lambda_schedule)]
+        lambda_schedule: [r.get("student_rows", 0) for r in one_process("dense", *lambda_schedule, ONE_STEP)]
         for lambda_schedule in (BY_STEP, BY_ROW)
     }
     assert set(rows[BY_STEP]) == {0, 4} and 1 in rows[BY_ROW] and 3 in rows[BY_ROW]
 
 
+def test_the_steps_of_a_generation_train_on_completions_of_the_same_weights(one_process):
+    records = one_process("dense", *GENERATIONS)
+    assert [record["staleness"] for record in records] == [0, 1, 0]
+    versions = [{one["version"] for one in record["completions"]} for record in records]
+    assert versions == [{0}, {0}, {2}]
+    prompts = [[one["prompt"] for one in record["completions"]] for record in records]
+    assert prompts[0] and set(prompts[0]) == set(prompts[1]), "each step has completions of each prompt"
+    completions = {one["completion"] for record in records[:2] for one in record["completions"]}
+    assert len(completions) > len(set(prompts[0])), "of random streams of their own"
+
+
 def test_completions_have_the_divergence_of_each_token(one_process):
-    for record in one_process("dense", *ALWAYS):
+    for record in one_process("dense", *ALWAYS, ONE_STEP):
         completions = record["completions"]
         assert len(completions) == 4
         values = [value for completion in completions for value in completion["token_divergence"]]
@@ -142,7 +162,7 @@ def test_completions_have_the_divergence_of_each_token(one_process):
 
 
 def test_the_engine_and_the_trainer_compute_the_same_log_probs(one_process):
-    for record in one_process("dense", 1.0, "step"):
+    for record in one_process("dense", *ALWAYS, ONE_STEP):
         assert record["totals"]["dataset_tokens"] == 0 and record["tokens"] == record["totals"]["tokens"]
         assert -record["log_prob"] == pytest.approx(record["totals"]["student_cross_entropy"], rel=1e-5)
 
@@ -215,7 +235,7 @@ def test_steps_of_checkpoints_and_random_streams_are_counted_from_0(monkeypatch)
     by_position = {str(i): asdict(Completion([i + 5], [-0.5], "stop", version=1)) for i in range(8)}
     progress = {"begun": {"1": by_position}, "probe_calls": 4}
     rollouts.restore(progress)
-    assert rollouts.has_begun(2) and rollouts.progress() == progress
+    assert rollouts.has_begun(2) and rollouts.progress(1) == progress
     _, report = rollouts.microbatches(2)
     assert not rollouts.engine.calls
     assert [one.completion.token_ids for one in report.sampled.values()] == [[i + 5] for i in range(8)]

@@ -35,7 +35,8 @@ def oracle(
 ):
     """Loss, gradients and tokens of the first step, from unsharded models in fp64 and torch's autograd.
 
-    `of` leaves rows out; `prepare` changes a model. The teacher reads a row's `teacher_prompt` where there is one.
+    `of` leaves rows out; `prepare` changes a model. The teacher reads a row's `teacher_prompt` where there is one, and
+    a row may have weights of labels.
     """
 
     def open_model(path):
@@ -53,15 +54,16 @@ def oracle(
         inputs, labels = torch.from_numpy(sample.input_ids)[None], torch.from_numpy(sample.labels)
         counts = labels != -100
         logits = student(inputs).logits[0][counts]
-        cross_entropy = torch.nn.functional.cross_entropy(logits, labels[counts], reduction="sum")
+        weights = torch.ones(len(labels)) if sample.label_weights is None else torch.from_numpy(sample.label_weights)
+        cross_entropy = torch.nn.functional.cross_entropy(logits, labels[counts], reduction="none")
         if teacher is None:
-            total = total + cross_entropy
+            total = total + (weights[counts] * cross_entropy).sum()
         else:
             with torch.no_grad():
-                response = sample.input_ids[-int(counts.sum()) :]
-                prompt = sample.input_ids[: -len(response)] if sample.teacher_prompt is None else sample.teacher_prompt
-                read = torch.from_numpy(np.concatenate([prompt, response]))[None]
-                teacher_logits = teacher(read).logits[0, -len(response) - 1 : -1]
+                start = int(counts.nonzero()[0]) + 1 if sample.response_start is None else sample.response_start
+                prompt = sample.input_ids[:start] if sample.teacher_prompt is None else sample.teacher_prompt
+                read = torch.from_numpy(np.concatenate([prompt, sample.input_ids[start:]]))[None]
+                teacher_logits = teacher(read).logits[0, len(prompt) - 1 :][counts[start - 1 :]]
             shared = min(logits.shape[-1], teacher_logits.shape[-1])
             distances = reference.divergence(
                 logits[:, :shared],
@@ -70,7 +72,7 @@ def oracle(
                 beta=beta,
                 temperature=temperature,
             )
-            total = total + distances.sum() + sft_alpha * cross_entropy
+            total = total + (weights[counts] * (distances + sft_alpha * cross_entropy)).sum()
         tokens += int(counts.sum())
     loss = total / tokens
     loss.backward()

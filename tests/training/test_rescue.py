@@ -10,7 +10,7 @@ from checkpoints import tiny_checkpoint
 from safetensors.torch import load_file
 from training_layouts import build, trainer_of, weights_of
 
-from megatron_gkd.errors import RunStopped, UserError
+from megatron_gkd.errors import RunStopped, ServiceError, UserError
 
 ERRORS = {
     "memory": torch.OutOfMemoryError("out of memory"),
@@ -70,10 +70,10 @@ def test_an_error_in_the_first_step_has_nothing_to_save(gloo_world, tmp_path):
 def end_alone(rank, world_size, seconds):
     from megatron_gkd.runtime.agreement import FailureMeeting
 
-    meeting = FailureMeeting(FailureMeeting.create().name, seconds)
+    meeting = FailureMeeting.create()
     started = time.monotonic()
     if rank == 1:
-        return meeting.join("KeyError: 'missing'"), time.monotonic() - started
+        return meeting.join("KeyError: 'missing'", seconds), time.monotonic() - started
     time.sleep(3 * seconds)
     return None
 
@@ -83,24 +83,31 @@ def test_a_rank_that_fails_alone_has_a_time_limit(gloo_world):
     assert failures is None and 0.9 < waited < 2.5
 
 
-def test_the_message_names_a_rank_that_failed_alone(tmp_path):
+@pytest.mark.parametrize(
+    ("broken", "limit"),
+    [
+        (UserError("broken"), 5.0),
+        (ServiceError("broken"), 30.0),
+        (RunStopped("broken", exit_code=69), 30.0),
+        (ServiceError("broken: Connection refused"), 30.0),  # by a server, not by another rank
+    ],
+)
+def test_the_message_names_a_rank_that_failed_alone(broken, limit):
     from megatron_gkd.training.rescue import Rescue, RunState, stop
 
     class Alone:
-        seconds = 5.0
-
-        def join(self, failure):
-            assert failure == "UserError: broken"
+        def join(self, failure, seconds):
+            assert (failure, seconds) == (f"{type(broken).__name__}: {broken}", limit)
 
     def export():
         raise AssertionError("a collective that the other ranks do not join")
 
     with pytest.raises(
-        RunStopped, match="stopped after step 7 of 9: broken\nNot every rank failed within 5 s"
+        RunStopped, match=f"stopped after step 7 of 9: {broken}\nNot every rank failed within {limit:g} s of this one"
     ) as error:
-        stop(UserError("broken"), Alone(), RunState(9, step=7, updates=7), Rescue(export, export))
+        stop(broken, Alone(), RunState(9, step=7, updates=7), Rescue(export, export))
     assert not error.value.is_shared, "it is shown on any rank"
-    assert error.value.exit_code == UserError.exit_code
+    assert error.value.exit_code == broken.exit_code
 
 
 def test_a_checkpoint_that_can_not_be_saved_leaves_the_export(tmp_path):
@@ -108,7 +115,7 @@ def test_a_checkpoint_that_can_not_be_saved_leaves_the_export(tmp_path):
     from megatron_gkd.training.rescue import Rescue, RunState, stop
 
     class All:
-        def join(self, failure):
+        def join(self, failure, seconds):
             return [failure, failure]
 
     def fail():

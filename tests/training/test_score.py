@@ -160,7 +160,12 @@ def loaded_models(rank, world_size, student, changes):
     from megatron_gkd.runtime.mesh import destroy_mesh
 
     loaded, load = [], MegatronModel.load
-    MegatronModel.load = lambda checkpoint, *options: loaded.append(str(checkpoint.path)) or load(checkpoint, *options)
+
+    def record(checkpoint, *arguments, **options):
+        loaded.append(str(checkpoint.path))
+        return load(checkpoint, *arguments, **options)
+
+    MegatronModel.load = record
     try:
         build(student, None, changes)
     finally:

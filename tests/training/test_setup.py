@@ -36,14 +36,14 @@ def environment(**values):
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-def rows_of(rank, data, split="train", prompts=False, **sections):
+def rows_of(rank, data, split="train", all_completed=None, **sections):
     """The rows that `open_rows` gives to this rank, and the counts."""
 
     from megatron_gkd.training.setup import open_rows
 
     recipe = recipe_of(sections | {"data": data})
     models = SimpleNamespace(tokenizer=tiny_tokenizer(), vocab_size=68, images=None)
-    dataset, report = open_rows(recipe, models, split, prompts=prompts)
+    dataset, report = open_rows(recipe, models, split, all_completed=all_completed)
     return [dataset[row].input_ids.tolist() for row in range(len(dataset))], report.summary()
 
 
@@ -60,9 +60,9 @@ def open_slowly(rank, world_size, data):
 
 def open_on_two_nodes(rank, world_size, data):
     """Each rank is its node's first, with a cache and a copy of the file of its own."""
-    import megatron_gkd.data.dataset
+    import megatron_gkd.data.build
 
-    megatron_gkd.data.dataset.VISIBLE_WITHIN_S = 0.2
+    megatron_gkd.data.build.VISIBLE_WITHIN_S = 0.2
     data = [data | {"dataset": [f"{node}/train.jsonl"], "dataset_cache_dir": f"{node}/cache"} for node in data["nodes"]]
     with environment(LOCAL_RANK="0", GROUP_RANK=str(rank), LOCAL_WORLD_SIZE="1"):
         return rows_of(rank, {name: value for name, value in data[rank].items() if name != "nodes"})
@@ -159,15 +159,6 @@ def alone(rank, world_size, data, options):
     return rows_of(rank, data, **options)
 
 
-def limits_of(rank, world_size, rollout):
-    from megatron_gkd.config.schema import RolloutSection
-    from megatron_gkd.training.build import prompt_limits
-
-    recipe = recipe_of({"data": {"teacher_max_length": 100}})
-    limits = prompt_limits(recipe.model_copy(update={"rollout": RolloutSection(**rollout)}))
-    return limits.student, limits.teacher
-
-
 class TestPromptsThatFillTheSequence:
     LONG = ({"prompt_token_ids": [5] * 62, "response_token_ids": [6, 7]},)
 
@@ -189,17 +180,4 @@ class TestPromptsThatFillTheSequence:
         on_policy = {"distill": {"lmbda": 0.5}}
         assert count(self.LONG, **on_policy)[0] == 2
         assert count(self.LONG, **on_policy, split="validation") == (3, 64)
-        assert count(self.LONG, prompts=True)[0] == 2
-
-    @pytest.mark.parametrize(
-        ("rollout", "student"),
-        [
-            ({"max_completion_length": 8}, 56),
-            ({"max_completion_length": 512}, 48),
-            ({"max_completion_length": 8, "engine": "vllm", "vllm_max_model_len": 40}, 32),
-            ({"max_completion_length": 8, "engine": "megatron", "vllm_max_model_len": 40}, 56),
-        ],
-    )
-    def test_there_is_room_for_the_longest_completion_and_at_most_a_quarter(self, gloo_world, rollout, student):
-        teacher = 100 - min(25, rollout["max_completion_length"])
-        assert gloo_world(1).run(limits_of, rollout) == [(student, teacher)]
+        assert count(self.LONG, all_completed=True)[0] == 2

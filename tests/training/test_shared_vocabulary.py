@@ -91,8 +91,10 @@ def sample_and_train(rank, world_size, parallel):
     from megatron_gkd.data.order import SampleOrder
     from megatron_gkd.runtime.mesh import destroy_mesh
     from megatron_gkd.training.assemble import build_rollouts
+    from megatron_gkd.training.ends import CompletionEnds
     from megatron_gkd.training.prepare import PreparedRun
     from megatron_gkd.training.setup import Models
+    from megatron_gkd.training.training_rows import TrainingRows
 
     changes = {"parallel": parallel, "distill": {"lmbda": 1.0}}
     rows = RandomRows(count=8, vocab_size=IDS)
@@ -104,10 +106,14 @@ def sample_and_train(rank, world_size, parallel):
         point=None,
         models=Models(student.model.checkpoint, {}, student.model.checkpoint.tokenizer(), IDS),
         vocab_size=IDS,
-        rows={"training": (rows, None)},
-        order=SampleOrder(rows.sizes, [1.0], seed=1234, shuffle=True),
+        training=TrainingRows(rows, SampleOrder(rows.sizes, [1.0], seed=1234, shuffle=True)),
+        validation=None,
+        lines=(),
+        epochs=1.0,
+        has_images=False,
         batch_config=BatchConfig.from_recipe(recipe, mesh, pad_token_id=0),
         lambda_schedule=LambdaSchedule(1.0, "step", seed=7),
+        ends=CompletionEnds(tuple(student.model.checkpoint.eos_token_ids)),
         train_iters=3,
         identity={},
     )

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch.distributed as dist
 from checkpoints import tiny_checkpoint
 from training_layouts import recipe_of
 
+FUSIONS = ("gradient_accumulation_fusion", "masked_softmax_fusion", "apply_rope_fusion", "moe_permute_fusion")
+
 
 def report_of(changes, teachers=None, point=None, torch_attention=True, adapters=None):
     """The report's lines, by name."""
-    from megatron_gkd.data.report import DataReport
     from megatron_gkd.models.checkpoint import Checkpoint
+    from megatron_gkd.reporting.start_report import RowsLine
     from megatron_gkd.training.start import Schedule, describe_start
 
     opened = {place: Checkpoint.open(str(path)) for place, path in (teachers or {}).items()}
     models = SimpleNamespace(student=Checkpoint.open(str(tiny_checkpoint("qwen3_tied"))), teachers=opened)
-    rows = {"training": (SimpleNamespace(lengths=np.array([3, 4])), DataReport(2, 2))}
-    student = SimpleNamespace(has_torch_attention=torch_attention, adapters=adapters)
-    return dict(describe_start(recipe_of(changes), models, student, rows, Schedule(3, 24, point)).lines())
+    rows = [RowsLine("training", "2 of 2 rows used", 7)]
+    fused = dict.fromkeys(FUSIONS, False) | {"bias_activation_fusion": True}
+    student = SimpleNamespace(has_torch_attention=torch_attention, adapters=adapters, config=SimpleNamespace(**fused))
+    return dict(
+        describe_start(recipe_of(changes), models, student, rows, Schedule(3, 0.5, point), "torch", "</s> (2)").lines()
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -99,11 +103,17 @@ def test_the_remaining_lines():
     }
     report = report_of(changes, torch_attention=False)
     assert report["rollouts"] == "engine megatron, lmbda 0.5 of each row"
+    assert report["completions"] == "up to 32 tokens after prompts of up to 32, ended by </s> (2)"
     assert report["precision"] == "bf16 weights and activations, fp32 gradients and optimizer"
     assert report["attention"] == "flash (Transformer Engine)"
+    assert report["fusions"] == "SwiGLU; optimizer: torch"
     assert report["checkpoints"] == "every 7 steps in runs/x/checkpoints, all kept"
     assert report["rows"] == "training: 7 tokens; 2 of 2 rows used"
     assert report["device"].endswith(", 1 process on 1 node") and report["output"] == "runs/x"
+    changes = {"distill": {"lmbda": 0.5}, "rollout": {"steps_per_generation": 2, "num_generations": 8}}
+    assert report_of(changes)["rollouts"] == (
+        "engine megatron, lmbda 0.5 of each generation; a generation: 8 completions for 2 steps, 8 of each prompt"
+    )
     assert report_of({"output": {"save_interval": None}})["checkpoints"].startswith("none ")
 
 
@@ -141,3 +151,11 @@ def test_a_teacher_has_adapters_of_its_own():
     teachers = {"teacher": tiny_checkpoint("llama")}
     report = report_of({"teacher": {"teacher_model": "teacher", "teacher_adapters": "a"}}, teachers)
     assert report["teacher"] == "teacher with a: llama, 37.3 K parameters, in device memory"
+
+
+def test_the_types_of_the_optimizers_state():
+    memory = {"use_precision_aware_optimizer": True, "exp_avg_dtype": "fp8", "main_grads_dtype": "bf16"}
+    report = report_of({"train": {"dtype": "bf16"}, "memory": memory})
+    assert report["precision"] == (
+        "bf16 weights and activations, bf16 gradients, optimizer with fp32 weights, fp8 and fp32 moments"
+    )

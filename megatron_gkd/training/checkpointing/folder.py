@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ RUN = "run.json"
 _RUN_KEYS = ("layout", "with_optimizer", "identity", "progress")
 _UNFINISHED = ".unfinished"
 _STEP = re.compile(r"step-(\d+)")
+_SET_ASIDE = re.compile(_STEP.pattern + r"\.\d+")
 
 
 @dataclass(frozen=True)
@@ -96,10 +97,18 @@ class CheckpointFolder:
         return leftovers
 
     def remove_old(self, most: int, keep: int | None = None) -> None:
-        """Delete all but the newest `most` checkpoints and that of step `keep`."""
-        for step in self.steps()[:-most]:
+        """Delete all but the newest `most` checkpoints and that of step `keep`.
+
+        Those that were set aside are deleted when the run has come to their step again.
+        """
+        steps = self.steps()
+        for step in steps[:-most]:
             if step != keep:
                 self._delete(self.final(step))
+        for path in self.path.glob("step-*"):
+            match = _SET_ASIDE.fullmatch(path.name)
+            if match and steps and int(match[1]) <= steps[-1]:
+                self._delete(path)
 
     def _delete(self, path: Path) -> None:
         # Renamed first, so that an interruption never leaves a checkpoint with some of its files.
@@ -162,8 +171,15 @@ def find_misfit(file: Path, size: int) -> str | None:
     return None
 
 
-def damages(path: Path, rank: int = 0, world_size: int = 1) -> Iterator[str]:
-    """Compare this rank's share of the files with the manifest, and yield one line for each that differs."""
+def damages(path: Path, rank: int = 0, world_size: int = 1, report: Callable[[], None] = lambda: None) -> Iterator[str]:
+    """Compare this rank's share of the files with the manifest, and yield one line for each that differs.
+
+    Args:
+        path: the checkpoint.
+        rank: of this process.
+        world_size: number of ranks that share the files.
+        report: called after each file.
+    """
     try:
         files = list(read_manifest(path).items())
     except UserError as error:
@@ -177,10 +193,13 @@ def damages(path: Path, rank: int = 0, world_size: int = 1) -> Iterator[str]:
                 problem = f"{file}: damaged: its SHA-256 is not the one that it was written with"
         except OSError as error:
             problem = f"{file}: can't be read ({error})"
+        report()
         if problem is not None:
             yield problem
 
 
-def find_damage(path: Path, rank: int = 0, world_size: int = 1) -> str | None:
+def find_damage(
+    path: Path, rank: int = 0, world_size: int = 1, report: Callable[[], None] = lambda: None
+) -> str | None:
     """Return the first of `damages`."""
-    return next(damages(path, rank, world_size), None)
+    return next(damages(path, rank, world_size, report), None)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +16,28 @@ from megatron_gkd.errors import RunStopped
 from megatron_gkd.models.megatron_model import MegatronModel
 from megatron_gkd.reporting.phases import phase
 from megatron_gkd.runtime.agreement import first_problem, run_on_all
+from megatron_gkd.runtime.current_phase import note_progress
 from megatron_gkd.training.checkpointing.folder import CheckpointFolder, find_damage, read_run
 from megatron_gkd.training.checkpointing.state import Saved, layout_of, model_state, set_random_states
 from megatron_gkd.training.checkpointing.workarounds import apply_workarounds, separate_steps
 
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner
 from megatron.core.dist_checkpointing.validation import StrictHandling
 
 _LONGEST_REASON = 200  # characters; some list all tensors of the model
+_EXTRA = "._extra_state"
+"""In the names of what layers keep beside their weights: FP8's scales, and nothing in most of them.
+
+Experts one by one have it, grouped ones do not; a run that changes between them begins without it.
+"""
 _NO_WEIGHTS = re.compile(r"optimizer\.|average\d+\.|random$")  # these keys need not be wanted
 
 
 def verify(path: Path) -> str | None:
     """Compare all files with the manifest, each rank its share. Return the first damage, on every rank."""
     with phase(f"Verifying the checkpoint {path}", is_main=dist.get_rank() == 0):
-        return first_problem(find_damage(path, dist.get_rank(), dist.get_world_size()))
+        return first_problem(find_damage(path, dist.get_rank(), dist.get_world_size(), note_progress))
 
 
 def newest_intact(folder: CheckpointFolder) -> tuple[Path | None, list[str]]:
@@ -96,20 +105,38 @@ def load_model(model: MegatronModel, path: Path) -> None:
 def _read(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     def load() -> dict[str, Any]:
         try:
-            with phase(f"Loading the checkpoint {path}", is_main=dist.get_rank() == 0):
+            main = dist.get_rank() == 0
+            with _noted_progress(), phase(f"Loading the checkpoint {path}", is_main=main):
                 found, left, lacking = dist_checkpointing.load(wanted, str(path), strict=StrictHandling.RETURN_ALL)
         except (Exception, CheckpointException) as error:  # torch's is a BaseException
             raise RunStopped(f"{path}: can't be loaded into this model ({_reason(error)})") from error
         # Megatron does not report tensors that are left over: a tied model would ignore an untied head.
-        unmatched = sorted(lacking) or sorted(key for key in left if not _NO_WEIGHTS.match(key))
+        missing = sorted(key for key in lacking if _EXTRA not in key)
+        unmatched = missing or sorted(key for key in left if _EXTRA not in key and not _NO_WEIGHTS.match(key))
         if unmatched:
-            where = "not there" if lacking else "not in the model"
+            where = "not there" if missing else "not in the model"
             raise RunStopped(
                 f"{path}: can't be loaded into this model: {unmatched[0]} is {where} (tensors: {len(unmatched)})"
             )
         return found
 
     return run_on_all(load, RunStopped)
+
+
+@contextlib.contextmanager
+def _noted_progress() -> Iterator[None]:
+    """Let each tensor that Megatron reads inside count as progress of the phase."""
+    commit = MCoreLoadPlanner.commit_tensor
+
+    def commit_and_note(planner: MCoreLoadPlanner, *arguments: Any) -> None:
+        note_progress()
+        commit(planner, *arguments)
+
+    MCoreLoadPlanner.commit_tensor = commit_and_note
+    try:
+        yield
+    finally:
+        MCoreLoadPlanner.commit_tensor = commit
 
 
 def _reason(error: BaseException) -> str:
@@ -135,4 +162,5 @@ def _set_weights(model: MegatronModel, state: dict[str, Any]) -> None:
             factor.parameter.copy_(state["adapters"][factor.name])
         return
     for index, chunk in enumerate(model.chunks):
-        chunk.load_state_dict(state[f"model{index}"], strict=True)
+        own = {name: value for name, value in chunk.state_dict().items() if _EXTRA in name}
+        chunk.load_state_dict(own | state[f"model{index}"], strict=True)

@@ -21,6 +21,8 @@ class RunCheckpoints:
         saved: the parts of the run that have tensors.
         interval: recipe key `output.save_interval`.
         identity: what must be the same to continue; see ``identity``.
+        origin: the path of the checkpoint that the run was resumed from by its name; None where there is none.
+        command: how the run is continued from its newest checkpoint, for messages.
         saved_step: the newest step that a save was started for.
         validation: the newest validation's step, and its divergence, or its loss where there is no teacher.
     """
@@ -29,6 +31,8 @@ class RunCheckpoints:
     saved: Saved
     interval: int
     identity: dict[str, Any]
+    origin: str | None = None
+    command: str = "the same command"
     saved_step: int = 0
     validation: tuple[int, float | None] = (0, None)
 
@@ -52,6 +56,7 @@ class RunCheckpoints:
         validated_step, score = self.validation
         run = self.saved.description() | {
             "identity": self.identity,
+            "origin": self.origin,
             "progress": progress(),
             "validation": score if validated_step == step and score is not None and math.isfinite(score) else None,
         }

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import queue
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +24,7 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 import megatron_gkd.runtime.preload  # noqa: F401  (before any import of Megatron-Core)
 from megatron_gkd.errors import GkdError
 from megatron_gkd.runtime.agreement import run_on_all
+from megatron_gkd.runtime.current_phase import note_progress
 from megatron_gkd.training.checkpointing.folder import digest
 
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
@@ -72,7 +74,7 @@ class ShardedWrite:
     All ranks must make the same calls: `finish` once `is_alive` is false everywhere.
 
     Args:
-        state: a sharded state dict, which is changed.
+        state: a sharded state dict, which is changed; see `state.StateToWrite`.
         folder: an existing folder that all ranks see.
 
     Raises:
@@ -84,6 +86,7 @@ class ShardedWrite:
         self._digests: dict[str, list] = {}
         self._results: list = []
         self._error: BaseException | None = None
+        self._storages: frozenset[int] = getattr(state, "storages", frozenset())
         sharded, common = on_all(lambda: save_preprocess(state, validate_access_integrity=False))
         shards = on_all(lambda: determine_global_metadata(sharded)[1])
         on_all(lambda: validate_sharding_integrity(shards))
@@ -99,7 +102,10 @@ class ShardedWrite:
 
     def join(self, seconds: float) -> None:
         """Wait for this rank's thread for at most `seconds`."""
-        self._thread.join(seconds)
+        deadline = time.monotonic() + seconds
+        while self._thread.is_alive() and (left := deadline - time.monotonic()) > 0:
+            note_progress()  # the wait has a limit of its own
+            self._thread.join(min(1.0, left))
 
     def finish(self) -> dict[str, list]:
         """Write the metadata, when all ranks have written. Return [bytes, SHA-256] of the shards, by name.
@@ -119,6 +125,7 @@ class ShardedWrite:
     def _plan(self, sharded: dict[str, Any]) -> tuple[Metadata | None, list[Bucket]]:
         """Return the content of ``.metadata``, on the main rank, and the files that this rank writes."""
         planner = _SnapshotPlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+        planner.storages = self._storages
         is_main = dist.get_rank() == 0
 
         def plan_share() -> SavePlan:
@@ -155,6 +162,7 @@ class ShardedWrite:
                     raise results
                 self._results += results
                 self._digests[bucket[1]] = digest(Path(bucket[0]))
+                note_progress()
         except BaseException as error:
             self._error = error
         finally:
@@ -170,12 +178,21 @@ class ShardedWrite:
 
 
 class _SnapshotPlanner(MCoreSavePlanner):
-    """Give the writer copies in host memory: the next step changes the tensors themselves."""
+    """Give the writer copies in host memory: the next step changes the tensors themselves.
+
+    Attributes:
+        storages: addresses of tensors that are copies already.
+    """
+
+    storages: frozenset[int] = frozenset()
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
         """Return a copy of the data of `write_item`."""
         data = super().resolve_data(write_item)
-        return data.detach().to("cpu", copy=True) if isinstance(data, torch.Tensor) else data
+        if not isinstance(data, torch.Tensor):
+            return data
+        data = data.detach()
+        return data if data.untyped_storage().data_ptr() in self.storages else data.to("cpu", copy=True)
 
 
 def _gather(value: T) -> list[T]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,10 +14,12 @@ from megatron_gkd.models.megatron_model import MegatronModel
 from megatron_gkd.runtime import portability
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.teachers.self_weights import AverageWeights
+from megatron_gkd.training.checkpointing.gathered_states import like
 from megatron_gkd.training.checkpointing.workarounds import (
     add_common_step,
     agree_on_step,
     fill_empty_states,
+    storages_of_states,
     with_step_of_others,
 )
 from megatron_gkd.training.student import Student
@@ -26,7 +28,18 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
+_NO_SIZES = ("token_multiple",)  # it pads sequences
 FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+
+
+class StateToWrite(dict[str, Any]):
+    """A sharded state dict.
+
+    Attributes:
+        storages: addresses of tensors that belong to it alone, which need not be copied before the next step.
+    """
+
+    storages: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -43,9 +56,11 @@ class Saved:
     averages: tuple[AverageWeights, ...] = ()
     with_optimizer: bool = True
 
-    def to_write(self) -> dict[str, Any]:
+    def to_write(self) -> StateToWrite:
         """Return the sharded state dict to save."""
-        return self._tensors(is_loading=False, same_layout=True)
+        state = StateToWrite(self._tensors(is_loading=False, same_layout=True))
+        state.storages = storages_of_states(self.student.optimizer)
+        return state
 
     def description(self) -> dict[str, Any]:
         """Return the plain values that loading needs, for ``run.json``."""
@@ -87,7 +102,7 @@ class Saved:
         for number, average in enumerate(self.averages):
             held = average.by_parameter()
             state[str(number)] = {
-                str(index): _in_place_of(shard, held[shard.data], f"average{number}")
+                str(index): like(shard, held[shard.data], f"average{number}")
                 for index, shard in enumerate(_shards_of(held, model))
             }
         return state
@@ -113,12 +128,6 @@ def _sharded_state(chunk: Any) -> dict[str, Any]:
     return chunk.sharded_state_dict()
 
 
-def _in_place_of(shard: Any, data: Tensor, prefix: str) -> Any:
-    """Return a copy of `shard` with another tensor. A factory of shards has no dtype of its own."""
-    dtype = {"dtype": data.dtype} if hasattr(shard, "dtype") else {}
-    return replace(shard, key=f"{prefix}.{shard.key}", data=data, **dtype)
-
-
 def _shards_of(held: dict[nn.Parameter, Tensor], model: dict[str, Any]) -> list[Any]:
     return [shard for shard in nested_values(model) if torch.is_tensor(shard.data) and shard.data in held]
 
@@ -141,4 +150,5 @@ def set_random_states(states: dict[str, Any]) -> None:
 
 def layout_of(mesh: Mesh) -> dict[str, Any]:
     """Return what determines the distribution of tensors and random states over the ranks."""
-    return {"processes": dist.get_world_size(), **vars(mesh.layout)}
+    sizes = {name: value for name, value in vars(mesh.layout).items() if name not in _NO_SIZES}
+    return {"processes": dist.get_world_size(), **sizes}

@@ -7,6 +7,7 @@ workaround a resumed run has a wrong optimizer state.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -17,6 +18,10 @@ from torch import Tensor
 
 import megatron_gkd.runtime.preload  # noqa: F401  (before any import of Megatron-Core)
 from megatron_gkd.runtime import portability
+from megatron_gkd.training.checkpointing.gathered_states import sharded_states, take_storages
+from megatron_gkd.training.checkpointing.master_weights import restore_master_weights
+from megatron_gkd.training.hybrid_optimizer import HostOptimizer
+from megatron_gkd.training.optimizer_state import adams, optimizer_parts
 
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -29,20 +34,28 @@ def apply_workarounds() -> None:
     if getattr(DistributedOptimizer, _MARK, False):
         return
     setattr(DistributedOptimizer, _MARK, True)
+    restore_master_weights()
     _keep_own_step()
-    _restore_bucket_padding()
+    _gather_states_ourselves()
 
 
 def adam_states(optimizer: MegatronOptimizer) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
     """Yield the parameters of torch's Adam with their states. Other implementations have no `step` per parameter."""
-    for part in _parts(optimizer):
-        adam = getattr(part, "optimizer", None)
-        if isinstance(adam, torch.optim.Adam | torch.optim.AdamW):
-            yield from ((p, adam.state[p]) for group in adam.param_groups for p in group["params"])
+    for adam in adams(optimizer):
+        for one in adam.sub_optimizers if isinstance(adam, HostOptimizer) else (adam,):
+            if isinstance(one, torch.optim.Adam | torch.optim.AdamW):
+                yield from ((p, one.state[p]) for group in one.param_groups for p in group["params"])
 
 
 def fill_empty_states(optimizer: MegatronOptimizer) -> None:
     """Add a state to parameters that were never updated: `DistributedOptimizer.state_dict` asserts that it exists."""
+    for adam in adams(optimizer):
+        if isinstance(adam, HostOptimizer):
+            adam.fill_empty_states()
+        elif hasattr(adam, "initialize_state"):  # Transformer Engine's, or its fallback
+            for parameter in (p for group in adam.param_groups for p in group["params"] if not adam.state[p]):
+                has_remainders = adam.store_param_remainders and parameter.dtype == torch.bfloat16
+                adam.initialize_state(parameter, has_remainders)
     for parameter, state in adam_states(optimizer):
         if not state:
             state["step"] = torch.tensor(0.0)
@@ -67,7 +80,7 @@ def with_step_of_others(optimizer: MegatronOptimizer, step: float) -> Iterator[N
     """
     empty = [
         part.optimizer
-        for part in _parts(optimizer)
+        for part in optimizer_parts(optimizer)
         if isinstance(part, DistributedOptimizer) and not part.is_stub_optimizer and not part.optimizer.state
     ]
     for adam in empty:
@@ -84,7 +97,7 @@ def add_common_step(optimizer: MegatronOptimizer, state: dict[Any, Any], step: f
 
     Megatron leaves it out in a rank without parameters, of which rank 0 saves what all ranks load, and where it is 0.
     """
-    parts = _parts(optimizer)
+    parts = optimizer_parts(optimizer)
     states = [state] if len(parts) == 1 else [state[index] for index in range(len(parts))]
     for part, own in zip(parts, states, strict=True):
         if not isinstance(part, DistributedOptimizer):
@@ -92,12 +105,14 @@ def add_common_step(optimizer: MegatronOptimizer, state: dict[Any, Any], step: f
             inner["state"].setdefault("common_step", torch.tensor(step))
 
 
-def _parts(optimizer: MegatronOptimizer) -> list[Any]:
-    return getattr(optimizer, "chained_optimizers", [optimizer])
-
-
 def _state_with_step(state_dict: Callable[[], dict[str, Any]], step: float) -> dict[str, Any]:
     return state_dict() | {"state": {0: {"step": torch.tensor(step)}}}
+
+
+def storages_of_states(optimizer: MegatronOptimizer) -> frozenset[int]:
+    """Return what `gathered_states.take_storages` returns, of all parts of an optimizer."""
+    parts = [part for part in optimizer_parts(optimizer) if isinstance(part, DistributedOptimizer)]
+    return frozenset[int]().union(*map(take_storages, parts))
 
 
 def separate_steps(optimizer: MegatronOptimizer) -> None:
@@ -120,40 +135,17 @@ def _keep_own_step() -> None:
     DistributedOptimizer._set_main_param_and_optimizer_states = with_own_step
 
 
-def _restore_bucket_padding() -> None:
-    """Put the padding between buckets back into gathered buffers, in which parameters are found as if it were there.
+def _gather_states_ourselves() -> None:
+    """Replace the gathering of states, which shifts them wherever a buffer has several padded buckets."""
+    original = DistributedOptimizer.sharded_param_state_fully_reshardable
 
-    Without it moments and master weights are shifted wherever a buffer has several padded buckets.
-    """
-    gather = DistributedOptimizer.get_parameter_state_dp_zero
-    sharded = DistributedOptimizer.sharded_param_state_fully_reshardable
+    @functools.wraps(original)
+    def gathered(
+        self: DistributedOptimizer,
+        model_sharded_state_dict: dict[str, Any],
+        is_loading: bool = False,
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[int, dict[str, Any]]:
+        return sharded_states(self, model_sharded_state_dict, is_loading=is_loading)
 
-    def padded(self: DistributedOptimizer, **options: Any) -> dict[Any, Any] | None:
-        state = gather(self, **options)
-        if state is None:
-            return None
-        for index, buffer in enumerate(self.buffers):
-            for tensors in state[index].values():
-                for name in ("param", "exp_avg", "exp_avg_sq"):
-                    tensors[name] = _with_padding(tensors[name], buffer)
-        return state
-
-    def repaired(self: DistributedOptimizer, *args: Any, **kwargs: Any) -> Any:
-        self.get_parameter_state_dp_zero = lambda **options: padded(self, **options)
-        try:
-            return sharded(self, *args, **kwargs)
-        finally:
-            del self.get_parameter_state_dp_zero
-
-    DistributedOptimizer.sharded_param_state_fully_reshardable = repaired
-
-
-def _with_padding(packed: Tensor, buffer: Any) -> Tensor:
-    if packed.numel() == buffer.numel:
-        return packed  # no copy of what may be many gigabytes
-    whole, start = torch.zeros(buffer.numel, dtype=packed.dtype), 0
-    for bucket in buffer.buckets:
-        end = start + bucket.numel_unpadded
-        whole[bucket.offset : bucket.offset + end - start] = packed[start:end]
-        start = end
-    return whole
+    DistributedOptimizer.sharded_param_state_fully_reshardable = gathered

@@ -132,7 +132,8 @@ def test_each_damage(gloo_world, tmp_path):
         assert seen.keys() == DAMAGES.keys()
         for name, (refusal, step, warnings, is_older) in seen.items():
             newest = tmp_path / name / "checkpoints/step-000003"
-            for line in (refusal, *warnings):
+            assert refusal.startswith("train.resume = ")
+            for line in (refusal.partition(": ")[2], *warnings):
                 assert line.startswith(str(newest)) and "\n" not in line, name
                 start, _, end = DAMAGES[name][1].partition("{size}")
                 assert start in line and end in line, name
@@ -156,7 +157,7 @@ def resume_without_optimizer(rank, world_size, model, directory):
     recipe = recipe_at(model, PLAIN, directory, resume=str(directory / "checkpoints/step-000001"))
     refusals.append(refused(lambda: find_resume_point(recipe)))
     _, student, _, batches = build(model, None, PLAIN | {"parallel": PP2})
-    load_weights(Saved(student), find_checkpoint(str(directory)))
+    load_weights(Saved(student), find_checkpoint(str(directory), "train.init_from"))
     found = weights_of(student)
     microbatches = next(iter(batches))
     student.compute_gradients(microbatches, [None] * len(microbatches))
@@ -192,9 +193,7 @@ def resume_with_and_without_padding(rank, world_size, model, directory):
     results, name = {}, "sharded_param_state_fully_reshardable"
     workarounds.apply_workarounds()
     repaired = getattr(DistributedOptimizer, name)
-    (original,) = [
-        cell.cell_contents for cell in repaired.__closure__ if getattr(cell.cell_contents, "__name__", "") == name
-    ]
+    original = repaired.__wrapped__
     for is_repaired in (False, True):
         setattr(DistributedOptimizer, name, repaired if is_repaired else original)
         output_dir = directory / str(is_repaired)

@@ -60,6 +60,18 @@ def test_the_newest_are_kept(folder):
     assert sorted(path.name for path in folder.path.iterdir()) == ["step-000010", "step-000011"]
 
 
+def test_what_was_set_aside_is_deleted_when_the_run_comes_to_its_step_again(folder):
+    for step in (3, 6, 9):
+        write(folder, step)
+    folder.set_aside_after(3)
+    write(folder, 6)
+    folder.remove_old(5)
+    assert sorted(path.name for path in folder.path.iterdir()) == ["step-000003", "step-000006", "step-000009.1"]
+    write(folder, 12)
+    folder.remove_old(5)
+    assert sorted(path.name for path in folder.path.iterdir()) == ["step-000003", "step-000006", "step-000012"]
+
+
 def flip_one_bit(path):
     content = bytearray(path.read_bytes())
     content[1000] ^= 1
@@ -81,6 +93,12 @@ def test_damage_is_named_by_the_rank_whose_share_it_is(message, folder):
     assert find_damage(path).startswith(f"{file}: {message}")
     found = [find_damage(path, rank, 2) for rank in range(2)]
     assert sorted(problem is None for problem in found) == [False, True]
+
+
+def test_each_file_that_is_verified_is_reported(folder):
+    path, reported = write(folder, 3), []
+    assert find_damage(path, report=lambda: reported.append(None)) is None
+    assert len(reported) == len(json.loads((path / "manifest.json").read_text())["files"]) > 1
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"files": 3}'])

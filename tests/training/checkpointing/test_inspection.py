@@ -165,7 +165,7 @@ def test_a_layout_in_words():
     import megatron_gkd.runtime.preload  # noqa: F401  (before Megatron-Core)
     from megatron_gkd.runtime.mesh import Layout
 
-    assert {field.name for field in fields(Layout)} | {"processes"} == LAYOUT.keys()
+    assert {field.name for field in fields(Layout)} | {"processes"} == LAYOUT.keys() | {"token_multiple"}
     one = {"processes": 1} | vars(Layout())
     assert layout_in_words(one) == "1 process"
     assert layout_in_words(one | {"processes": 6, "context": 3}) == "CP3 x DP2, 6 processes"

@@ -40,6 +40,7 @@ def test_it_is_the_divergence_or_the_loss_without_a_teacher(teacher, expected):
         student=SimpleNamespace(evaluate=lambda microbatches, signals: totals),
         reporter=SimpleNamespace(validation=lambda record: None),
         checkpoints=SimpleNamespace(validation=(0, None)),
+        _report=lambda report: report(),
     )
     Trainer.validate(trainer, 6)
     assert trainer.checkpoints.validation == (6, expected)
