@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Sets up .venv with the test extras, then runs the checks and the tests: bash scripts/test.sh [--quick | pytest arguments]
 #
-# Without arguments it runs everything: the static checks, the documentation, the whole suite, the loss once more in plain torch, and the
-# compilation of the GPU kernels. --quick runs the static checks and a core of the tests. Other arguments are pytest's, after the checks.
+# Without arguments it runs everything: the static checks, the documentation, the whole suite, the job scripts on a Slurm of its own, the
+# loss once more in plain torch, and the compilation of the GPU kernels. --quick runs the static checks and a core of the tests. Other arguments are pytest's, after the checks.
 # Tests marked vllm run in .venv-vllm, which is made when any of them is chosen.
 #
 #   MEGATRON_GKD_TEST_WORKERS   processes of pytest-xdist, without arguments or with --quick (one for each core, at most 4)
@@ -48,6 +48,8 @@ run_everything() {
     cat "$vllm_log"
     [ $status -eq 0 ] || return $status
     .venv-vllm/bin/python -m pytest -q -rs -m vllm
+    begin "Slurm, where it can be installed"
+    bash scripts/test_slurm.sh
     begin "The loss in plain torch"
     MEGATRON_GKD_IMPL=torch "${pytest[@]}" "${parallel[@]}" tests/ops tests/training/test_one_process.py
     begin "The GPU kernels, for three architectures"

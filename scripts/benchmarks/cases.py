@@ -25,6 +25,7 @@ class Case:
     tp: int = 1
     dtype: str = "bf16"
     beta: float = 0.5
+    divergence: str = "jsd"  # one of config.divergences.FAMILIES
 
     @property
     def columns(self) -> int:
@@ -51,7 +52,8 @@ class Case:
 
     def __str__(self) -> str:
         shard = f" / TP {self.tp}" if self.tp > 1 else ""
-        return f"{self.tokens} × {self.vocab}{shard}, {self.dtype}, β {self.beta:g}"
+        family = "" if self.divergence == "jsd" else f"{self.divergence.replace('_', ' ')}, "
+        return f"{self.tokens} × {self.vocab}{shard}, {self.dtype}, {family}β {self.beta:g}"
 
     def inputs(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Draw the logits [tokens, columns] of student and teacher.

@@ -26,19 +26,14 @@ from statistics import median
 if not __package__:  # run by its path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import numpy as np
-import torch
 import torch.distributed as dist
 from transformers import Qwen3Config
 
 import megatron_gkd.runtime.preload  # noqa: F401  (before any import of Megatron-Core)
 from benchmarks.environment import describe, file_stem, version
+from benchmarks.random_models import build_random_model, random_microbatch
 from benchmarks.report import Section, headline
 from megatron_gkd.config.schema import Recipe
-from megatron_gkd.data.microbatch import Microbatch, collate
-from megatron_gkd.data.sample import Sample
-from megatron_gkd.models.checkpoint import Checkpoint
-from megatron_gkd.models.megatron_model import BuildOptions, MegatronModel
 from megatron_gkd.runtime import portability
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.training.checkpointing.folder import CheckpointFolder
@@ -96,7 +91,7 @@ def recipe_of(processes: int) -> Recipe:
 def measure(mesh: Mesh, recipe: Recipe, sizes: dict, folder: Path | None) -> dict:
     """Return the figures of one model. All ranks must call it."""
     apply_workarounds()
-    student, microbatch = build_student(mesh, recipe, sizes), random_microbatch(sizes["vocab_size"])
+    student, microbatch = build_student(mesh, recipe, sizes), random_microbatch(sizes["vocab_size"], TOKENS, seed=0)
     saved = Saved(student)
 
     def step() -> None:
@@ -141,21 +136,9 @@ def measure(mesh: Mesh, recipe: Recipe, sizes: dict, folder: Path | None) -> dic
 def build_student(mesh: Mesh, recipe: Recipe, sizes: dict) -> Student:
     """Build a random student, without a checkpoint on disk."""
     config = Qwen3Config(**sizes, tie_word_embeddings=True, max_position_embeddings=4096)
-    checkpoint = Checkpoint(Path("random"), config, {})
-    model = MegatronModel.load(checkpoint, mesh, BuildOptions(dtype=torch.bfloat16), needs_weights=False)
-    with torch.no_grad():
-        for chunk in model.chunks:
-            for name, parameter in chunk.named_parameters():
-                parameter.fill_(1) if "norm" in name else parameter.normal_(0, 0.02)
+    model = build_random_model(mesh, config)
     objective = Objective(mesh, sizes["vocab_size"], upstream=1.0)
     return Student(model, objective, recipe.parallel, recipe.train, train_iters=100)
-
-
-def random_microbatch(vocab_size: int) -> Microbatch:
-    tokens = np.random.default_rng(0).integers(0, vocab_size, TOKENS)
-    labels = np.append(tokens[1:], -100)
-    sample = Sample(input_ids=tokens, labels=labels, source="dataset", row_id=0)
-    return collate([sample], pad_multiple=1, pad_token_id=0).to(portability.device())
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+import megatron_gkd
 from megatron_gkd.ops import implementation
 
 PACKAGES = ("triton", "liger-kernel", "trl", "ms-swift")
@@ -22,6 +23,7 @@ def describe(device: torch.device) -> dict:
         "device": device_name(device),
         "device_type": device.type,
         "date": datetime.date.today().isoformat(),
+        "release": megatron_gkd.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "implementation": implementation(device),
@@ -48,6 +50,6 @@ def version(package: str) -> str | None:
 
 
 def file_stem(kind: str, environment: dict) -> str:
-    """Return a name such as `loss_nvidia-h100-80gb-hbm3_2026-01-31`."""
+    """Return a name such as `loss_nvidia-h100-80gb-hbm3_0.1.0`: of one device and release."""
     device = re.sub(r"[^a-z0-9]+", "-", environment["device"].lower()).strip("-")
-    return f"{kind}_{device}_{environment['date']}"
+    return f"{kind}_{device}_{environment['release']}"

@@ -22,10 +22,12 @@ from megatron_gkd.ops import (
     fused_linear_divergence,
     reference,
 )
+from megatron_gkd.ops.chunking import rows_within_budget
 
-PRODUCTS = "four products"
-CHECKED_ROWS = 4
-CHUNK_TOKENS = 1024  # Liger's default too
+PRODUCTS, TRAINING = "four products", f"{OURS}, as in training"
+CHECKED_ROWS = 4  # of the hidden states
+CHECKED_IDS = 4  # rows of the head
+CHUNK_TOKENS = 1024  # of Liger, by its default
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,36 @@ def ours(case: HeadCase, heads: Heads) -> Callable[[], Tensor]:
     student = LinearHead(heads.student_hidden, OutputHead(heads.student_weight))
     teacher = LinearHead(heads.teacher_hidden, OutputHead(heads.teacher_weight))
     weights = torch.full((case.tokens,), 1 / case.tokens, device=heads.student_hidden.device)
-    tokens, spec, options = TokenTargets(weights), DivergenceSpec(case.beta), FusedLinearOptions(CHUNK_TOKENS)
+    tokens, spec, options = TokenTargets(weights), DivergenceSpec(case.beta), FusedLinearOptions()
     return lambda: fused_linear_divergence(student, teacher, tokens, spec, options=options)[0]
+
+
+class _AsInTraining(Work):
+    """The op as a step calls it: with labels, the factor of backward known before, and a `main_grad` in fp32."""
+
+    def __init__(self, case: HeadCase, heads: Heads, error: Callable[[tuple[Tensor, Tensor]], float]) -> None:
+        super().__init__(self._forward, self._backward, error=lambda: error((self._gradient, self._weight.main_grad)))
+        device = heads.student_hidden.device
+        self._hidden = heads.student_hidden
+        self._weight = torch.nn.Parameter(heads.student_weight.detach())
+        self._weight.main_grad = torch.zeros_like(self._weight, dtype=torch.float32)
+        self._student = LinearHead(self._hidden, OutputHead(self._weight))
+        self._teacher = LinearHead(heads.teacher_hidden, OutputHead(heads.teacher_weight))
+        weights = torch.full((case.tokens,), 1 / case.tokens, device=device)
+        self._tokens = TokenTargets(weights, torch.arange(case.tokens, device=device) % case.vocab)
+        self._spec, self._options = DivergenceSpec(case.beta), FusedLinearOptions(upstream=1.0)
+        self._value, self._gradient = None, None
+
+    def _forward(self) -> None:
+        self._value = fused_linear_divergence(
+            self._student, self._teacher, self._tokens, self._spec, options=self._options
+        )[0]
+
+    def _backward(self) -> None:
+        (self._gradient,) = torch.autograd.grad(self._value, (self._hidden,))
+
+    def release(self) -> None:
+        self._value = self._gradient = None
 
 
 def liger(case: HeadCase, heads: Heads) -> Callable[[], Tensor]:
@@ -105,9 +135,9 @@ CONTESTANTS = {OURS: ours, "Liger fused linear JSD": liger, "Liger compiled JSD"
 
 
 def products(heads: Heads) -> Work:
-    """The four products of each chunk of tokens, into buffers that are reused."""
+    """The four products of each chunk of tokens, of our chunks' size, into buffers that are reused."""
     hidden, weight, teacher_hidden, teacher_weight = (x.detach() for x in vars(heads).values())
-    rows = min(CHUNK_TOKENS, len(hidden))
+    rows = min(rows_within_budget(len(weight), hidden.dtype, hidden.device, buffers=2), len(hidden))
     student, teacher = (hidden.new_empty(rows, len(weight)) for _ in range(2))
     hidden_gradient, weight_gradient = torch.empty_like(hidden), torch.empty_like(weight)
 
@@ -124,20 +154,29 @@ def products(heads: Heads) -> Work:
 
 
 def run_case(case: HeadCase, plan: Plan, stopwatch: Stopwatch) -> dict:
-    """Measure one case, as ``divergence.run_case`` does, and check the gradient of the hidden states."""
+    """Measure one case, as ``divergence.run_case`` does, and check some gradients of hidden states and head."""
     heads = Heads.of(case, stopwatch.device)
-    exact = _exact_gradient(case, heads)
+    exact_hidden, exact_weight = _exact_gradient(case, heads), _exact_weight_gradient(case, heads)
+    weight_errors: dict[str, float] = {}
     wanted = (heads.student_hidden, heads.student_weight)
 
-    def prepare(build: Callable[[HeadCase, Heads], Callable[[], Tensor]]) -> Work:
-        loss = build(case, heads)
-        return TrainingWork(loss, wanted, lambda gradients: relative_error(gradients[0][:CHECKED_ROWS], exact))
+    def checked(name: str) -> Callable[[tuple[Tensor, ...]], float]:
+        def error(gradients: tuple[Tensor, ...]) -> float:
+            weight_errors[name] = relative_error(gradients[1][:CHECKED_IDS], exact_weight)
+            return relative_error(gradients[0][:CHECKED_ROWS], exact_hidden)
 
-    builders = {name: lambda build=build: prepare(build) for name, build in CONTESTANTS.items()}
+        return error
+
+    builders = {
+        name: lambda name=name, build=build: TrainingWork(build(case, heads), wanted, checked(name))
+        for name, build in CONTESTANTS.items()
+    }
+    builders[TRAINING] = lambda: _AsInTraining(case, heads, checked(TRAINING))
     builders[PRODUCTS] = lambda: products(heads)
     result_bytes = sum(tensor.nbytes for tensor in wanted)
     found = compete(builders, plan, stopwatch)
-    return {"case": str(case), **asdict(case), "operations": case.operations, "result_bytes": result_bytes, **found}
+    sizes = {"operations": case.operations, "result_bytes": result_bytes, "weight_errors": weight_errors}
+    return {"case": str(case), **asdict(case), **sizes, **found}
 
 
 def _exact_gradient(case: HeadCase, heads: Heads) -> Tensor:
@@ -146,6 +185,20 @@ def _exact_gradient(case: HeadCase, heads: Heads) -> Tensor:
     teacher = heads.teacher_hidden[:CHECKED_ROWS].double() @ heads.teacher_weight.double().t()
     value = reference.divergence(student, teacher, beta=case.beta).sum() / case.tokens
     return torch.autograd.grad(value, hidden)[0]
+
+
+def _exact_weight_gradient(case: HeadCase, heads: Heads) -> Tensor:
+    """Return the gradient of the head's first rows in fp64, which every token adds to."""
+    student_weight, teacher_weight = heads.student_weight.detach().double(), heads.teacher_weight.double()
+    total = student_weight.new_zeros(CHECKED_IDS, case.hidden)
+    for start in range(0, case.tokens, 256):
+        rows = slice(start, start + 256)
+        hidden = heads.student_hidden[rows].detach().double()
+        student = (hidden @ student_weight.t()).requires_grad_()
+        teacher = heads.teacher_hidden[rows].double() @ teacher_weight.t()
+        value = reference.divergence(student, teacher, beta=case.beta).sum() / case.tokens
+        total += torch.autograd.grad(value, student)[0][:, :CHECKED_IDS].t() @ hidden
+    return total
 
 
 def default_cases(device: torch.device) -> list[HeadCase]:

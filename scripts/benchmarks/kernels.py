@@ -22,39 +22,53 @@ from benchmarks.environment import describe
 from benchmarks.measure import Work, compete
 from benchmarks.report import headline, kernel_section
 from benchmarks.timing import PLANS, Plan, Stopwatch
+from megatron_gkd.config.divergences import FAMILIES
 from megatron_gkd.ops import passes
 from megatron_gkd.ops.forward import compute_forward
-from megatron_gkd.ops.params import DivergenceRows, Logits
+from megatron_gkd.ops.params import ChunkTargets, Logits, TokenResults
 from megatron_gkd.ops.spec import DivergenceSpec
 
 K1, K1_MOMENTS, K2, K3 = "K1", "K1 with moments", "K2", "K3"
-READS_AND_WRITES = {K1: 2, K1_MOMENTS: 2, K2: 2, K3: 3}  # of one model's logits
+K1_TRAINING, K3_LABELS = "K1 as in training", "K3 with the cross-entropy"
+READS = {K1: 2, K1_MOMENTS: 2, K1_TRAINING: 2, K2: 2, K3: 2, K3_LABELS: 2}  # of one model's logits
+WRITES = {K3: 1, K3_LABELS: 1}
+TEMPERATURE = 0.9  # not 1, at which the sums of the cross-entropy need no terms of their own
 
 
 def run_case(case: Case, plan: Plan, stopwatch: Stopwatch) -> dict:
-    """Time each pass of the divergence at `case.beta`, and return seconds and the bytes that it moves."""
-    student, teacher = (x.detach() for x in case.inputs(stopwatch.device))
-    logits, spec = Logits(student, teacher), DivergenceSpec(case.beta).on_shard(case.columns)
-    forward = compute_forward(logits, spec)
-    normalizers, out = forward.normalizers.packed(), torch.empty_like(student)
-    rows = DivergenceRows(normalizers, forward.slope_sum, torch.ones_like(forward.slope_sum))
+    """Time each pass of the divergence at `case.beta`, and return seconds and the bytes that it moves.
 
-    def statistics(moments: bool) -> Callable[[], object]:
-        return lambda: passes.statistics(logits, spec, moments=moments)
+    In training the first pass has moments, and the student's sums at temperature 1 beside those at another.
+    """
+    student, teacher = (x.detach() for x in case.inputs(stopwatch.device))
+    logits = Logits(student, teacher)
+    spec = DivergenceSpec(case.beta, TEMPERATURE, case.divergence).on_shard(case.columns)
+    ones = torch.ones(case.tokens, device=stopwatch.device)
+    column = torch.arange(case.tokens, device=stopwatch.device) % case.columns
+    results = TokenResults.empty(student, has_losses=True)
+    forward = compute_forward(logits, spec, results, ChunkTargets(ones, column, ones))
+    rows, labels, out = forward.divergence_rows(), forward.labels, torch.empty_like(student)
+
+    def statistics(moments: bool, untempered: bool = False) -> Callable[[], object]:
+        return lambda: passes.statistics(logits, spec, moments=moments, untempered=untempered)
 
     steps: dict[str, Callable[[], object]] = {K1: statistics(False)} if spec.needs_sums else {}
-    steps[K1_MOMENTS] = statistics(True)
+    steps |= {K1_MOMENTS: statistics(True), K1_TRAINING: statistics(True, True)}
     if spec.needs_sums:
-        steps[K2] = lambda: passes.sums(logits, normalizers, spec)
+        steps[K2] = lambda: passes.sums(logits, rows.normalizers, spec)
     steps[K3] = lambda: passes.gradient(out, logits, rows, None, spec)
+    steps[K3_LABELS] = lambda: passes.gradient(out, logits, rows, labels, spec)
     found = compete({name: lambda step=step: Work(step) for name, step in steps.items()}, plan, stopwatch)
-    moved = {name: READS_AND_WRITES[name] * case.logits_bytes for name in steps}
-    return {"case": str(case), **asdict(case), "moved_bytes": moved, **found}
+    read = {name: READS[name] * case.logits_bytes for name in steps}
+    moved = {name: read[name] + WRITES.get(name, 0) * case.logits_bytes for name in steps}
+    return {"case": str(case), **asdict(case), "moved_bytes": moved, "read_bytes": read, **found}
 
 
 def default_cases(device: torch.device) -> list[Case]:
     large = Case(8192, 151936) if device.type == "cuda" else Case(64, 151936, dtype="fp32")
-    return [replace(large, beta=beta) for beta in (0.5, 0.0, 1.0)]
+    families = ("alpha", "skewed_forward_kl", "skewed_reverse_kl", "total_variation")
+    jsd = [replace(large, beta=beta) for beta in (0.5, 0.0, 1.0)]
+    return [*jsd, *(replace(large, divergence=family) for family in families)]
 
 
 def main() -> int:
@@ -64,9 +78,11 @@ def main() -> int:
     parser.add_argument("--vocab", type=int)
     parser.add_argument("--dtype", choices=DTYPES)
     parser.add_argument("--betas", type=float, nargs="+", default=BETAS)
+    parser.add_argument("--divergence", choices=FAMILIES, default="jsd")
     options = parser.parse_args()
     device = torch.device(options.device)
-    named = {name: value for name in ("tokens", "vocab", "dtype") if (value := getattr(options, name)) is not None}
+    keys = ("tokens", "vocab", "dtype", "divergence")
+    named = {name: value for name in keys if (value := getattr(options, name)) is not None}
     case = replace(default_cases(device)[0], **named)
     stopwatch = Stopwatch(device)
     console = Console(width=None if sys.stdout.isatty() else 120)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from benchmarks.memory import PeakMemory
 from benchmarks.peers import Unavailable
-from benchmarks.timing import Copy, Plan, Stopwatch, in_turn
+from benchmarks.timing import Copy, Plan, Read, Stopwatch, in_turn
 
-COPY = "copy"
+COPY, READ = "copy", "read"
 OURS = "megatron_gkd"
 
 
@@ -86,9 +86,9 @@ def compete(builders: Mapping[str, Callable[[], Work]], plan: Plan, stopwatch: S
     A peer that isn't available, fails, or needs too much memory has the reason as its status; ours must run.
 
     Returns:
-        The record of each contestant, and the seconds of a copy that is measured between them.
+        The record of each contestant, and the seconds of a copy and a read that are measured between them.
     """
-    copy = Copy(stopwatch)
+    yardsticks = {COPY: Copy(stopwatch), READ: Read(stopwatch)}
     results: dict[str, Result] = {}
     runs: dict[str, Callable[[], Sample]] = {}
     for name, build in builders.items():
@@ -107,15 +107,18 @@ def compete(builders: Mapping[str, Callable[[], Work]], plan: Plan, stopwatch: S
         except torch.OutOfMemoryError:
             result.status = "out of memory"
         except Exception as error:
-            if name == OURS:
+            if name.startswith(OURS):
                 raise
             result.status = f"failed: {type(error).__name__}: {error}"[:300]
         _release(stopwatch.device)
-    samples = in_turn(runs | {COPY: copy.seconds}, plan)
-    copied = {"moved_bytes": copy.moved_bytes, "seconds": samples.pop(COPY)}
+    samples = in_turn(runs | {name: yardstick.seconds for name, yardstick in yardsticks.items()}, plan)
+    rates = {
+        name: {"moved_bytes": yardstick.moved_bytes, "seconds": samples.pop(name)}
+        for name, yardstick in yardsticks.items()
+    }
     for name, found in samples.items():
         results[name].samples = found
-    return {"copy": copied, "contestants": {name: result.record() for name, result in results.items()}}
+    return {**rates, "contestants": {name: result.record() for name, result in results.items()}}
 
 
 def _release(device: torch.device) -> None:

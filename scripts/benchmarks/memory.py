@@ -40,23 +40,38 @@ class PeakMemory:
         if self._cuda:
             self.growth = torch.cuda.max_memory_allocated() - self._start
         elif self._start is not None:
-            self.growth = _status_bytes("VmHWM") - self._start
+            self.growth = status_bytes("VmHWM") - self._start
 
 
 def _resident_after_reset() -> int | None:
+    resident = trim()
+    return resident if reset_peak() else None
+
+
+def trim() -> int | None:
+    """Return what malloc keeps of freed memory to the system. Returns the resident bytes; None if not on Linux."""
     if sys.platform != "linux":
         return None
+    gc.collect()
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except AttributeError:  # not glibc: nothing to give back
         pass
+    return status_bytes("VmRSS")
+
+
+def reset_peak() -> bool:
+    """Let `status_bytes("VmHWM")` be the peak from now on. Returns False where that is not possible."""
+    if sys.platform != "linux":
+        return False
     try:
         _CLEAR_REFS.write_text(_RESET_PEAK_RSS)
     except OSError:  # some containers forbid it
-        return None
-    return _status_bytes("VmRSS")
+        return False
+    return True
 
 
-def _status_bytes(field: str) -> int:
+def status_bytes(field: str) -> int:
+    """Return a size in bytes from this process's status."""
     line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(field + ":"))
     return int(line.split()[1]) * 1024

@@ -21,14 +21,23 @@ DIVERGENCE_COLUMNS = (
     "extra memory",
     "gradient error",
 )
-KERNEL_COLUMNS = ("kernel", "of copy", "ms", "GB/s")
-HEAD_COLUMNS = ("head and loss", "× products", "× ours", "ms", "TFLOP/s", "extra memory", "gradient error")
+KERNEL_COLUMNS = ("kernel", "of copy", "of read", "ms", "GB/s")
+HEAD_COLUMNS = (
+    "head and loss",
+    "× products",
+    "× ours",
+    "ms",
+    "TFLOP/s",
+    "extra memory",
+    "gradient error",
+    "of the head",
+)
 NOTES = """\
 Times are medians of forward and backward; × is another's time over ours. "of copy": the bytes that streaming passes
 have to move (7 reads or writes of one model's logits for 0 < β < 1, 5 at the ends), over the time, over the rate of a
-large copy in the same run. Extra memory: peak growth less the gradient. Gradient error: relative, of some rows against
-fp64. TP: the columns of one shard on one process, without collectives; contestants that are not vocabulary-parallel
-take them for a whole vocabulary."""
+large copy in the same run. "of read": the same beside a large read, for passes that only read. Extra memory: peak
+growth less the gradient. Errors of gradients: relative, of some rows against fp64. TP: the columns of one shard on one
+process, without collectives; contestants that are not vocabulary-parallel take them for a whole vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +99,17 @@ def ratio(case: dict, name: str, base: str, key: str = "total_s") -> float | Non
 
 
 def copy_rate(case: dict) -> float:
-    """Return the bytes read and written per second."""
-    return case["copy"]["moved_bytes"] / median(case["copy"]["seconds"])
+    """Return the bytes that a copy reads and writes per second."""
+    return _rate(case["copy"])
+
+
+def read_rate(case: dict) -> float | None:
+    """Return the bytes that a large read reads per second; None for a run of a time when it was not measured."""
+    return _rate(case["read"]) if "read" in case else None
+
+
+def _rate(yardstick: dict) -> float:
+    return yardstick["moved_bytes"] / median(yardstick["seconds"])
 
 
 def share_of_copy(case: dict, name: str) -> float | None:
@@ -133,13 +151,16 @@ def _divergence_row(case: dict, name: str) -> list[str]:
         milliseconds(seconds(case, name, "first_s")),
         f"{share:.1%}",
         _size(extra_bytes(case, name)),
-        f"{found['error']:.1e}",
+        _error(found["error"]),
     ]
 
 
 def _kernel_row(case: dict, kernel: str) -> list[str]:
     rate = kernel_rate(case, kernel)
-    return [kernel, f"{rate / copy_rate(case):.1%}", milliseconds(seconds(case, kernel)), f"{rate / 1e9:.4g}"]
+    of_read = read_rate(case)
+    only_reads = case.get("read_bytes", {}).get(kernel) == case["moved_bytes"][kernel]
+    share = f"{rate / of_read:.1%}" if of_read and only_reads else ""
+    return [kernel, f"{rate / copy_rate(case):.1%}", share, milliseconds(seconds(case, kernel)), f"{rate / 1e9:.4g}"]
 
 
 def _head_row(case: dict, name: str) -> list[str]:
@@ -154,13 +175,18 @@ def _head_row(case: dict, name: str) -> list[str]:
         milliseconds(taken),
         f"{case['operations'] / taken / 1e12:.3g}",
         "" if name == PRODUCTS else _size(extra_bytes(case, name)),
-        "" if found["error"] is None else f"{found['error']:.1e}",
+        _error(found["error"]),
+        _error(case.get("weight_errors", {}).get(name)),
     ]
 
 
 def _absent(name: str, found: dict, columns: int) -> list[str]:
     why = f"{found['status']}: {found['install']}" if found["install"] else found["status"]
     return [f"{name} ({why})", *[""] * (columns - 1)]
+
+
+def _error(value: float | None) -> str:
+    return "" if value is None else f"{value:.1e}"
 
 
 def _times(value: float | None) -> str:

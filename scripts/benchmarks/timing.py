@@ -72,6 +72,18 @@ class Copy:
         return self._stopwatch.laps(lambda: self._target.copy_(self._source))[0]
 
 
+class Read:
+    """A large read, reduced to its maximum: the yardstick for passes that write next to nothing."""
+
+    def __init__(self, stopwatch: Stopwatch) -> None:
+        self._stopwatch = stopwatch
+        self.moved_bytes = COPY_BYTES[stopwatch.device.type]
+        self._source = torch.ones(self.moved_bytes // 4, dtype=torch.float32, device=stopwatch.device)
+
+    def seconds(self) -> float:
+        return self._stopwatch.laps(lambda: self._source.amax())[0]
+
+
 def in_turn(runs: Mapping[str, Callable[[], Sample]], plan: Plan) -> dict[str, list[Sample]]:
     """Repeat the runs in turn, so that drift affects all alike, and return the results of each."""
     samples: dict[str, list[Sample]] = {name: [] for name in runs}

@@ -44,27 +44,33 @@ def test_cpu_targets():
 
 def test_gpu_targets():
     copy = {"moved_bytes": 100, "seconds": [1.0]}
-    kernels = {"K1": contestant(1.0), "K2": contestant(1.0), "K3": contestant(1.0)}
+    kernels = {name: contestant(1.0) for name in ("K1", "K2", "K3", "K3 with the cross-entropy")}
+    moved = {"K1": 95, "K2": 80, "K3": 90, "K3 with the cross-entropy": 89}
     run = run_of(
         "cuda",
         divergence=[
-            targets.LARGE | {"beta": 0.5, "contestants": {OURS: contestant(0.0069), "Liger JSD": contestant(0.1)}},
-            targets.LARGE | {"beta": 0.0, "contestants": {OURS: contestant(0.0060)}},
-        ],
-        kernels=[
             targets.LARGE
-            | {"beta": 0.5, "copy": copy, "moved_bytes": {"K1": 95, "K2": 80, "K3": 90}, "contestants": kernels}
+            | {
+                "beta": 0.5,
+                "copy": copy,
+                "total_bytes": 0.6,
+                "contestants": {OURS: contestant(0.0069), "Liger JSD": contestant(0.1)},
+            },
+            targets.LARGE | {"beta": 0.0, "copy": copy, "total_bytes": 0.41, "contestants": {OURS: contestant(0.005)}},
         ],
+        kernels=[targets.LARGE | {"beta": 0.5, "copy": copy, "moved_bytes": moved, "contestants": kernels}],
     )
     run["divergence"][0]["contestants"]["ms-swift"] = contestant(0.2) | {"status": "not installed", "total_s": []}
     assert verdicts(run) == {
         "K1, share of a copy's bandwidth": ("0.95", "met"),
+        "K1 as in training, share of a copy's bandwidth": ("", "not measured"),
         "K2, share of a copy's bandwidth": ("0.80", "missed by 6%"),
         "K3, share of a copy's bandwidth": ("0.90", "met"),
-        "forward and backward at β 0.5 on an H100, ms": ("6.90", "met"),
-        "forward and backward at β 0 on an H100, ms": ("6.00", "missed by 20%"),
-        "forward and backward at β 1 on an H100, ms": ("", "not measured"),
+        "K3 with the cross-entropy, share of a copy's bandwidth": ("0.89", "missed by 1%"),
+        "forward and backward at β 0.5, share of a copy's bandwidth": ("0.87", "met"),
+        "forward and backward at β 0, share of a copy's bandwidth": ("0.82", "met"),
+        "forward and backward at β 1, share of a copy's bandwidth": ("", "not measured"),
         "times as fast as Liger JSD, β 0.5": ("14.49", "met"),
         "times as fast as ms-swift, β 0.5": ("", "not measured"),
-        "fused head over its four products, H = 3584": ("", "not measured"),
+        "fused head as in training over its four products, H = 3584": ("", "not measured"),
     }
