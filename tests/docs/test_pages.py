@@ -26,6 +26,7 @@ BASE = {
 }
 WORLD_SIZE = 8
 PATH = re.compile(r"(?<![\w/.-])(?:megatron_gkd|csrc|scripts|tests|docs)/[\w./*-]*")
+NOT_MEASURED = re.compile(r"<!-- table: .* -->\nNot measured yet\.\n")  # tables of results that are not there yet
 CREATED = {block.title for block in blocks(REPOSITORY / "docs/extending.md")}  # by who follows the page
 ROW_KEYS = ("messages", "prompt", "response", "teacher_prompt")
 # Recipes with a title are run by test_extending.py.
@@ -35,7 +36,7 @@ YAML_BLOCKS = [(page, block) for page in PAGES for block in blocks(page, "yaml")
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_files_that_a_page_names_exist(page):
     missing = []
-    for path in PATH.findall(page.read_text(encoding="utf-8")):
+    for path in PATH.findall(NOT_MEASURED.sub("", page.read_text(encoding="utf-8"))):
         path = path.rstrip(".")
         if path not in CREATED and not any(REPOSITORY.glob(path.rstrip("/"))):
             missing.append(path)
@@ -86,13 +87,28 @@ def test_former_names_of_keys_are_not_used(page):
 def test_migration_tables_name_recipe_keys():
     page = REPOSITORY / "docs/migrating.md"
     unknown = []
-    for _, here, *_ in (row for row in table_rows(page) if row[1] != "here"):
+    for here in column_of(page, "here"):
         for code in re.findall(r"`([^`]+)`", here):
             section, _, leaf = code.partition(":")[0].rpartition(".")
             is_key = leaf in SECTION_OF and section in ("", SECTION_OF[leaf])
             if not is_key and not (code in SECTIONS or code.startswith("megatron-gkd ")):
                 unknown.append(code)
     assert unknown == []
+
+
+def column_of(page, title):
+    """Return the cells of a column in the tables that have it."""
+    cells, index = [], None
+    for line in prose(page).splitlines():
+        row = [cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip().strip("|"))] if line.startswith("|") else []
+        if not row:
+            index = None
+        elif title in row:
+            index = row.index(title)
+        elif index is not None and not set(row[index]) <= set("-"):
+            cells.append(row[index])
+    assert len(cells) > 100
+    return cells
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
