@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 FORMAT = "megatron_gkd teacher cache"
 VERSION = 1  # increase it when shards or keys of rows change
@@ -23,6 +24,8 @@ class Manifest:
         teacher: names of the models or servers that scored.
         vocab_size: ids are below it.
         images: hash of what the student's processor makes of images; None for a text model.
+        vocabulary: hash of the bytes of the student's tokens (`models.token_bytes.TokenBytes.digest`); None in caches
+            of older releases.
     """
 
     k: int
@@ -31,6 +34,7 @@ class Manifest:
     teacher: str
     vocab_size: int
     images: str | None = None
+    vocabulary: str | None = None
 
     @classmethod
     def read(cls, folder: str | Path) -> Manifest:
@@ -55,11 +59,16 @@ class Manifest:
             raise ValueError(f"its {FILE} is not that of a teacher cache ({error})") from error
 
     def text(self) -> str:
-        """Return the content of the file. That of a text model is as it was before there were images."""
-        values = {name: value for name, value in asdict(self).items() if name != "images" or value is not None}
-        return json.dumps({"format": FORMAT, "version": VERSION, **values}, indent=2) + "\n"
+        """Return the content of the file. What is not known is left out, as in caches of older releases."""
+        return self._text(asdict(self))
+
+    @staticmethod
+    def _text(values: dict[str, Any]) -> str:
+        known = {name: value for name, value in values.items() if value is not None}
+        return json.dumps({"format": FORMAT, "version": VERSION, **known}, indent=2) + "\n"
 
     @property
     def identity(self) -> str:
-        """32 hex digits that a shard stores of its cache."""
-        return hashlib.blake2b(self.text().encode(), digest_size=16).hexdigest()
+        """32 hex digits that a shard stores of its cache; the vocabulary follows from the tokenizer."""
+        text = self._text(asdict(self) | {"vocabulary": None})
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -6,8 +6,6 @@ from collections.abc import Iterator
 
 from megatron_gkd.checkpoint_format.model_shape import ModelShape
 
-_EXPERTS_WITH_BIASES = ("gpt_oss",)
-
 
 def layout_problems(shape: ModelShape, model: str, *, context: int, expert_tensor: int) -> Iterator[str]:
     """Yield one line for each size of a layout that Megatron-Core 0.16 refuses for a model.
@@ -23,7 +21,7 @@ def layout_problems(shape: ModelShape, model: str, *, context: int, expert_tenso
             f"parallel.context_parallel_size = {context}: must be 1 with the gated delta nets of {model}, for which "
             "Megatron-Core 0.16 has no context parallelism"
         )
-    if shape.model_type in _EXPERTS_WITH_BIASES and expert_tensor > 1:
+    if shape.has_expert_biases and expert_tensor > 1:
         yield (
             f"parallel.expert_tensor_parallel_size = {expert_tensor}: must be 1, as Megatron-Core 0.16 does not split "
             f"experts with biases, which {model} has; expert_model_parallel_size can be more"

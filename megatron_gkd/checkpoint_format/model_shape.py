@@ -23,6 +23,8 @@ from megatron_gkd.checkpoint_format.config_values import (
 from megatron_gkd.checkpoint_format.families import family_of
 from megatron_gkd.checkpoint_format.quantization import quantization_method
 
+_EXPERTS_WITH_BIASES = ("gpt_oss",)
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -66,6 +68,11 @@ class ModelShape:
     decoder: str
     num_deepstack: int
     is_quantized: bool
+
+    @property
+    def has_expert_biases(self) -> bool:
+        """Whether the experts' linear layers have biases."""
+        return self.model_type in _EXPERTS_WITH_BIASES
 
 
 def read_shape(model: str) -> ModelShape | None:

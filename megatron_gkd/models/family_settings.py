@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_gkd.checkpoint_format.layer_limits import layout_problems
 from megatron_gkd.checkpoint_format.lora_layers import why_no_adapters
+from megatron_gkd.config.stages import StageProblem
 from megatron_gkd.errors import UserError
 from megatron_gkd.models.checkpoint import Checkpoint
 from megatron_gkd.runtime.mesh import Layout
+
+if TYPE_CHECKING:
+    from megatron_gkd.models.build_options import BuildOptions
 
 
 def family_settings(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -40,3 +44,21 @@ def require_family_supports(checkpoint: Checkpoint, layout: Layout, *, has_lora:
         raise UserError(problem)
     if has_lora and not shape.takes_lora:
         raise UserError(f"train.tuner_type = lora: {why_no_adapters(shape.model_type)}; use full")
+
+
+def require_stages(checkpoint: Checkpoint, pipeline: int, options: BuildOptions) -> tuple[int, ...]:
+    """Return the number of decoder layers of each pipeline stage, in the model's order.
+
+    Args:
+        checkpoint: the model's.
+        pipeline: number of pipeline ranks.
+        options: with the keys of the stages.
+
+    Raises:
+        UserError: the stages do not suit the number of the model's layers.
+    """
+    try:
+        return options.stages.layers(checkpoint.shape.num_layers, pipeline, options.virtual_pipeline)
+    except StageProblem as problem:
+        prefix = "parallel." if options.stages.are_equal else options.stages.prefix
+        raise UserError(f"{problem.line(prefix)} ({checkpoint.path})") from problem

@@ -17,12 +17,13 @@ from torch import nn
 from megatron_gkd.data.microbatch import Microbatch
 from megatron_gkd.models.build_options import BuildOptions, build_config
 from megatron_gkd.models.checkpoint import Checkpoint
-from megatron_gkd.models.family_settings import require_family_supports
+from megatron_gkd.models.family_settings import require_family_supports, require_stages
+from megatron_gkd.models.fusions import lifted_head_refusal
 from megatron_gkd.models.lora.factors import lora_modules
 from megatron_gkd.models.lora.injection import Adapters, inject_adapters
 from megatron_gkd.models.lora.merged import MergingExport
 from megatron_gkd.models.lora.reading import read_adapters
-from megatron_gkd.models.moe import prepare_experts
+from megatron_gkd.models.moe import freeze_routers, prepare_experts
 from megatron_gkd.models.repairs import repair
 from megatron_gkd.models.vision.forward import (
     PADDING_MASK,
@@ -35,6 +36,7 @@ from megatron_gkd.models.vision.parts import freeze, language_model
 from megatron_gkd.models.weight_loading import read_weights
 from megatron_gkd.ops.output_head import OutputHead
 from megatron_gkd.runtime import portability
+from megatron_gkd.runtime.current_phase import note_each
 from megatron_gkd.runtime.mesh import Mesh
 from megatron_gkd.runtime.transformer_engine import choose_attention, needs_torch_attention, torch_attention
 from megatron_gkd.runtime.transformer_engine.attention import TEDotProductAttention
@@ -104,12 +106,12 @@ class MegatronModel:
                 the options of LoRA do not suit the model.
         """
         require_family_supports(checkpoint, mesh.layout, has_lora=options.lora is not None)
-        require_layers_of_features(checkpoint, mesh.layout.pipeline * (options.virtual_pipeline or 1))
+        require_layers_of_features(checkpoint, require_stages(checkpoint, mesh.layout.pipeline, options))
         options = replace(options, attn=choose_attention(options.attn, options.dtype))
         config = build_config(checkpoint, mesh.layout, options)
         uses_torch = needs_torch_attention(options.attn, config)
-        with mesh.virtual_stages(options.virtual_pipeline):
-            with torch_attention() if uses_torch else contextlib.nullcontext():
+        with mesh.virtual_stages(options.virtual_pipeline), portability.creation_on_device():
+            with torch_attention() if uses_torch else contextlib.nullcontext(), lifted_head_refusal(config):
                 chunks = [chunk.to(portability.device()) for chunk in get_mcore_model(config)]
             for chunk in chunks:
                 repair(chunk, config)
@@ -128,6 +130,8 @@ class MegatronModel:
             prepare_forward(chunk)
             if options.lora is None:  # otherwise all but the adapters is frozen
                 freeze(chunk, options.frozen)
+            if options.modules.freezes_routers:
+                freeze_routers(chunk)
             if options.recomputes_tower:
                 recompute_tower(chunk)
         return cls(checkpoint, chunks, config, mesh, adapters)
@@ -200,9 +204,18 @@ class MegatronModel:
 
     @contextlib.contextmanager
     def exporting(self) -> Iterator[Any]:
-        """Yield mcore-bridge's bridge, which exports merged weights. All ranks must make the same exports."""
-        with self.mesh.virtual_stages(self.config.virtual_pipeline_model_parallel_size):
-            yield self.config.bridge
+        """Yield mcore-bridge's bridge, which exports merged weights. All ranks must make the same exports.
+
+        Each tensor counts as progress of the phase.
+        """
+        bridge = self.config.bridge
+        export = bridge.export_weights
+        bridge.export_weights = lambda *arguments, **options: note_each(export(*arguments, **options))
+        try:
+            with self.mesh.virtual_stages(self.config.virtual_pipeline_model_parallel_size):
+                yield bridge
+        finally:
+            vars(bridge).pop("export_weights", None)  # the class's own is used again
 
     @contextlib.contextmanager
     def exporting_adapters(self) -> Iterator[Any]:
@@ -277,4 +290,6 @@ def _tensor_parallel_rank(chunk: GPTModel | DistributedDataParallel) -> int:
 
 
 def _pass_hidden_states(hidden: torch.Tensor, *args: Any, **options: Any) -> tuple[torch.Tensor, None]:
-    return hidden, None
+    # The caller transposes them to [1, T, H]. Without these views their gradient would have the strides of a transposed
+    # tensor, for which torch multiplies each token apart, with a weight for each.
+    return hidden.flatten(0, 1).unflatten(0, hidden.shape[:2]), None

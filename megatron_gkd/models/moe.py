@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.router import Router
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 
@@ -16,6 +19,24 @@ def prepare_experts(chunk: nn.Module) -> None:
         if isinstance(getattr(layer, "mlp", None), MoELayer):
             _reduce_over_expert_group(layer.mlp)
             layer.register_forward_pre_hook(_set_num_labels, with_kwargs=True)
+
+
+def freeze_routers(chunk: nn.Module) -> None:
+    """Leave the routers' weights and biases out of the training; see `family_settings` for the correction biases."""
+    for module in chunk.modules():
+        if isinstance(module, Router):
+            module.requires_grad_(False)
+
+
+def count_router_parameters(config: TransformerConfig, has_experts_in: Sequence[bool]) -> int:
+    """Return the number of the routers' parameters.
+
+    Args:
+        config: of the model.
+        has_experts_in: for each of its layers, whether it is a mixture of experts.
+    """
+    rows = config.hidden_size + (1 if config.add_bias_linear else 0)
+    return sum(has_experts_in) * (config.num_moe_experts or 0) * rows
 
 
 def _reduce_over_expert_group(moe: MoELayer) -> None:

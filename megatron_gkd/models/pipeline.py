@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from megatron_gkd.data.microbatch import Microbatch
+from megatron_gkd.runtime.current_phase import note_progress
 from megatron_gkd.runtime.mesh import Mesh
 
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -58,6 +59,7 @@ class Pipeline:
 
         def step(indices: Iterator[int], chunk: nn.Module) -> tuple[Tensor, Callable]:
             index = next(indices)
+            note_progress()
             return forward(chunk, microbatches[index]), partial(_call_with_index, loss, index)
 
         return self._run(microbatches, step, forward_only=not backward, force_all_reduce=force_all_reduce)
@@ -73,6 +75,7 @@ class Pipeline:
 
         def step(indices: Iterator[int], chunk: nn.Module) -> tuple[Tensor, Callable]:
             index = next(indices)
+            note_progress()
 
             def call_collect(output: Tensor, non_loss_data: bool = True) -> Any:
                 return collect(output, microbatches[index])

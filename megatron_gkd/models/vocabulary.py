@@ -9,41 +9,14 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from transformers import PreTrainedTokenizerBase
 
-from megatron_gkd.errors import UserError
 from megatron_gkd.models.checkpoint import Checkpoint
 from megatron_gkd.ops.output_head import OutputHead
 
-PROBES = ("The 12 quick brown foxes jump over 345 lazy dogs.", 'x = f(y) != "naïve"\n\t# 中文, émigré, 🙂')
-
 
 def shared_vocab_size(student: Checkpoint, teacher: Checkpoint) -> int:
-    """Return the number of ids that both models have logits for; raise UserError if the tokenizers differ."""
-    require_same_tokenizer(student.tokenizer(), teacher.tokenizer())
+    """Return the number of ids that both models have logits for."""
     return min(student.vocab_size, teacher.vocab_size)
-
-
-def require_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-    """Check that every id that both define is the same token, and that plain text gives the same ids.
-
-    Raises:
-        UserError: an id or the ids of a text differ.
-    """
-    student_tokens = {index: token for token, index in student.get_vocab().items()}
-    teacher_tokens = {index: token for token, index in teacher.get_vocab().items()}
-    for index in sorted(student_tokens.keys() & teacher_tokens.keys()):
-        if student_tokens[index] != teacher_tokens[index]:
-            raise UserError(
-                f"student and teacher have different tokenizers: id {index} is {student_tokens[index]!r} for the "
-                f"student and {teacher_tokens[index]!r} for the teacher; their distributions cannot be compared"
-            )
-    for text in PROBES:
-        if student.encode(text, add_special_tokens=False) != teacher.encode(text, add_special_tokens=False):
-            raise UserError(
-                f"student and teacher have different tokenizers: {text!r} gives different ids; "
-                "their distributions cannot be compared"
-            )
 
 
 @torch.no_grad()

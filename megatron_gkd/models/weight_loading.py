@@ -23,6 +23,7 @@ from megatron_gkd.models.checkpoint import Checkpoint
 from megatron_gkd.models.lazy_tensor import LazyTensor
 from megatron_gkd.runtime import portability
 from megatron_gkd.runtime.agreement import raise_together
+from megatron_gkd.runtime.current_phase import note_progress
 from megatron_gkd.runtime.quiet import hidden_stderr
 
 _COMPARED_ROWS = 8192
@@ -93,6 +94,7 @@ class _RecordedTensor:
     def load(self) -> Tensor:
         self._read.add(self._name)
         tensor = self._tensor.load()
+        note_progress()
         self._report(len(self._read))
         return tensor
 
@@ -142,7 +144,10 @@ def _describe_unfilled(parameters: Mapping[str, Tensor]) -> str | None:
     not_finite = [name for name, parameter in parameters.items() if not bool(parameter.detach().isfinite().all())]
     unfilled = [name for name in not_finite if bool(parameters[name].detach().isnan().all())]
     if unfilled:
-        return f"no tensor fills the model's {shorten(unfilled)} in rank {dist.get_rank()}"
+        return (
+            f"no tensor fills the model's {shorten(unfilled)} in rank {dist.get_rank()}, or all its values in the "
+            "files are NaN"
+        )
     if not_finite:
         return f"NaN or infinite values in the weights: the model's {shorten(not_finite)} in rank {dist.get_rank()}"
     return None

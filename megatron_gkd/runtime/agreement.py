@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import datetime
 import secrets
+import time
 from collections.abc import Callable
 from typing import TypeVar, cast
 
@@ -12,8 +12,10 @@ import torch.distributed as dist
 
 from megatron_gkd.errors import GkdError, UserError
 from megatron_gkd.runtime import portability
+from megatron_gkd.runtime.lost_peers import is_of_lost_peer
 
 T = TypeVar("T")
+_ALL, _SOME = "all ranks", "some ranks"  # outcomes of a `FailureMeeting`
 
 
 def holds_everywhere(condition: bool) -> bool:
@@ -37,14 +39,17 @@ def raise_together(
 ) -> None:
     """Raise the first rank's `problem` in every rank; return if no rank has one. All ranks must call it.
 
-    The exit code is that of the first rank's `cause`, so that a mistake of the user stays one.
+    The exit code is that of the first rank's `cause`, so that a mistake of the user stays one, and 1 where that is
+    neither a GkdError nor an OSError.
 
     Args:
         problem: of this rank.
         kind: the exception to raise.
         cause: this rank's own exception behind its problem.
     """
-    code = cause.exit_code if isinstance(cause, GkdError) else kind.exit_code
+    code = kind.exit_code
+    if cause is not None and not isinstance(cause, OSError):
+        code = cause.exit_code if isinstance(cause, GkdError) else GkdError.exit_code
     first = first_problem(None if problem is None else (problem, code))
     if first is not None:
         error = kind(first[0])
@@ -56,13 +61,13 @@ def run_on_all(work: Callable[[], T], kind: type[GkdError] = UserError, *, os_er
     """Run `work` on every rank and return each rank its own result. All ranks must call it.
 
     Args:
-        work: raises GkdError or OSError if it fails. It may only use collectives before it can fail.
+        work: raises an exception if it fails. It may only use collectives before it can fail.
         kind: the exception to raise in all ranks.
         os_error: begins the message for an OSError.
 
     Raises:
         kind: in all ranks, with the first failing rank's message and exit code; on that rank its own exception is the
-            cause.
+            cause. A rank whose exception is neither a GkdError nor an OSError raises that one, with its traceback.
     """
     result: T | None = None
     problem: str | None = None
@@ -73,7 +78,18 @@ def run_on_all(work: Callable[[], T], kind: type[GkdError] = UserError, *, os_er
         problem, cause = f"{os_error} ({error})" if os_error else str(error), error
     except GkdError as error:
         problem, cause = str(error), error
-    raise_together(problem, kind, cause=cause)
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}"
+        if is_of_lost_peer(text):  # a rank that has ended takes no part in the agreement
+            raise
+        problem, cause = f"rank {dist.get_rank()} failed: {text}", error
+    try:
+        raise_together(problem, kind, cause=cause)
+    except GkdError:
+        if cause is None or isinstance(cause, GkdError | OSError):
+            raise
+    if cause is not None:  # not in the handler, so that it keeps what it was raised from
+        raise cause
     return cast(T, result)
 
 
@@ -95,11 +111,10 @@ class FailureMeeting:
 
     Args:
         name: the same in all ranks, and of no other run in these processes; see `create`.
-        seconds: how long `join` waits for the other ranks.
     """
 
-    def __init__(self, name: str, seconds: float = 30.0) -> None:
-        self.name, self.seconds = name, seconds
+    def __init__(self, name: str) -> None:
+        self.name = name
 
     @classmethod
     def create(cls) -> FailureMeeting:
@@ -108,11 +123,16 @@ class FailureMeeting:
         dist.broadcast_object_list(name, src=0)
         return cls(name[0])
 
-    def join(self, failure: str) -> list[str] | None:
+    def join(self, failure: str, seconds: float) -> list[str] | None:
         """Post this rank's failure and wait for the others'.
 
+        Args:
+            failure: its text.
+            seconds: how long the other ranks have to fail for the same reason.
+
         Returns:
-            The failures of all ranks in rank order, or None if not every rank failed within `seconds`.
+            The failures of all ranks in rank order, or None if not every rank failed within `seconds`. All ranks that
+            join get the same: one that fails later than that finds that others have left.
         """
         if dist.get_world_size() == 1:
             return [failure]
@@ -120,10 +140,21 @@ class FailureMeeting:
         store = _store()
         try:
             store.set(keys[dist.get_rank()], failure)
-            store.wait(keys, datetime.timedelta(seconds=self.seconds))
-            return [store.get(key).decode() for key in keys]
-        except RuntimeError:  # time-out, or the store's rank is gone
+            have_all_failed = self._wait(store, seconds)
+            outcome = store.compare_set(f"outcome/{self.name}", "", _ALL if have_all_failed else _SOME)
+            return [store.get(key).decode() for key in keys] if outcome.decode() == _ALL else None
+        except RuntimeError:  # the store's rank is gone
             return None
+
+    def _wait(self, store: dist.Store, seconds: float) -> bool:
+        """Count this rank as one that has failed, and return whether all have within `seconds`."""
+        deadline, pause, mine = time.monotonic() + seconds, 0.01, 1
+        while store.add(f"failed/{self.name}", mine) < dist.get_world_size():
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(pause)
+            pause, mine = min(0.25, 1.5 * pause), 0
+        return True
 
 
 def _store() -> dist.Store:

@@ -1,57 +1,94 @@
 """Patch torch and Megatron-Core so that Megatron-Core runs on CPUs with gloo; see `runtime.portability`.
 
-Megatron-Core calls some functions of `torch.cuda` unconditionally: here the CPU takes their place.
+Megatron-Core calls some functions of `torch.cuda` unconditionally: here the CPU takes their place, or the meta device
+in a process that computes there.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 
-_CPU = torch.device("cpu")
+from megatron_gkd.runtime import portability
 
 
 def apply_cpu_patches() -> None:
     """Apply all patches, once, before Megatron-Core is imported."""
     _replace_cuda_functions()
     _import_uncompiled()
-    _CudaMeansCpu().__enter__()
+    _place_tensors()
     _patch_gloo()
     _patch_rng_tracker()
     _patch_token_dispatcher()
 
 
-_METHODS = frozenset({torch.Tensor.cuda, torch.Tensor.pin_memory, torch.Tensor.to, torch.Tensor.type})
+def _place_tensors() -> None:
+    """Let functions and methods that name a CUDA device use the process's device.
+
+    Only those that can name one are replaced. A mode of torch (`TorchFunctionMode`) would do it as well, but in each of
+    the thousands of operations of a step.
+    """
+    for create in _creators():
+        replacement = _on_process_device(create)
+        setattr(torch, create.__name__, replacement)
+        operator = torch.jit._builtins._find_builtin(create)
+        if operator is not None:  # torch.jit.script finds functions of torch by their identity
+            torch.jit._builtins._register_builtin(replacement, operator)
+    for name in ("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros"):
+        setattr(torch.Tensor, name, _on_process_device(getattr(torch.Tensor, name)))
+    move, read_type = torch.Tensor.to, torch.Tensor.type
+
+    @functools.wraps(move)
+    def to(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args and _names_cuda(args[0]):
+            args = (portability.device(), *args[1:])
+        elif kwargs and _names_cuda(kwargs.get("device")):
+            kwargs["device"] = portability.device()
+        return move(self, *args, **kwargs)
+
+    @functools.wraps(read_type)
+    def type_(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+        found = read_type(self, *args, **kwargs)
+        if args or kwargs:
+            return found
+        # Megatron's optimizers sort parameters by the names "torch.cuda.FloatTensor" and the like.
+        return "torch.cuda." + found.rpartition(".")[2]
+
+    tensor: Any = torch.Tensor
+    tensor.to, tensor.type = to, type_
+    tensor.cuda = lambda self, *args, **kwargs: self
+    tensor.pin_memory = lambda self, *args, **kwargs: self
 
 
-class _CudaMeansCpu(TorchFunctionMode):
-    """Puts tensors on the CPU where a function or method names a CUDA device."""
+def _creators() -> list[Callable]:
+    """Return the functions of `torch` that make tensors on a device."""
+    # `with torch.device(...)` keeps this set, and compares functions with it: it must have the originals.
+    known: set[Any] = {*_device_constructors()} - {None}
+    like = {getattr(torch, f"{name}_like") for name in ("empty", "full", "ones", "rand", "randint", "randn", "zeros")}
+    found: list[Any] = [create for create in known | like if vars(torch).get(create.__name__) is create]
+    return found
 
-    def __torch_function__(
-        self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+
+def _on_process_device(create: Callable) -> Callable:
+    """Return `create`, which makes a tensor, with the process's device in place of a CUDA device."""
+
+    @functools.wraps(create)
+    def create_on_device(*args: Any, **kwargs: Any) -> Any:
         if kwargs:
             if _names_cuda(kwargs.get("device")):
-                kwargs = {**kwargs, "device": _CPU}
+                kwargs["device"] = portability.device()
             if kwargs.get("pin_memory"):
-                kwargs = {**kwargs, "pin_memory": False}
-        elif func not in _METHODS:  # the usual case, on every operation of the model
-            return func(*args)
-        if func in (torch.Tensor.cuda, torch.Tensor.pin_memory):
-            return args[0]
-        if func is torch.Tensor.to and len(args) > 1 and _names_cuda(args[1]):
-            args = (args[0], _CPU, *args[2:])
-        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            # Megatron's optimizers sort parameters by the names "torch.cuda.FloatTensor" and the like.
-            return func(*args).replace("torch.", "torch.cuda.", 1)
-        return func(*args, **(kwargs or {}))
+                kwargs["pin_memory"] = False
+        return create(*args, **kwargs)
+
+    return create_on_device
 
 
 def _names_cuda(where: object) -> bool:
@@ -94,7 +131,7 @@ class _NullStream:
 def _replace_cuda_functions() -> None:
     # Each name gets a function object of its own: torch.compile's tables refuse one that serves several names.
     vars(torch.cuda).update(
-        current_device=lambda: _CPU,
+        current_device=lambda: portability.device(),
         set_device=lambda *args, **kwargs: None,
         synchronize=lambda *args, **kwargs: None,
         empty_cache=lambda *args, **kwargs: None,
@@ -128,9 +165,28 @@ def _import_uncompiled() -> None:
 
 def _patch_gloo() -> None:
     """Make gloo's collectives accept what NCCL's do, as expert tensor parallelism needs it."""
+    dist.all_gather_into_tensor = _without_a_copy_alone(dist.all_gather_into_tensor)
+    dist.reduce_scatter_tensor = _without_a_copy_alone(dist.reduce_scatter_tensor)
     dist.scatter = _with_contiguous_inputs(dist.scatter)
     dist.all_gather = _with_padding(dist.all_gather)
     dist.reduce_scatter = _by_all_reduce(dist.all_reduce, dist.reduce_scatter)
+
+
+def _without_a_copy_alone(collective: Callable) -> Callable:
+    """Return `collective` for one rank as well, where gloo copies from a buffer to itself, as NCCL does not."""
+
+    @functools.wraps(collective)
+    def collective_or_nothing(*tensors: Any, **kwargs: Any) -> Any:
+        # The names of the tensors differ between the two collectives; Megatron gives them by place.
+        if len(tensors) == 2 and _is_same_memory(*tensors) and dist.get_world_size(kwargs.get("group")) == 1:
+            return _NullStream() if kwargs.get("async_op") else None
+        return collective(*tensors, **kwargs)
+
+    return collective_or_nothing
+
+
+def _is_same_memory(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.numel() == b.numel()
 
 
 def _with_contiguous_inputs(scatter: Callable) -> Callable:

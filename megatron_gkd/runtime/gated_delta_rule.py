@@ -8,6 +8,7 @@ packed sequences have b = 1 and are delimited by `cu_seqlens`, int32 [sequences 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,13 +20,21 @@ def install_gated_delta_rule() -> bool:
     """Put these functions in the places of flash-linear-attention's. Return False where that library is installed."""
     if importlib.util.find_spec("fla") is not None:
         return False
+    replace_in_models(chunk_gated_delta_rule)
+    return True
+
+
+def replace_in_models(rule: Callable[..., tuple[Tensor, None]]) -> None:
+    """Let the models compute with `rule`, of the signature of `chunk_gated_delta_rule`, and with this file's functions.
+
+    Models of this process that are built already do so, too.
+    """
     from mcore_bridge.model.modules import gated_delta_net as of_bridge
     from megatron.core.ssm import gated_delta_net as of_megatron
 
     for module in (of_megatron, of_bridge):
-        module.l2norm, module.chunk_gated_delta_rule = l2norm, chunk_gated_delta_rule
+        module.l2norm, module.chunk_gated_delta_rule = l2norm, rule
     of_bridge.causal_conv1d, of_megatron.HAVE_FLA = causal_conv1d, True
-    return True
 
 
 def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:

@@ -10,13 +10,21 @@ import functools
 import inspect
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from megatron_gkd.runtime.token_gathering import gather_tokens_of_different_numbers
 
 
 def apply_megatron_workarounds() -> None:
     """Apply all workarounds, before a model is built. Idempotent."""
     _define_missing_names()
     _weight_balancing_loss_by_labels()
+    _weight_z_loss_by_labels()
+    _recompute_without_fp8()
+    gather_tokens_of_different_numbers()
+    _measure_bf16_gradients_in_fp32()
 
 
 def _define_missing_names() -> None:
@@ -72,3 +80,77 @@ def _weight_balancing_loss_by_labels() -> None:
         return attach(self, *args, valid_token_count=valid_token_count, **kwargs)
 
     router.TopKRouter.attach_and_log_load_balancing_loss = attach_and_log_load_balancing_loss
+
+
+def _weight_z_loss_by_labels() -> None:
+    """Weight a microbatch's z-loss by its share of the global batch's labels, under every layout.
+
+    The defect is that of the balancing loss, above. Megatron also divides by the number of tensor- and context-parallel
+    ranks, each of which has tokens of its own that are summed up: the coefficient shrinks with them. Here the mean of
+    the squared logarithms is over the microbatch's tokens on all of them.
+
+    Upstream: `megatron/core/transformer/moe/router.py`, `TopKRouter.apply_z_loss`, 0.16.1. Delete this once Megatron
+    takes the count from the caller under `calculate_per_token_loss`.
+    """
+    from megatron.core.transformer.moe import router
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    apply = router.TopKRouter.apply_z_loss
+    if hasattr(apply, "__wrapped__"):
+        return
+
+    @functools.wraps(apply)
+    def apply_z_loss(
+        self: router.TopKRouter, logits: Tensor, padding_mask: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        coefficient, num_labels = self.config.moe_z_loss_coeff, getattr(self, "num_labels", None)
+        if coefficient is None or num_labels is None:
+            return apply(self, logits, padding_mask=padding_mask, **kwargs)
+        if not self.training or not torch.is_grad_enabled():
+            return logits
+        squares = torch.logsumexp(logits, dim=-1).square()
+        valid = torch.ones_like(squares) if padding_mask is None else (~padding_mask).to(squares.dtype)
+        count = valid.sum()
+        dist.all_reduce(count, group=self.tp_cp_group)
+        loss = coefficient * num_labels * (squares * valid).sum() / count.clamp(min=1)
+        return MoEAuxLossAutoScaler.apply(logits, loss)
+
+    router.TopKRouter.apply_z_loss = apply_z_loss
+
+
+def _recompute_without_fp8() -> None:
+    """Let modules whose outputs are recomputed run without Transformer Engine.
+
+    `CheckpointWithoutOutput` takes its default, False, for FP8, since it is not None, and then calls Transformer
+    Engine: NameError without it.
+
+    Upstream: `megatron/core/tensor_parallel/random.py`, 0.16.1. Delete this once `fp8=False` means no FP8 there.
+    """
+    from megatron.core.tensor_parallel import random
+
+    initialize = random.CheckpointWithoutOutput.__init__
+    if hasattr(initialize, "__wrapped__"):
+        return
+
+    @functools.wraps(initialize)
+    def __init__(self: random.CheckpointWithoutOutput, fp8: Any = None, **kwargs: Any) -> None:  # noqa: N807
+        initialize(self, fp8 or None, **kwargs)
+
+    random.CheckpointWithoutOutput.__init__ = __init__
+
+
+def _measure_bf16_gradients_in_fp32() -> None:
+    """Compute the norm of bf16 gradients in fp32: without Transformer Engine and apex each tensor's is rounded to bf16.
+
+    Upstream: `megatron/core/utils.py`, `local_multi_tensor_l2_norm`, 0.16.1. Delete this once it names a dtype.
+    """
+    from megatron.core.optimizer import clip_grads
+    from megatron.core.utils import local_multi_tensor_l2_norm
+
+    if clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:
+        clip_grads.l2_norm_impl = _l2_norm
+
+
+def _l2_norm(chunk_size: int, noop_flag: Tensor, tensor_lists: list, per_tensor: bool, *args: Any) -> tuple:
+    norms = [torch.linalg.vector_norm(tensor, dtype=torch.float32) for tensors in tensor_lists for tensor in tensors]
+    return torch.linalg.vector_norm(torch.stack(norms)).reshape(1), None

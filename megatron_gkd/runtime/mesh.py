@@ -7,12 +7,15 @@ Only this module and the PyTorch fallback for Transformer Engine, which Megatron
 from __future__ import annotations
 
 import contextlib
+import datetime
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 import megatron_gkd.runtime.preload  # noqa: F401  (before any import of Megatron-Core)
 from megatron_gkd.config.schema import ParallelSection
@@ -34,10 +37,16 @@ class Layout:
     expert_tensor: int = 1
     virtual_pipeline: int | None = None
     sequence_parallel: bool = False
+    token_multiple: int = 1
 
     @classmethod
-    def from_section(cls, parallel: ParallelSection) -> Layout:
-        """Return the layout of a recipe's `parallel` section."""
+    def from_section(cls, parallel: ParallelSection, token_multiple: int = 1) -> Layout:
+        """Return the layout of a recipe's `parallel` section.
+
+        Args:
+            parallel: the section.
+            token_multiple: divides the number of tokens that each rank computes at once.
+        """
         return cls(
             tensor=parallel.tensor_model_parallel_size,
             pipeline=parallel.pipeline_model_parallel_size,
@@ -46,6 +55,7 @@ class Layout:
             expert_tensor=parallel.expert_tensor_parallel_size,
             virtual_pipeline=parallel.virtual_pipeline_model_parallel_size,
             sequence_parallel=parallel.effective_sequence_parallel,
+            token_multiple=token_multiple,
         )
 
     @property
@@ -57,6 +67,12 @@ class Layout:
         """
         zigzag = 2 * self.context if self.context > 1 else 1
         return zigzag * (self.tensor if self.sequence_parallel else 1)
+
+    @property
+    def total_multiple(self) -> int:
+        """The number that must divide the length of a whole microbatch."""
+        ranks = self.context * (self.tensor if self.sequence_parallel else 1)
+        return math.lcm(self.pad_multiple, self.token_multiple * ranks)
 
 
 @dataclass(frozen=True)
@@ -131,8 +147,20 @@ def _broadcast(value: T, source: int, group: dist.ProcessGroup) -> T:
     return values[0]
 
 
-def initialize_mesh(layout: Layout, seed: int) -> Mesh:
-    """Create the groups of `layout` in an initialized world, and seed every rank's random states."""
+def set_default_timeout(seconds: float) -> None:
+    """Let groups that are created without a time-out, as mcore-bridge does, have this one in place of torch's own."""
+    timeout = datetime.timedelta(seconds=seconds)
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
+
+
+def initialize_mesh(layout: Layout, seed: int, timeout: float = 1800.0) -> Mesh:
+    """Create the groups of `layout` in an initialized world, and seed every rank's random states.
+
+    Args:
+        layout: sizes of the parallel dimensions.
+        seed: of the random states.
+        timeout: longest time of one collective operation, in seconds.
+    """
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
@@ -141,6 +169,7 @@ def initialize_mesh(layout: Layout, seed: int) -> Mesh:
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
         create_gloo_process_groups=False,
+        distributed_timeout_minutes=timeout / 60,  # its type is int, but a timedelta takes fractions
     )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
@@ -154,6 +183,49 @@ def initialize_mesh(layout: Layout, seed: int) -> Mesh:
         ep=parallel_state.get_expert_model_parallel_group(),
         expert_dp=parallel_state.get_expert_data_parallel_group(),
     )
+
+
+def links_of_groups(mesh: Mesh) -> dict[str, tuple[str, int]]:
+    """Return the link and the number of ranks of each process group of more than one rank, by the group's name.
+
+    The links are `tp`, `pp`, `cp`, `ep`, `etp`, `dp` and `expert_dp`. A group over several of them has the link with
+    the least bandwidth between its ranks in the usual order of ranks, in which tensor-parallel ones are next to each
+    other and data-parallel ones far apart.
+    """
+    layout = mesh.layout
+    joined = parallel_state.get_tensor_and_context_parallel_group(check_initialized=False)
+    experts = parallel_state.get_expert_tensor_and_model_parallel_group(check_initialized=False)
+    replicas = parallel_state.get_tensor_and_data_parallel_group(check_initialized=False, with_context_parallel=True)
+    stages = parallel_state.get_expert_tensor_model_pipeline_parallel_group(check_initialized=False)
+    groups = {
+        "tp": [mesh.tp],
+        "cp": [mesh.cp],
+        "pp": [
+            mesh.pp,
+            parallel_state.get_embedding_group(check_initialized=False),
+            parallel_state.get_position_embedding_group(check_initialized=False),
+        ],
+        "dp": [
+            mesh.dp,
+            mesh.dp_cp,
+            replicas,
+            parallel_state.get_intra_distributed_optimizer_instance_group(),
+            dist.group.WORLD,
+        ],
+        "etp": [parallel_state.get_expert_tensor_parallel_group(check_initialized=False)],
+        "ep": [mesh.ep],
+        "expert_dp": [mesh.expert_dp],
+    }
+    groups["cp" if layout.context > 1 else "tp"].append(joined)
+    groups["etp" if layout.expert_tensor > 1 else "ep"].append(experts)
+    wide = "pp" if layout.pipeline > 1 else "tp"
+    groups[wide] += [parallel_state.get_model_parallel_group(check_initialized=False), stages]
+    links: dict[str, tuple[str, int]] = {}
+    for link, members in groups.items():
+        for group in members:
+            if group is not None and group.size() > 1:
+                links.setdefault(group.group_name, (link, group.size()))
+    return links
 
 
 def destroy_mesh() -> None:

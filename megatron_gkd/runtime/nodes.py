@@ -23,6 +23,7 @@ from megatron_gkd.errors import GkdError, RunStopped
 BEAT_EVERY_S = 5.0  # interval of a working rank's heartbeats
 DEAD_AFTER_S = 120.0  # a rank without a heartbeat for so long ends the run
 ARRIVE_WITHIN_S = 1800.0  # a rank that has not made a call after this time ends the run
+UNEXPECTED = 1  # exit code after an exception that is no GkdError, or a rank that has died
 READ_WITHIN_S = 10.0  # rank 0, which may hold the store, waits so long until the others have read a failure
 
 T = TypeVar("T")
@@ -86,6 +87,7 @@ class Nodes:
         except dist.DistError as error:
             raise RunStopped(
                 f"the connection to rank 0 is lost, which has probably ended; see its message ({error})",
+                exit_code=UNEXPECTED,
                 is_shared=False,
             ) from error
 
@@ -94,11 +96,13 @@ class Nodes:
             return work()
         except BaseException as error:
             text = str(error) if isinstance(error, GkdError) else f"{type(error).__name__}: {error}"
-            call.set("failure", text if self.is_main else f"{name}: {text}")
+            text = text if self.is_main else f"{name}: {text}"
+            code = error.exit_code if isinstance(error, GkdError) else UNEXPECTED
+            _post_failure(call, text, code)
             if isinstance(error, Exception):  # not for Ctrl-C, which should end at once
                 self._let_others_read(call)
             if isinstance(error, GkdError):
-                raise RunStopped(text if self.is_main else f"{name}: {text}", exit_code=error.exit_code) from error
+                raise RunStopped(text, exit_code=code) from error
             raise
 
     def _wait(self, call: dist.Store) -> None:
@@ -108,14 +112,17 @@ class Nodes:
             is_done = call.add("done", 0) == self._world_size
             if call.check(["failure"]):
                 self._let_others_read(call)
-                raise RunStopped(call.get("failure").decode())
+                code, _, text = call.get("failure").decode().partition(" ")
+                raise RunStopped(text, exit_code=int(code))
             if is_done:
                 return
             problem = watch.find_problem()
             if problem is not None:
-                call.set("failure", problem)
+                _post_failure(call, problem, UNEXPECTED)
                 if not self.is_main:
-                    raise RunStopped(problem, is_shared=False)  # rank 0, which prints shared ones, may be gone
+                    raise RunStopped(
+                        problem, exit_code=UNEXPECTED, is_shared=False
+                    )  # rank 0, which prints shared ones, may be gone
                 continue
             time.sleep(pause)
             pause = min(1.0, 1.5 * pause)
@@ -126,6 +133,11 @@ class Nodes:
         deadline = time.monotonic() + READ_WITHIN_S
         while self.is_main and call.add("readers", 0) < self._world_size and time.monotonic() < deadline:
             time.sleep(0.05)
+
+
+def _post_failure(call: dist.Store, text: str, code: int) -> None:
+    """Let all ranks of a call raise `text`, with the exit code of its cause."""
+    call.set("failure", f"{code} {text}")
 
 
 class _Heartbeat:

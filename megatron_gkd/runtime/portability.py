@@ -2,13 +2,15 @@
 
 This is the only module that looks whether there is a GPU; the loss in `ops` goes by where its tensors are
 (`tests/runtime/test_boundaries.py`). On a machine with CUDA nothing here changes anything. Without it,
-`make_portable()` lets the real Megatron-Core run on CPUs with gloo.
+`make_portable()` lets the real Megatron-Core run on CPUs with gloo. `runtime.meta_device` lets it run without any
+device, on tensors that have shapes but no memory.
 
 Megatron-Core and mcore-bridge must be imported after `make_portable()`; `runtime.preload` does it in the right order.
 """
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import re
 import sys
@@ -16,17 +18,38 @@ from pathlib import Path
 
 import torch
 
-_CPU = torch.device("cpu")
+_CPU, _META = torch.device("cpu"), torch.device("meta")
 _is_applied = False
+_has_no_memory = False
 
 
 def _has_cuda() -> bool:
-    return torch.cuda.is_available()
+    return not _has_no_memory and torch.cuda.is_available()
+
+
+def compute_without_memory() -> None:
+    """Let this process compute on the meta device, in the place of a GPU. Call it before `make_portable`."""
+    global _has_no_memory
+    if _is_applied:
+        raise RuntimeError("the process has a device already; use the meta device in a process of its own")
+    _has_no_memory = True
+
+
+def has_no_memory() -> bool:
+    """Return whether this process computes on the meta device."""
+    return _has_no_memory
 
 
 def device() -> torch.device:
     """Return the device that this process computes on."""
+    if _has_no_memory:
+        return _META
     return torch.device("cuda", torch.cuda.current_device()) if _has_cuda() else _CPU
+
+
+def creation_on_device() -> contextlib.AbstractContextManager[object]:
+    """Create tensors without a named device on the meta device inside, if this process computes there."""
+    return _META if _has_no_memory else contextlib.nullcontext()
 
 
 def device_name() -> str:
@@ -40,17 +63,19 @@ def device_name() -> str:
 
 def backend() -> str:
     """Return the torch.distributed backend of the device."""
+    if _has_no_memory:
+        return "fake"
     return "nccl" if _has_cuda() else "gloo"
 
 
 def sends_are_stream_ordered() -> bool:
     """Return whether a tensor may be freed while its send is under way, as NCCL allows and gloo does not."""
-    return _has_cuda()
+    return _has_cuda() or _has_no_memory
 
 
 def builds_on_host() -> bool:
     """Return whether Megatron should create parameters in host memory: true where there is no other."""
-    return not _has_cuda()
+    return not _has_cuda() and not _has_no_memory
 
 
 def select_device(local_rank: int) -> None:
@@ -62,6 +87,11 @@ def select_device(local_rank: int) -> None:
 def num_gpus() -> int:
     """Return how many GPUs this process sees."""
     return torch.cuda.device_count()
+
+
+def compute_capability() -> tuple[int, int] | None:
+    """Return the compute capability of the GPU, major and minor; None where there is none."""
+    return torch.cuda.get_device_capability() if _has_cuda() else None
 
 
 def synchronize() -> None:
@@ -103,7 +133,8 @@ def set_random_state(state: torch.Tensor | None) -> None:
 
 def pinned_bytes(num_bytes: int) -> torch.Tensor:
     """Return uninitialized host memory as a uint8 tensor, page-locked where that speeds up copies."""
-    return torch.empty(num_bytes, dtype=torch.uint8, device=_CPU, pin_memory=_has_cuda())
+    where = _META if _has_no_memory else _CPU
+    return torch.empty(num_bytes, dtype=torch.uint8, device=where, pin_memory=_has_cuda())
 
 
 def make_portable() -> None:

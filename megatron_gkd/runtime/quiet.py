@@ -19,6 +19,7 @@ _PATTERNS = (
     "`torch.distributed.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated",
     "When using async grad allreduce",
     "MimoModelConfig is experimental",
+    "If you are using transformer_engine as the transformer implementation",
 )
 
 

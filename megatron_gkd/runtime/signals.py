@@ -104,7 +104,7 @@ def _ignore(number: int, frame: object) -> None:
 def leave_process(code: int) -> None:
     """End this process at once: destroying its process groups would wait for other ranks."""
     for child in multiprocessing.active_children():
-        child.terminate()
+        child.kill()  # a loader's worker ignores SIGTERM
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

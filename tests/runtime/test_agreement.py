@@ -30,6 +30,23 @@ def test_a_failure_of_one_rank_is_raised_in_all_and_keeps_its_cause_there(gloo_w
     assert found == [(message, code, type(None)), (message, code, type(error))]
 
 
+def _crash_in_rank_1(rank, world_size):
+    def work():
+        if rank == 1:
+            raise KeyError("missing") from ValueError("its reason")
+
+    try:
+        run_on_all(work)
+    except Exception as error:
+        return type(error), str(error), getattr(error, "exit_code", None), str(error.__cause__)
+
+
+def test_an_unexpected_exception_is_raised_in_its_rank_and_named_in_the_others(gloo_world):
+    first, second = gloo_world(2).run(_crash_in_rank_1)
+    assert first == (UserError, "rank 1 failed: KeyError: 'missing'", 1, "None")
+    assert second == (KeyError, "'missing'", None, "its reason")
+
+
 def _results(rank, world_size):
     return run_on_main(lambda: {"by": rank}), run_on_all(lambda: rank)
 

@@ -37,6 +37,8 @@ PATTERNS = {
         "runtime/preload.py",
     },
     "torch.cuda": {
+        "doctor/torch_facts.py",
+        "models/host_rows.py",
         "models/offload.py",
         "rollout/vllm/isolation.py",
         "rollout/vllm/transfer_groups.py",

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from ports import free_port
 from world import process_queue, start_process
 
-from megatron_gkd.errors import GkdError, UserError
+from megatron_gkd.errors import GkdError, ServiceError, UserError
 from megatron_gkd.runtime import nodes as module
 from megatron_gkd.runtime.nodes import Nodes
 
@@ -28,7 +28,8 @@ def _rank(rank, world_size, path, leaders, limits, results, calls, args):
         results.put((rank, globals()[calls](nodes, rank, *args)))
     except BaseException as error:
         shared = "" if getattr(error, "is_shared", True) else ", not shared"
-        results.put((rank, f"{type(error).__name__}{shared}", str(error)))
+        code = getattr(error, "exit_code", None)
+        results.put((rank, f"{type(error).__name__}{shared}", str(error), *([] if code is None else [code])))
 
 
 class Ranks:
@@ -91,10 +92,17 @@ def _fail_in(nodes, rank, failing, error):
 
 
 @pytest.mark.parametrize(("failing", "where"), [(0, ""), (2, f"rank 2 on {HOST}: ")])
-@pytest.mark.parametrize(("error", "text"), [(UserError("bad row"), "bad row"), (OSError("full"), "OSError: full")])
-def test_a_failure_of_one_rank_is_raised_in_all(ranks, failing, where, error, text):
+@pytest.mark.parametrize(
+    ("error", "text", "code"),
+    [
+        (UserError("bad row"), "bad row", 2),
+        (ServiceError("no server"), "no server", 69),
+        (OSError("full"), "OSError: full", 1),
+    ],
+)
+def test_a_failure_of_one_rank_is_raised_in_all_with_its_exit_code(ranks, failing, where, error, text, code):
     answers = ranks.run(_fail_in, failing, error, leaders=(0, 2))
-    shared = ("RunStopped", where + text)
+    shared = ("RunStopped", where + text, code)
     assert answers[failing] == (("OSError", "full") if isinstance(error, OSError) else shared)
     assert [answer for rank, answer in enumerate(answers) if rank != failing] == [shared] * 2
 
@@ -130,11 +138,11 @@ def test_a_rank_that_dies_ends_the_wait(ranks, dying):
     ranks.start(_die, dying, leaders=(0, 2), limits=limits)
     answers = ranks.collect(2)
     assert set(answers) == {0, 1, 2} - {dying}
-    assert {text for _, text in answers.values()} == {
-        f"rank {dying} on {HOST} has sent no heartbeat for 2 s; it has probably died"
+    assert {(text, code) for _, text, code in answers.values()} == {
+        (f"rank {dying} on {HOST} has sent no heartbeat for 2 s; it has probably died", 1)
     }
     # Rank 0 prints what all raise together; if it is the dead one, another has to.
-    assert ("RunStopped, not shared" in {kind for kind, _ in answers.values()}) == (dying == 0)
+    assert ("RunStopped, not shared" in {kind for kind, *_ in answers.values()}) == (dying == 0)
 
 
 def _stay_away(nodes, rank):

@@ -21,10 +21,11 @@ def portable():
 def test_only_one_module_looks_for_a_gpu():
     root = Path(megatron_gkd.__file__).parent
     asking = re.compile(r"cuda\.is_available|\.is_cuda|device\.type|_has_cuda|device_count")
-    # The loss goes by where its tensors are, which is another question.
+    # The loss and the planner's meter go by where their tensors are, and doctor lists all GPUs: other questions.
+    others = {"runtime/meter.py", "doctor/torch_facts.py"}
     files = [path for path in root.rglob("*.py") if path.parent.name != "ops"]
     found = {str(path.relative_to(root)) for path in files if asking.search(path.read_text())}
-    assert found == {"runtime/portability.py"}
+    assert found == {"runtime/portability.py"} | others
 
 
 def test_tensors_for_cuda_are_on_the_cpu():
@@ -35,6 +36,8 @@ def test_tensors_for_cuda_are_on_the_cpu():
         torch.zeros(2, device=torch.cuda.current_device()),
         torch.zeros(2, device=0),
         torch.zeros(2, pin_memory=True),
+        torch.empty_like(torch.zeros(2), device="cuda"),
+        torch.zeros(2).new_zeros(3, device="cuda"),
         torch.zeros(2).cuda(),
         torch.zeros(2).to("cuda"),
         torch.zeros(2).pin_memory(),
@@ -42,6 +45,12 @@ def test_tensors_for_cuda_are_on_the_cpu():
     assert {str(tensor.device) for tensor in tensors} == {"cpu"}
     assert torch.zeros(2).to(torch.float64).dtype == torch.float64
     assert torch.zeros(2).type() == "torch.cuda.FloatTensor"
+
+
+def test_no_mode_runs_in_each_operation_and_contexts_of_devices_hold():
+    assert torch._C._len_torch_function_stack() == 0
+    with torch.device("meta"):
+        assert torch.zeros(2).is_meta and torch.zeros(2, device="cuda").device.type == "cpu"
 
 
 def test_streams_and_events_are_always_done():

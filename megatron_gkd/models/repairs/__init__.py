@@ -14,6 +14,7 @@ from megatron_gkd.models.repairs.expert_biases import mark_expert_biases
 from megatron_gkd.models.repairs.gate_up import export_gate_up_as_one
 from megatron_gkd.models.repairs.latent_norms import set_latent_norm_eps
 from megatron_gkd.models.repairs.norm_replicas import number_norm_replicas
+from megatron_gkd.models.repairs.sequential_experts import expose_expert_weights
 from megatron_gkd.models.repairs.sinks import mark_sinks
 
 from mcore_bridge import ModelConfig
@@ -25,6 +26,7 @@ def repair(chunk: nn.Module, config: ModelConfig) -> None:
     Call it before the weights are read and before buffers of gradients are built. All ranks must call it.
     """
     export_gate_up_as_one(config.bridge)
+    expose_expert_weights(chunk)
     mark_expert_biases(chunk)
     set_latent_norm_eps(chunk)
     mark_sinks(chunk)

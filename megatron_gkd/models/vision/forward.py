@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,18 +27,21 @@ def prepare_forward(chunk: Any) -> None:
         language.extra_forward_keys = [*language.extra_forward_keys, PADDING_MASK]
 
 
-def require_layers_of_features(checkpoint: Checkpoint, stages: int) -> None:
-    """Raise a UserError if the first of so many stages has fewer layers than there are features of images for layers.
+def require_layers_of_features(checkpoint: Checkpoint, layers: Sequence[int]) -> None:
+    """Raise a UserError if the first pipeline stage has fewer layers than there are features of images for layers.
 
     mcore-bridge adds these features in the first stage alone, where it asserts that; other stages would wait for ever.
+
+    Args:
+        checkpoint: the model's.
+        layers: number of decoder layers of each stage.
     """
     tower = getattr(checkpoint.config, "vision_config", None)
     features = len(getattr(tower, "deepstack_visual_indexes", None) or ())
-    layers = checkpoint.text_config.num_hidden_layers // stages
-    if layers < features:
+    if layers[0] < features:
         raise UserError(
-            f"{checkpoint.path}: the first of {stages} pipeline stages has {layers} layers; the model adds features of "
-            f"images to {features}, which it must have. Use fewer stages"
+            f"{checkpoint.path}: the first of {len(layers)} pipeline stages has {layers[0]} layers; the model adds "
+            f"features of images to {features}, which it must have. Use fewer stages"
         )
 
 

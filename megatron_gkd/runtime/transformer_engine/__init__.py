@@ -90,7 +90,7 @@ def choose_attention(attn: str, dtype: torch.dtype) -> str:
         (attn not in ("flash", "fused"), "is no attention for packed rows"),
         (dtype == torch.float32, "needs dtype = bf16"),
         (portability.builds_on_host(), "needs a GPU"),
-        (not is_real(), "needs Transformer Engine, which is not installed here"),
+        (not (is_real() or portability.has_no_memory()), "needs Transformer Engine, which is not installed here"),
     ):
         if condition:
             raise UserError(f"train.attention_backend = {attn}: {problem}; auto and sdpa run everywhere")
@@ -129,6 +129,31 @@ def torch_attention() -> Iterator[None]:
         yield
     finally:
         spec_provider.TEDotProductAttention = installed
+
+
+@contextlib.contextmanager
+def fused_adam_importable() -> Iterator[None]:
+    """Let Megatron-Core build its optimizer inside with the fallback of FusedAdam, where the real one is missing.
+
+    Other optimizers are built without it: torch's own Adam is faster.
+    """
+    if is_real():
+        yield
+        return
+    from megatron_gkd.runtime.transformer_engine.fused_adam import FusedAdam
+
+    import megatron.core.optimizer as optimizer
+
+    module = types.ModuleType("transformer_engine.pytorch.optimizers")
+    vars(module)["FusedAdam"] = FusedAdam
+    before = optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER
+    sys.modules[module.__name__] = module
+    optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER = FusedAdam, False
+    try:
+        yield
+    finally:
+        del sys.modules[module.__name__]
+        optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER = before
 
 
 def _is_fallback_installed() -> bool:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import CausalBias, causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
 
 _WINDOW_BLOCK = 512  # queries that attend together under a window, so that a mask has no s * t elements
 _SINK_WIDTH = 8  # fused kernels want sizes that are multiples of 8
@@ -64,7 +65,7 @@ class CausalAttention:
         is_causal = visible is None and q.shape[2] == k.shape[2]
         if visible is None and not is_causal:
             mask = causal_lower_right(q.shape[2], k.shape[2])
-        out = F.scaled_dot_product_attention(
+        out = scaled_dot_product_attention(
             q, k, v, mask, dropout_p, is_causal=is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
         return out[..., :size]

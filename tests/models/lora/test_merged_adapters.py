@@ -135,7 +135,7 @@ def teacher_of(rank, world_size, path, adapters):
     mesh, kinds, student = initialize_mesh(Layout(), seed=1), [], Checkpoint.open(str(path))
     for own in ({}, {"teacher_adapters": str(adapters)}):
         recipe = recipe_of({"lora": {"lora_rank": 2}, "teacher": {"teacher_model": str(path)} | own})
-        teachers = open_teachers(recipe.teacher, Nodes.alone())
+        teachers = open_teachers(recipe, Nodes.alone())
         built = build_teacher(recipe, mesh, build_student(recipe, mesh, student, 99, train_iters=3), teachers)
         adapted = teachers["teacher"].adapters
         folder = None if adapted is None else Path(adapted.folder)
@@ -168,7 +168,7 @@ def answers_of(rank, world_size, path, adapters, source):
     if source == "student":
         changes = {"teacher": teacher, "lora": {"adapters": str(adapters)}}
     recipe = recipe_of(changes)
-    teachers = open_teachers(recipe.teacher, Nodes.alone())
+    teachers = open_teachers(recipe, Nodes.alone())
     models = SimpleNamespace(student=Checkpoint.open(str(path)), teachers=teachers, images=None)
     engine = build_generation_engine(source, recipe, mesh, models)
     sampling = Sampling(max_completion_length=8, temperature=0, ignore_eos=True)
