@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from megatron_gkd.errors import UserError
+from megatron_gkd.errors import UserError, one_line
 
 
 class RecipeError(UserError):
@@ -13,5 +13,5 @@ class RecipeError(UserError):
     """
 
     def __init__(self, problems: Sequence[str]) -> None:
-        self.problems = list(problems)
+        self.problems = list(map(one_line, problems))
         super().__init__("\n".join(self.problems))

@@ -7,10 +7,12 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
+from megatron_gkd.config.aliases import ALIASES, UNSUPPORTED
 from megatron_gkd.config.durations import FORMS
 from megatron_gkd.config.schema import Recipe, Section
 from megatron_gkd.config.schema.base import Duration, ModuleName, PathText, ServerUrl, StopText, TokenId
 from megatron_gkd.config.schema.data import Datasets
+from megatron_gkd.config.schema.parallel import RecomputedModule
 
 
 def _section_class(annotation: Any) -> type[Section]:
@@ -27,10 +29,11 @@ SECTION_OF: dict[str, str] = {leaf: section for section, leaves in SECTIONS.item
 _ENTRIES = {  # of lists, in words
     get_args(get_args(Datasets)[0])[0]: "paths or {path, weight} with weight > 0",
     PathText: "paths",
-    ServerUrl: "addresses (http://host:port)",
+    ServerUrl: "addresses (http://host:port, also with a path)",
     TokenId: "token ids",
     StopText: "texts",
     ModuleName: "module names",
+    RecomputedModule: "modules (" + ", ".join(get_args(RecomputedModule)) + ")",
 }
 
 
@@ -53,16 +56,36 @@ def describe_unknown(section: str | None, name: str) -> tuple[str, str | None]:
     shown = f"{section}.{name}" if section else name
     if name in SECTION_OF:
         return f"{shown}: unknown key; {name} belongs in the section {SECTION_OF[name]}", name
+    if name in ALIASES:
+        leaf = ALIASES[name].leaves[0]
+        key = f"{SECTION_OF[leaf]}.{leaf}"
+        return f"{shown}: is another name of {key}; it belongs in the section {SECTION_OF[leaf]}", leaf
+    if name in UNSUPPORTED:
+        return f"{shown}: not supported; {UNSUPPORTED[name].reason}", None
     if section is None:
         sections = difflib.get_close_matches(name, SECTIONS, n=1)
         if sections:
             return f"{shown}: unknown section; did you mean {sections[0]}?", None
-    matches = difflib.get_close_matches(name.replace("-", "_"), SECTION_OF, n=1, cutoff=0.6)
-    if matches:
-        return f"{shown}: unknown key; did you mean {SECTION_OF[matches[0]]}.{matches[0]}?", matches[0]
+    near = _nearest(section, name.replace("-", "_"))
+    if near is not None:
+        leaf = near if near in SECTION_OF else ALIASES[near].leaves[0]
+        other = "" if near == leaf else f"{near}, another name of "
+        return f"{shown}: unknown key; did you mean {other}{SECTION_OF[leaf]}.{leaf}?", leaf
     if section is not None and section in SECTIONS:
         return f"{shown}: unknown key; the keys of {section} are {', '.join(SECTIONS[section])}", None
     return f"{shown}: unknown key; the sections are {', '.join(SECTIONS)}", None
+
+
+def _nearest(section: str | None, name: str) -> str | None:
+    """Return the leaf or alias that a wrong name is nearly, rather of its own section; None if there is none."""
+
+    def nearness(candidate: str) -> float:
+        leaf = candidate if candidate in SECTION_OF else ALIASES[candidate].leaves[0]
+        ratio = difflib.SequenceMatcher(a=name, b=candidate).ratio()
+        return ratio + 0.1 if SECTION_OF[leaf] == section else ratio
+
+    best = max([*SECTION_OF, *ALIASES], key=nearness)
+    return best if nearness(best) >= 0.8 else None
 
 
 def _alternatives(annotation: Any) -> tuple[Any, ...]:
@@ -104,7 +127,7 @@ def describe_allowed(field: FieldInfo) -> str:
     if kind is Literal:
         choices = next(member for member in _alternatives(field.annotation) if get_origin(member) is Literal)
         text = "one of " + ", ".join(get_args(choices))
-    elif Duration in get_args(field.annotation):
+    elif Duration in get_args(field.annotation) or any(one in field.metadata for one in get_args(Duration)[1:]):
         text = f"a time > 0 ({FORMS})"
     elif kind is tuple:
         text = f"a list of {_ENTRIES.get(get_args(field.annotation)[0], 'mappings')}"

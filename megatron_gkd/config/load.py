@@ -7,6 +7,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron_gkd.config import keys, yaml_text
+from megatron_gkd.config.aliases import SECTIONS as OTHER_SECTIONS
+from megatron_gkd.config.aliases import is_other_name, translate_names
 from megatron_gkd.config.checks import TRAIN, CommandChecks, find_problems
 from megatron_gkd.config.errors import RecipeError
 from megatron_gkd.config.overrides import apply_overrides
@@ -39,7 +41,11 @@ def load(
     tree = _read(Path(path))
     _move_tuner_type(tree)
     problems, doubtful = rename_keys(tree)
-    for found, concerned in (apply_overrides(tree, overrides), _drop_unknown(tree)):
+    for found, concerned in (
+        translate_names(tree, keys.SECTION_OF),
+        apply_overrides(tree, overrides),
+        _drop_unknown(tree),
+    ):
         problems += found
         doubtful |= concerned
     problems += _drop_invalid(tree, doubtful)
@@ -59,7 +65,19 @@ def _read(path: Path) -> dict[str, Any]:
         raise RecipeError([f"not YAML: {error}"]) from error
     if not isinstance(tree, dict):
         raise RecipeError([f"must hold the sections {', '.join(keys.SECTIONS)}"])
+    if _is_of_another_tool(tree):
+        raise RecipeError(
+            [f"has no sections of a recipe but keys of another tool; megatron-gkd migrate {path} writes a recipe"]
+        )
     return tree
+
+
+def _is_of_another_tool(tree: dict[str, Any]) -> bool:
+    """Return whether a file is a configuration of NeMo-RL, or a flat one of ms-swift or TRL."""
+    if any(name in OTHER_SECTIONS for name in tree):
+        return True
+    is_flat = not any(name in keys.SECTIONS for name in tree)
+    return is_flat and any(is_other_name(str(name)) or name in keys.SECTION_OF for name in tree)
 
 
 def _move_tuner_type(tree: dict[str, Any]) -> None:
@@ -115,16 +133,16 @@ def _drop_invalid(tree: dict[str, Any], doubtful: set[str]) -> list[str]:
     try:
         Recipe.model_validate(tree)
     except ValidationError as invalid:
-        is_missing = {  # by leaf
-            str(error["loc"][1]): error["type"] == "missing" and len(error["loc"]) == 2
-            for error in reversed(invalid.errors())
-        }
+        errors = {str(error["loc"][1]): error for error in reversed(invalid.errors())}  # by leaf
+        is_missing = {leaf: one["type"] == "missing" and len(one["loc"]) == 2 for leaf, one in errors.items()}
     else:
         return []
     problems: list[str] = []
     for leaf in sorted(is_missing, key=list(keys.SECTION_OF).index):
         name, field = f"{keys.SECTION_OF[leaf]}.{leaf}", keys.find_field(leaf)
         section, allowed = tree[keys.SECTION_OF[leaf]], keys.describe_allowed(field)
+        if errors[leaf]["type"] == "path":
+            allowed = errors[leaf]["msg"]
         if not is_missing[leaf]:
             problems.append(f"{name} = {_show(section.pop(leaf))}: must be {allowed}")
         elif leaf not in doubtful:

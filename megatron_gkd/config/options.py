@@ -1,5 +1,6 @@
 """Options of commands beside the recipe's keys: `--output FOLDER`, `-n 4`."""
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ class Option:
         meaning: its line in --help.
         default: the value where it is not given.
         read: makes the value of the text, or raises ValueError.
+        bare: the value where the option stands alone, with nothing or another option behind it; None: it never does.
     """
 
     allowed: str
@@ -24,6 +26,7 @@ class Option:
     read: Callable[[str], Any] = str
     required: bool = False
     is_flag: bool = False
+    bare: Any = None
 
     def parse(self, text: str, *, is_bare: bool) -> Any:
         """Return the value of the text after the option; `is_bare` where `=` and text are missing.
@@ -35,6 +38,8 @@ class Option:
             if not is_bare:
                 raise ValueError
             return True
+        if is_bare and text == "" and self.bare is not None:
+            return self.bare
         if text == "" or text.startswith("--"):
             raise ValueError
         return self.read(text)
@@ -51,6 +56,41 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def not_negative(text: str) -> int:
+    """Return an integer from 0.
+
+    Raises:
+        ValueError: the text is none.
+    """
+    if not text.isdecimal():
+        raise ValueError
+    return int(text)
+
+
+def share(text: str) -> float:
+    """Return a number above 0, at most 1.
+
+    Raises:
+        ValueError: the text is none.
+    """
+    value = float(text)
+    if not 0 < value <= 1:
+        raise ValueError
+    return value
+
+
+def at_least_one(text: str) -> float:
+    """Return a finite number from 1.
+
+    Raises:
+        ValueError: the text is none.
+    """
+    value = float(text)
+    if not 1 <= value < float("inf"):
+        raise ValueError
+    return value
+
+
 def take_options(arguments: Sequence[str], options: Mapping[str, Option]) -> tuple[dict[str, Any], list[str]]:
     """Return the values of a command's own `options`, and the other arguments.
 
@@ -59,15 +99,16 @@ def take_options(arguments: Sequence[str], options: Mapping[str, Option]) -> tup
     """
     found: dict[str, Any] = {}
     rest, problems = [], []
-    remaining = iter(arguments)
-    for argument in remaining:
+    remaining = deque(arguments)
+    while remaining:
+        argument = remaining.popleft()
         name, equals, text = _split(argument, options)
         if name is None:
             rest.append(argument)
             continue
         option = options[name]
-        if not equals and not option.is_flag:
-            text = next(remaining, "")
+        if not equals and _takes_next(option, remaining):
+            text = remaining.popleft()
         try:
             found[name] = option.parse(text, is_bare=not equals)
         except ValueError:
@@ -78,6 +119,13 @@ def take_options(arguments: Sequence[str], options: Mapping[str, Option]) -> tup
     if problems:
         raise RecipeError(problems)
     return {name: found.get(name, option.default) for name, option in options.items()}, rest
+
+
+def _takes_next(option: Option, remaining: Sequence[str]) -> bool:
+    """Return whether the next argument is the option's value."""
+    if option.is_flag or not remaining:
+        return False
+    return option.bare is None or not remaining[0].startswith("--")
 
 
 def _split(argument: str, options: Mapping[str, Option]) -> tuple[str | None, bool, str]:

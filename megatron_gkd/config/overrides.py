@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from megatron_gkd.config import keys, yaml_text
+from megatron_gkd.config.aliases import ALIASES, is_other_name, translate_names
 from megatron_gkd.config.renamed import NEW_NAMES, rename_keys
 
 
@@ -22,7 +23,7 @@ def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
         yield flag, values
 
 
-def _parse(leaf: str, texts: Sequence[str]) -> Any:
+def parse_value(leaf: str, texts: Sequence[str]) -> Any:
     """Return the value of the texts after a flag.
 
     Raises:
@@ -42,6 +43,19 @@ def _parse(leaf: str, texts: Sequence[str]) -> Any:
     return values if kind is tuple and len(values) > 1 else values[0]
 
 
+def parse_other(name: str, texts: Sequence[str]) -> Any:
+    """Return the value of the texts after another tool's name of a setting.
+
+    Raises:
+        ValueError: with what is wrong with them.
+    """
+    alias = ALIASES.get(name)
+    if alias is not None and alias.read is None and not alias.group:
+        return parse_value(alias.leaves[0], texts)
+    values = [yaml_text.parse(text) for text in texts]
+    return values if len(values) > 1 else values[0] if values else True
+
+
 def apply_overrides(tree: dict[str, Any], arguments: Sequence[str]) -> tuple[list[str], set[str]]:
     """Write the overrides into `tree` (section -> leaf -> value).
 
@@ -50,12 +64,19 @@ def apply_overrides(tree: dict[str, Any], arguments: Sequence[str]) -> tuple[lis
     """
     changes, problems, concerned = _read_overrides(arguments)
     doubly_named, doubtful = rename_keys(changes)
+    refused, of_refused = translate_names(changes, keys.SECTION_OF, base=tree)
+    doubly_named += [f"--{problem.partition('.')[2]}" for problem in refused]
     for section, values in changes.items():
         if tree.get(section) is None:  # left out, or left empty
             tree[section] = {}
         if isinstance(tree[section], dict):  # another type is a problem of the file, and reported there
             tree[section] |= values
-    return problems + doubly_named, concerned | doubtful
+    return problems + doubly_named, concerned | doubtful | of_refused
+
+
+def _home_of(name: str) -> str:
+    """Return the section of another tool's name; any will do for one without a key."""
+    return keys.SECTION_OF[ALIASES[name].leaves[0]] if name in ALIASES else "train"
 
 
 def _read_overrides(arguments: Sequence[str]) -> tuple[dict[str, dict[str, Any]], list[str], set[str]]:
@@ -68,6 +89,12 @@ def _read_overrides(arguments: Sequence[str]) -> tuple[dict[str, dict[str, Any]]
             problems.append(f"{' '.join(texts) or '--'}: unexpected argument; overrides are --leaf value")
             continue
         *section, name = flag.removeprefix("--").replace("-", "_").rsplit(".", 1)
+        if is_other_name(name) and section in ([], [_home_of(name)]):
+            try:
+                changes.setdefault(_home_of(name), {})[name] = parse_other(name, texts)
+            except ValueError as error:
+                problems.append(f"--{name}: {error}")
+            continue
         leaf = NEW_NAMES.get(name, name)
         if leaf not in keys.SECTION_OF or section not in ([], [keys.SECTION_OF[leaf]]):
             text, meant = keys.describe_unknown(section[0] if section else None, name)
@@ -75,7 +102,7 @@ def _read_overrides(arguments: Sequence[str]) -> tuple[dict[str, dict[str, Any]]
             concerned |= {meant} if meant else set()
             continue
         try:
-            changes.setdefault(keys.SECTION_OF[leaf], {})[name] = _parse(leaf, texts)
+            changes.setdefault(keys.SECTION_OF[leaf], {})[name] = parse_value(leaf, texts)
         except ValueError as error:
             problems.append(f"--{name}: {error}")
             concerned.add(leaf)

@@ -8,7 +8,7 @@ from pydantic.fields import FieldInfo
 from megatron_gkd.config import keys
 from megatron_gkd.config.help import default_text
 from megatron_gkd.config.renamed import RENAMED
-from megatron_gkd.config.schema import DatasetEntry, TaggedTeacher
+from megatron_gkd.config.schema import DatasetEntry, Section, TaggedTeacher
 
 
 def recipe_reference() -> str:
@@ -21,8 +21,8 @@ def _section(section: str, leaves: Mapping[str, FieldInfo]) -> str:
     meaning = (keys.SECTION_CLASSES[section].__doc__ or "").splitlines()[0]
     rows = [_row(leaf, field) for leaf, field in leaves.items()]
     notes = {
-        "teacher": f"Each entry of `teachers` has the keys above, and `tags`: {_entry_text(TaggedTeacher, 'tags')}.\n",
-        "data": f"An entry of `dataset` and `val_dataset` is a path, or a mapping with {_names(DatasetEntry)}.\n",
+        "teacher": f"Each entry of `teachers` has the keys above, and {_entry_text(TaggedTeacher, 'tags')}.\n",
+        "data": f"An entry of `dataset` and `val_dataset` is its path, or a mapping:\n\n{_list(DatasetEntry)}\n",
     }
     head = "| key | value | default | meaning |\n|---|---|---|---|"
     return "\n".join([f"## `{section}`\n", f"{meaning}\n", head, *rows, "", *filter(None, [notes.get(section)])])
@@ -42,12 +42,12 @@ def _former_names() -> str:
     return "\n".join(["## Former names\n", f"{text}\n", "| former name | key |\n|---|---|", *rows, ""])
 
 
-def _entry_text(entry: type[TaggedTeacher], leaf: str) -> str:
-    return entry.model_fields[leaf].description or ""
+def _entry_text(entry: type[Section], leaf: str) -> str:
+    return f"`{leaf}`: {entry.model_fields[leaf].description or ''}"
 
 
-def _names(entry: type[DatasetEntry]) -> str:
-    return " and ".join(f"`{leaf}`" for leaf in entry.model_fields)
+def _list(entry: type[Section]) -> str:
+    return "\n".join(f"- {_entry_text(entry, leaf)}" for leaf in entry.model_fields)
 
 
 def _escape(text: str) -> str:

@@ -18,9 +18,13 @@ RENAMED = {
         "server_timeout_s": "vllm_server_timeout_s",
         "server_patience_s": "vllm_server_max_downtime_s",
     },
+    "data": {"loss_on": "loss_scale"},
     "train": {"attn": "attention_backend"},
 }
 """By section, the present name of each former one. Former names are unique over all sections, as leaves are."""
+
+_VALUES: dict[str, dict[Any, Any]] = {"data.loss_scale": {"last": "last_round", "all": "default"}}
+"""By the present name of a key, the present value of each that it had under its former name."""
 
 NEW_NAMES = {old: new for names in RENAMED.values() for old, new in names.items()}
 
@@ -45,7 +49,7 @@ def rename_keys(tree: dict[str, Any]) -> tuple[list[str], set[str]]:
                     problems.append(f"{place}.{old} = {value}: is the former name of {place}.{new}; remove {old}")
                     concerned.add(new)
                     continue
-                content[new] = value
+                content[new] = _current(f"{section}.{new}", value)
                 warnings.warn(f"{place}.{old}: deprecated; use {place}.{new}", DeprecatedKey, stacklevel=3)
     return problems, concerned
 
@@ -55,6 +59,16 @@ def current_key(key: str) -> str:
     place, _, leaf = key.rpartition(".")
     names = RENAMED.get(place.partition(".")[0], {})
     return f"{place}.{names[leaf]}" if leaf in names else key
+
+
+def current_value(key: str, value: Any) -> Any:
+    """Return the present value of `key`, a former name: that of `current_key(key)`."""
+    current = current_key(key)
+    return value if current == key else _current(current, value)
+
+
+def _current(key: str, value: Any) -> Any:
+    return _VALUES.get(key, {}).get(value, value) if isinstance(value, str) else value
 
 
 def _mappings(section: str, content: Any) -> Iterator[tuple[str, dict[str, Any]]]:

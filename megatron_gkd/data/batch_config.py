@@ -27,6 +27,7 @@ class BatchConfig:
         cp_size: number of context-parallel ranks.
         pad_multiple: each sequence is padded to a multiple of this.
         pad_token_id: id of padding.
+        total_multiple: each microbatch is padded to a multiple of this.
         microbatch_multiple: the number of microbatches of a rank is a multiple of this (interleaved pipelines need it).
         equal_lengths: pad all microbatches of a rank and step to the longest of them.
         images: what the student's processor makes of images; None for a text model.
@@ -44,6 +45,7 @@ class BatchConfig:
     cp_size: int
     pad_multiple: int
     pad_token_id: int
+    total_multiple: int = 1
     microbatch_multiple: int = 1
     equal_lengths: bool = False
     images: ImageProcessing | None = None
@@ -74,6 +76,7 @@ class BatchConfig:
             cp_size=mesh.cp.size(),
             pad_multiple=layout.pad_multiple,
             pad_token_id=pad_token_id,
+            total_multiple=layout.total_multiple,
             # The interleaved schedule needs a multiple of the pipeline's length, and one shape for all.
             microbatch_multiple=layout.pipeline if layout.virtual_pipeline else 1,
             equal_lengths=layout.virtual_pipeline is not None,

@@ -23,28 +23,34 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_gkd.data.sources import source_files
 from megatron_gkd.errors import UserError
 from megatron_gkd.runtime.disk import publish
 
-VERSION = 3  # raise it when the same rows and options give other tokens
+VERSION = 5  # raise it when the same rows and options give other tokens
 
 
-def fingerprint(path: str, tokenizer_hash: str, options: dict[str, Any], plugin_paths: list[str]) -> str:
-    """Return the key (32 hex digits) of the tokenized rows of the source at `path`.
+def fingerprint(
+    name: str, state: list[Any], tokenizer_hash: str, options: dict[str, Any], plugin_paths: list[str]
+) -> str:
+    """Return the key (32 hex digits) of the tokenized rows of a source.
+
+    Args:
+        name: of the source; the absolute one of a path.
+        state: what changes when its rows do; see `describe_source`.
+        tokenizer_hash: see `hash_tokenizer`.
+        options: all else that the samples depend on.
+        plugin_paths: plugins, whose text counts.
 
     Raises:
-        UserError: the source or a plugin does not exist.
+        UserError: a plugin does not exist.
     """
-    root = Path(path).resolve()
-    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in source_files(str(root))]
     key = {
         "version": VERSION,
-        "path": str(root),
-        "files": stats,
+        "path": name,
+        "files": state,
         "tokenizer": tokenizer_hash,
         "options": options,
-        "plugins": [_text_hash(plugin) for plugin in plugin_paths],
+        "plugins": [hash_plugin(plugin) for plugin in plugin_paths],
     }
     return _hash(json.dumps(key, sort_keys=True))
 
@@ -173,7 +179,12 @@ def hash_texts(texts: Iterable[str]) -> str:
     return _hash(json.dumps(list(texts)))
 
 
-def _text_hash(path: str) -> str:
+def hash_plugin(path: str) -> str:
+    """Return a hash of a plugin's text.
+
+    Raises:
+        UserError: it does not exist.
+    """
     if not Path(path).is_file():
         raise UserError(f"external_plugins: {path}: no such file")
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()

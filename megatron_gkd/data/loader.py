@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -15,6 +17,34 @@ from megatron_gkd.data.microbatch_planner import MicrobatchPlanner
 from megatron_gkd.data.order import PADDING_ROW, SequentialOrder
 from megatron_gkd.data.sample import FROM_DATASET, IGNORED_LABEL, PAD_TOKEN_ID, Sample
 from megatron_gkd.errors import UserError
+from megatron_gkd.runtime.signals import STOP_SIGNALS
+
+
+class RowValues(Protocol):
+    """A number for each row; an array is one."""
+
+    def __getitem__(self, row: int, /) -> Any: ...
+
+
+class IndexedSamples(Protocol):
+    """Samples by the numbers of their rows; `StreamedRows`, which has no length, are such samples."""
+
+    @property
+    def lengths(self) -> RowValues:
+        """Tokens of each sample."""
+        ...
+
+    @property
+    def num_labels(self) -> RowValues:
+        """Labels of each sample that are not -100."""
+        ...
+
+    @property
+    def num_patches(self) -> RowValues:
+        """Patches of each sample's images."""
+        ...
+
+    def __getitem__(self, index: int) -> Sample: ...
 
 
 class SampleDataset(Protocol):
@@ -51,7 +81,7 @@ class StepLoader:
 
     def __init__(
         self,
-        dataset: SampleDataset,
+        dataset: IndexedSamples,
         order: StepOrder,
         config: BatchConfig,
         steps: range,
@@ -76,10 +106,11 @@ class StepLoader:
             collate_fn=_as_is,
             num_workers=self._num_workers,
             generator=generator,
+            worker_init_fn=_ignore_stop_signals,
             # Each worker is two steps ahead by default; pixels take too much memory for that.
             prefetch_factor=1 if self._num_workers and self._config.needs_pixels else None,
         )
-        for item in loader:
+        for item in _iterate_quietly(loader):
             if isinstance(item, UserError):
                 raise item
             yield None if item is None else [Microbatch.from_arrays(arrays) for arrays in item]
@@ -104,7 +135,7 @@ class StepLoader:
         return padding_sample(self._config.pad_token_id) if row == PADDING_ROW else self._dataset[row]
 
 
-def require_responses(dataset: SampleDataset, rows: Sequence[int], step: int) -> None:
+def require_responses(dataset: IndexedSamples, rows: Sequence[int], step: int) -> None:
     """Check that no row is a prompt alone, in a step in which the student does not respond to it.
 
     Raises:
@@ -163,6 +194,25 @@ class _Steps(Dataset):
 
 
 _Item = list[dict[str, Any]] | UserError | None
+
+
+def _iterate_quietly(loader: DataLoader) -> Iterator[_Item]:
+    """Iterate without DataLoader's handler of SIGCHLD.
+
+    It would raise the death of a worker wherever this rank is, such as in a collective, where no other rank can learn
+    of it. Without it, the next item that is missing raises it.
+    """
+    before = signal.getsignal(signal.SIGCHLD)
+    items = iter(loader)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
+    return items
+
+
+def _ignore_stop_signals(worker: int) -> None:
+    """Leave these signals to the rank, which fails without its worker: Slurm sends them to all processes of a job."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_is(item: _Item) -> _Item:

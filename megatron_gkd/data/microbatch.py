@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
@@ -14,6 +15,8 @@ from megatron_gkd.data.sample import FROM_STUDENT, IGNORED_LABEL, PAD_TOKEN_ID, 
 from megatron_gkd.data.vision.inputs import VisionInputs
 from megatron_gkd.data.vision.processing import ImageProcessing
 from megatron_gkd.runtime.context_parallel import context_parallel_indices
+
+_BY_TOKEN = ("input_ids", "labels", "position_ids", "padding_mask", "from_dataset")
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Microbatch:
         samples: the rows behind the sequences, in order and whole on every context-parallel rank; sequences of padding
             alone, at the end, have none.
         vision: what a multimodal model reads beside the tokens; None for a text model.
+        label_weights: float32 [1, T], the factor of each label's loss; 1 where there is no label. None where all are 1.
     """
 
     input_ids: Tensor
@@ -45,8 +49,9 @@ class Microbatch:
     num_rows: int
     samples: tuple[Sample, ...]
     vision: VisionInputs | None = field(default=None, kw_only=True)
+    label_weights: Tensor | None = field(default=None, kw_only=True)
 
-    @property
+    @cached_property
     def label_positions(self) -> Tensor:
         """Positions of this context-parallel rank that are trained on: int64 [N], rising, on the device of `labels`."""
         return (self.labels.squeeze(0) != IGNORED_LABEL).nonzero().squeeze(1)
@@ -56,7 +61,7 @@ class Microbatch:
         """Number of positions of the whole microbatch that are trained on, over all context-parallel ranks."""
         return sum(sample.num_labels for sample in self.samples)
 
-    @property
+    @cached_property
     def total_length(self) -> int:
         """Padded tokens of the whole microbatch, over all context-parallel ranks."""
         return int(self.cu_seqlens[-1])
@@ -64,22 +69,36 @@ class Microbatch:
     def to(self, device: torch.device | str) -> Self:
         """Return the microbatch with its tensors on `device`."""
         tensors: dict[str, Any] = {
-            name: value.to(device) for name, value in vars(self).items() if torch.is_tensor(value)
+            name: value.to(device) for name, value in self._fields().items() if torch.is_tensor(value)
         }
-        return replace(self, **tensors, vision=None if self.vision is None else self.vision.to(device))
+        moved = replace(self, **tensors, vision=None if self.vision is None else self.vision.to(device))
+        # The number of labels and the length depend on values: the host would wait for a device to compute them.
+        vars(moved).update(label_positions=self.label_positions.to(device), total_length=self.total_length)
+        return moved
+
+    def without_vision(self) -> Self:
+        """Return the microbatch as a text model reads it."""
+        if self.vision is None:
+            return self
+        text = replace(self, vision=None)
+        vars(text).update(label_positions=self.label_positions, total_length=self.total_length)
+        return text
 
     def to_arrays(self) -> dict[str, Any]:
         """Return the fields by name, with NumPy arrays in place of tensors (which must be on the CPU)."""
-        fields = {name: value.numpy() if torch.is_tensor(value) else value for name, value in vars(self).items()}
-        return fields | {"vision": None if self.vision is None else self.vision.to_arrays()}
+        values = {name: value.numpy() if torch.is_tensor(value) else value for name, value in self._fields().items()}
+        return values | {"vision": None if self.vision is None else self.vision.to_arrays()}
+
+    def _fields(self) -> dict[str, Any]:
+        return {one.name: getattr(self, one.name) for one in fields(self)}
 
     @classmethod
-    def from_arrays(cls, fields: dict[str, Any]) -> Microbatch:
+    def from_arrays(cls, arrays: dict[str, Any]) -> Microbatch:
         """Build a microbatch from what `to_arrays` returns; the tensors share the arrays' memory."""
         values: dict[str, Any] = {
-            name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in fields.items()
+            name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in arrays.items()
         }
-        vision = fields["vision"]
+        vision = arrays["vision"]
         return cls(**values | {"vision": None if vision is None else VisionInputs.from_arrays(vision)})
 
 
@@ -87,11 +106,13 @@ def collate(
     samples: Sequence[Sample],
     *,
     pad_multiple: int,
+    total_multiple: int = 1,
     pad_token_id: int = PAD_TOKEN_ID,
     images: ImageProcessing | None = None,
 ) -> Microbatch:
     """Concatenate samples, each padded at its end to a multiple of `pad_multiple`, into a whole microbatch.
 
+    One more sequence, of padding alone, makes the whole length a multiple of `total_multiple` where it is none.
     Padding has the id `pad_token_id` and the label -100, and continues the positions of its sequence. With `images`,
     the processing of a multimodal model, it has `vision`, without pixels (``add_pixels``).
 
@@ -113,7 +134,7 @@ def collate(
     from_dataset = np.repeat([sample.source != FROM_STUDENT for sample in samples], padded)
     position_ids = np.concatenate([np.arange(length, dtype=np.int64) for length in padded])
     whole_ids = _row(input_ids)
-    return Microbatch(
+    microbatch = Microbatch(
         input_ids=whole_ids,
         labels=_row(labels),
         position_ids=_row(position_ids),
@@ -124,7 +145,9 @@ def collate(
         num_rows=len(samples),
         samples=tuple(samples),
         vision=None if images is None else VisionInputs.from_samples(samples, padded, whole_ids, images),
+        label_weights=_collate_weights(samples, starts),
     )
+    return pad_to(microbatch, padded_length(microbatch.total_length, total_multiple), pad_token_id)
 
 
 def add_pixels(microbatch: Microbatch, images: ImageProcessing) -> Microbatch:
@@ -151,6 +174,8 @@ def pad_to(microbatch: Microbatch, total_length: int, pad_token_id: int = PAD_TO
         "padding_mask": torch.ones(1, missing, dtype=torch.bool),
         "from_dataset": torch.ones(1, missing, dtype=torch.bool),
     }
+    if microbatch.label_weights is not None:
+        padding["label_weights"] = torch.ones(1, missing)
     end = torch.tensor([total_length], dtype=torch.int32)
     columns: dict[str, Any] = {
         name: torch.cat([getattr(microbatch, name), column], dim=1) for name, column in padding.items()
@@ -164,6 +189,34 @@ def pad_to(microbatch: Microbatch, total_length: int, pad_token_id: int = PAD_TO
     )
 
 
+def concatenate(microbatches: Sequence[Microbatch]) -> Microbatch:
+    """Join microbatches of one context-parallel rank into one of all their sequences, in order.
+
+    Each sequence is sharded by itself, so that every rank has the same tokens of it as before.
+    """
+    if len(microbatches) == 1:
+        return microbatches[0]
+    first, *others = microbatches
+    boundaries = [first.cu_seqlens]
+    for one in others:
+        boundaries.append(one.cu_seqlens[1:] + boundaries[-1][-1])
+    columns: dict[str, Any] = {
+        name: torch.cat([getattr(one, name) for one in microbatches], dim=1) for name in _BY_TOKEN
+    }
+    if any(one.label_weights is not None for one in microbatches):
+        columns["label_weights"] = torch.cat([_weights_of(one) for one in microbatches], dim=1)
+    vision = [one.vision for one in microbatches if one.vision is not None]
+    return replace(
+        first,
+        **columns,
+        cu_seqlens=torch.cat(boundaries),
+        max_seqlen=max(one.max_seqlen for one in microbatches),
+        num_rows=sum(one.num_rows for one in microbatches),
+        samples=tuple(sample for one in microbatches for sample in one.samples),
+        vision=VisionInputs.concatenate(vision) if vision else None,
+    )
+
+
 def shard_context_parallel(microbatch: Microbatch, rank: int, size: int) -> Microbatch:
     """Return the part of a whole microbatch that a context-parallel rank holds; see `context_parallel_indices`.
 
@@ -172,8 +225,9 @@ def shard_context_parallel(microbatch: Microbatch, rank: int, size: int) -> Micr
     if size == 1:
         return microbatch
     indices = context_parallel_indices(microbatch.cu_seqlens, rank, size)
-    by_token = ("input_ids", "labels", "position_ids", "padding_mask", "from_dataset")
-    shards: dict[str, Any] = {name: getattr(microbatch, name)[:, indices] for name in by_token}
+    shards: dict[str, Any] = {name: getattr(microbatch, name)[:, indices] for name in _BY_TOKEN}
+    if microbatch.label_weights is not None:
+        shards["label_weights"] = microbatch.label_weights[:, indices]
     vision = None if microbatch.vision is None else microbatch.vision.select_positions(indices)
     return replace(microbatch, **shards, vision=vision)
 
@@ -181,6 +235,23 @@ def shard_context_parallel(microbatch: Microbatch, rank: int, size: int) -> Micr
 def padded_length(length: int, pad_multiple: int) -> int:
     """Return the next multiple of `pad_multiple`."""
     return -(-length // pad_multiple) * pad_multiple
+
+
+def _collate_weights(samples: Sequence[Sample], starts: np.ndarray) -> Tensor | None:
+    """Return `Microbatch.label_weights` of samples that begin at `starts`, behind which is the total length."""
+    if all(sample.label_weights is None for sample in samples):
+        return None
+    weights = np.ones(starts[-1], dtype=np.float32)
+    for sample, start in zip(samples, starts, strict=False):
+        if sample.label_weights is not None:
+            weights[start : start + len(sample.label_weights)] = sample.label_weights
+    return _row(weights)
+
+
+def _weights_of(microbatch: Microbatch) -> Tensor:
+    if microbatch.label_weights is not None:
+        return microbatch.label_weights
+    return torch.ones_like(microbatch.labels, dtype=torch.float32)
 
 
 def _row(values: np.ndarray) -> Tensor:

@@ -51,6 +51,7 @@ class MicrobatchPlanner:
             collate(
                 [sample_at(position) for position in bin_],
                 pad_multiple=config.pad_multiple,
+                total_multiple=config.total_multiple,
                 pad_token_id=config.pad_token_id,
                 images=config.images,
             )

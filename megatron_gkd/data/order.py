@@ -40,7 +40,7 @@ class SampleOrder:
     def __getitem__(self, position: int) -> int:
         """Return the row at a position of the endless sequence, counted from 0."""
         epoch, offset = divmod(position, self.epoch_length)
-        return int(self._epoch(epoch)[offset])
+        return int(self.epoch(epoch)[offset])
 
     def rows_of_step(self, step: int, global_batch_size: int) -> list[int]:
         """Return the rows of step `step`, counted from 1. A global batch may reach over the end of an epoch."""
@@ -53,9 +53,10 @@ class SampleOrder:
         whole = math.floor(weight)
         return whole * size, round((weight - whole) * size)
 
-    def _epoch(self, epoch: int) -> np.ndarray:
-        if self._cached is None or self._cached[0] != epoch:
-            self._cached = (epoch, self._draw(epoch))
+    def epoch(self, number: int) -> np.ndarray:
+        """Return the rows of an epoch, counted from 0: int64 [epoch_length]."""
+        if self._cached is None or self._cached[0] != number:
+            self._cached = (number, self._draw(number))
         return self._cached[1]
 
     def _draw(self, epoch: int) -> np.ndarray:

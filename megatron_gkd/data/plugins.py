@@ -1,4 +1,4 @@
-"""Row preprocessors that a user's own Python file registers by name.
+"""Row preprocessors that a user's own Python file registers, by a name or for a data set.
 
 A plugin file holds, for example::
 
@@ -7,6 +7,11 @@ A plugin file holds, for example::
     @register_preprocessor("question_answer")
     def question_answer(row):
         return {"prompt": row["question"], "response": row["answer"]}
+
+
+    @register_dataset("owner/name")
+    def owner_name(row):
+        return {"prompt": row["task"], "response": row["result"]}
 """
 
 from __future__ import annotations
@@ -14,17 +19,36 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from megatron_gkd.config.dataset_names import DatasetName
 from megatron_gkd.errors import UserError
 
 Row = dict[str, Any]
 Preprocessor = Callable[[Row], Row | None]
 
+
+@dataclass(frozen=True)
+class RegisteredDataset:
+    """A data set that a plugin knows.
+
+    Attributes:
+        name: as `data.dataset` may name it, without `#n`.
+        preprocessor: of its rows.
+        columns: new names of its rows' keys, which the preprocessor reads; None: those of `data.columns`.
+    """
+
+    name: str
+    preprocessor: Preprocessor
+    columns: Mapping[str, str] | None = None
+
+
 _preprocessors: dict[str, Preprocessor] = {}
+_datasets: dict[str, RegisteredDataset] = {}
 
 
 def register_preprocessor(name: str) -> Callable[[Preprocessor], Preprocessor]:
@@ -43,6 +67,42 @@ def register_preprocessor(name: str) -> Callable[[Preprocessor], Preprocessor]:
         return function
 
     return register
+
+
+def register_dataset(name: str, *, columns: Mapping[str, str] | None = None) -> Callable[[Preprocessor], Preprocessor]:
+    """Return a decorator that registers a preprocessor for the rows of one data set.
+
+    It is used where an entry of the recipe has this name and no `preprocessor` of its own, in place of
+    `data.preprocessor`. A row for which it returns None is dropped.
+
+    Args:
+        name: a hub id, for all of its subsets and splits or with `:subset:split` for one; or a path, pattern or URL.
+        columns: new names of the rows' keys; the entry's own replace them.
+
+    Raises:
+        UserError: another function is registered for this data set.
+    """
+
+    def register(function: Preprocessor) -> Preprocessor:
+        if name in _datasets:
+            raise UserError(f"two preprocessors are registered for the data set {name!r}; each may have one")
+        _datasets[name] = RegisteredDataset(name, function, columns)
+        return function
+
+    return register
+
+
+def find_dataset(name: DatasetName | str) -> RegisteredDataset | None:
+    """Return what is registered for a data set: under its whole name, or that without subset and split."""
+    if isinstance(name, str):
+        return _datasets.get(name)
+    for text in (name.text, name.location):
+        if text in _datasets:
+            return _datasets[text]
+    if name.kind != "path":
+        return None
+    path = Path(name.location).resolve()
+    return next((one for key, one in _datasets.items() if Path(key).expanduser().resolve() == path), None)
 
 
 def find_preprocessor(name: str) -> Preprocessor:

@@ -7,13 +7,19 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from megatron_gkd.config.schema import Recipe
 from megatron_gkd.data.sample import FROM_STUDENT, IGNORED_LABEL, Sample, shift_labels
 from megatron_gkd.errors import UserError
 
 
 def extract_prompt(sample: Sample) -> np.ndarray:
-    """Return the tokens before the last span that is trained on, int64 [P]; all tokens where none is."""
-    return sample.input_ids[: prompt_length(sample.labels)]
+    """Return the tokens before the last response, int64 [P]; all tokens where there is none."""
+    return sample.input_ids[: start_of_response(sample)]
+
+
+def start_of_response(sample: Sample) -> int:
+    """Return the index of the last response's first token; the number of tokens where there is none."""
+    return prompt_length(sample.labels) if sample.response_start is None else sample.response_start
 
 
 def prompt_length(labels: np.ndarray) -> int:
@@ -38,10 +44,9 @@ class PromptLimits:
     teacher: int
 
     @classmethod
-    def from_lengths(cls, max_length: int, teacher_max_length: int, max_completion_length: int) -> PromptLimits:
-        """Reserve `max_completion_length` tokens of each sequence, but at most a quarter of it and at least one."""
-        lengths = (max_length, teacher_max_length)
-        return cls(*(length - max(1, min(max_completion_length, length // 4)) for length in lengths))
+    def from_recipe(cls, recipe: Recipe) -> PromptLimits:
+        """Return the limits of a recipe's sequences: they leave room for `max_completion_length` tokens."""
+        return cls(recipe.max_prompt_length, recipe.teacher_sequence_length - recipe.max_completion_length)
 
 
 def max_response_length(sample: Sample, max_length: int, teacher_max_length: int) -> int:
@@ -63,9 +68,14 @@ def max_response_length(sample: Sample, max_length: int, teacher_max_length: int
 
 
 def replace_response(row: Sample, response: Sequence[int], *, trained: bool = True) -> Sample:
-    """Return the row's prompt with the student's `response`; without labels where it is not `trained` on."""
+    """Return the row's prompt with the student's `response`; without labels where it is not `trained` on.
+
+    All tokens of the response have the weight 1, and those of the prompt no label, whatever `data.loss_scale` is.
+    """
     prompt = extract_prompt(row)
     input_ids = np.concatenate([prompt, np.asarray(response, dtype=np.int64)])
     is_response = np.arange(len(input_ids)) >= len(prompt)
     labels = shift_labels(input_ids, is_response & trained)
-    return replace(row, input_ids=input_ids, labels=labels, source=FROM_STUDENT)
+    return replace(
+        row, input_ids=input_ids, labels=labels, source=FROM_STUDENT, label_weights=None, response_start=None
+    )

@@ -22,6 +22,8 @@ class Conversation:
         teacher_prompt: content that the teacher reads in place of the last user message's.
         images: those of the messages, and the videos among them, in order.
         teacher_images: those of `teacher_prompt`; None: those of the message that it replaces.
+        losses: the weight that the row gives to each message, None where it gives none; empty where it gives none to
+            any.
     """
 
     messages: list[dict[str, Any]]
@@ -30,6 +32,12 @@ class Conversation:
     teacher_prompt: Content | None = None
     images: tuple[Reference, ...] = ()
     teacher_images: tuple[Reference, ...] | None = None
+    losses: tuple[float | None, ...] = ()
+
+    @property
+    def has_response(self) -> bool:
+        """Whether the row is more than a prompt."""
+        return bool(self.messages) and self.messages[-1]["role"] == "assistant"
 
     def for_teacher(self) -> Conversation:
         """Return the row with `teacher_prompt` as the content of the last user message.
@@ -66,6 +74,11 @@ class PlainText:
     response: str | None
     teacher_prompt: str | None = None
 
+    @property
+    def has_response(self) -> bool:
+        """Whether the row is more than a prompt."""
+        return self.response is not None
+
     def for_teacher(self) -> PlainText:
         """Return the row with `teacher_prompt` as the prompt."""
         return PlainText(self.prompt if self.teacher_prompt is None else self.teacher_prompt, self.response)
@@ -91,6 +104,11 @@ class TokenIds:
     images: tuple[Reference, ...] = ()
     teacher_images: tuple[Reference, ...] | None = None
 
+    @property
+    def has_response(self) -> bool:
+        """Whether the row is more than a prompt."""
+        return self.response is not None
+
     def for_teacher(self) -> TokenIds:
         """Return the row with `teacher_prompt` as the prompt."""
         prompt = self.prompt if self.teacher_prompt is None else self.teacher_prompt
@@ -99,6 +117,16 @@ class TokenIds:
 
 
 Row = Conversation | PlainText | TokenIds
+
+
+def as_plain_text(row: Row) -> Row:
+    """Return a lone assistant message, ms-swift's form of text for pre-training, as plain text; other rows as is."""
+    if not isinstance(row, Conversation) or row.tools or row.images or row.teacher_prompt is not None:
+        return row
+    first = row.messages[0]
+    if len(row.messages) > 1 or first["role"] != "assistant" or first.keys() > {"role", "content"}:
+        return row
+    return PlainText("", first["content"])
 
 
 def count_images(content: Content) -> int:

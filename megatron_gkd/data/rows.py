@@ -1,4 +1,4 @@
-"""Check of a row as it was written."""
+"""Check of a row, and what it is for the model."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_gkd.data.bad_row import BadRow, require
+from megatron_gkd.data.forms.keys import describe_missing_response
+from megatron_gkd.data.forms.messages import Message
+from megatron_gkd.data.forms.recognition import Conventions, PlainPair, WrittenRow, recognize
+from megatron_gkd.data.loss_weights import take_losses
 from megatron_gkd.data.row_forms import Conversation, PlainText, Row, TokenIds, count_images
 from megatron_gkd.data.vision.parts import (
     MISPLACED,
@@ -23,82 +27,83 @@ from megatron_gkd.data.vision.parts import (
     take_references,
 )
 
-_ONLY_ALONE = "only distill.lmbda = 1 takes prompts alone"
+_ONLY_ALONE = "only distill.lmbda = 1, or data.prompt_only = on_policy_only, takes prompts alone"
 _TEXT_ALONE = "the row has images, and the student reads text alone"
 
 
 @dataclass(frozen=True)
 class _Reader:
-    """The keys of a row, and how they are read: the arguments of `parse_row`."""
+    """A row whose form is recognized, and how it is read: the arguments of `read_row`."""
 
-    row: dict[str, Any]
+    written: WrittenRow
     allows_prompts: bool
     media: Media
 
+    @property
+    def row(self) -> dict[str, Any]:
+        """The row's keys."""
+        return self.written.row
+
     def read(self) -> Row:
-        """Return the row in one of its forms."""
-        row = self.row
+        """Return the row as what it is for the model."""
+        row, written = self.row, self.written
         refuse_others(row, self.media)
         if not self.media.images and (row.get("images") or row.get("teacher_images")):
             raise BadRow(MISPLACED, _TEXT_ALONE)
-        if "prompt_token_ids" in row:  # before the text that may stand beside them for people
+        if written.text is not None:
+            if written.text.response is None:
+                self._require_prompts()
+            return self._plain_text(written.text)
+        if written.messages is None:
             return self._token_ids()
-        if "messages" in row:
-            return self._conversation(_messages(row["messages"], "messages"))
-        if "prompt" not in row:
-            keys = ", ".join(sorted(map(str, row))) or "nothing"
-            raise BadRow("no messages", f"a row needs `messages`, or `prompt` and `response`; this one has {keys}")
-        prompt = require(row["prompt"], (str, list), "prompt")
-        if "response" not in row:
-            if not self.allows_prompts:
-                raise BadRow("no assistant turn", f"the row has a prompt but no response; {_ONLY_ALONE}")
-            return self._plain_text(prompt, None) if isinstance(prompt, str) else self._prompt_alone(prompt)
-        response = require(row["response"], str, "response")
-        if not response.strip():
-            raise BadRow("empty response", "response is empty")
-        if isinstance(prompt, str):
-            return self._plain_text(prompt, response)
-        return self._conversation([*_messages(prompt, "prompt"), {"role": "assistant", "content": response}])
+        if written.has_response:
+            return self._conversation(written.messages)
+        self._require_prompts()
+        return self._build(written.messages, len(written.messages))
 
-    def _prompt_alone(self, messages: list[Any]) -> Conversation:
-        return self._build(_messages(messages, "prompt"), len(messages))
+    def _require_prompts(self) -> None:
+        if not self.allows_prompts:
+            missing = describe_missing_response(self.row, self.written.prompt_key)
+            raise BadRow("no assistant turn", f"{missing}; {_ONLY_ALONE}")
 
-    def _plain_text(self, prompt: str, response: str | None) -> PlainText:
+    def _plain_text(self, text: PlainPair) -> PlainText:
         teacher_prompt = self._teacher_prompt()
         has_column = any(self.row.get(name) for name in ("images", "teacher_images", "videos"))
-        is_text = not self._place(prompt, "prompt").slots
+        is_text = not self._place(text.prompt, "prompt").slots
         if has_column or not is_text or not isinstance(teacher_prompt, str | None):
             raise BadRow(MISPLACED, "plain text has no place for images; write the prompt as `messages`")
-        return PlainText(prompt, response, teacher_prompt)
+        return PlainText(text.prompt, text.response, teacher_prompt)
 
-    def _conversation(self, messages: list[dict[str, Any]]) -> Conversation:
-        assistant_turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    def _conversation(self, messages: list[Message]) -> Conversation:
+        roles = [message.value["role"] for message in messages]
+        assistant_turns = [index for index, role in enumerate(roles) if role == "assistant"]
         if self.allows_prompts and messages and not assistant_turns:
             return self._build(messages, len(messages))
         if not assistant_turns:
-            roles = ", ".join(message["role"] for message in messages) or "no message at all"
-            raise BadRow("no assistant turn", f"the roles are: {roles}; {_ONLY_ALONE}")
+            written = ", ".join(roles) or "no message at all"
+            raise BadRow("no assistant turn", f"the roles are: {written}; {_ONLY_ALONE}")
         row = self._build(messages, assistant_turns[-1] + 1)
         last = row.messages[-1]
         if not (last["content"].strip() or last.get("tool_calls")):
-            raise BadRow(
-                "empty response", f"messages[{assistant_turns[-1]}] (assistant) has neither content nor tool_calls"
-            )
+            place = messages[assistant_turns[-1]].place.rpartition(".")[0]
+            raise BadRow("empty response", f"{place} (assistant) has neither content nor tool_calls")
         return row
 
-    def _build(self, messages: list[dict[str, Any]], count: int) -> Conversation:
-        """Return the first `count` messages, with their images."""
-        row = self.row
+    def _build(self, messages: list[Message], count: int) -> Conversation:
+        """Return the first `count` messages, with their images, after the row's system message."""
+        row, system = self.row, self.written.system
         placed = [
-            self._place(message["content"], f"messages[{index}].content", is_response=message["role"] == "assistant")
-            for index, message in enumerate(messages)
+            self._place(message.value["content"], message.place, is_response=message.value["role"] == "assistant")
+            for message in messages
         ]
         slots = [slot for one in placed for slot in one.slots]
         images = take_references(
             slots, {"image": ("images", read_column(row, "images")), "video": ("videos", read_column(row, "videos"))}
         )
-        kept = [message | {"content": one.content} for message, one in zip(messages, placed, strict=True)][:count]
+        kept = [one.value | {"content": put.content} for one, put in zip(messages, placed, strict=True)][:count]
         number = sum(len(one.slots) for one in placed[:count])
+        if system is not None:
+            kept.insert(0, {"role": "system", "content": system})
         return Conversation(
             kept,
             _tools(row.get("tools")),
@@ -106,6 +111,7 @@ class _Reader:
             self._teacher_prompt(),
             images[:number],
             self._teacher_images(kept, images),
+            take_losses(kept),
         )
 
     def _place(self, content: Any, name: str, *, is_response: bool = False) -> PlacedContent:
@@ -170,22 +176,43 @@ class _Reader:
         )
 
 
-def parse_row(row: Any, *, allows_prompts: bool = False, reads_images: bool = False, reads_videos: bool = False) -> Row:
-    """Check a row and return it in one of its forms. Keys whose value is null count as absent.
+def read_row(written: WrittenRow, *, allows_prompts: bool = False, media: Media | None = None) -> Row:
+    """Return a row whose form is recognized as what it is for the model.
+
+    Args:
+        written: the row.
+        allows_prompts: a row may be a prompt alone: messages without an assistant turn, or no response.
+        media: what the student reads beside text; then `<image>` and `<video>` in a message stand for one.
+
+    Raises:
+        BadRow: with reason "wrong type", "no assistant turn", "empty response", "empty teacher_prompt", "number of
+            images", "misplaced image", "video" or "loss".
+    """
+    return _Reader(written, allows_prompts, media or Media()).read()
+
+
+def parse_row(
+    row: Any,
+    *,
+    allows_prompts: bool = False,
+    reads_images: bool = False,
+    reads_videos: bool = False,
+    conventions: Conventions | None = None,
+) -> Row:
+    """Recognize a row's form and read it. Keys whose value is null count as absent.
 
     Args:
         row: as it was written.
-        allows_prompts: a row may be a prompt alone: messages without an assistant turn, or no response.
-        reads_images: the student reads images; then `<image>` in a message stands for one.
-        reads_videos: the student reads videos; then `<video>` stands for one.
+        allows_prompts: as `read_row` takes it.
+        reads_images: the student reads images.
+        reads_videos: the student reads videos.
+        conventions: as `recognize` takes them.
 
     Raises:
-        BadRow: with reason "wrong type", "no messages", "no assistant turn", "empty response", "empty
-            teacher_prompt", "number of images", "misplaced image" or "video".
+        BadRow: as `recognize` and `read_row` raise it.
     """
-    require(row, dict, "the row")
-    row = {key: value for key, value in row.items() if value is not None}
-    return _Reader(row, allows_prompts, Media(reads_images, reads_videos)).read()
+    written = recognize(row, conventions)
+    return read_row(written, allows_prompts=allows_prompts, media=Media(reads_images, reads_videos))
 
 
 def _images_of_last_user(messages: list[dict[str, Any]], images: tuple[Reference, ...]) -> tuple[Reference, ...]:
@@ -216,21 +243,6 @@ def _ids(ids: Any, name: str) -> list[int]:
 
 def _template_kwargs(row: dict[str, Any]) -> dict[str, Any]:
     return require(row.get("chat_template_kwargs", {}), dict, "chat_template_kwargs")
-
-
-def _messages(messages: Any, name: str) -> list[dict[str, Any]]:
-    return [_message(message, f"{name}[{index}]") for index, message in enumerate(require(messages, list, name))]
-
-
-def _message(message: Any, name: str) -> dict[str, Any]:
-    require(message, dict, name)
-    message = {key: value for key, value in message.items() if value is not None}
-    require(message.get("role"), str, f"{name}.role")
-    if "tool_calls" in message:
-        require(message["tool_calls"], list, f"{name}.tool_calls")
-        message.setdefault("content", "")
-    require(message.get("content"), (str, list), f"{name}.content")
-    return message
 
 
 def _tools(tools: Any) -> list[dict[str, Any]] | None:

@@ -29,6 +29,8 @@ class Sample:
         tag: which teacher scores the row, where there are several.
         images: the images whose tokens are in `input_ids`, in order.
         teacher_images: those whose tokens are in `teacher_prompt`; None where the teacher reads the same.
+        label_weights: float32 [L], above 0 where there is a label: the factor of its loss; None where all are 1.
+        response_start: index of the last response's first token; None where the last run of labels starts with it.
     """
 
     input_ids: np.ndarray
@@ -39,6 +41,8 @@ class Sample:
     tag: str | None = None
     images: tuple[Image, ...] = ()
     teacher_images: tuple[Image, ...] | None = None
+    label_weights: np.ndarray | None = None
+    response_start: int | None = None
 
     @property
     def label_positions(self) -> np.ndarray:

@@ -18,8 +18,8 @@ def test_options_are_taken_from_among_the_overrides():
     ("arguments", "problems"),
     [
         (["--from", "teacher"], ["--output: missing; must be a .jsonl file"]),
-        (["--output", "x", "--from", "me"], ["--from = me: must be teacher or student"]),
-        (["--output", "x", "--from", "student", "--n", "0"], ["--n = 0: must be an integer >= 1"]),
+        (["--output", "x.jsonl", "--from", "me"], ["--from = me: must be teacher or student"]),
+        (["--output", "x.jsonl", "--from", "student", "--n", "0"], ["--n = 0: must be an integer >= 1"]),
         ([], ["--from: missing; must be teacher or student", "--output: missing"]),
     ],
 )
@@ -31,8 +31,9 @@ def test_wrong_options_are_one_line_each(arguments, problems):
     assert all(line.startswith(start) for line, start in zip(found, problems, strict=True))
 
 
-BEHIND_A_SERVER = ["--teacher_model", "null", "--offload_teacher_model", "false"]
-BEHIND_A_SERVER += ["--teacher_model_server", "http://host:8000"]
+NO_MODEL = ["--teacher_model", "null", "--offload_teacher_model", "false"]
+UNNAMED = "teacher.teacher_kind = null: must be local, server, self, cache or none, or follow from teacher_model, "
+BEHIND_A_SERVER = [*NO_MODEL, "--teacher_model_server", "http://host:8000"]
 
 
 @pytest.mark.parametrize(
@@ -43,16 +44,27 @@ BEHIND_A_SERVER += ["--teacher_model_server", "http://host:8000"]
         ("SCORES", [], ["distill.gkd_logits_topk = null: must be set to score: how many tokens of each"]),
         (
             "SCORES",
-            ["--gkd_logits_topk", "8", "--teacher_model", "null", "--teacher_cache", "not/yet"],
+            ["--gkd_logits_topk", "8", *NO_MODEL, "--teacher_cache", "not/yet"],
             ["teacher.teacher_kind = cache: must be a teacher whose weights do not change"],
         ),
+        ("SCORES", ["--gkd_logits_topk", "8", *NO_MODEL], [UNNAMED]),
+        ("TEACHER_GENERATES", NO_MODEL, [UNNAMED]),
+        ("STUDENT_GENERATES", NO_MODEL, []),
+        ("PLANS", NO_MODEL, []),
+        ("TRAIN", NO_MODEL, []),
+        ("TRAIN", ["--teacher_model", "null"], [UNNAMED]),
         ("TEACHER_GENERATES", ["--teacher_cache", "not/yet"], []),
         (
             "TEACHER_GENERATES",
-            ["--teacher_kind", "none"],
+            ["--teacher_kind", "none", *NO_MODEL],
             ["teacher.teacher_kind = none: must be local or server to generate"],
         ),
-        ("STUDENT_GENERATES", ["--teacher_kind", "none"], []),
+        ("STUDENT_GENERATES", ["--teacher_kind", "none", *NO_MODEL], []),
+        (
+            "STUDENT_GENERATES",
+            ["--truncation_strategy", "split"],
+            ["data.truncation_strategy = split: must be delete, left or right to generate"],
+        ),
         ("TEACHER_GENERATES", BEHIND_A_SERVER, []),
         ("STUDENT_GENERATES", BEHIND_A_SERVER, []),
         ("TRAIN", BEHIND_A_SERVER, ["distill.gkd_logits_topk = null: must be set with teacher.teacher_model_server"]),

@@ -61,7 +61,8 @@ def test_all_problems_are_reported_at_once(workspace):
         ("{model: student}", "{modle: student}", "student.modle: unknown key; did you mean student.model?"),
         ("{model: student}", "{}", "student.model: missing; must be a text (the student: a local Hugging Face "
          "directory or a hub id)"),
-        ("{model: student}", "student", "student = student: must be a mapping with the keys model, trust_remote_code"),
+        ("{model: student}", "student", "student = student: must be a mapping with the keys model, model_revision, "
+         "use_hf, trust_remote_code"),
         ("{model: student}", "{model: 7}", "student.model = 7: must be a text"),
         ("{model: student}", "{model: ''}", "student.model = '': must be a text"),
         ("packing: false", "packing: maybe", "data.packing = maybe: must be true or false"),

@@ -38,7 +38,7 @@ def test_lists_of_other_things(workspace):
     assert [problem.split(": ")[-1] for problem in wrong] == [
         "must be a list of token ids",
         "must be a list of texts",
-        "must be a list of addresses (http://host:port)",
+        "must be a list of addresses (http://host:port, also with a path)",
     ]
 
 

@@ -5,7 +5,7 @@ import warnings
 import pytest
 
 from megatron_gkd.config import keys
-from megatron_gkd.config.renamed import NEW_NAMES, RENAMED, DeprecatedKey, current_key
+from megatron_gkd.config.renamed import NEW_NAMES, RENAMED, DeprecatedKey, current_key, current_value
 
 
 def load(workspace, *overrides):
@@ -56,6 +56,27 @@ def test_former_names_in_a_list_of_teachers(workspace):
         "teacher.teachers[0].kind: deprecated; use teacher.teachers[0].teacher_kind",
         "teacher.teachers[0].ema: deprecated; use teacher.teachers[0].teacher_ema",
     ]
+
+
+@pytest.mark.parametrize(("former", "present"), [("last", "last_round"), ("all", "default")])
+def test_former_values_of_a_former_name(workspace, former, present):
+    recipe, lines = load(workspace, "--loss_on", former)
+    assert recipe.data.loss_scale == present == current_value("data.loss_on", former)
+    assert lines == ["data.loss_on: deprecated; use data.loss_scale"]
+    assert current_value("data.loss_scale", former) == former
+
+
+@pytest.mark.parametrize(
+    ("written", "name"),
+    [
+        ("last_round_with_ignore_empty_think", "last_round+ignore_empty_think"),
+        ("ignore_empty_think", "default+ignore_empty_think"),
+        ("all + ignore_empty_think", "all+ignore_empty_think"),
+    ],
+)
+def test_other_spellings_of_a_loss_scale(workspace, written, name):
+    recipe, lines = load(workspace, f"--loss_scale={written}")
+    assert (recipe.data.loss_scale, lines) == (name, [])
 
 
 @pytest.mark.filterwarnings("ignore::megatron_gkd.config.renamed.DeprecatedKey")

@@ -113,6 +113,8 @@ def trained_text() -> Callable[..., str]:
 class File:
     path: str
     weight: float = 1.0
+    columns: dict[str, str] | None = None
+    preprocessor: str | None = None
 
 
 @dataclass
@@ -121,17 +123,23 @@ class Section:
 
     dataset: list[File] = field(default_factory=list)
     val_dataset: list[File] = field(default_factory=list)
+    split_dataset_ratio: float = 0.0
+    columns: dict[str, str] = field(default_factory=dict)
     max_length: int = 256
     teacher_max_length: int | None = None
     packing: bool = False
     truncation_strategy: str = "delete"
-    loss_on: str = "last"
+    loss_scale: str = "last_round"
     data_errors: str = "raise"
     preprocessor: str | None = None
     external_plugins: list[str] = field(default_factory=list)
+    system: str | None = None
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     preprocessing_num_workers: int = 1
     dataset_cache_dir: str | None = None
+    shuffle: bool = True
+    shuffle_buffer_size: int = 1000
+    dataloader_num_workers: int = 0
 
 
 @pytest.fixture

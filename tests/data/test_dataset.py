@@ -11,14 +11,15 @@ import pytest
 import torch.distributed as dist
 from world import process_queue, start_process
 
-from megatron_gkd.data import dataset as module
-from megatron_gkd.data.dataset import build_dataset
+from megatron_gkd.data import build as build_module
+from megatron_gkd.data import tokenized_source
+from megatron_gkd.data.build import build_dataset
 from megatron_gkd.data.prompt import PromptLimits, extract_prompt, max_response_length
 from megatron_gkd.data.report import DataReport
 from megatron_gkd.data.sample import IGNORED_LABEL
 from megatron_gkd.data.teacher_view import teacher_view
 from megatron_gkd.data.tokenizing import RowOptions
-from megatron_gkd.errors import RunStopped, UserError
+from megatron_gkd.errors import RunStopped
 from megatron_gkd.reporting import phases
 from megatron_gkd.runtime.nodes import Nodes
 
@@ -80,13 +81,13 @@ class TestSamples:
         data = section(write_jsonl([chat("q", "a")] * 2, "validation.jsonl"))
         data.val_dataset, data.dataset = data.dataset, []
         assert len(build(data, tokenizer, "validation")[0]) == 2
-        with pytest.raises(UserError, match=r"data.dataset names no file"):
+        with pytest.raises(RunStopped, match=r"data.dataset names no file"):
             build(data, tokenizer)
 
     def test_all_turns_and_template_arguments_come_from_the_recipe(
         self, section, write_jsonl, chat, tokenizers, trained_text
     ):
-        data = section(write_jsonl([chat("q", "a", "q", "b")]), loss_on="all")
+        data = section(write_jsonl([chat("q", "a", "q", "b")]), loss_scale="default")
         data.chat_template_kwargs = {"enable_thinking": False}
         dataset, _ = build(data, tokenizers["qwen3"])
         assert trained_text(tokenizers["qwen3"], dataset[0].labels) == "a<|im_end|>|b<|im_end|>"
@@ -121,8 +122,8 @@ class TestDroppedRows:
         assert len(dataset) == 1
         assert report.summary() == (
             "1 of 5 rows used; dropped: 1 empty response, 2 no assistant turn, 1 not JSON "
-            f"(first bad row: {path}, line 2: no assistant turn: the roles are: user; only distill.lmbda = 1 takes "
-            "prompts alone)"
+            f"(first bad row: {path}, line 2: no assistant turn: the roles are: user; only distill.lmbda = 1, or "
+            "data.prompt_only = on_policy_only, takes prompts alone)"
         )
 
     def test_prompts_alone_are_rows_where_options_allow_them(self, section, write_jsonl, chat, tokenizer):
@@ -183,14 +184,14 @@ class TestRoomForACompletion:
         rows = [self.row(12), self.row(13), self.row(16), self.row(17), self.row(12, 4), self.row(13, 1)]
         dataset, report = self.build(section, write_jsonl, tokenizer, "delete", [*rows, self.row(12, 5)])
         assert dataset.lengths.tolist() == [12, 16]
-        assert report == DataReport(7, 2, {"prompt without room for a completion": 4, "longer than max_length": 1})
+        assert report == DataReport(7, 2, {"prompt longer than max_prompt_length": 4, "longer than max_length": 1})
 
     @pytest.mark.parametrize("strategy", ["left", "right"])
     def test_the_others_keep_the_end_of_the_prompt(self, section, write_jsonl, tokenizer, strategy):
         rows = [self.row(12), self.row(40), self.row(40, 2), self.row(40, 9)]
         dataset, report = self.build(section, write_jsonl, tokenizer, strategy, rows)
         assert report == DataReport(4, 4, shortened=3)
-        assert report.summary() == "4 of 4 rows used; prompts shortened to leave room for a completion: 3"
+        assert report.summary() == "4 of 4 rows used; prompts shortened to max_prompt_length: 3"
         expected = [
             list(range(1, 13)),
             list(range(29, 41)),
@@ -211,13 +212,15 @@ class TestRoomForACompletion:
 
     def test_turns_that_are_trained_on_keep_their_place_in_both_prompts(self, section, write_jsonl, chat, tokenizer):
         row = chat("x" * 30, "1.", "y" * 10, "2.", teacher_prompt="z" * 10)
-        data = section(write_jsonl([row]), truncation_strategy="right", loss_on="all")
+        data = section(write_jsonl([row]), truncation_strategy="right", loss_scale="default")
         whole, _ = build(data, tokenizer)
+        header = len(tokenizer("<|im_start|>user\n")["input_ids"])
         limit = len(extract_prompt(whole[0])) - 5
         limits = PromptLimits(limit, limit)
         dataset, _ = build_dataset(data, "train", tokenizer, RowOptions(prompt_limits=limits))
-        assert extract_prompt(dataset[0]).tolist() == extract_prompt(whole[0]).tolist()[5:]
-        assert dataset[0].teacher_prompt.tolist() == whole[0].teacher_prompt.tolist()[5:]
+        for prompt in (extract_prompt, lambda sample: sample.teacher_prompt):
+            before = prompt(whole[0]).tolist()
+            assert prompt(dataset[0]).tolist() == before[:header] + before[header + 5 :]
         view = teacher_view(dataset[0])
         assert view.input_ids[view.label_positions + 1].tolist() == [
             label for label in dataset[0].labels.tolist() if label != IGNORED_LABEL
@@ -270,7 +273,7 @@ class TestCache:
     def test_a_second_run_reads_no_source(self, section, write_jsonl, chat, tokenizer, texts, monkeypatch):
         data = section(write_jsonl([chat("q", "a")]))
         first, report = build(data, tokenizer)
-        monkeypatch.setattr("megatron_gkd.data.dataset.open_source", None)
+        monkeypatch.setattr("megatron_gkd.data.tokenized_source.open_source", None)
         second, second_report = build(data, tokenizer)
         assert texts(first) == texts(second)
         assert report == second_report
@@ -291,7 +294,7 @@ class TestCache:
         for name, value in dict(
             max_length=255,
             truncation_strategy="left",
-            loss_on="all",
+            loss_scale="default",
             data_errors="skip",
             chat_template_kwargs={"enable_thinking": False},
         ).items():
@@ -323,16 +326,16 @@ class TestCache:
             build(section(write_jsonl([chat("q", "a")])), Slow())
 
 
-def _no_space(*arguments):
+def _no_space(*arguments, **options):
     raise OSError("disk full")
 
 
 def _rank(rank, store, results, data, tokenizer, is_leader, fails):
-    module.VISIBLE_WITHIN_S = 0.2
+    build_module.VISIBLE_WITHIN_S = 0.2
     phases.LINE_EVERY_S, phases.ANNOUNCE_AFTER_S = 0, 1000  # progress alone
     sys.stdout = Path(store).with_name(f"printed{rank}").open("w")
     if fails:
-        module.open_source = _no_space
+        tokenized_source.open_source = _no_space
     nodes = Nodes(dist.FileStore(store, 2), rank, 2, is_leader=is_leader)
     try:
         dataset, report = build_dataset(data, "train", tokenizer, nodes=nodes)

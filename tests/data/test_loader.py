@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from megatron_gkd.data.order import SampleOrder
 from megatron_gkd.data.sample import Sample, shift_labels
 from megatron_gkd.errors import UserError
 from megatron_gkd.runtime.context_parallel import context_parallel_indices
+from megatron_gkd.runtime.signals import STOP_SIGNALS
 
 PAD = 0
 ROWS = 11
@@ -102,6 +104,16 @@ def test_iterating_gives_the_steps_in_order_and_leaves_the_random_state_alone(nu
     for index, microbatches in enumerate(steps, start=2):
         expected = loader().step(index)
         assert [m.input_ids.tolist() for m in microbatches] == [m.input_ids.tolist() for m in expected]
+
+
+@pytest.mark.parametrize("signum", STOP_SIGNALS)
+def test_workers_go_on_where_a_signal_reaches_all_processes_of_a_job(signum):
+    others = set(multiprocessing.active_children())  # of other tests
+    steps = iter(loader(steps=range(1, 9), num_workers=1))
+    first = next(steps)
+    (worker,) = set(multiprocessing.active_children()) - others
+    os.kill(worker.pid, signum)
+    assert first is not None and len(list(steps)) == 7
 
 
 FEW_DESCRIPTORS = """

@@ -1,8 +1,10 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from megatron_gkd.data.microbatch import collate, pad_to, shard_context_parallel
+from megatron_gkd.data.microbatch import Microbatch, collate, concatenate, pad_to, shard_context_parallel
 from megatron_gkd.data.sample import FROM_DATASET, FROM_STUDENT, Sample
 from megatron_gkd.runtime.context_parallel import context_parallel_indices
 
@@ -75,3 +77,37 @@ def test_pad_to_appends_a_sequence_of_padding():
     assert longer.max_seqlen == 6 and longer.num_rows == 2
     assert longer.num_labels == microbatch.num_labels
     assert longer.padding_mask[0, 6:].all() and longer.position_ids[0, 6:].tolist() == [0, 1, 2, 3, 4, 5]
+
+
+class TestWeights:
+    @pytest.fixture
+    def weighted(self):
+        weights = np.array([0, 0, 0.5, 2, 0], np.float32)
+        return collate([replace(sample(1, 2, 3, 4, 5), label_weights=weights), sample(6, 7, 8)], pad_multiple=4)
+
+    def test_they_are_where_the_labels_are(self, weighted, microbatch):
+        found = weighted.label_weights
+        assert found.dtype == torch.float32 and found.shape == weighted.labels.shape
+        assert found.squeeze(0)[weighted.label_positions].tolist() == [0.5, 2, 1]
+        assert microbatch.label_weights is None
+
+    def test_context_parallel_ranks_have_those_of_their_labels(self, weighted):
+        for rank in range(2):
+            share = shard_context_parallel(weighted, rank, 2)
+            indices = context_parallel_indices(weighted.cu_seqlens, rank, 2)
+            assert torch.equal(share.label_weights, weighted.label_weights[:, indices])
+
+    def test_beside_microbatches_without(self, weighted, microbatch):
+        for both in (concatenate([weighted, microbatch]), concatenate([microbatch, weighted])):
+            weights = both.label_weights.squeeze(0)[both.label_positions].tolist()
+            assert sorted(weights) == [0.5, 1, 1, 1, 1, 2] and both.label_weights.shape == both.labels.shape
+        assert concatenate([microbatch, microbatch]).label_weights is None
+
+    def test_padding_and_transport(self, weighted, microbatch):
+        longer = pad_to(weighted, 20)
+        assert longer.label_weights.shape == longer.labels.shape == (1, 20)
+        assert pad_to(microbatch, 20).label_weights is None
+        for one in (longer, microbatch):
+            back = Microbatch.from_arrays(one.to_arrays())
+            assert (back.label_weights is None) == (one.label_weights is None)
+        assert torch.equal(Microbatch.from_arrays(longer.to_arrays()).label_weights, longer.label_weights)

@@ -3,7 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from megatron_gkd.data.prompt import PromptLimits, extract_prompt, replace_response
+from megatron_gkd.data.prompt import extract_prompt, replace_response
 from megatron_gkd.data.sample import FROM_DATASET, Sample, shift_labels
 
 
@@ -34,16 +34,3 @@ def test_replace_response():
     assert found.teacher_prompt.tolist() == [5, 6]
     assert extract_prompt(found).tolist() == [10, 11, 12]
     assert (replace_response(row, [1], trained=False).labels == -100).all()
-
-
-@pytest.mark.parametrize(
-    ("lengths", "limits"),
-    [
-        ((2048, 4096, 512), (1536, 3584)),
-        ((2048, 1000, 512), (1536, 750)),
-        ((100, 100, 512), (75, 75)),
-        ((2, 2, 1), (1, 1)),
-    ],
-)
-def test_a_prompt_leaves_room_for_a_completion(lengths, limits):
-    assert PromptLimits.from_lengths(*lengths) == PromptLimits(*limits)

@@ -5,6 +5,7 @@ from megatron_gkd.data.rows import BadRow, Conversation, PlainText, TokenIds, pa
 USER = {"role": "user", "content": "hi"}
 ASSISTANT = {"role": "assistant", "content": "hello"}
 CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": "{}"}}]}
+NEEDS = "a row needs `messages`, or a prompt (prompt, query, instruction, question, problem, input) and its `response`"
 
 
 def test_a_conversation_ends_with_its_last_assistant_turn():
@@ -42,9 +43,11 @@ def test_a_turn_of_tool_calls_needs_no_content():
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ([USER], "wrong type: the row must be an object, but is a list"),
-        ({}, "no messages: a row needs `messages`, or `prompt` and `response`; this one has nothing"),
-        ({"b": 1, "a": 1}, "no messages: a row needs `messages`, or `prompt` and `response`; this one has a, b"),
+        ([USER], "not an object: a row must be an object, but this one is a list"),
+        (None, "not an object: a row must be an object, but this one is null"),
+        ({}, f"no messages: {NEEDS}; this one has nothing"),
+        ({"b": 1, "a": 1}, f"no messages: {NEEDS}; this one has a, b"),
+        ({"mesages": []}, f"no messages: {NEEDS}; this one has mesages; did you mean messages in place of mesages?"),
         ({"messages": "hi"}, "wrong type: messages must be a list, but is a string"),
         ({"messages": ["hi"]}, "wrong type: messages[0] must be an object, but is a string"),
         ({"messages": [{"content": "hi"}]}, "wrong type: messages[0].role must be a string, but is missing"),

@@ -10,7 +10,7 @@ import pytest
 from world import start_process
 
 from megatron_gkd.data import shards
-from megatron_gkd.data.dataset import build_dataset
+from megatron_gkd.data.build import build_dataset
 from megatron_gkd.errors import RunStopped
 from megatron_gkd.reporting import phases
 

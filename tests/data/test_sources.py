@@ -3,8 +3,10 @@ import json
 import datasets
 import pytest
 
+from megatron_gkd.data.json_text import decode_json
 from megatron_gkd.data.rows import BadRow
-from megatron_gkd.data.sources import decode_json, drop_nulls, open_source, source_files
+from megatron_gkd.data.sources import describe_source, drop_nulls, open_source
+from megatron_gkd.data.sources.opening import parse_name
 from megatron_gkd.errors import UserError
 
 ROWS = [{"prompt": "a", "response": "b"}, {"messages": [], "tools": [{"x": {"y": 1}}]}, {"tools": [{"x": 2}]}]
@@ -62,18 +64,23 @@ def test_a_path_with_characters_of_a_pattern(write_jsonl, tmp_path):
     assert decoded(open_source(str(path), str(tmp_path / "scratch"))) == ROWS
 
 
-def test_the_files_of_a_source(tmp_path, write_jsonl):
+def described(path):
+    return [file for file, *_ in describe_source(parse_name(str(path)))]
+
+
+def test_what_a_source_depends_on(tmp_path, write_jsonl):
     (tmp_path / "saved" / "deep").mkdir(parents=True)
     (tmp_path / "saved" / "deep" / "b").touch()
     (tmp_path / "saved" / "a").touch()
-    assert source_files(str(tmp_path / "saved")) == [tmp_path / "saved" / "a", tmp_path / "saved" / "deep" / "b"]
-    assert source_files(str(write_jsonl(ROWS))) == [tmp_path / "train.jsonl"]
+    assert described(tmp_path / "saved") == [str(tmp_path / "saved" / "a"), str(tmp_path / "saved" / "deep" / "b")]
+    assert described(write_jsonl(ROWS)) == [str(tmp_path / "train.jsonl")]
+    assert described(tmp_path / "*.jsonl") == [str(tmp_path / "train.jsonl")]
     with pytest.raises(UserError, match="nothing: no such file or folder"):
-        source_files(str(tmp_path / "nothing"))
+        describe_source(parse_name(str(tmp_path / "nothing")))
 
 
 def test_a_source_that_cannot_be_opened_is_an_error(tmp_path):
-    (tmp_path / "rows.csv").write_text("a,b\n")
+    (tmp_path / "rows.txt").write_text("a,b\n")
     (tmp_path / "broken.parquet").write_text("this is no parquet")
     (tmp_path / "broken.json").write_text("[1, 2")
     (tmp_path / "plain").mkdir()
@@ -81,11 +88,11 @@ def test_a_source_that_cannot_be_opened_is_an_error(tmp_path):
     splits.save_to_disk(tmp_path / "splits")
     for name, message in {
         "gone.jsonl": "no such file or folder",
-        "rows.csv": "unknown kind of file; allowed are .jsonl, .json, .parquet and saved datasets folders",
+        "rows.txt": "unknown kind of file; allowed are .jsonl, .json, .csv, .tsv, .parquet, .arrow, text kinds also ",
         "broken.parquet": "cannot be read: ",
         "broken.json": "cannot be read: Expecting ',' delimiter",
         "plain": "not a folder that datasets.Dataset.save_to_disk wrote",
-        "splits": r"holds several splits \(train, test\); name the folder of one of them",
+        "splits": r"holds several splits \(train, test\); name one of them",
     }.items():
         with pytest.raises(UserError, match=f"^{tmp_path / name}: {message}") as error:
             open_source(str(tmp_path / name), str(tmp_path / "scratch"))

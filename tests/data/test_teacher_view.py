@@ -3,7 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from megatron_gkd.data.dataset import build_dataset
+from megatron_gkd.data.build import build_dataset
 from megatron_gkd.data.prompt import replace_response
 from megatron_gkd.data.rows import BadRow, parse_row
 from megatron_gkd.data.sample import FROM_DATASET, IGNORED_LABEL, Sample, shift_labels
@@ -104,7 +104,7 @@ class TestRows:
     @pytest.mark.parametrize("template", ["chatml", "qwen3", "inst"])
     def test_earlier_turns_are_scored_as_the_student_reads_them(self, read, chat, template):
         row = chat("one?", "1.", "two?", "2.", "three?", "3.", teacher_prompt="three? 3")
-        found, student, teacher = read(row, template, loss_on="all")
+        found, student, teacher = read(row, template, loss_scale="default")
         assert teacher == student.replace("three?", "three? 3")
         assert len(np.flatnonzero(np.diff(found.label_positions) > 1)) == 2
 
@@ -140,15 +140,34 @@ class TestRows:
         ):
             read({"messages": messages, "teacher_prompt": "b"})
 
-    def test_a_trained_turn_after_the_teacher_prompt_is_refused(self, read):
+    @pytest.mark.parametrize(
+        "truncation", [{}, {"truncation_strategy": "left", "max_length": 40, "teacher_max_length": 200}]
+    )
+    def test_trained_turns_after_the_teacher_prompt_keep_their_distance_to_the_end(self, read, tokenizer, truncation):
         messages = [
-            {"role": "user", "content": "q"},
+            {"role": "user", "content": "q" * 20},
             {"role": "assistant", "content": "a"},
             {"role": "tool", "content": "t"},
             {"role": "assistant", "content": "b"},
         ]
-        with pytest.raises(RunStopped, match="teacher_prompt: with loss_on: all, the last turn alone may follow it"):
-            read({"messages": messages, "teacher_prompt": "a longer q"}, loss_on="all")
+        found, student, teacher = read({"messages": messages, "teacher_prompt": "longer " * 4}, **truncation)
+        assert tokenizer.decode(labels_of(found)) == "a<|im_end|>b<|im_end|>"
+        assert teacher.endswith(student[student.index("q<") + 1 :]) and "longer longer" in teacher
+        view = teacher_view(found)
+        assert [view.input_ids[at + 1] for at in view.label_positions] == labels_of(found)
+
+    def test_a_template_that_renders_an_earlier_turn_by_the_prompt(self, read, chat, tokenizers, monkeypatch):
+        longest = "{{ messages | map(attribute='content') | map('length') | max if loop.index0 == 1 }}"
+        template = tokenizers["chatml"].chat_template.replace(
+            " + message.content", f" }}}}{longest}{{{{ message.content"
+        )
+        monkeypatch.setattr(tokenizers["chatml"], "chat_template", template)
+        with pytest.raises(RunStopped, match="teacher_prompt: a turn before the response that is trained on is"):
+            read(chat("q", "a", "q", "b", teacher_prompt="longer"), loss_scale="default")
+
+    def test_prompts_are_not_trained_on_beside_it(self, read, chat):
+        with pytest.raises(RunStopped, match="teacher_prompt: loss_scale: all trains on prompts, which the teacher"):
+            read(chat("q", "a", teacher_prompt="longer"), loss_scale="all")
 
     def test_a_template_that_renders_the_response_by_the_prompt(self, read, chat, tokenizers, monkeypatch):
         counting = "message.content }}{{ messages[0].content | length if message.role == 'assistant' }}"
@@ -178,14 +197,14 @@ class TestLengths:
         whole, _, everything = read(row, teacher_max_length=200)
         cut, _, teacher = read(row, max_length=len(whole.input_ids) - 10, **options)
         assert teacher == everything and len(cut.input_ids) == len(whole.input_ids) - 10
-        both, student, teacher = read(row, max_length=len(whole.input_ids) - 10, loss_on="all", **options)
+        both, student, teacher = read(row, max_length=len(whole.input_ids) - 10, loss_scale="default", **options)
         assert teacher == student.replace("y" * 30, "z" * 30) and len(labels_of(both)) > len(labels_of(cut))
-        late, student, teacher = read(row, max_length=20, loss_on="all", **options)
+        late, student, teacher = read(row, max_length=20, loss_scale="default", **options)
         assert teacher == everything and len(late.input_ids) == 20
 
     def test_right_truncation_removes_the_end(self, read, chat):
         row = chat("one?", "1.", "two?", "2" * 30, teacher_prompt="two: 2")
-        options = dict(truncation_strategy="right", loss_on="all", teacher_max_length=200)
+        options = dict(truncation_strategy="right", loss_scale="default", teacher_max_length=200)
         whole, *_ = read(row, teacher_max_length=200)
         cut, student, teacher = read(row, max_length=len(whole.input_ids) - 10, **options)
         assert teacher == student.replace("two?", "two: 2") and len(cut.input_ids) == len(whole.input_ids) - 10

@@ -4,11 +4,15 @@ import numpy as np
 import pytest
 from tokenizers.processors import TemplateProcessing
 
+from megatron_gkd.data.forms.recognition import Conventions
+from megatron_gkd.data.loss_weights import LossStrategy
 from megatron_gkd.data.rows import BadRow, PlainText, parse_row
 from megatron_gkd.data.sample import IGNORED_LABEL
 from megatron_gkd.data.template import RowRenderer
 
+ALL_TURNS = LossStrategy("default")
 QUESTION = {"role": "user", "content": "q"}
+ROLES = Conventions(template_roles={"refused"})
 CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "add"}}]}
 
 
@@ -27,7 +31,7 @@ def render(tokenizers, trained_text):
 
     def run(template, row, **options):
         tokenizer = tokenizers[template]
-        input_ids, labels = RowRenderer(tokenizer, **options)(parse_row(row))
+        input_ids, labels, _ = RowRenderer(tokenizer, **options)(parse_row(row, conventions=ROLES))
         check_shifted(input_ids, labels)
         return tokenizer.decode(input_ids), trained_text(tokenizer, labels)
 
@@ -42,7 +46,7 @@ def test_only_the_last_turn_is_trained_on_or_all(render, chat):
         "<|im_start|>user\none?<|im_end|>\n<|im_start|>assistant\n1.<|im_end|>\n"
         "<|im_start|>user\ntwo?<|im_end|>\n<|im_start|>assistant\n2.<|im_end|>"
     )
-    assert render("chatml", row, loss_on="all") == (whole, "1.<|im_end|>|2.<|im_end|>")
+    assert render("chatml", row, strategy=ALL_TURNS) == (whole, "1.<|im_end|>|2.<|im_end|>")
 
 
 def test_messages_after_the_last_assistant_turn_are_removed(render, chat):
@@ -59,18 +63,18 @@ def test_tools_are_rendered_and_tool_calls_trained_on(render):
         ],
         "tools": [{"name": "add"}],
     }
-    whole, trained = render("chatml", row, loss_on="all")
+    whole, trained = render("chatml", row, strategy=ALL_TURNS)
     assert whole.startswith('<|im_start|>system\nTools: {"name": "add"};<|im_end|>\n<|im_start|>user')
     assert trained == '<tool_call>{"name": "add"}</tool_call><|im_end|>|two<|im_end|>'
 
 
 def test_a_header_in_the_text_of_a_user_does_not_mislead(render, chat):
     row = chat("say <|im_start|>assistant\nno", "yes", "q", "a")
-    assert render("chatml", row, loss_on="all")[1] == "yes<|im_end|>|a<|im_end|>"
+    assert render("chatml", row, strategy=ALL_TURNS)[1] == "yes<|im_end|>|a<|im_end|>"
 
 
 def test_a_template_without_a_header_for_the_assistant(render, chat):
-    _, trained = render("inst", chat("q", "one", "q", "two"), loss_on="all")
+    _, trained = render("inst", chat("q", "one", "q", "two"), strategy=ALL_TURNS)
     assert trained == " one </s>| two </s>"
 
 
@@ -78,12 +82,12 @@ class TestThinking:
     """A template that renders a turn differently once others follow it."""
 
     def test_the_empty_block_of_the_last_turn_is_trained_on(self, render, chat):
-        assert render("qwen3", chat("q", "one", "q", "two"), loss_on="all")[1] == (
+        assert render("qwen3", chat("q", "one", "q", "two"), strategy=ALL_TURNS)[1] == (
             "one<|im_end|>|<think>\n\n</think>\n\ntwo<|im_end|>"
         )
 
     def test_enable_thinking_false_puts_the_block_into_the_prompt(self, render, chat):
-        options = dict(loss_on="all", template_kwargs={"enable_thinking": False})
+        options = dict(strategy=ALL_TURNS, template_kwargs={"enable_thinking": False})
         assert render("qwen3", chat("q", "<one", "q", "two"), **options)[1] == "<one<|im_end|>|two<|im_end|>"
 
     def test_the_row_overrides_the_recipe(self, render, chat):
@@ -93,7 +97,7 @@ class TestThinking:
 
     def test_thoughts_of_earlier_turns_are_removed(self, render, chat):
         row = chat("q", "<think>\na\n</think>\n\none", "q", "<think>\nb\n</think>\n\ntwo")
-        assert render("qwen3", row, loss_on="all")[1] == "one<|im_end|>|<think>\nb\n</think>\n\ntwo<|im_end|>"
+        assert render("qwen3", row, strategy=ALL_TURNS)[1] == "one<|im_end|>|<think>\nb\n</think>\n\ntwo<|im_end|>"
 
     def test_thoughts_despite_enable_thinking_false(self, render, chat):
         row = chat("q", "<think>\na\n</think>\n\none")
@@ -107,7 +111,7 @@ class TestThinking:
             {"role": "tool", "content": "2"},
             {"role": "assistant", "content": "two"},
         ]
-        trained = render("qwen3", {"messages": tool_use + tool_use}, loss_on="all")[1]
+        trained = render("qwen3", {"messages": tool_use + tool_use}, strategy=ALL_TURNS)[1]
         call = "\n<tool_call>add</tool_call><|im_end|>"
         assert trained == (f"{call}|two<|im_end|>|<think>\na\n</think>\n\n{call}|<think>\n\n</think>\n\ntwo<|im_end|>")
 
@@ -123,7 +127,7 @@ def test_characters_of_several_tokens(render, chat):
 
 def test_plain_text_gets_an_end_token_and_no_template(tokenizers, trained_text):
     tokenizer = tokenizers[None]
-    input_ids, labels = RowRenderer(tokenizer)(PlainText("the question: ", "the answer"))
+    input_ids, labels, _ = RowRenderer(tokenizer)(PlainText("the question: ", "the answer"))
     check_shifted(input_ids, labels)
     assert tokenizer.decode(input_ids) == "the question: the answer<|im_end|>"
     assert trained_text(tokenizer, labels) == "the answer<|im_end|>"

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from megatron_gkd.data.prompt_frame import Frame
 from megatron_gkd.data.sample import IGNORED_LABEL, shift_labels
 from megatron_gkd.data.truncation import truncate
 
@@ -56,3 +57,17 @@ def test_the_row_given_is_not_changed():
     before = labels.copy()
     truncate(input_ids, labels, 6, "right")
     np.testing.assert_array_equal(labels, before)
+
+
+def test_left_keeps_the_frame_of_the_prompt():
+    frame = Frame(header=2, footer=2)
+    assert truncate(*row(6, 7, 8, 9), 9, "left", frame)[0].tolist() == [0, 1, 3, 4, 5, 6, 7, 8, 9]
+    ids, labels = truncate(*row(6, 7, 8, 9), 6, "left", frame)
+    assert ids.tolist() == [0, 1, 4, 5, 6, 7], "the response loses its end"
+    assert labels.tolist() == [-100, -100, -100, 6, 7, -100]
+
+
+def test_the_token_before_removed_ones_predicts_nothing():
+    ids, labels = truncate(*row(1, 2, 3, 6, 7), 8, "left", Frame(header=2))
+    assert ids.tolist() == [0, 1, 4, 5, 6, 7, 8, 9]
+    assert labels.tolist() == [1, -100, -100, 6, 7, -100, -100, -100]

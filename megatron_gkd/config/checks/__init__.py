@@ -3,15 +3,22 @@
 from collections.abc import Set
 
 from megatron_gkd.config.checks import (
+    api_keys,
     attention,
     cache,
+    cluster,
     data,
     distill,
+    hubs,
     layout,
+    lengths,
     lora,
+    megatron,
+    memory,
     model,
     output,
     rollout,
+    streaming,
     teacher,
     training,
     vision,
@@ -19,7 +26,27 @@ from megatron_gkd.config.checks import (
 from megatron_gkd.config.checks.registry import Check, CommandChecks, registered_checks
 from megatron_gkd.config.schema import Recipe
 
-_IN_ORDER = (teacher, cache, distill, rollout, layout, training, attention, lora, vision, data, output, model)
+_IN_ORDER = (
+    teacher,
+    cache,
+    distill,
+    rollout,
+    api_keys,
+    lengths,
+    layout,
+    training,
+    attention,
+    megatron,
+    memory,
+    lora,
+    vision,
+    data,
+    streaming,
+    output,
+    hubs,
+    model,
+    cluster,
+)
 CHECKS = registered_checks(tuple(module.__name__ for module in _IN_ORDER))
 """All checks in the order of their reports."""
 

@@ -22,14 +22,15 @@ def attention_fits_dtype(recipe: Recipe, _: int) -> Iterator[str]:
 @check("attention_backend", needs_files=True)
 def transformer_engine_is_installed(recipe: Recipe, _: int) -> Iterator[str]:
     """Find flash or fused attention without the library that has them."""
-    if recipe.train.attention_backend in _OF_TRANSFORMER_ENGINE and not _has_transformer_engine():
+    if recipe.train.attention_backend in _OF_TRANSFORMER_ENGINE and not has_transformer_engine():
         yield (
             f"train.attention_backend = {recipe.train.attention_backend}: needs Transformer Engine, which is not "
             "installed here (pip install transformer-engine[pytorch]); without it it must be auto or sdpa"
         )
 
 
-def _has_transformer_engine() -> bool:
+def has_transformer_engine() -> bool:
+    """Return whether Transformer Engine is installed, rather than its fallback."""
     if getattr(sys.modules.get("transformer_engine"), "is_pytorch_fallback", False):
         return False
     return importlib.util.find_spec("transformer_engine") is not None

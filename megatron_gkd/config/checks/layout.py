@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from megatron_gkd.config.checks.registry import check
 from megatron_gkd.config.schema import Recipe
+from megatron_gkd.config.stages import STAGE_KEYS, Stages
 
 _REPLICA = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
 _EXPERTS = ("expert_tensor_parallel_size", "expert_model_parallel_size", "pipeline_model_parallel_size")
@@ -44,7 +45,21 @@ def virtual_stages_have_a_pipeline(recipe: Recipe, _: int) -> Iterator[str]:
         )
 
 
-LAYOUT = (replicas_divide_the_ranks, expert_replicas_divide_the_ranks, virtual_stages_have_a_pipeline)
+@check("pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size", *STAGE_KEYS)
+def stages_are_described(recipe: Recipe, _: int) -> Iterator[str]:
+    """Find stages of the student that no model can have."""
+    p = recipe.parallel
+    pipeline, virtual = p.pipeline_model_parallel_size, p.virtual_pipeline_model_parallel_size
+    for problem in Stages.of_student(p).problems(pipeline, virtual):
+        yield problem.line("parallel.")
+
+
+LAYOUT = (
+    replicas_divide_the_ranks,
+    expert_replicas_divide_the_ranks,
+    virtual_stages_have_a_pipeline,
+    stages_are_described,
+)
 """The checks of the layout alone."""
 
 

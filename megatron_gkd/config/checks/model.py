@@ -13,9 +13,10 @@ from megatron_gkd.checkpoint_format.layer_limits import embedded_engine_problems
 from megatron_gkd.checkpoint_format.model_shape import ModelShape, read_shape
 from megatron_gkd.checkpoint_format.weight_files import has_weights, read_tensors
 from megatron_gkd.config.checks.registry import check
-from megatron_gkd.config.checks.shapes import shape_of
+from megatron_gkd.config.checks.shapes import STAGE_LEAVES, pipelines, shape_of
 from megatron_gkd.config.checks.teacher import SOURCE
 from megatron_gkd.config.schema import Recipe
+from megatron_gkd.config.stages import StageProblem
 
 _MODELS = ("model", *SOURCE)
 
@@ -138,15 +139,21 @@ def engines_divide_heads(recipe: Recipe, _: int) -> Iterator[str]:
         yield f"rollout.vllm_tensor_parallel_size = {size}: must divide the {heads} attention heads of {student}"
 
 
-@check(*_MODELS, "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size", needs_files=True)
+@check(*_MODELS, *STAGE_LEAVES, needs_files=True)
 def stages_divide_layers(recipe: Recipe, _: int) -> Iterator[str]:
-    """Find pipeline stages that do not divide the layers."""
-    p = recipe.parallel
-    for model in _models(recipe):
-        virtual = p.virtual_pipeline_model_parallel_size if model.is_student else None
-        stages = p.pipeline_model_parallel_size * (virtual or 1)
-        named = "pipeline_model_parallel_size" + (" x virtual_pipeline_model_parallel_size" if virtual else "")
-        yield from model.divided("layers", model.shape.num_layers, named, stages)
+    """Find pipeline stages that do not divide the layers, or whose layers are not those of the model."""
+    for model in pipelines(recipe):
+        stages, virtual = model.stages, model.virtual
+        if stages.are_equal:
+            number, named = model.pipeline * (virtual or 1), "pipeline_model_parallel_size"
+            named += " x virtual_pipeline_model_parallel_size" if virtual else ""
+            if model.shape.num_layers % number:
+                yield f"parallel.{named} = {number}: must divide the {model.shape.num_layers} layers of {model}"
+        elif not any(stages.problems(model.pipeline, virtual)):  # they are reported by other checks
+            try:
+                stages.layers(model.shape.num_layers, model.pipeline, virtual)
+            except StageProblem as problem:
+                yield f"{problem.line(stages.prefix)}; the model is {model}"
 
 
 @check(*_MODELS, "max_length", "teacher_max_length", needs_files=True)

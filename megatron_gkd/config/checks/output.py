@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_gkd.config.checks.registry import check
+from megatron_gkd.config.dataset_names import DatasetName
 from megatron_gkd.config.schema import Recipe
 
 _EXPORT = re.compile(r"(hf|adapters)(-step-\d+)?")
@@ -54,4 +55,11 @@ def _sources(recipe: Recipe) -> Iterator[tuple[str, str]]:
         paths = ((f"{place}.{leaf}", getattr(teacher, leaf)) for leaf in _OF_TEACHERS)
         yield from ((key, path) for key, path in paths if path is not None)
     for leaf in ("dataset", "val_dataset"):
-        yield from ((f"data.{leaf}", entry.path) for entry in getattr(recipe.data, leaf))
+        yield from ((f"data.{leaf}", _path_of(entry.path)) for entry in getattr(recipe.data, leaf))
+
+
+def _path_of(name: str) -> str:
+    try:
+        return DatasetName.parse(name).location
+    except ValueError:
+        return name  # another check reports it

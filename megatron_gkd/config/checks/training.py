@@ -43,9 +43,9 @@ def warmup_ends(recipe: Recipe, _: int) -> Iterator[str]:
         yield f"train.lr_warmup_iters = {t.lr_warmup_iters}: must be < train_iters ({t.train_iters})"
 
 
-@check("eval_interval", "eval_iters", "val_dataset")
+@check("eval_interval", "eval_iters", "val_dataset", "split_dataset_ratio")
 def validation_has_rows(recipe: Recipe, _: int) -> Iterator[str]:
     """Find a validation without rows."""
     for leaf in ("eval_interval", "eval_iters"):
-        if getattr(recipe.train, leaf) is not None and not recipe.data.val_dataset:
-            yield f"train.{leaf} = {getattr(recipe.train, leaf)}: needs data.val_dataset"
+        if getattr(recipe.train, leaf) is not None and not recipe.data.has_validation:
+            yield f"train.{leaf} = {getattr(recipe.train, leaf)}: needs data.val_dataset or data.split_dataset_ratio"

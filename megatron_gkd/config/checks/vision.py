@@ -3,14 +3,14 @@
 from collections.abc import Iterator
 
 from megatron_gkd.config.checks.registry import check
-from megatron_gkd.config.checks.shapes import shape_of
+from megatron_gkd.config.checks.shapes import STAGE_LEAVES, pipelines, shape_of
 from megatron_gkd.config.checks.teacher import SOURCE
 from megatron_gkd.config.schema import Recipe
+from megatron_gkd.config.stages import StageProblem
 from megatron_gkd.config.vision_rules import IMAGE_KEYS, PARTS, describe_image_keys, frozen_parts
 
 _FREEZE = ("freeze_vit", "freeze_aligner", "freeze_llm")
 _RATES = {"vit_lr": "vit", "aligner_lr": "aligner"}
-_STAGES = ("pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size")
 
 
 @check(*_FREEZE)
@@ -44,20 +44,19 @@ def parts_are_in_the_student(recipe: Recipe, _: int) -> Iterator[str]:
         yield f"{described}: only with a student that reads images; {recipe.student.model} does not"
 
 
-@check("model", *SOURCE, *_STAGES, needs_files=True)
+@check("model", *SOURCE, *STAGE_LEAVES, needs_files=True)
 def first_stage_has_the_layers_of_image_features(recipe: Recipe, _: int) -> Iterator[str]:
     """Find first stages with fewer layers than there are features of images for the first layers."""
-    p = recipe.parallel
-    models = {"student.model": (recipe.student.model, p.virtual_pipeline_model_parallel_size or 1)}
-    for place, teacher in recipe.teacher.all.items():
-        if teacher.source == "local" and teacher.teacher_model:
-            models[f"{place}.teacher_model"] = (teacher.teacher_model, 1)
-    for key, (path, virtual) in models.items():
-        shape, stages = shape_of(path), p.pipeline_model_parallel_size * virtual
-        if shape is None or shape.num_layers % stages or shape.num_layers // stages >= shape.num_deepstack:
+    for model in pipelines(recipe):
+        try:
+            layers = model.stages.layers(model.shape.num_layers, model.pipeline, model.virtual)
+        except StageProblem:  # reported by other checks
             continue
-        leaves = "pipeline_model_parallel_size" + (" x virtual_pipeline_model_parallel_size" if virtual > 1 else "")
+        if layers[0] >= model.shape.num_deepstack:
+            continue
+        leaves, stages = "pipeline_model_parallel_size", len(layers)
+        leaves += " x virtual_pipeline_model_parallel_size" if model.virtual else ""
         yield (
-            f"parallel.{leaves} = {stages}: gives the first stage {shape.num_layers // stages} of {shape.num_layers} "
-            f"layers; must give it the {shape.num_deepstack} layers to which {key} ({path}) adds features of images"
+            f"parallel.{leaves} = {stages}: gives the first stage {layers[0]} of {model.shape.num_layers} layers; must "
+            f"give it the {model.shape.num_deepstack} layers to which {model} adds features of images"
         )

@@ -5,9 +5,12 @@ more than one key, or the file system, is in `config.checks`.
 """
 
 from megatron_gkd.config.schema.base import Section
+from megatron_gkd.config.schema.cluster import ClusterSection
 from megatron_gkd.config.schema.data import DataSection, DatasetEntry
 from megatron_gkd.config.schema.distill import DistillSection
 from megatron_gkd.config.schema.lora import LoraSection
+from megatron_gkd.config.schema.megatron import MegatronSection
+from megatron_gkd.config.schema.memory import MemorySection
 from megatron_gkd.config.schema.output import OutputSection
 from megatron_gkd.config.schema.parallel import ParallelSection
 from megatron_gkd.config.schema.recipe import Recipe
@@ -17,10 +20,13 @@ from megatron_gkd.config.schema.teacher import OneTeacher, TaggedTeacher, Teache
 from megatron_gkd.config.schema.train import TrainSection
 
 __all__ = [
+    "ClusterSection",
     "DataSection",
     "DatasetEntry",
     "DistillSection",
     "LoraSection",
+    "MegatronSection",
+    "MemorySection",
     "OneTeacher",
     "OutputSection",
     "ParallelSection",

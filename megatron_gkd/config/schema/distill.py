@@ -35,4 +35,8 @@ class DistillSection(Section):
         "renormalize",
         description="the tokens beyond gkd_logits_topk: left out (renormalize), or one more outcome (bucket)",
     )
-    loss_chunk_tokens: int = Field(1024, ge=1, description="rows of logits that the fused head and loss hold at once")
+    loss_chunk_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="rows of logits that the fused head and loss hold at once; null: as many as fit into 2 GiB",
+    )

@@ -1,10 +1,12 @@
 """The section `parallel`."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from megatron_gkd.config.schema.base import Section
+from megatron_gkd.config.schema.base import Section, as_sequence
+
+RecomputedModule = Literal["core_attn", "moe_act", "layernorm", "mla_up_proj", "mlp", "moe", "shared_experts"]
 
 
 class ParallelSection(Section):
@@ -18,6 +20,18 @@ class ParallelSection(Section):
     context_parallel_size: int = Field(1, ge=1, description="ranks that share each sequence's tokens")
     expert_model_parallel_size: int = Field(1, ge=1, description="ranks that the experts are spread over")
     expert_tensor_parallel_size: int = Field(1, ge=1, description="ranks that share each expert's matrices")
+    decoder_first_pipeline_num_layers: int | None = Field(
+        None, ge=1, description="layers on the student's first stage; the others share the rest; null: equal shares"
+    )
+    decoder_last_pipeline_num_layers: int | None = Field(
+        None, ge=1, description="layers on the student's last stage; the others share the rest; null: equal shares"
+    )
+    pipeline_model_parallel_layout: str | None = Field(
+        None,
+        min_length=1,
+        description="the layers of each of the student's stages in Megatron-Core's notation (E: embedding, t: decoder "
+        "layer, L: loss, |: next stage): Et*3|t*4|t*4|t*3L",
+    )
     sequence_parallel: bool = Field(
         False, description="shard the activations between tensor-parallel regions; off where tensor parallelism is 1"
     )
@@ -32,6 +46,10 @@ class ParallelSection(Section):
     )
     recompute_num_layers: int | None = Field(
         None, ge=1, description="full recompute: layers to a group (uniform), or how many layers (block)"
+    )
+
+    recompute_modules: Annotated[tuple[RecomputedModule, ...], BeforeValidator(as_sequence)] = Field(
+        (), description="selective recompute: the modules; empty: core_attn"
     )
 
     @property

@@ -7,6 +7,8 @@ from pydantic import Field
 from megatron_gkd.config.schema.base import Duration, PathText, Section
 
 FULL_LR, LORA_LR = 1e-5, 1e-4
+MOST_SEED = 2**31 - 1  # Megatron-Core adds numbers of ranks, and NumPy takes seeds below 2**32
+MOST_STEPS, MOST_EPOCHS = 10**9, 10**6
 
 
 class TrainSection(Section):
@@ -14,8 +16,10 @@ class TrainSection(Section):
 
     micro_batch_size: int = Field(1, ge=1, description="rows in one forward pass of one data-parallel rank")
     global_batch_size: int = Field(8, ge=1, description="rows in one optimizer step, over all ranks, packed or not")
-    train_iters: int | None = Field(None, ge=1, description="optimizer steps; this or num_train_epochs")
-    num_train_epochs: float | None = Field(None, gt=0, description="passes over the training rows; this or train_iters")
+    train_iters: int | None = Field(None, ge=1, le=MOST_STEPS, description="optimizer steps; this or num_train_epochs")
+    num_train_epochs: float | None = Field(
+        None, gt=0, le=MOST_EPOCHS, description="passes over the training rows; this or train_iters"
+    )
     tuner_type: Literal["lora", "full"] | None = Field(
         None, description="lora: train adapters; full: all parameters; null: adapters where there is a section lora"
     )
@@ -50,7 +54,7 @@ class TrainSection(Section):
     resume: PathText = Field(
         "auto",
         description="auto: continue from the newest whole checkpoint in output_dir, if there is one; never: start "
-        "anew; or the path of a checkpoint or of a run",
+        "anew; or the path of a checkpoint or of a run, from which the same command continues once it was begun",
     )
     init_from: PathText | None = Field(
         None, description="checkpoint or run whose weights to start from, with a new optimizer and schedule"
@@ -67,7 +71,7 @@ class TrainSection(Section):
         description="steps in a row whose loss or gradient is not finite, after which the run stops; each is skipped, "
         "and its rows are written to output_dir/bad_steps",
     )
-    seed: int = Field(1234, ge=0, description="seed of the data order and of everything random")
+    seed: int = Field(1234, ge=0, le=MOST_SEED, description="seed of the data order and of everything random")
     dtype: Literal["bf16", "fp32"] = Field(
         "bf16", description="type of weights and activations; the optimizer has fp32"
     )

@@ -75,7 +75,7 @@ def contract_images(input_ids: np.ndarray, images: Sequence[Image], processing: 
 
 
 def replace_image_tokens(sample: Sample, old: ImageProcessing, new: ImageProcessing) -> Sample:
-    """Return the sample with another processor's tokens of its images, and the same labels in the same order.
+    """Return the sample with another processor's tokens of its images, and the same labels without weights, in order.
 
     Args:
         sample: without a prompt of the teacher's own.
@@ -90,4 +90,4 @@ def replace_image_tokens(sample: Sample, old: ImageProcessing, new: ImageProcess
     spans = find_image_tokens(sample.input_ids, sample.images, old)
     tokens = [new.tokens(image) for image in sample.images]
     input_ids, labels = replace_labeled_tokens((sample.input_ids, sample.labels), spans, tokens)
-    return replace(sample, input_ids=input_ids, labels=labels)
+    return replace(sample, input_ids=input_ids, labels=labels, label_weights=None, response_start=None)

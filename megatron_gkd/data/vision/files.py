@@ -7,6 +7,7 @@ import hashlib
 import io
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from megatron_gkd.runtime.disk import publish
 
 UNREADABLE = "unreadable image"  # why a row is bad
 FETCH_TIMEOUT_S = 30.0
+FETCH_PAUSES_S = (1.0, 4.0)  # before a second and a third attempt
 _ORIENTATION = 0x0112  # the EXIF tag
 _LONGEST_SHOWN = 80  # characters of a reference in messages: a data URI holds the whole image
 
@@ -172,13 +174,25 @@ def _decode_data_uri(uri: str, shown: str) -> bytes:
 
 
 def _fetch(url: str, shown: str) -> bytes:
-    try:
-        response = httpx.get(url, timeout=FETCH_TIMEOUT_S, follow_redirects=True)
-        response.raise_for_status()
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise BadRow(UNREADABLE, f"{shown}: cannot be fetched: {reason}") from error
-    return response.content
+    """Return the content of a URL, after a few attempts where another one may succeed."""
+    for pause in (*FETCH_PAUSES_S, None):
+        try:
+            response = httpx.get(url, timeout=FETCH_TIMEOUT_S, follow_redirects=True)
+            response.raise_for_status()
+            return response.content
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            if pause is None or not _may_pass(error):
+                reason = str(error).partition("\n")[0] or type(error).__name__
+                raise BadRow(UNREADABLE, f"{shown}: cannot be fetched: {reason}") from error
+        time.sleep(pause)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _may_pass(error: Exception) -> bool:
+    """Return whether a request may succeed a little later: the server is busy, or the connection was lost."""
+    if isinstance(error, httpx.HTTPStatusError):
+        return error.response.status_code in (408, 425, 429) or error.response.status_code >= 500
+    return isinstance(error, httpx.TransportError) and not isinstance(error, httpx.UnsupportedProtocol)
 
 
 def show(reference: str | bytes) -> str:

@@ -50,6 +50,18 @@ class VisionInputs:
         whole = torch.from_numpy(np.concatenate(positions, axis=1))
         return cls(whole_input_ids, whole.unsqueeze(1) if len(whole) > 1 else whole, {})
 
+    @classmethod
+    def concatenate(cls, parts: Sequence[VisionInputs]) -> VisionInputs:
+        """Join the inputs of several microbatches, whose tokens and images come one after the other."""
+        pixels: dict[str, list[Tensor]] = {}
+        for name, value in ((name, value) for one in parts for name, value in one.pixels.items()):
+            pixels.setdefault(name, []).append(value)
+        return cls(
+            torch.cat([one.whole_input_ids for one in parts], dim=1),
+            torch.cat([one.position_ids for one in parts], dim=-1),
+            {name: torch.cat(values) for name, values in pixels.items()},
+        )
+
     def append_padding(self, ids: Tensor) -> VisionInputs:
         """Return the inputs with a sequence of padding alone, int64 [1, P], at the end of a whole microbatch."""
         positions = torch.arange(ids.shape[1]).expand(*self.position_ids.shape[:-1], -1)

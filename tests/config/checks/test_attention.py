@@ -6,7 +6,7 @@ from megatron_gkd.config.checks import attention
 @pytest.fixture
 def engine(monkeypatch):
     """`engine(present)`: whether Transformer Engine is installed."""
-    return lambda present: monkeypatch.setattr(attention, "_has_transformer_engine", lambda: present)
+    return lambda present: monkeypatch.setattr(attention, "has_transformer_engine", lambda: present)
 
 
 def test_unfused_attention_is_refused(workspace):

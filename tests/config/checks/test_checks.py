@@ -36,6 +36,12 @@ def flags(text: str) -> list[str]:
         (2, "--min_pixels 9 --max_pixels 4", "data.min_pixels = 9: must not be above data.max_pixels = 4"),
         (2, "--max_patches 64", "data.max_patches = 64: limits packed microbatches; set data.packing to true, or leave "
          "it out and set train.micro_batch_size"),
+        (2, "--truncation_strategy split --lmbda 0.5", "data.truncation_strategy = split: needs distill.lmbda = 0, not "
+         "0.5: the pieces of a text have no prompts; use delete, left or right"),
+        (2, "--truncation_strategy split --streaming",
+         "data.truncation_strategy = split: not with data.streaming, where a row is one sequence"),
+        (2, "--loss_scale last", "data.loss_scale = last: must be one of last_round, default, all, "
+         "last_round+ignore_empty_think, default+ignore_empty_think, all+ignore_empty_think"),
         (2, "--recompute_granularity full --recompute_method uniform",
          "parallel.recompute_num_layers = null: must be set with recompute_granularity full"),
         (2, "--recompute_granularity full --recompute_num_layers 1", "parallel.recompute_method = null: must be set "
@@ -53,9 +59,18 @@ def flags(text: str) -> list[str]:
         (2, "--lr_warmup_iters 20", "train.lr_warmup_iters = 20: must be < train_iters (20)"),
         (2, "--lr_warmup_iters 2 --lr_warmup_fraction 0.1", "train.lr_warmup_fraction = 0.1: must be null beside "
          "lr_warmup_iters (2)"),
-        (2, "--eval_interval 5 --val_dataset []", "train.eval_interval = 5: needs data.val_dataset"),
-        (2, "--lmbda 0.5 --teacher_kind none",
+        (2, "--eval_interval 5 --val_dataset []", "train.eval_interval = 5: needs data.val_dataset or "
+         "data.split_dataset_ratio"),
+        (2, "--lmbda 0.5 --teacher_kind none --teacher_model null --offload_teacher_model false",
          "distill.lmbda = 0.5: must be 0 with teacher.teacher_kind = none, which scores no samples"),
+        (2, "--watchdog_s 600 --ddp_timeout 10m", "cluster.watchdog_s = 600: must be less than cluster.ddp_timeout "
+         "(600 s), which would end the run first and name no rank; or null"),
+        (2, "--watchdog_s 600 --lmbda 1 --engine vllm_server --vllm_server_urls http://x:1", "cluster.watchdog_s = "
+         "600: must be greater than rollout.vllm_server_timeout_s (600 s), which one response may take; or null"),
+        (2, "--watchdog_s 60 --offload_teacher_model false --teacher_model null --teacher_model_server http://x:1 "
+         "--gkd_logits_topk 4",
+         "cluster.watchdog_s = 60: must be greater than teacher.teacher_server_timeout_s (600 s), which one response "
+         "may take; or null"),
         (2, "--lmbda 1.5", "distill.lmbda = 1.5: must be a number in [0, 1]"),
         (2, "--beta 1.5", "distill.beta = 1.5: must be a number in [0, 1]"),
         (2, "--temperature 0", "distill.temperature = 0: must be a number in [0.01, 1000.0]"),
@@ -63,8 +78,9 @@ def flags(text: str) -> list[str]:
         (2, "--temperature 1e38", "distill.temperature = 1e+38: must be a number in [0.01, 1000.0]"),
         (2, "--temperature .inf", "distill.temperature = inf: must be a number in [0.01, 1000.0]"),
         (2, "--rollout_temperature 1e-40",
-         "rollout.rollout_temperature = 1e-40: must be a number in [0.01, 1000.0]"),
-        (2, "--rollout_temperature .inf", "rollout.rollout_temperature = inf: must be a number in [0.01, 1000.0]"),
+         "rollout.rollout_temperature = 1e-40: must be a number in [0.01, 1000.0], or null"),
+        (2, "--rollout_temperature .inf",
+         "rollout.rollout_temperature = inf: must be a number in [0.01, 1000.0], or null"),
         (2, "--divergence skewed_forward_kl --beta 1",
          "distill.beta = 1.0: must be below 1 with divergence = skewed_forward_kl"),
         (2, "--divergence skewed_reverse_kl --beta 0",
@@ -75,7 +91,6 @@ def flags(text: str) -> list[str]:
         (2, "--gkd_topk_tail other --gkd_logits_topk 4",
          "distill.gkd_topk_tail = other: must be one of renormalize, bucket"),
         (2, "--gkd_logits_topk 0", "distill.gkd_logits_topk = 0: must be an integer >= 1, or null"),
-        (2, "--vllm_max_model_len 513", "rollout.vllm_max_model_len = 513: must be <= data.max_length (512)"),
         (2, "--sleep_level 3", "rollout.sleep_level = 3: must be an integer in [0, 2]"),
         (2, "--teacher_model null --teacher_kind local",
          "teacher.teacher_model = null: must name a model where teacher.teacher_kind = local"),
@@ -87,7 +102,32 @@ def flags(text: str) -> list[str]:
         (2, "--weight_sync_dir w", "rollout.weight_sync_dir = w: only with rollout.engine = vllm_server"),
         (2, "--engine vllm_server --vllm_server_urls http://a:1 --weight_sync gloo --weight_sync_dir w",
          "rollout.weight_sync_dir = w: only with rollout.weight_sync = folder or lora"),
+        (2, "--max_completion_length 512", "rollout.max_completion_length = 512: must be below data.max_length (512), "
+         "which holds the prompt, too"),
+        (2, "--lmbda 1 --max_prompt_length 512",
+         "data.max_prompt_length = 512: must be below data.max_length (512), so that completions have room"),
+        (2, "--lmbda 1 --max_prompt_length 413 --max_completion_length 100", "data.max_prompt_length = 413: must be at "
+         "most data.max_length (512) - rollout.max_completion_length (100), so that completions have room"),
+        (2, "--teacher_max_length 100 --max_completion_length 100", "data.teacher_max_length = 100: must be above "
+         "rollout.max_completion_length (100), so that a teacher_prompt has room"),
+        (2, "--max_prompt_length 99",
+         "data.max_prompt_length = 99: only with distill.lmbda > 0; max_length limits rows"),
+        (2, "--prompt_only on_policy_only",
+         "data.prompt_only = on_policy_only: only with distill.lmbda > 0, which has on-policy steps"),
+        (2, "--engine vllm_server --vllm_server_urls http://a:1 --max_batch_tokens 99",
+         "rollout.max_batch_tokens = 99: only with rollout.engine = megatron"),
         (2, "--steps_ahead 2", "rollout.steps_ahead = 2: must be an integer in [0, 1]"),
+        (2, "--num_generations 2", "rollout.num_generations = 2: only with distill.lmbda > 0, where the student "
+         "samples"),
+        (2, "--steps_per_generation 2", "rollout.steps_per_generation = 2: only with distill.lmbda > 0, where the "
+         "student samples"),
+        (2, "--lmbda 1 --num_generations 3", "rollout.num_generations = 3: must divide the completions of a "
+         "generation, train.global_batch_size x steps_per_generation = 8 x 1 = 8"),
+        (2, "--lmbda 1 --generation_batch_size 12",
+         "rollout.generation_batch_size = 12: must be a multiple of train.global_batch_size (8)"),
+        (2, "--lmbda 1 --generation_batch_size 16 --steps_per_generation 2",
+         "rollout.generation_batch_size = 16: must be null beside steps_per_generation (2)"),
+        (2, "--lmbda 1 --num_generations 0", "rollout.num_generations = 0: must be an integer >= 1"),
     ],
 )  # fmt: skip
 def test_refused(workspace, world_size, arguments, problem):
@@ -101,6 +141,9 @@ def test_refused(workspace, world_size, arguments, problem):
         (8, "--pipeline_model_parallel_size 4 --virtual_pipeline_model_parallel_size 2 --global_batch_size 8"),
         (1, "--tensor_model_parallel_size 1 --sequence_parallel true"),
         (2, "--packing"),
+        (2, "--lmbda 1 --generation_batch_size 24 --num_generations 12"),
+        (2, "--lmbda 0.5 --steps_per_generation 2 --num_generations 16"),
+        (2, "--num_generations 1 --steps_per_generation 1"),
         (2, "--recompute_granularity full --recompute_num_layers 1 --recompute_method block"),
         (2, "--recompute_granularity selective"),
         (2, "--overlap_param_gather --overlap_grad_reduce"),
@@ -111,8 +154,10 @@ def test_refused(workspace, world_size, arguments, problem):
         (2, "--gkd_logits_topk 64 --gkd_topk_tail bucket"),
         (2, "--divergence skewed_forward_kl --beta 0"),
         (2, "--divergence alpha --beta 1"),
-        (2, "--teacher_kind none --teacher_model null"),
-        (2, "--teacher_kind none --teacher_model ./missing"),
+        (2, "--teacher_kind none --teacher_model null --offload_teacher_model false"),
+        (2, "--lmbda 1 --max_prompt_length 412 --max_completion_length 100 --max_batch_tokens 99"),
+        (2, "--lmbda 1 --max_prompt_length 511 --prompt_only on_policy_only"),
+        (2, "--teacher_max_length 2"),
     ],
 )
 def test_accepted(workspace, world_size, arguments):
@@ -137,19 +182,26 @@ def test_vllm_in_the_training_processes(workspace, monkeypatch):
     assert workspace.problems(*arguments) == [divides, absent]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     assert workspace.problems(*arguments) == [divides]
-    assert workspace.problems(*flags("--engine vllm --vllm_tensor_parallel_size 2 --vllm_max_model_len 512")) == []
+    assert workspace.problems(*flags("--engine vllm --vllm_tensor_parallel_size 2 --vllm_max_model_len 4096")) == []
+    limits = flags("--engine vllm --vllm_tensor_parallel_size 2 --vllm_max_model_len 99 --max_completion_length 99")
+    (problem,) = workspace.problems(*limits)
+    assert problem == (
+        "rollout.max_completion_length = 99: must be below rollout.vllm_max_model_len (99), which holds the prompt, too"
+    )
 
 
 def test_missing_files(workspace):
     (workspace.folder / "plugin.txt").write_text("")
     arguments = flags(
         "--val_dataset a.jsonl b.jsonl --external_plugins no.py plugin.txt --teacher_model ./no --model no"
+        " --system prompts/no.md"
     )
     assert workspace.problems(*arguments) == [
         "data.val_dataset = a.jsonl: must be a file or folder that exists",
         "data.val_dataset = b.jsonl: must be a file or folder that exists",
         "data.external_plugins = no.py: must be a .py file that exists",
         "data.external_plugins = plugin.txt: must be a .py file that exists",
+        "data.system = prompts/no.md: must be a text, or a file that exists; it is no file, and looks like a path",
         "student.model = no: must be a Hugging Face folder that exists, or a hub id (org/name)",
         "teacher.teacher_model = ./no: must be a Hugging Face folder that exists, or a hub id (org/name)",
     ]

@@ -23,27 +23,52 @@ RECIPES = [
     "--pipeline_model_parallel_size 2 --virtual_pipeline_model_parallel_size 2",
     "--pipeline_model_parallel_size 2 --tensor_model_parallel_size 1 --virtual_pipeline_model_parallel_size 2",
     "--packing",
+    "--streaming --shuffle_buffer_size 5 --preprocessing_num_workers 2",
+    "--shuffle_buffer_size 5 --group_by_length --num_generations 2 --lmbda 1",
     "--overlap_param_gather",
     "--attention_backend flash --dtype fp32",
     "--lr_warmup_iters 3",
     "--freeze_llm true --vit_lr 1",
     "--pipeline_model_parallel_size 2 --aligner_lr 1",
     "--eval_interval 1 --eval_iters 1",
+    "--eval_interval 1 --eval_iters 1 --val_dataset [] --split_dataset_ratio 0.5",
+    "--split_dataset_ratio 0.5",
     "--gkd_logits_topk 8 --gkd_topk_tail bucket",
     "--external_plugins plugin.py",
-    "--engine vllm --vllm_max_model_len 99",
+    "--engine vllm --vllm_max_model_len 99 --max_completion_length 99",
+    "--max_prompt_length 99 --max_completion_length 500 --teacher_max_length 9 --lmbda 0",
+    "--engine vllm --max_batch_tokens 9",
+    "--system no.txt",
+    '--engine vllm --vllm_enable_expert_parallel --vllm_limit_mm_per_prompt {"image":1}',
+    f"{ADAPTERS} --engine vllm --vllm_tensor_parallel_size 2 --vllm_enable_expert_parallel --vllm_quantization fp8 "
+    "--merge_dtype fp32",
+    f"{SERVERS} --vllm_server_api_key_env K --teacher_model null --teacher_model_server http://a:1 "
+    "--teacher_server_api_key_env L",
+    "--offload_model --offload_optimizer --use_precision_aware_optimizer --dtype fp32",
+    "--optimizer_cpu_offload --exp_avg_dtype bf16 --main_grads_dtype bf16 --distributed_optimizer false",
+    "--main_grads_dtype bf16 --optimizer_offload_fraction 0.5",
+    f"{ADAPTERS} --use_precision_aware_optimizer --lora_dtype fp32",
+    "--teacher_kind none --teacher_states host --teacher_micro_batch_tokens 9",
+    f"{SELF} null --teacher_micro_batch_tokens 9 --virtual_pipeline_model_parallel_size 2",
     SERVERS,
     f"{SERVERS} --weight_sync gloo",
     f"{SELF} null",
     f"{SELF} student --teacher_ema 0.5",
     f"{SELF} null --teacher_max_length 9999",
     "--teacher_kind none --lmbda 1",
+    "--truncation_strategy split --streaming",
     "--teacher_model null --teacher_model_server http://a:1 --gkd_logits_topk 8 --gkd_topk_tail bucket",
     "--teacher_model null",
     "--teacher_model null --teacher_ema 0.5",
+    "--teacher_model null --streaming",
     "--teacher_model null --teacher_cache cache --lmbda 1",
     "--teacher_model null --teacher_cache cache --gkd_topk_tail bucket --gkd_logits_topk 8",
+    "--teacher_model null --teacher_cache cache --teacher_server_api_key_env K",
     "--teacher_adapters a --teacher_max_length 9",
+    "--model_revision v1 --teacher_model_revision v1 --use_hf false",
+    "--use_hf false --teacher_model null --teacher_cache cache",
+    "--teacher_model_revision v1 --teacher_model null --teacher_cache cache",
+    "--teacher_model_revision v1 --teacher_model null --teacher_model_server http://a:1",
     ADAPTERS,
     f"{ADAPTERS} --use_dora --lora_dtype bf16 --modules_to_save a --init_lora_weights x --adapters a",
     f"{ADAPTERS} --target_regex .*o_proj --target_modules o_proj",
@@ -51,6 +76,10 @@ RECIPES = [
     f"{ADAPTERS} {SERVERS} --merge_dtype bf16 --lora_dtype bf16",
     f"{ADAPTERS} {SERVERS} --weight_sync lora --merge_dtype bf16",
     f"{ADAPTERS} --expert_tensor_parallel_size 2",
+    f"{ADAPTERS} --moe_grouped_gemm false",
+    "--recompute_modules mlp",
+    "--teacher_fp8_format hybrid",
+    "--fp8_format hybrid --lmbda 1 --dtype fp32 --moe_shared_expert_overlap true",
 ]
 
 
@@ -93,7 +122,8 @@ def recipes(workspace: Workspace):
     for model in (DENSE, MIXTURE):
         workspace.model("student", model)
         yield from (valid_recipe(workspace, *text.split()) for text in RECIPES)
-        yield valid_recipe(workspace, "--teacher_tag_key", "t", "--teachers", SEVERAL)
+        for key in ("t", "dataset"):
+            yield valid_recipe(workspace, "--teacher_tag_key", key, "--teachers", SEVERAL)
 
 
 def valid_recipe(workspace: Workspace, *overrides: str) -> Recipe:
@@ -117,8 +147,8 @@ def test_a_check_names_the_keys_that_it_reads(check, read_keys):
 def test_the_order_of_reports_is_that_of_the_modules():
     modules = [check.find.__module__.rpartition(".")[2] for check in checks.CHECKS]
     assert list(dict.fromkeys(modules)) == [
-        *("teacher", "cache", "distill", "rollout", "layout", "training", "attention", "lora", "vision", "data"),
-        *("output", "model"),
+        *("teacher", "cache", "distill", "rollout", "api_keys", "lengths", "layout", "training", "attention"),
+        *("megatron", "memory", "lora", "vision", "data", "streaming", "output", "hubs", "model", "cluster"),
     ]
     assert modules == sorted(modules, key=list(dict.fromkeys(modules)).index)
 

@@ -51,7 +51,9 @@ def test_vllm_ranks_divide_the_students_heads_only(workspace):
     assert problem == (
         "rollout.vllm_tensor_parallel_size = 4: must divide the 6 attention heads of student.model (student)"
     )
-    assert workspace.problems(*arguments[2:], world_size=4) == [], "no engine of vLLM"
+    assert workspace.problems(*arguments[2:], world_size=4) == [
+        "rollout.vllm_tensor_parallel_size = 4: only with rollout.engine = vllm"
+    ]
 
 
 def test_few_key_value_heads_are_shared_by_ranks(workspace):
@@ -77,7 +79,8 @@ def test_expert_parallel_needs_experts_in_one_of_the_models(workspace):
     workspace.model("teacher", MIXTURE)
     assert workspace.problems(*EP2, world_size=2) == []
     assert workspace.problems(*EP2, "--teacher_model", "org/name", world_size=2) == [], "a hub id is not known"
-    assert workspace.problems(*EP2, "--teacher_kind", "none", world_size=2) == [
+    no_teacher = ["--teacher_kind", "none", "--teacher_model", "null", "--offload_teacher_model", "false"]
+    assert workspace.problems(*EP2, *no_teacher, world_size=2) == [
         "parallel.expert_model_parallel_size = 2: must be 1, as no model here has experts"
     ]
 

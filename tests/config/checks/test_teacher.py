@@ -3,7 +3,7 @@
 import pytest
 from recipe_workspace import DENSE
 
-SERVER = ["--teacher_model", "null", "--teacher_model_server", "[http://host:8000]"]
+SERVER = ["--offload_teacher_model", "false", "--teacher_model", "null", "--teacher_model_server", "[http://host:8000]"]
 TWO = "[{tags: [a], teacher_model: teacher}, {tags: [b, c], teacher_model: teacher}]"
 KEY = ["--teacher_tag_key", "subject"]
 

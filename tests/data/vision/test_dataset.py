@@ -15,7 +15,8 @@ import PIL.Image
 import pytest
 from vision_checkpoints import END_ID, IMAGE_ID, START_ID, vision_processor, vision_tokenizer, write_image
 
-from megatron_gkd.data.dataset import TokenizedDataset, build_dataset
+from megatron_gkd.data.build import build_dataset
+from megatron_gkd.data.dataset import TokenizedDataset
 from megatron_gkd.data.prompt import PromptLimits, extract_prompt, prompt_length
 from megatron_gkd.data.report import DataReport
 from megatron_gkd.data.sample import IGNORED_LABEL
@@ -79,10 +80,23 @@ def test_ids_are_those_of_the_processor(family, build, image, tmp_path):
 
 def test_all_turns_are_trained_on_around_images(build, image, trained_text):
     row = row_of("<image>w1", "w2 w3", "w4<image>", "w5", images=[image(16, 24), image(16, 16)])
-    (sample,) = build([row], loss_on="all")[0]
+    (sample,) = build([row], loss_scale="default")[0]
     assert trained_text(vision_tokenizer(), sample.labels) == "w2 w3 <|im_end|>|w5 <|im_end|>"
     assert (sample.input_ids == IMAGE_ID).sum() == 6 + 4
     assert len(extract_prompt(sample)) == prompt_length(sample.labels)
+
+
+def test_no_token_of_an_image_is_trained_on(build, image):
+    row = row_of("<image>w1", "w2 w3", "w4<image>w6", "w5", images=[image(16, 24), image(16, 16)])
+    row["messages"][1]["loss"] = 2
+    (sample,) = build([row], loss_scale="all")[0]
+    following, labels, of_images = sample.input_ids[1:], sample.labels[:-1], [START_ID, IMAGE_ID, END_ID]
+    assert (labels == np.where(np.isin(following, of_images), IGNORED_LABEL, following)).all()
+    (turns,) = build([row], loss_scale="default")[0]
+    first = turns.label_positions[turns.label_weights[turns.label_positions] == 2]
+    assert len(first) == 3 and np.flatnonzero(sample.label_weights == 2).tolist() == first.tolist()
+    assert set(sample.label_weights[sample.label_positions].tolist()) == {1, 2}
+    assert extract_prompt(sample).tolist() == extract_prompt(turns).tolist()
 
 
 def test_ways_to_write_an_image(build, image, monkeypatch, tmp_path):
@@ -178,7 +192,7 @@ def test_text_rows_beside_images(build, image):
             row_of("<image>w1", "w2", images=["data:image/png;base64,!"]),
             "unreadable image: data:image/png;base64,!: not",
         ),
-        (row_of("<image>w1", "w2", images=["a\0.png"]), "unreadable image: a\0.png: embedded null byte"),
+        (row_of("<image>w1", "w2", images=["a\0.png"]), r"unreadable image: a\x00.png: embedded null byte"),
         (row_of("<image>w1", "w2", images=["\ud800.png"]), r"unreadable image: \ud800.png: 'utf-8' codec can't encode"),
         (
             row_of("<image>w1", "w2", images=["~no-such-user/a"]),
@@ -209,15 +223,56 @@ def test_a_bad_row_is_named_with_file_and_line(row, problem, build, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_a_failed_download_is_one_line(build, monkeypatch, tmp_path):
-    def get(url, **_):
-        return httpx.Response(404, request=httpx.Request("GET", url))
+class Downloads:
+    """In place of `httpx.get`: each call takes the next of `results`, a status or an error; then all are `content`."""
 
-    monkeypatch.setattr(httpx, "get", get)
+    def __init__(self, results, content=b""):
+        self.results, self.content, self.calls = list(results), content, 0
+
+    def __call__(self, url, **_):
+        request = httpx.Request("GET", url)
+        result = self.results[self.calls] if self.calls < len(self.results) else 200
+        self.calls += 1
+        if isinstance(result, int):
+            return httpx.Response(result, content=self.content, request=request)
+        raise result("it is gone", request=request)
+
+
+@pytest.fixture
+def pauses(monkeypatch):
+    """The pauses between attempts, which are not made."""
+    made = []
+    monkeypatch.setattr("megatron_gkd.data.vision.files.time.sleep", made.append)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("results", "calls", "problem"),
+    [
+        ([404], 1, "Client error '404"),
+        ([httpx.UnsupportedProtocol], 1, "it is gone"),
+        ([503] * 3, 3, "Server error '503"),
+        ([httpx.ConnectError] * 3, 3, "it is gone"),
+        ([503, 404], 2, "Client error '404"),
+    ],
+)
+def test_a_failed_download_is_one_line(results, calls, problem, build, monkeypatch, pauses):
+    downloads = Downloads(results)
+    monkeypatch.setattr(httpx, "get", downloads)
     with pytest.raises(
-        RunStopped, match=r"line 1: unreadable image: http://h/a.png: cannot be fetched: Client error '404"
-    ):
+        RunStopped, match=f"line 1: unreadable image: http://h/a.png: cannot be fetched: {problem}"
+    ) as error:
         build([row_of("<image>w1", "w2", images=["http://h/a.png"])])
+    assert downloads.calls == calls and len(pauses) == calls - 1 and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("results", [[429], [500, httpx.ReadTimeout], [httpx.RemoteProtocolError, 503]])
+def test_a_download_that_fails_for_a_while_is_tried_again(results, build, image, monkeypatch, pauses):
+    downloads = Downloads(results, Path(image(16, 24)).read_bytes())
+    monkeypatch.setattr(httpx, "get", downloads)
+    dataset, _ = build([row_of("<image>w1", "w2", images=["http://h/a.png"])])
+    assert load_image(dataset[0].images[0]).size == (24, 16)
+    assert downloads.calls == len(results) + 1 and pauses == sorted(pauses) and 0 not in pauses
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
@@ -281,6 +336,9 @@ class TestTruncation:
         dataset, report = self.build(build, image, len(whole.input_ids) - 1, truncation_strategy="left")
         assert len(dataset[0].input_ids) == len(whole.input_ids) - 1 and len(dataset[0].images) == 1
         dataset, report = self.build(build, image, len(whole.input_ids) - 6, truncation_strategy="left")
+        assert len(dataset) == 2 and len(dataset[0].images) == 1, "an image that begins the first turn stays"
+        rows = [row_of("w1<image>w2 w3 w4 w5 w6", "w7 w8 w9", images=[image(16, 24)]), row_of("w1", "w2")]
+        dataset, report = build(rows, max_length=len(whole.input_ids) - 6, truncation_strategy="left")
         assert len(dataset) == 1 and dataset[0].images == ()
         assert report.dropped == {"too long, and truncation would cut an image off": 1}
 
@@ -291,9 +349,11 @@ class TestTruncation:
 
     def test_right_drops_a_row_whose_last_prompt_is_gone_with_its_image(self, build, image):
         row = row_of("w1", "w2", "<image>w3 w4 w5", "w6", images=[image(16, 24)])
-        whole = build([row, row_of("w1", "w2")], loss_on="all")[0][0]
+        whole = build([row, row_of("w1", "w2")], loss_scale="default")[0][0]
         cut = len(whole.input_ids) - 7  # inside w3 w4 w5, behind the image
-        dataset, report = build([row, row_of("w1", "w2")], loss_on="all", max_length=cut, truncation_strategy="right")
+        dataset, report = build(
+            [row, row_of("w1", "w2")], loss_scale="default", max_length=cut, truncation_strategy="right"
+        )
         assert len(dataset) == 1 and report.dropped == {"too long, and truncation would cut an image off": 1}
 
     def test_a_shortened_prompt_keeps_its_image(self, build, image):
@@ -319,7 +379,7 @@ class TestTeacherPrompt:
 
     def test_the_rows_images_stay_in_front_of_a_text(self, build, image):
         row = row_of("w0", "w0", "<image>w1", "w2", images=[image(16, 24)], teacher_prompt="w9")
-        (sample,) = build([row], loss_on="all")[0]
+        (sample,) = build([row], loss_scale="default")[0]
         assert sample.teacher_images == sample.images
         text = vision_tokenizer().decode(sample.teacher_prompt)
         assert text.index("<|vision_end|>") < text.index("w9")

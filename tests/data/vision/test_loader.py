@@ -10,7 +10,8 @@ import torch
 from batching import ONE_RANK
 from vision_checkpoints import image_row, vision_tokenizer, write_image
 
-from megatron_gkd.data.dataset import TokenizedDataset, build_dataset
+from megatron_gkd.data.build import build_dataset
+from megatron_gkd.data.dataset import TokenizedDataset
 from megatron_gkd.data.loader import StepLoader, validation_batches
 from megatron_gkd.data.order import SampleOrder
 from megatron_gkd.data.tokenizing import RowOptions

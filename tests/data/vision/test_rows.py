@@ -153,7 +153,7 @@ class TestTeacherPrompt:
             "wrong type: messages[0].content[0].type must be a string, but",
         ),
         ({"messages": [user([{"type": "text"}]), ANSWER]}, "wrong type: messages[0].content[0].text must be a string"),
-        ({"messages": [user("a"), ANSWER], "images": "1"}, "wrong type: images must be a list, but is a string"),
+        ({"messages": [user("a"), ANSWER], "images": 1}, "wrong type: images must be a list, but is a number"),
         (
             {"messages": [user("<image>"), ANSWER], "images": [1]},
             "wrong type: images[0] must be a string, but is a num",

@@ -52,10 +52,10 @@ def sample_of(record: dict) -> Sample:
 
 
 @pytest.mark.parametrize("strategy", ["left", "right", "delete"])
-@pytest.mark.parametrize("loss_on", ["last", "all"])
+@pytest.mark.parametrize("loss_scale", ["last_round", "default"])
 @pytest.mark.parametrize("shortens_prompts", [False, True])
 def test_images_are_whole_in_every_row_that_is_used(
-    strategy, loss_on, shortens_prompts, row, section, folder_of, tmp_path
+    strategy, loss_scale, shortens_prompts, row, section, folder_of, tmp_path
 ):
     processing = open_processing(folder_of("qwen2_5_vl"))
     used, cut = [], 0
@@ -63,7 +63,9 @@ def test_images_are_whole_in_every_row_that_is_used(
         limits = PromptLimits(length, 100) if shortens_prompts else None
         options = RowOptions(prompt_limits=limits, vocab_size=301, images=processing)
         max_length = 100 if shortens_prompts else length
-        made = section(max_length=max_length, teacher_max_length=100, truncation_strategy=strategy, loss_on=loss_on)
+        made = section(
+            max_length=max_length, teacher_max_length=100, truncation_strategy=strategy, loss_scale=loss_scale
+        )
         tokenize = RowTokenizer(vision_tokenizer(), True, made, options, ImageStore(tmp_path))
         columns = tokenize({"text": [json.dumps(row)]})
         record = {name: column[0] for name, column in columns.items()}
@@ -81,7 +83,7 @@ def test_images_are_whole_in_every_row_that_is_used(
             assert np.array_equal(one.labels[trained], one.input_ids[trained + 1])
     assert used and used[-1] == 69  # a long row is used as it is
     # Where the end is cut and the last response alone is trained on, that is gone before an image is.
-    has_cut = strategy != "delete" and (shortens_prompts or (strategy, loss_on) != ("right", "last"))
+    has_cut = strategy != "delete" and (shortens_prompts or (strategy, loss_scale) != ("right", "last_round"))
     assert (cut > 0) == has_cut
 
 
