@@ -84,7 +84,7 @@ def family_config(family: str, **changes) -> PretrainedConfig:
         case "qwen3_moe":
             experts = dict(moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2, norm_topk_prob=True)
             return Qwen3MoeConfig(
-                **{"head_dim": 16} | sizes, **experts, decoder_sparse_step=1, router_aux_loss_coef=0.01
+                **{"head_dim": 16} | experts | sizes, decoder_sparse_step=1, router_aux_loss_coef=0.01
             )
     raise ValueError(family)
 

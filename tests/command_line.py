@@ -1,16 +1,12 @@
 """Run commands on a small recipe, and return how they end, what they print and what they leave behind.
 
-Ranks are forked from a process that has the imports done. Tests of a launcher or of a fresh process take `torchrun` and
-`run_process`, which need some ten seconds more.
+Ranks are forked from a process that has the imports done.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +14,6 @@ from pathlib import Path
 import forked_launch
 from checkpoints import tiny_checkpoint
 from forked_launch import Launch
-from world import REPOSITORY
 
 RECIPE = """
 student:  {{model: {student}}}
@@ -32,7 +27,6 @@ output:   {{output_dir: runs/x, export_interval: 2, log_interval: 1}}
 """
 SECONDS_FROM_FAILURE_TO_SIGTERM = 1.0
 """Ranks that fail together have time to report it."""
-_OF_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -56,13 +50,18 @@ def write_workspace(folder: Path) -> None:
             [{"role": "user", "content": words()}, {"role": "assistant", "content": words()}] for _ in range(count)
         ]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"messages": turn}) + "\n" for turn in turns))
-    teacher = tiny_checkpoint("qwen3", seed=1, num_hidden_layers=6, hidden_size=48)
+    teacher = tiny_checkpoint("qwen3", seed=1, num_hidden_layers=2, hidden_size=48)
     recipe = RECIPE.format(student=tiny_checkpoint("qwen3_tied", seed=2), teacher=teacher)
     (folder / "recipe.yaml").write_text(recipe)
 
 
 def train(
-    folder: Path, *overrides: str, processes: int = 2, program: str | None = None, command: str = "train"
+    folder: Path,
+    *overrides: str,
+    processes: int = 2,
+    program: str | None = None,
+    command: str = "train",
+    draws_curves: bool = False,
 ) -> Finished:
     """Run a command on `recipe.yaml` in `processes` ranks.
 
@@ -70,37 +69,30 @@ def train(
         folder: the working folder.
         overrides: of the recipe.
         program: a script in `folder` in place of the package.
+        draws_curves: as of `Launch`.
     """
-    return _fork(folder, (command, "recipe.yaml", *overrides), processes, program)
+    return _fork(folder, (command, "recipe.yaml", *overrides), processes, program, draws_curves)
 
 
-def run(folder: Path, *arguments: str) -> Finished:
-    """Run `megatron-gkd ARGUMENTS` in one process that no launcher starts."""
-    return _fork(folder, arguments, None, None)
+def run(folder: Path, *arguments: str, program: str | None = None) -> Finished:
+    """Run `megatron-gkd ARGUMENTS` in one process that no launcher starts; `program` as of `train`."""
+    return _fork(folder, arguments, None, program)
 
 
-def _fork(folder: Path, arguments: tuple[str, ...], processes: int | None, program: str | None) -> Finished:
+def _fork(
+    folder: Path, arguments: tuple[str, ...], processes: int | None, program: str | None, draws_curves: bool = False
+) -> Finished:
     with tempfile.TemporaryDirectory() as temporary:
         launch = Launch(
-            arguments, processes, folder, Path(temporary) / "logs", program, grace=SECONDS_FROM_FAILURE_TO_SIGTERM
+            arguments,
+            processes,
+            folder,
+            Path(temporary) / "logs",
+            program,
+            grace=SECONDS_FROM_FAILURE_TO_SIGTERM,
+            draws_curves=draws_curves,
         )
         ended = forked_launch.run(launch)
         assert not ended.timed_out, forked_launch.printed(launch)
         code = next((code for code in ended.codes.values() if code), ended.code)
         return Finished(code, *(forked_launch.read_output(launch, stream) for stream in ("out", "err")))
-
-
-def torchrun(
-    folder: Path, *overrides: str, processes: int = 2, program: tuple[str, ...] = ("-m", "megatron_gkd")
-) -> subprocess.CompletedProcess[str]:
-    """Train by `recipe.yaml` under torchrun."""
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
-    return run_process(folder, *launcher, *program, "train", "recipe.yaml", *overrides)
-
-
-def run_process(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run `python ARGUMENTS` as no launcher starts it."""
-    environment = {name: value for name, value in os.environ.items() if name not in _OF_LAUNCHERS}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)

@@ -1,14 +1,22 @@
-"""Launches of small programs, which report their failures as the command line does, without torch in their ranks."""
+"""Launchers that are forked from a process with the imports done, and launches of small programs.
+
+Their ranks are processes of their own. Those of small programs report failures as the command line does, without torch.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import runpy
+import signal
 import subprocess
 import sys
 import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from world import start_process
 
 ROOT = Path(__file__).parents[1]
 LAUNCHER = """
@@ -59,18 +67,62 @@ def write_rank(folder: Path, body: str) -> None:
     (folder / "rank.py").write_text(RANK.format(body=textwrap.dedent(body).strip().replace("\n", "\n    ")))
 
 
-def start(folder: Path, *options: str, name: str = "launcher") -> subprocess.Popen:
+class Forked:
+    """A program in a forked process, with what tests use of `subprocess.Popen`."""
+
+    def __init__(self, folder: Path, program: str, *arguments: str, name: str, variables: dict[str, str] | None = None):
+        """Start it.
+
+        Args:
+            folder: the working folder.
+            program: a file in `folder`, or a module.
+            arguments: of the program.
+            name: of the files in `folder` that get its output: NAME.out and NAME.err.
+            variables: all environment variables; `environment()` by default.
+        """
+        self._process = start_process(_run_program, folder, program, arguments, name, variables or environment())
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired("a forked program", timeout)
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def _run_program(folder: Path, program: str, arguments: tuple[str, ...], name: str, variables: dict[str, str]) -> None:
+    os.setsid()
+    os.environ.clear()
+    os.environ.update(variables)
+    os.chdir(folder)
+    for descriptor, suffix in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{name}.{suffix}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    multiprocessing.set_start_method(None, force=True)  # a process of a forkserver would start others by one, too
+    sys.argv = [program, *arguments]
+    if program.endswith(".py"):
+        runpy.run_path(program, run_name="__main__")
+    else:
+        runpy.run_module(program, run_name="__main__", alter_sys=True)
+
+
+def start(folder: Path, *options: str, name: str = "launcher") -> Forked:
     """Start `rank.py` of `folder` by a launcher in a session of its own; its output goes to files called `name`."""
     (folder / "launch.py").write_text(LAUNCHER)
-    with open(folder / f"{name}.out", "w") as out, open(folder / f"{name}.err", "w") as err:
-        return subprocess.Popen(
-            [sys.executable, "launch.py", *options, "rank.py"],
-            cwd=folder,
-            env=environment(),
-            stdout=out,
-            stderr=err,
-            start_new_session=True,
-        )
+    return Forked(folder, "launch.py", *options, "rank.py", name=name)
 
 
 def run(folder: Path, body: str, *options: str) -> tuple[int, str]:
@@ -81,7 +133,7 @@ def run(folder: Path, body: str, *options: str) -> tuple[int, str]:
     return code, (folder / "launcher.err").read_text()
 
 
-def finish(process: subprocess.Popen, seconds: float = 90) -> int:
+def finish(process: subprocess.Popen | Forked, seconds: float = 90) -> int:
     try:
         return process.wait(seconds)
     finally:

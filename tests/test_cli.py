@@ -13,7 +13,7 @@ from megatron_gkd import cli
 from megatron_gkd.config import keys
 from megatron_gkd.errors import UserError
 
-OWN = {"score": ["--output", "x"], "generate": ["--output", "x", "--from", "student"]}
+OWN = {"score": ["--output", "x"], "generate": ["--output", "x.jsonl", "--from", "student"]}
 
 
 @pytest.fixture
@@ -137,7 +137,8 @@ def test_an_unexpected_exception_keeps_its_traceback(workspace, trainer):
     ("arguments", "line"),
     [
         (["trian", "recipe.yaml"], "megatron-gkd trian: unknown command; did you mean train?"),
-        (["zzz"], "megatron-gkd zzz: unknown command; the commands are train, check, score, generate, checkpoint"),
+        (["zzz"],
+         "megatron-gkd zzz: unknown command; the commands are " + ", ".join(cli.COMMANDS)),
         (["train"], "megatron-gkd train: the recipe's path must come first: megatron-gkd train recipe.yaml"),
         (["train", "--beta", "1"],
          "megatron-gkd train: the recipe's path must come first: megatron-gkd train recipe.yaml"),

@@ -19,9 +19,10 @@ RANK = 8
 OPTIONS = (
     *f"--tuner_type lora --lora_rank {RANK} --lora_alpha 32 --lora_dropout 0".split(),
     *"--lmbda 1 --beta 1 --max_completion_length 12 --train_iters 3 --lr 0.05 --lr_decay_style constant".split(),
-    *"--export_interval null --save_interval null --vllm_kv_cache_gib 0.03".split(),
+    *"--export_interval null --save_interval null".split(),
 )
 STUDENT = functools.partial(tiny_checkpoint, "qwen3", seed=6, head_dim=32)
+IN_RANKS = ("--engine", "vllm", "--vllm_kv_cache_gib", "0.03")
 
 OF_BASE = """
 import megatron_gkd.runtime.preload
@@ -59,13 +60,13 @@ def assert_follows_adapters(folder: Path, *options: str) -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason=NO_VLLM)
 def test_vllm_in_the_ranks_samples_from_merged_weights(workspace):
-    assert_follows_adapters(workspace, "--engine", "vllm", "--dtype", "fp32")
+    assert_follows_adapters(workspace, *IN_RANKS, "--dtype", "fp32")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason=NO_VLLM)
 @pytest.mark.parametrize("dtype", ["null", "fp32"])
 def test_merging_in_bf16(dtype, workspace):
-    found = mismatches(workspace, "--engine", "vllm", "--dtype", "bf16", "--merge_dtype", dtype)
+    found = mismatches(workspace, *IN_RANKS, "--dtype", "bf16", "--merge_dtype", dtype)
     assert max(map(abs, found)) < 5e-3
 
 

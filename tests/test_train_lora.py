@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 LORA = "--tuner_type lora --lora_rank 4 --lora_alpha 16 --lora_dropout 0.1 --lr 0.01 --adam_eps 1e-3".split()
+LORA += ["--global_batch_size", "4"]
 
 
 def adapters_of(folder):

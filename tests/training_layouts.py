@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -25,7 +26,8 @@ def recipe_of(changes: dict[str, dict]):
     from megatron_gkd.config.schema import Recipe
 
     sections = {section: RECIPE[section] | changes.get(section, {}) for section in RECIPE}
-    return Recipe.model_validate(sections | {"lora": changes.get("lora")})
+    others = {name: changes[name] for name in changes.keys() - sections.keys()}
+    return Recipe.model_validate(sections | others)
 
 
 def build(student, teacher, changes: dict[str, dict], rows: RandomRows | None = None):
@@ -55,8 +57,11 @@ def build(student, teacher, changes: dict[str, dict], rows: RandomRows | None = 
     return mesh, student, teacher, StepLoader(rows, order, config, range(1, 4))
 
 
-def train_steps(rank, world_size, student, teacher, changes, break_gradient=False, rows=None):
-    """Return for each step: loss, other totals, gradient norm, and on rank 0 the gradient by Hugging Face name."""
+def train_steps(rank, world_size, student, teacher, changes, break_gradient=False, rows=None, steps=3):
+    """Return for each step: loss, other totals, gradient norm, and on rank 0 the gradient by Hugging Face name.
+
+    `steps`: at most 3.
+    """
     from megatron_gkd.runtime.mesh import destroy_mesh
     from megatron_gkd.teachers.base import FollowsStudent
 
@@ -64,7 +69,7 @@ def train_steps(rank, world_size, student, teacher, changes, break_gradient=Fals
     if break_gradient:
         _drop_sequence_parallel_reduction(student)
     records = []
-    for microbatches in batches:
+    for microbatches in itertools.islice(batches, steps):
         signals = [None] * len(microbatches)
         if teacher is not None:
             with teacher.resident():

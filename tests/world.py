@@ -11,6 +11,7 @@ and the next call starts a new one.
 from __future__ import annotations
 
 import faulthandler
+import gc
 import importlib.util
 import multiprocessing
 import multiprocessing.queues
@@ -145,7 +146,8 @@ class World:
                 except (EOFError, ConnectionResetError):
                     self._processes[rank].join()
                     exitcode = self._processes[rank].exitcode
-                    raise RuntimeError(f"rank {rank} died with exit code {exitcode}") from None
+                    stacks = _stack_file(self._folder, rank).read_text()
+                    raise RuntimeError(f"rank {rank} died with exit code {exitcode}\n{stacks}") from None
                 if not succeeded:
                     exception, text = payload
                     raise exception from RemoteTraceback(rank, text)
@@ -190,6 +192,7 @@ def process_queue() -> multiprocessing.queues.Queue:
 
 
 def _call(path: str, module_name: str, qualname: str, *args: Any) -> None:
+    gc.freeze()
     _find(path, module_name, qualname)(*args)
 
 
@@ -198,7 +201,10 @@ def _serve(connection: Connection, rank: int, size: int, folder: Path) -> None:
     import torch
     import torch.distributed as dist
 
-    faulthandler.register(signal.SIGUSR1, file=open(_stack_file(folder, rank), "w"), all_threads=False)
+    gc.freeze()  # a collection would copy all pages of what was imported before the fork
+    stacks = open(_stack_file(folder, rank), "w")
+    faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=False)
+    faulthandler.enable(file=stacks)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size))
     torch.set_num_threads(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import tempfile
 from pathlib import Path
@@ -14,7 +15,7 @@ from families.case import Case, Reference, measure
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-__all__ = ["CASES", "SIZES", "build", "measure", "open_reference", "reference", "write"]
+__all__ = ["CASES", "SIZES", "build", "measure", "open_reference", "reference", "tiny_family", "write"]
 
 SIZES = dict(
     vocab_size=99,
@@ -181,6 +182,13 @@ def write(case: Case, model: PreTrainedModel, folder: Path | None = None) -> Pat
         path = folder / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": case.written_as}))
     return folder
+
+
+@functools.cache
+def tiny_family(name: str, **changes: Any) -> Path:
+    """Return a checkpoint folder of the case of this name, made once a session."""
+    case = next(case for case in CASES if case.name == name)
+    return write(case, build(case, **changes))
 
 
 def open_reference(case: Case, folder: Path) -> PreTrainedModel:

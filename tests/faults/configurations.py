@@ -106,11 +106,26 @@ CONFIGURATIONS = {
         student="experts",
     ),
     "on-policy megatron": Configuration(
-        (SAMPLING, {"parallel": {"tensor_model_parallel_size": 2}}),
+        (
+            SAMPLING,
+            {"rollout": {"steps_per_generation": 2, "num_generations": 4}},  # checkpoints are in the middle of one
+            {"parallel": {"tensor_model_parallel_size": 2}},
+        ),
         frozenset({"rollouts", "embedded engine", "completions"}),
     ),
     "steps_ahead 1": Configuration(
-        (SAMPLING, {"rollout": {"engine": "vllm_server", "steps_ahead": 1, "vllm_server_timeout_s": 20.0}}),
+        (
+            SAMPLING,
+            {
+                "rollout": {
+                    "engine": "vllm_server",
+                    "steps_ahead": 1,
+                    "steps_per_generation": 2,
+                    "num_generations": 2,
+                    "vllm_server_timeout_s": 20.0,
+                }
+            },
+        ),
         frozenset({"rollouts", "servers", "completions"}),
     ),
     "EMA self-teacher": Configuration(

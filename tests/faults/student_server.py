@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
@@ -14,11 +15,11 @@ from fake_vllm import FakeVllm
 
 
 class StudentServer:
-    """Usable in a `with` statement, in which it runs."""
+    """Usable in a `with` statement, in which it runs. `before` takes the path of each request; see ``fake_vllm``."""
 
-    def __init__(self):
-        self.vllm = FakeVllm()
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+    def __init__(self, port: int = 0, before: Callable[[str], None] = lambda path: None):
+        self.vllm = FakeVllm(before)
+        self._http = ThreadingHTTPServer(("127.0.0.1", port), _Handler)
         self._http.daemon_threads, self._http.vllm = True, self.vllm
         self._http.handle_error = lambda *arguments: None  # the trainer was killed and reads no response
 

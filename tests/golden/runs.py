@@ -57,7 +57,9 @@ RUNS = {
     "tp2": GoldenRun(2, {"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}}),
     "pp2_cp2": GoldenRun(4, {"parallel": {"pipeline_model_parallel_size": 2, "context_parallel_size": 2}}),
     "moe_ep2": GoldenRun(2, {"parallel": {"expert_model_parallel_size": 2}}, family="qwen3_moe"),
-    "on_policy_megatron": GoldenRun(1, {"distill": {"lmbda": 1.0}, "rollout": {"max_completion_length": 8}}),
+    "on_policy_megatron": GoldenRun(
+        1, {"distill": {"lmbda": 1.0}, "rollout": {"max_completion_length": 8, "rollout_temperature": 1.0}}
+    ),
     "top_k_bucket": GoldenRun(1, TOP_K),
     "cached_teacher": GoldenRun(1, TOP_K, caches_teacher=True),
 }
