@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from csrc.emulated_kernels import DIVERGENCES, TYPES, build_library, check
+from csrc.emulated_kernels import DIVERGENCES, TYPES, address, build_library, check
 from torch import Tensor
 
 SOURCES = (
@@ -56,14 +56,13 @@ _ARGUMENTS = {
 }
 
 
-def build(folder: Path) -> ctypes.CDLL | None:
-    """Compile the passes over a top-k into a library of their own; None where there is no g++."""
+def build(folder: Path) -> ctypes.CDLL:
+    """Compile the passes over a top-k into a library of their own; see `build_library`."""
     library = build_library(folder / "emulated_top_k.so", SOURCES)
-    if library is not None:
-        for name, arguments in _ARGUMENTS.items():
-            function = getattr(library, f"top_k_{name}")
-            function.argtypes, function.restype = [c_bool, *arguments], c_char_p
-        library.reverse_threads.argtypes, library.reverse_threads.restype = [c_bool], None
+    for name, arguments in _ARGUMENTS.items():
+        function = getattr(library, f"top_k_{name}")
+        function.argtypes, function.restype = [c_bool, *arguments], c_char_p
+    library.reverse_threads.argtypes, library.reverse_threads.restype = [c_bool], None
     return library
 
 
@@ -86,7 +85,7 @@ class Problem:
 
     def tokens(self, first: int = 0, vocabulary: int | None = None):
         vocabulary = self.student.shape[1] if vocabulary is None else vocabulary
-        pointers = _address(self.ids), _address(self.values), _address(self.tail)
+        pointers = address(self.ids), address(self.values), address(self.tail)
         return pointer(Tokens(*pointers, self.ids.shape[1], first, vocabulary))
 
     @property
@@ -107,7 +106,7 @@ class TopKKernels:
     def select(self, logits: Tensor, k: int, temperature: float = 0.0, first: int = 0) -> Tensor:
         """Return candidates, int32 [N, words]; temperature 0: without a tail."""
         out = torch.full((len(logits), 2 * k + 2 * (temperature != 0)), -12345, dtype=torch.int32)
-        self._call("select", _matrix(logits), k, temperature, first, _address(out))
+        self._call("select", _matrix(logits), k, temperature, first, address(out))
         return out
 
     def merge(self, gathered: Tensor, places: int, k: int, temperature: float = 0.0) -> tuple[Tensor, ...]:
@@ -115,26 +114,26 @@ class TopKKernels:
         ranks, rows, _ = gathered.shape
         ids, values = torch.full((rows, k), -9), torch.full((rows, k), -9.0)
         tail = torch.full((rows,), -9.0) if temperature != 0 else None
-        outputs = _address(ids), _address(values), _address(tail)
-        self._call("merge", _address(gathered), ranks, rows, places, k, temperature or 1.0, *outputs)
+        outputs = address(ids), address(values), address(tail)
+        self._call("merge", address(gathered), ranks, rows, places, k, temperature or 1.0, *outputs)
         return ids, values, tail
 
     def statistics(self, problem: Problem) -> Tensor:
         """Return the statistics [N, 2, 4 or 6]."""
         out = torch.full((len(problem.student), problem.columns), -12345.0)
-        options = problem.columns, problem.temperature, _address(problem.labels)
-        self._call("statistics", _matrix(problem.student), problem.tokens(), *options, _address(out))
+        options = problem.columns, problem.temperature, address(problem.labels)
+        self._call("statistics", _matrix(problem.student), problem.tokens(), *options, address(out))
         return out
 
     def sums(self, problem: Problem, statistics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return normalizers [N, 8], sums [N, 7] and cross-entropies [N]."""
         rows = len(problem.student)
         outputs = torch.full((rows, 8), -9.0), torch.full((rows, 7), -9.0), torch.full((rows,), -9.0)
-        addresses = [_address(x) for x in outputs]
+        addresses = [address(x) for x in outputs]
         if problem.labels is None:
             addresses[2] = None
-        inputs = _matrix(problem.student), problem.tokens(), problem.loss, _address(statistics), 1, problem.columns
-        self._call("sums", *inputs, _address(problem.labels), *addresses)
+        inputs = _matrix(problem.student), problem.tokens(), problem.loss, address(statistics), 1, problem.columns
+        self._call("sums", *inputs, address(problem.labels), *addresses)
         return outputs
 
     def combine(
@@ -149,11 +148,11 @@ class TopKKernels:
         """Return metrics [N, 7]; losses, slope sums, scaled weights and scaled label weights [N] of sums [R, N, 7]."""
         ranks, rows, width = sums.shape
         outputs = torch.full((rows, width), -9.0), *(torch.full((rows,), -9.0) for _ in range(4))
-        addresses = [_address(x) for x in outputs]
+        addresses = [address(x) for x in outputs]
         if label_weight is None:
             addresses[-1] = None
         inputs = cross_entropy, weight, labels, label_weight
-        self._call("combine", _address(sums), ranks, rows, *map(_address, inputs), factor, *addresses)
+        self._call("combine", address(sums), ranks, rows, *map(address, inputs), factor, *addresses)
         return outputs
 
     def gradient(
@@ -175,20 +174,16 @@ class TopKKernels:
             problem.tokens(),
             problem.loss,
             _matrix(out),
-            _address(normalizers),
-            _address(slope_sum),
+            address(normalizers),
+            address(slope_sum),
             slope_sum.stride(0),
-            _address(weight),
-            _address(label_weight),
-            _address(problem.labels),
+            address(weight),
+            address(label_weight),
+            address(problem.labels),
             softcap,
-            *map(_address, work),
+            *map(address, work),
         )
 
 
 def _matrix(x: Tensor):
     return pointer(Matrix(x.data_ptr(), x.stride(0), *x.shape, TYPES.index(x.dtype)))
-
-
-def _address(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()

@@ -1,12 +1,10 @@
 """The GPU's kernels that combine the ranks' numbers, run by the emulator: the same bits as the CPU's."""
 
-import ctypes
-import subprocess
 from ctypes import Structure, byref, c_bool, c_float, c_int, c_int64, c_void_p
 
 import pytest
 import torch
-from csrc.emulated_kernels import FLAGS, ROOT, TYPES
+from csrc.emulated_kernels import TYPES, address, build_library
 
 SOURCES = ("csrc/cuda/combine.cu", "csrc/cpu/combine.cpp", "tests/csrc/emulated_combine.cpp")
 ROWS, RANKS = 300, 3  # more rows than a block has threads, and no multiple
@@ -49,15 +47,7 @@ class CombineSumsParams(Structure):
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    target = tmp_path_factory.mktemp("emulated_combine") / "library.so"
-    include = f"-I{ROOT / 'tests/csrc/cuda_emulator'}"
-    sources = [str(ROOT / source) for source in SOURCES]
-    subprocess.run(["g++", *FLAGS, "-shared", include, "-x", "c++", *sources, "-o", str(target)], check=True)
-    return ctypes.CDLL(str(target))
-
-
-def pointer(x):
-    return None if x is None else x.data_ptr()
+    return build_library(tmp_path_factory.mktemp("emulated_combine") / "library.so", SOURCES)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -92,12 +82,12 @@ def test_statistics(library, source, has_teacher, has_labels):
         outs = [torch.full(shape, -7.0) for shape in ((ROWS, 4), (ROWS, 7), (ROWS,), (ROWS,), (ROWS,))]
         of_labels = [torch.full((2, ROWS), -7.0), torch.full((ROWS,), -7.0), torch.full((ROWS,), -7)]
         rows = RANKS, gathered.shape[1], ROWS, columns, has_teacher, True
-        of_shard = pointer(mask), pointer(labels), 10, 50, source
+        of_shard = address(mask), address(labels), 10, 50, source
         of_loss = weights[0].data_ptr(), weights[1].data_ptr(), 2.0
         params = CombineParams(gathered.data_ptr(), *rows, 1.3, *of_shard, *of_loss)
         fields = [name for name, _ in CombineParams._fields_[-8:]]
         for name, out in zip(fields, outs + (of_labels if has_labels else [None] * 3), strict=True):
-            setattr(params, name, pointer(out))
+            setattr(params, name, address(out))
         getattr(library, f"{device}_combine_statistics")(byref(params))
         found.append((*outs, *of_labels))
     for number, (actual, expected) in enumerate(zip(*found, strict=True)):
